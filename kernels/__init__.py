@@ -1,0 +1,1 @@
+"""Bit layout, graph plans, references and kernels (imported as ``qgnn_plugin.kernels``)."""
