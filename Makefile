@@ -1,0 +1,50 @@
+# `make demo` and `make test` need nothing but python3 (3.10 to 3.13) and a package index: the environment is part of them.
+#   PYTHON=python3.12   interpreter of the environment          ARGS="..."   passed on to the command
+#   WORKERS=4           test processes
+
+PYTHON  ?= python3
+WORKERS ?= 2
+ARGS    ?=
+
+VENV    := .venv
+BIN     := $(VENV)/bin
+STAMP   := $(VENV)/.installed
+CACHE   := .cache
+CORA    := $(CACHE)/graphdatascience-2.2-py3-none-any.whl
+TYPING  := build/typing/qgnn_plugin
+
+.PHONY: env test test-all lint demo bench-accuracy
+
+env: $(STAMP)
+
+# torch comes first: it is by far the largest, and a failure there should show at once.
+$(STAMP): pyproject.toml setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+# The demo's graph travels in a wheel, which is read as a zip file and never installed.
+$(CORA): | $(STAMP)
+	$(BIN)/python -m pip download --quiet --no-deps --dest $(CACHE) graphdatascience==2.2
+
+test test-all lint: export OMP_NUM_THREADS ?= 1
+test: $(STAMP) $(CORA)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
+
+test-all: $(STAMP) $(CORA)
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+# mypy does not follow package-dir: it checks a tree of links laid out as the installed package.
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	rm -rf $(TYPING) && mkdir -p $(TYPING)
+	ln -s $(CURDIR)/qgnn_plugin/* $(CURDIR)/kernels $(CURDIR)/lightning_modules $(TYPING)
+	cd build/typing && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml \
+		--cache-dir $(CURDIR)/.mypy_cache -p qgnn_plugin
+
+demo: $(STAMP) $(CORA)
+	$(BIN)/python -m examples.demo $(ARGS)
+
+bench-accuracy: $(STAMP) $(CORA)
+	$(BIN)/python -m benchmarks.accuracy $(ARGS)
