@@ -1,0 +1,100 @@
+r"""The canonical float arithmetic: one order of float32 operations for every backend.
+
+The fake-quantized model and the packed model agree bit for bit because both follow these steps,
+each operation rounded to float32 on its own (no fused multiply-add, no reassociation), division
+correctly rounded:
+
+* quantize: ``inv = 1 / s`` once; ``v = (x - l) * inv``; ``c = clamp(floor(v + 0.5), 0, Q)``, and 0
+  for NaN;
+* dequantize: ``x^ = (c * s) + l``;
+* integer sum over a neighbourhood: ``y = (float(sum c) * s) + (deg * l)``; largest code: ``y =
+  (float(max c) * s) + l``;
+* integer product: ``y = (((acc * sw) + (rowsum * lw)) * sx) + (colterm * lx)`` with
+  ``colterm_o = (float(sum_k cw_ok) * sw_o) + (float(K) * lw_o)``;
+* epilogue, in this order: ``* dst_scale``, ``+ bias``, ``max(y, 0)``, then quantize and pack if
+  packed output is asked for.
+
+A *range* is a pair of float32 tensors ``scale`` (``s > 0``) and ``offset`` (``l``), each of one
+element, ``[F]`` (per column) or ``[N, 1]`` (per row).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .layout import pack_codes, top_code
+
+__all__ = [
+    "attention_thresholds",
+    "check_range",
+    "dequantize_codes",
+    "finish",
+    "is_per_row",
+    "quantize_codes",
+]
+
+
+def check_range(scale: Tensor, offset: Tensor, rows: int, features: int, what: str = "") -> None:
+    """Raise unless ``scale`` and ``offset`` are float32 tensors of one element, ``[features]`` or
+    ``[rows, 1]``.
+    """
+    for name, value in ((what + "scale", scale), (what + "offset", offset)):
+        if value.dtype != torch.float32:
+            raise TypeError(f"Expected '{name}' to be float32 (got {value.dtype})")
+        if value.numel() == 1 or tuple(value.shape) in ((features,), (rows, 1)):
+            continue
+        raise ValueError(
+            f"Expected '{name}' of one element, of shape [{features}] or [{rows}, 1] "
+            f"(got {list(value.shape)})"
+        )
+
+
+def is_per_row(value: Tensor) -> bool:
+    """Whether a range tensor holds one value per row."""
+    return value.dim() == 2 and value.numel() > 1
+
+
+def quantize_codes(x: Tensor, scale: Tensor, offset: Tensor, bits: int) -> Tensor:
+    """Codes of ``x`` (``[N, F]`` float32) as uint8."""
+    v = (x - offset) * scale.reciprocal()
+    return torch.floor(v + 0.5).clamp_(0, top_code(bits)).nan_to_num_(0).to(torch.uint8)
+
+
+def dequantize_codes(codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """``(c * s) + l`` in float32."""
+    return codes.to(torch.float32) * scale + offset
+
+
+def finish(
+    y: Tensor,
+    bias: Tensor | None,
+    relu: bool,
+    out_scale: Tensor | None,
+    out_offset: Tensor | None,
+    out_bits: int,
+) -> Tensor:
+    """The tail of every epilogue: bias, ReLU and, where ``out_bits`` is not 0, quantization and
+    packing.
+    """
+    if bias is not None:
+        y = y + bias
+    if relu:
+        y = y.clamp(min=0)
+    if out_bits == 0:
+        return y
+    assert out_scale is not None
+    assert out_offset is not None
+    return pack_codes(quantize_codes(y, out_scale, out_offset, out_bits), out_bits)
+
+
+def attention_thresholds(bits: int) -> Tensor:
+    r"""``[Q]`` float32 thresholds of quantized softmax numerators.
+
+    The numerator :math:`\exp(e - m)` rounds to ``q / Q`` or more exactly where :math:`e - m \ge
+    \log((q - 1/2) / Q)`, so the code of an edge is the number of thresholds that ``e - m`` reaches:
+    no exponential, hence the same codes everywhere.
+    """
+    top = top_code(bits)
+    levels = torch.arange(1, top + 1, dtype=torch.float64)
+    return torch.log((levels - 0.5) / top).to(torch.float32)

@@ -1,0 +1,228 @@
+r"""``attention_aggregate``: GAT and GATv2 over packed messages; nothing of size ``E x H`` or ``E x
+F`` is written.
+
+Per head, with logits :math:`e_{ij}` and :math:`m_i = \max_j e_{ij}`, the softmax numerators are
+quantized at ``attention_bits`` (:math:`k_{ij}` of :math:`Q_a` levels, see
+:func:`.arithmetic.attention_thresholds`) and normalized by their own sum:
+
+.. math::
+    y_i = \Big(s \sum_j k_{ij} c_j\Big) \Big/ \sum_j k_{ij} + l
+
+GAT: ``e = LeakyReLU(alpha_src[j] + alpha_dst[i] (+ alpha_edge[e]))``.  GATv2: ``e = <att,
+    LeakyReLU(x^_j + x_dst[i])>``.
+At ``attention_bits = 32`` the numerators are :math:`\exp(e_{ij} - m_i)` and the sums run in
+float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .aggregate import check_output_range, destinations, new_output, per_feature, sum_rows
+from .arithmetic import attention_thresholds, check_range, dequantize_codes, finish, is_per_row
+from .layout import check_packed, unpack_codes
+from .library import register
+from .plan import GraphPlan
+
+__all__ = ["attention_aggregate", "attention_aggregate_reference"]
+
+FLOAT_BITS = 32
+
+SCHEMA = (
+    "(Tensor words, Tensor rowptr, Tensor col, Tensor scale, Tensor offset, int num_features, "
+    "int bits, int heads, int attention_bits, float negative_slope, Tensor? alpha_src=None, "
+    "Tensor? alpha_dst=None, Tensor? alpha_edge=None, Tensor? att=None, Tensor? x_dst=None, bool "
+    "concat=True, Tensor? bias=None, bool relu=False, Tensor? out_scale=None, Tensor? "
+    "out_offset=None, int out_bits=0, Tensor? schedule=None) -> Tensor"
+)
+
+
+def _logits(
+    x: Tensor,
+    src: Tensor,
+    dst: Tensor,
+    heads: int,
+    negative_slope: float,
+    alpha_src: Tensor | None,
+    alpha_dst: Tensor | None,
+    alpha_edge: Tensor | None,
+    att: Tensor | None,
+    x_dst: Tensor | None,
+) -> Tensor:
+    """``[E, H]``; both forms materialize here, and only here."""
+    if att is None:
+        assert alpha_src is not None
+        assert alpha_dst is not None
+        e = alpha_src[src] + alpha_dst[dst]
+        if alpha_edge is not None:
+            e = e + alpha_edge
+        return torch.where(e > 0, e, e * negative_slope)
+    assert x_dst is not None
+    z = (x[src] + x_dst[dst]).view(src.numel(), heads, x.size(1) // heads)
+    return (torch.where(z > 0, z, z * negative_slope) * att).sum(-1)
+
+
+def attention_aggregate_reference(
+    words: Tensor,
+    rowptr: Tensor,
+    col: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    num_features: int,
+    bits: int,
+    heads: int,
+    attention_bits: int,
+    negative_slope: float,
+    alpha_src: Tensor | None = None,
+    alpha_dst: Tensor | None = None,
+    alpha_edge: Tensor | None = None,
+    att: Tensor | None = None,
+    x_dst: Tensor | None = None,
+    concat: bool = True,
+    bias: Tensor | None = None,
+    relu: bool = False,
+    out_scale: Tensor | None = None,
+    out_offset: Tensor | None = None,
+    out_bits: int = 0,
+    schedule: Tensor | None = None,
+) -> Tensor:
+    codes = unpack_codes(words, num_features, bits)
+    src, dst = col.long(), destinations(rowptr, col.numel())
+    x = dequantize_codes(codes, scale, offset)
+    e = _logits(x, src, dst, heads, negative_slope, alpha_src, alpha_dst, alpha_edge, att, x_dst)
+    num_dst = rowptr.numel() - 1
+    peak = e.new_zeros((num_dst, heads))
+    peak.scatter_reduce_(0, dst.unsqueeze(1).expand_as(e), e, "amax", include_self=False)
+    e = e - peak[dst]
+    if attention_bits == FLOAT_BITS:
+        numerator = e.exp()
+    else:
+        thresholds = attention_thresholds(attention_bits).to(e.device)
+        numerator = torch.searchsorted(thresholds, e.contiguous(), right=True).to(torch.float32)
+    total = e.new_zeros((num_dst, heads)).index_add_(0, dst, numerator)
+    share = per_feature(total, num_features)
+    exact = attention_bits != FLOAT_BITS and not is_per_row(scale) and not is_per_row(offset)
+    weight = per_feature(numerator, num_features)
+    if exact:
+        y = sum_rows(codes.to(torch.int32), rowptr, col, weight.to(torch.int32)).to(torch.float32)
+        y = (y * scale) / share + offset
+    else:
+        y = sum_rows(x, rowptr, col, weight) / share
+    y = torch.where(share > 0, y, 0.0)
+    if not concat:
+        y = y.view(num_dst, heads, -1).mean(1)
+    return finish(y, bias, relu, out_scale, out_offset, out_bits)
+
+
+def _fake(
+    words: Tensor,
+    rowptr: Tensor,
+    col: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    num_features: int,
+    bits: int,
+    heads: int,
+    attention_bits: int,
+    negative_slope: float,
+    alpha_src: Tensor | None = None,
+    alpha_dst: Tensor | None = None,
+    alpha_edge: Tensor | None = None,
+    att: Tensor | None = None,
+    x_dst: Tensor | None = None,
+    concat: bool = True,
+    bias: Tensor | None = None,
+    relu: bool = False,
+    out_scale: Tensor | None = None,
+    out_offset: Tensor | None = None,
+    out_bits: int = 0,
+    schedule: Tensor | None = None,
+) -> Tensor:
+    width = num_features if concat else num_features // heads
+    return new_output(words, rowptr.size(0) - 1, width, out_bits)
+
+
+register("attention_aggregate", SCHEMA, _fake)
+
+
+def attention_aggregate(
+    words: Tensor,
+    plan: GraphPlan,
+    scale: Tensor,
+    offset: Tensor,
+    num_features: int,
+    bits: int,
+    *,
+    heads: int = 1,
+    attention_bits: int = FLOAT_BITS,
+    negative_slope: float = 0.2,
+    alpha_src: Tensor | None = None,
+    alpha_dst: Tensor | None = None,
+    alpha_edge: Tensor | None = None,
+    att: Tensor | None = None,
+    x_dst: Tensor | None = None,
+    concat: bool = True,
+    bias: Tensor | None = None,
+    relu: bool = False,
+    out_scale: Tensor | None = None,
+    out_offset: Tensor | None = None,
+    out_bits: int = 0,
+) -> Tensor:
+    r"""Attention-weighted mean of packed multi-head messages over the edges of ``plan``.
+
+    Args:
+        words: ``[num_src, row_words(F, bits)]`` int32; head ``h`` of ``H`` covers the features ``[h
+            C, (h + 1) C)``, ``C = F / H``.
+        plan: The graph.
+        scale, offset: Range of the codes: one element, ``[F]`` or ``[num_src, 1]``, float32.
+        num_features: ``F``.
+        bits: Width of the codes: 1, 2, 4 or 8.
+        heads: ``H``.
+        attention_bits: Width of the softmax numerators: 2, 4, 8, or 32 for float.
+        negative_slope: Of the LeakyReLU.
+        alpha_src, alpha_dst: ``[num_src, H]`` and ``[num_dst, H]`` float32 terms of the GAT logits.
+        alpha_edge: ``[E, H]`` float32 edge term, CSR order.
+        att, x_dst: ``[H, C]`` and ``[num_dst, F]`` float32, for GATv2 logits instead.
+        concat: Whether heads are concatenated, else averaged (result width ``C``).
+        bias: ``[F]`` or ``[C]`` float32.
+        relu: Whether to clamp at 0.
+        out_scale, out_offset, out_bits: Range and width of packed output.
+
+    Returns:
+        ``[num_dst, F or C]`` float32, or packed words with ``out_bits``.  A row without neighbours
+        gives 0 (before the bias).
+    """
+    check_packed(words, num_features, bits)
+    check_range(scale, offset, words.size(0), num_features)
+    if heads < 1 or num_features % heads:
+        raise ValueError(f"Expected 'heads' to divide {num_features} features (got {heads})")
+    if attention_bits not in (2, 4, 8, FLOAT_BITS):
+        raise ValueError(
+            f"Expected 'attention_bits' to be 2, 4, 8 or {FLOAT_BITS} (got {attention_bits})"
+        )
+    shapes = {
+        "alpha_src": (alpha_src, (plan.num_src, heads)),
+        "alpha_dst": (alpha_dst, (plan.num_dst, heads)),
+        "alpha_edge": (alpha_edge, (plan.num_edges, heads)),
+        "att": (att, (heads, num_features // heads)),
+        "x_dst": (x_dst, (plan.num_dst, num_features)),
+    }
+    for name, (value, shape) in shapes.items():
+        if value is not None and tuple(value.shape) != shape:
+            raise ValueError(f"Expected '{name}' of shape {list(shape)} (got {list(value.shape)})")
+    gat, gatv2 = (
+        alpha_src is not None and alpha_dst is not None,
+        att is not None and x_dst is not None,
+    )
+    if gat == gatv2:
+        raise ValueError(
+            "Expected either 'alpha_src' and 'alpha_dst' (GAT) or 'att' and 'x_dst' (GATv2)"
+        )
+    width = num_features if concat else num_features // heads
+    check_output_range(out_scale, out_offset, out_bits, plan.num_dst, width)
+    return torch.ops.qgnn.attention_aggregate(
+        words, plan.rowptr, plan.col, scale, offset, num_features, bits, heads, attention_bits,
+        negative_slope, alpha_src, alpha_dst, alpha_edge, att, x_dst, concat, bias, relu,
+        out_scale, out_offset, out_bits,
+    )  # fmt: skip

@@ -1,0 +1,131 @@
+"""The one place that chooses who executes an op.
+
+============= ============================================================ ==================
+backend       what runs                                                    devices
+============= ============================================================ ==================
+``torch``     the pure-torch reference beside each op                      all
+``cpu``       numba kernels, ``kernels/cpu/<op>.py``                       cpu
+``triton``    Triton kernels, ``kernels/gpu/<op>.py``                      cuda
+``interpret`` the same Triton kernels under Triton's interpreter           all (for tests)
+``auto``      the fastest of the above for the device                      all
+============= ============================================================ ==================
+
+Each backend module defines a function named like the op with the op's own arguments.  All backends
+compute the canonical arithmetic of :mod:`qgnn_plugin.kernels.arithmetic`, so the choice never
+changes a result beyond the op's stated tolerance.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from typing import Any
+
+import torch
+
+__all__ = [
+    "BACKENDS",
+    "available_backends",
+    "backend_for",
+    "current_backend",
+    "dispatch",
+    "implementation",
+    "use_backend",
+]
+
+BACKENDS = ("torch", "cpu", "triton", "interpret")
+_ENV = "QGNN_BACKEND"
+_FOLDER = {"cpu": "cpu", "triton": "gpu", "interpret": "gpu"}
+_requested: ContextVar[str | None] = ContextVar("qgnn_backend", default=None)
+
+
+@cache
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _interpreting() -> bool:
+    # Triton reads this when a kernel is decorated, so it must be set before importing them.
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def available_backends(device: torch.device | str = "cpu") -> tuple[str, ...]:
+    """The backends that can run on ``device`` here, fastest first."""
+    kind = torch.device(device).type
+    found = []
+    if kind == "cuda" and _installed("triton") and not _interpreting():
+        found.append("triton")
+    if kind == "cpu" and _installed("numba"):
+        found.append("cpu")
+    found.append("torch")
+    if _installed("triton") and _interpreting():
+        found.append("interpret")
+    return tuple(found)
+
+
+def current_backend() -> str:
+    """The requested backend: the innermost :func:`use_backend`, else ``QGNN_BACKEND``, else
+    ``"auto"``.
+    """
+    return _requested.get() or os.environ.get(_ENV) or "auto"
+
+
+def backend_for(device: torch.device | str) -> str:
+    """Resolve the requested backend for ``device``.
+
+    Raises:
+        ValueError: if the request is not a backend's name.
+        RuntimeError: if it cannot run on ``device`` here; the message lists what can.
+    """
+    name = current_backend()
+    found = available_backends(device)
+    if name == "auto":
+        return found[0]
+    if name not in BACKENDS:
+        raise ValueError(f"Expected a backend out of {('auto', *BACKENDS)} (got {name!r})")
+    if name not in found:
+        hint = (
+            "; set TRITON_INTERPRET=1 before importing qgnn_plugin" if name == "interpret" else ""
+        )
+        raise RuntimeError(
+            f"Backend {name!r} is not available for device '{device}', available: {found}{hint}"
+        )
+    return name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Request a backend for the ops called in this context (``"auto"``, or one of
+    :data:`BACKENDS`).
+    """
+    if name not in ("auto", *BACKENDS):
+        raise ValueError(f"Expected a backend out of {('auto', *BACKENDS)} (got {name!r})")
+    token = _requested.set(name)
+    try:
+        yield
+    finally:
+        _requested.reset(token)
+
+
+@cache
+def implementation(op: str, backend: str) -> Callable[..., Any]:
+    """The function that executes ``op`` on ``backend``; modules are imported on first use."""
+    package = __package__
+    if backend == "torch":
+        return getattr(importlib.import_module(f"{package}.{_HOME.get(op, op)}"), f"{op}_reference")
+    module = importlib.import_module(f"{package}.{_FOLDER[backend]}.{_HOME.get(op, op)}")
+    return getattr(module, op)
+
+
+# Ops that live in the module of another one.
+_HOME = {"fake_quantize_backward": "fake_quantize"}
+
+
+def dispatch(op: str, device: torch.device) -> Callable[..., Any]:
+    """What the registered ops call: the implementation of ``op`` for ``device``."""
+    return implementation(op, backend_for(device))

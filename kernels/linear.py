@@ -1,0 +1,145 @@
+r"""``linear``: packed activations times packed weights through an integer product.
+
+With codes :math:`c^x, c^w` of ranges :math:`(s_x, l_x)`, :math:`(s_w, l_w)` over ``K`` input
+features,
+
+.. math::
+    y_{no} = s_x \Big(s_w \sum_k c^x_{nk} c^w_{ok} + l_w \sum_k c^x_{nk}\Big) + l_x \Big(s_w \sum_k
+    c^w_{ok} + K l_w\Big) + b_o
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .aggregate import check_output_range, new_output
+from .arithmetic import check_range, finish
+from .layout import check_packed, top_code, unpack_codes
+from .library import register
+
+__all__ = ["linear", "linear_reference"]
+
+SCHEMA = (
+    "(Tensor x_words, Tensor w_words, Tensor x_scale, Tensor x_offset, Tensor w_scale, Tensor "
+    "w_offset, int in_features, int x_bits, int w_bits, Tensor? bias=None, bool relu=False, "
+    "Tensor? out_scale=None, Tensor? out_offset=None, int out_bits=0) -> Tensor"
+)
+
+
+def linear_reference(
+    x_words: Tensor,
+    w_words: Tensor,
+    x_scale: Tensor,
+    x_offset: Tensor,
+    w_scale: Tensor,
+    w_offset: Tensor,
+    in_features: int,
+    x_bits: int,
+    w_bits: int,
+    bias: Tensor | None = None,
+    relu: bool = False,
+    out_scale: Tensor | None = None,
+    out_offset: Tensor | None = None,
+    out_bits: int = 0,
+) -> Tensor:
+    x = unpack_codes(x_words, in_features, x_bits)
+    w = unpack_codes(w_words, in_features, w_bits)
+    # float64 products of small integers are exact, and run on every device.
+    product = (x.to(torch.float64) @ w.to(torch.float64).t()).to(torch.float32)
+    rowsum = x.sum(1, keepdim=True, dtype=torch.int32).to(torch.float32)
+    y = (product * w_scale.reshape(1, -1)) + (rowsum * w_offset.reshape(1, -1))
+    y = (y * x_scale) + (linear_colterm(w, w_scale, w_offset) * x_offset)
+    return finish(y, bias, relu, out_scale, out_offset, out_bits)
+
+
+def linear_colterm(w_codes: Tensor, w_scale: Tensor, w_offset: Tensor) -> Tensor:
+    """``(float(sum_k cw_ok) * sw_o) + (float(K) * lw_o)``, ``[O]``: what an input of ones would
+    give.
+    """
+    colsum = w_codes.sum(1, dtype=torch.int32).to(torch.float32)
+    return (colsum * w_scale.reshape(-1)) + (float(w_codes.size(1)) * w_offset.reshape(-1))
+
+
+def _fake(
+    x_words: Tensor,
+    w_words: Tensor,
+    x_scale: Tensor,
+    x_offset: Tensor,
+    w_scale: Tensor,
+    w_offset: Tensor,
+    in_features: int,
+    x_bits: int,
+    w_bits: int,
+    bias: Tensor | None = None,
+    relu: bool = False,
+    out_scale: Tensor | None = None,
+    out_offset: Tensor | None = None,
+    out_bits: int = 0,
+) -> Tensor:
+    return new_output(x_words, x_words.size(0), w_words.size(0), out_bits)
+
+
+register("linear", SCHEMA, _fake)
+
+
+def linear(
+    x_words: Tensor,
+    w_words: Tensor,
+    x_scale: Tensor,
+    x_offset: Tensor,
+    w_scale: Tensor,
+    w_offset: Tensor,
+    in_features: int,
+    x_bits: int,
+    w_bits: int,
+    *,
+    bias: Tensor | None = None,
+    relu: bool = False,
+    out_scale: Tensor | None = None,
+    out_offset: Tensor | None = None,
+    out_bits: int = 0,
+) -> Tensor:
+    r"""``y = x^ w^T + b`` on packed codes, exact in int32 up to the affine step.
+
+    Args:
+        x_words: ``[N, row_words(K, x_bits)]`` int32.
+        w_words: ``[O, row_words(K, w_bits)]`` int32.
+        x_scale, x_offset: Activation range: one element or ``[N, 1]`` (a range per input column
+            does not factor out).
+        w_scale, w_offset: Weight range: one element, ``[O]`` or ``[O, 1]``, per output channel.
+        in_features: ``K``, below ``2^31 / (Q_x Q_w)``.
+        x_bits, w_bits: Widths: 1, 2, 4 or 8.
+        bias: ``[O]`` float32.
+        relu: Whether to clamp at 0.
+        out_scale, out_offset, out_bits: Range and width of packed output (one element, ``[O]`` or
+            ``[N, 1]``).
+
+    Returns:
+        ``[N, O]`` float32, or ``[N, row_words(O, out_bits)]`` int32 with ``out_bits``.  Bitwise the
+        same on every backend.
+    """
+    check_packed(x_words, in_features, x_bits, "x_words")
+    check_packed(w_words, in_features, w_bits, "w_words")
+    num_rows, num_out = x_words.size(0), w_words.size(0)
+    limit = (2**31 - 1) // (top_code(x_bits) * top_code(w_bits))
+    if in_features > limit:
+        raise ValueError(
+            f"Expected at most {limit} features at {x_bits} x {w_bits} bits (got {in_features})"
+        )
+    for name, value in (("x_scale", x_scale), ("x_offset", x_offset)):
+        if value.numel() != 1 and tuple(value.shape) != (num_rows, 1):
+            raise ValueError(
+                f"Expected '{name}' of one element or [{num_rows}, 1] (got {list(value.shape)})"
+            )
+    for name, value in (("w_scale", w_scale), ("w_offset", w_offset)):
+        if value.numel() != 1 and value.numel() != num_out:
+            raise ValueError(
+                f"Expected '{name}' of one element or [{num_out}] (got {list(value.shape)})"
+            )
+    check_range(x_scale, x_offset, num_rows, in_features, "x_")
+    check_output_range(out_scale, out_offset, out_bits, num_rows, num_out)
+    return torch.ops.qgnn.linear(
+        x_words, w_words, x_scale, x_offset, w_scale, w_offset, in_features, x_bits, w_bits, bias,
+        relu, out_scale, out_offset, out_bits,
+    )  # fmt: skip
