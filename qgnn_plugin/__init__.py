@@ -1,0 +1,38 @@
+"""Graph neural networks of PyTorch Geometric in 2, 4 or 8 bits.
+
+One line converts a model, it trains as before, one more packs it::
+
+    qmodel = qgnn_plugin.quantize_model(model, bits=4)
+"""
+
+from . import training
+from .calibration import calibrate
+from .config import QuantConfig, SMPConfig
+from .conversion import is_quantized, quantize_model, quantizers, range_parameters, restore_model
+from .layers import QuantizedLayer, register_layer
+from .quantizers import QLRQuantizer, QuantizedTensor
+from .report import Summary, summary
+from .smp import MultiplierState, differential_multiplier_step, smp_layers
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MultiplierState",
+    "QLRQuantizer",
+    "QuantConfig",
+    "QuantizedLayer",
+    "QuantizedTensor",
+    "SMPConfig",
+    "Summary",
+    "calibrate",
+    "differential_multiplier_step",
+    "is_quantized",
+    "quantize_model",
+    "quantizers",
+    "range_parameters",
+    "register_layer",
+    "restore_model",
+    "smp_layers",
+    "summary",
+    "training",
+]

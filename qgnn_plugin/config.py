@@ -1,0 +1,204 @@
+"""Configuration of a conversion: bit widths per site, granularity, truncation and smoothness."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+__all__ = ["BITS", "OFF", "QuantConfig", "SMPConfig", "Site"]
+
+OFF = 32
+BITS = (2, 4, 8, OFF)
+Granularity = Literal["tensor", "channel", "node"]
+Levels = Literal["affine", "unsigned", "symmetric", "half"]
+Truncation = Literal["bt", "sbt"]
+Site = Literal["input", "weight", "activation", "message", "attention", "output"]
+
+CONFIG_VERSION = 1
+
+
+def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if value not in allowed:
+        hint = _did_you_mean(value, allowed) if isinstance(value, str) else ""
+        raise ValueError(f"Expected '{name}' to be one of {', '.join(map(repr, allowed))} (got {value!r}){hint}")
+
+
+def _did_you_mean(value: str, allowed: tuple[Any, ...] | list[str]) -> str:
+    close = difflib.get_close_matches(value, [a for a in allowed if isinstance(a, str)], n=1)
+    return f". Did you mean {close[0]!r}?" if close else ""
+
+
+def _from_dict(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
+    known = [f.name for f in fields(cls)]
+    for name in data:
+        if name not in known:
+            raise ValueError(f"Unknown {cls.__name__} field {name!r}{_did_you_mean(name, known)}")
+    return dict(data)
+
+
+@dataclass(frozen=True)
+class SMPConfig:
+    r"""Smoothness-aware message propagation (arXiv 2308.14949, section 4.3), one constraint per layer.
+
+    Args:
+        alpha: Bound on the change a layer may make to the similarity of neighbours.
+        bound: ``"relative"``: ``g <= alpha tr(H' L H)``; ``"absolute"``: ``g <= alpha |E|``.
+        correction: ``"proximal"``: ``D <- (I + 2 lambda L)^-1 D`` by ``terms`` Jacobi sweeps, stable for every
+            multiplier; ``"explicit"``: ``D <- D - 2 eta lambda L D``.
+        terms: Sweeps of the proximal correction.
+        eta: Step size of the propagation.
+        mu: Weight of the smoothness term of the propagation.
+        eta_lambda: Ascent rate of the multiplier.
+        eta_slack: Descent rate of the slack.
+        multiplier: Initial multiplier, >= 0.  At 0 a layer is the original one.
+        slack: Initial slack.
+        damping: Damping coefficient of the modified method (0: the basic method of Platt and Barr, 1987).
+        max_multiplier: Upper end of the projection of the multiplier.
+    """
+
+    alpha: float = 1.0
+    bound: Literal["relative", "absolute"] = "relative"
+    correction: Literal["proximal", "explicit"] = "proximal"
+    terms: int = 4
+    eta: float = 0.1
+    mu: float = 9.0
+    eta_lambda: float = 0.05
+    eta_slack: float = 0.0
+    multiplier: float = 0.0
+    slack: float = 0.0
+    damping: float = 0.0
+    max_multiplier: float = 100.0
+
+    def __post_init__(self) -> None:
+        _one_of("bound", self.bound, ("relative", "absolute"))
+        _one_of("correction", self.correction, ("proximal", "explicit"))
+        if self.terms < 1:
+            raise ValueError(f"Expected 'terms' >= 1 (got {self.terms})")
+        for name in ("alpha", "eta", "eta_lambda", "max_multiplier"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"Expected {name!r} > 0 (got {getattr(self, name)})")
+        for name in ("mu", "eta_slack", "multiplier", "damping"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"Expected {name!r} >= 0 (got {getattr(self, name)})")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SMPConfig:
+        return cls(**_from_dict(cls, data))
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    r"""What to quantize, to how many bits, and how the ranges are laid out.
+
+    Args:
+        bits: Width of every site that has no width of its own: 2, 4, 8, or 32 for "not quantized".
+        input_bits: Features that enter the model (its first converted layer).
+        weight_bits: Weights of linear maps.
+        activation_bits: Inputs of every further layer.
+        message_bits: What neighbours send: transformed, normalized node features.
+        attention_bits: Unnormalized attention coefficients.
+        output_bits: The model's outputs (off unless given).
+        granularity: Range per ``"tensor"``, per feature ``"channel"`` or per ``"node"`` of activations and messages.
+        weight_granularity: ``"tensor"``, or ``"channel"``: a range per output channel.
+        message_levels: Level placement of messages: ``"affine"`` (learned offset), ``"unsigned"``, ``"symmetric"``
+            (zero is a level) or ``"half"`` (half-integer levels such as -1.5, -0.5, 0.5, 1.5).
+        weight_levels: Level placement of weights.
+        truncation: :obj:`None`, ``"bt"`` (8-bit codes truncated to fewer levels) or ``"sbt"`` (BT*, corrected for
+            skewness).
+        learn_ranges: Whether ranges receive gradients; otherwise they stay where calibration put them.
+        smp: Smoothness constraint of every message-passing layer, or :obj:`None`.
+        overrides: Layer-name pattern (as in :mod:`fnmatch`) to a mapping of the fields above for matching layers;
+            later patterns win.
+    """
+
+    bits: int = 4
+    input_bits: int | None = None
+    weight_bits: int | None = None
+    activation_bits: int | None = None
+    message_bits: int | None = None
+    attention_bits: int | None = None
+    output_bits: int | None = OFF
+    granularity: Granularity = "tensor"
+    weight_granularity: Literal["tensor", "channel"] = "channel"
+    message_levels: Levels = "affine"
+    weight_levels: Levels = "half"
+    truncation: Truncation | None = None
+    learn_ranges: bool = True
+    smp: SMPConfig | None = field(default_factory=SMPConfig)
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    version: int = CONFIG_VERSION
+
+    def __post_init__(self) -> None:
+        if self.version != CONFIG_VERSION:
+            raise ValueError(f"Expected a configuration of version {CONFIG_VERSION} (got {self.version})")
+        for name in _BIT_FIELDS:
+            value = getattr(self, name)
+            if value is None and name != "bits":
+                continue
+            if isinstance(value, bool) or value not in BITS:
+                raise ValueError(f"Expected '{name}' to be one of 2, 4, 8 or 32 = off (got {value!r})")
+        _one_of("granularity", self.granularity, ("tensor", "channel", "node"))
+        _one_of("weight_granularity", self.weight_granularity, ("tensor", "channel"))
+        _one_of("message_levels", self.message_levels, ("affine", "unsigned", "symmetric", "half"))
+        _one_of("weight_levels", self.weight_levels, ("affine", "unsigned", "symmetric", "half"))
+        _one_of("truncation", self.truncation, (None, "bt", "sbt"))
+        if self.smp is not None and not isinstance(self.smp, SMPConfig):
+            raise TypeError(f"Expected 'smp' to be an SMPConfig or None (got {type(self.smp).__name__})")
+        known = [f.name for f in fields(self) if f.name not in ("overrides", "version")]
+        for pattern, changes in self.overrides.items():
+            for name in changes:
+                if name not in known:
+                    raise ValueError(
+                        f"Unknown field {name!r} in the override for {pattern!r}{_did_you_mean(name, known)}"
+                    )
+            replace(self, overrides={}, **changes)
+
+    def bits_for(self, site: Site) -> int:
+        """The width of a site; falls back to ``bits``."""
+        value = getattr(self, f"{site}_bits")
+        return self.bits if value is None else value
+
+    def for_layer(self, name: str) -> QuantConfig:
+        """The configuration of one layer: every override whose pattern matches its qualified name, in order."""
+        config = replace(self, overrides={})
+        for pattern, changes in self.overrides.items():
+            if fnmatchcase(name, pattern):
+                config = replace(config, **changes)
+        return config
+
+    def check_overrides(self, layer_names: list[str]) -> None:
+        """Raise if a pattern of ``overrides`` matches none of ``layer_names``."""
+        for pattern in self.overrides:
+            if not any(fnmatchcase(name, pattern) for name in layer_names):
+                raise ValueError(
+                    f"The override pattern {pattern!r} matches no layer{_did_you_mean(pattern, layer_names)}. "
+                    f"Layers: {', '.join(layer_names) or 'none'}"
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain, JSON-serializable description; :meth:`from_dict` is its inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> QuantConfig:
+        values = _from_dict(cls, data)
+        if isinstance(values.get("smp"), Mapping):
+            values["smp"] = SMPConfig.from_dict(values["smp"])
+        return cls(**values)
+
+
+_BIT_FIELDS = (
+    "bits",
+    "input_bits",
+    "weight_bits",
+    "activation_bits",
+    "message_bits",
+    "attention_bits",
+    "output_bits",
+)

@@ -1,0 +1,205 @@
+"""Converting a model and undoing it."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+from .config import OFF, QuantConfig
+from .layers.base import QuantizedLayer, SiteFactory, restore_class
+from .layers.registry import convert_layer, mixin_for
+from .quantizers import QLRQuantizer
+
+__all__ = ["is_quantized", "quantize_model", "quantized_layers", "quantizers", "range_parameters", "restore_model"]
+
+Selector = str | type[nn.Module]
+
+
+def quantize_model(
+    model: nn.Module,
+    bits: int = 4,
+    *,
+    config: QuantConfig | None = None,
+    include: Selector | Iterable[Selector] | None = None,
+    exclude: Selector | Iterable[Selector] | None = None,
+    inplace: bool = False,
+) -> nn.Module:
+    """Convert a model so that it trains and runs in low bit widths.
+
+    Layers are swapped for subclasses that keep ``forward``, the ``Parameter`` objects, hooks and state-dict keys.  At 32
+    bits the result computes exactly what the original does.
+
+    Args:
+        model: Any module with ``Linear`` or ``MessagePassing`` layers; it is untouched unless ``inplace``.
+        bits: 2, 4, 8, or 32 = off, for every site; exclusive with ``config``.
+        config: The full configuration.
+        include: Layer names, patterns or types to convert; default all.
+        exclude: Layer names, patterns or types to leave alone, together with what is inside them.
+        inplace: Convert ``model`` itself.
+
+    Returns:
+        The converted model, on the same device, in the same dtype and mode.
+
+    Raises:
+        ValueError: If nothing matches, a layer is lazy and not yet initialized, the model is already converted, or an
+            override names no layer.
+    """
+    if config is None:
+        config = QuantConfig(bits=bits)
+    elif bits not in (4, config.bits):
+        raise ValueError(f"Expected 'bits' or 'config', not both (got bits={bits} and config.bits={config.bits})")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"Expected a torch.nn.Module (got {type(model).__name__})")
+    _check_unconverted(model)
+    chosen = _select(model, _selectors(include), _selectors(exclude))
+    config.check_overrides([name for name, _ in chosen])
+    _check_materialized(chosen)
+    if not inplace:
+        model = copy.deepcopy(model)
+    layers = dict(model.named_modules())
+    first = [True]
+    last = _output_layer([name for name, _ in chosen])
+    for name, _ in chosen:
+        layer = layers[name]
+        if isinstance(layer, QuantizedLayer):
+            continue  # converted together with the layer around it
+        mixin = mixin_for(type(layer))
+        assert mixin is not None
+        device, dtype = _placement(layer, model)
+        settings = config.for_layer(name)
+        output = name == last and settings.bits_for("output") != OFF
+        convert_layer(layer, mixin, SiteFactory(name, settings, device, dtype, first), output=output)
+    for quantizer in quantizers(model).values():
+        quantizer.train(model.training)
+    return model
+
+
+def _output_layer(names: list[str]) -> str:
+    """The last converted layer that is not inside another: its result is the model's output."""
+    return [name for name in names if not any(name != outer and _within(name, outer) for outer in names)][-1]
+
+
+def _selectors(value: Selector | Iterable[Selector] | None) -> list[Selector] | None:
+    if value is None:
+        return None
+    return [value] if isinstance(value, (str, type)) else list(value)
+
+
+def _matches(name: str, module: nn.Module, selectors: list[Selector]) -> bool:
+    for selector in selectors:
+        if isinstance(selector, str):
+            if fnmatchcase(name, selector) or name.startswith(f"{selector}."):
+                return True
+        elif isinstance(module, selector):
+            return True
+    return False
+
+
+def _select(
+    model: nn.Module, include: list[Selector] | None, exclude: list[Selector] | None
+) -> list[tuple[str, nn.Module]]:
+    convertible = [(n, m) for n, m in model.named_modules() if mixin_for(type(m)) is not None]
+    names = [name for name, _ in convertible]
+    for selector in (include or []) + (exclude or []):
+        if not any(_matches(name, module, [selector]) for name, module in convertible):
+            raise ValueError(f"{selector!r} matches no layer{_nearest(selector, names)}. {_candidates(model, names)}")
+    excluded = [n for n, m in convertible if exclude is not None and _matches(n, m, exclude)]
+    included = [n for n, m in convertible if include is None or _matches(n, m, include)]
+    chosen = [
+        (name, module)
+        for name, module in convertible
+        if not any(_within(name, outer) for outer in excluded) and any(_within(name, outer) for outer in included)
+    ]
+    if not chosen:
+        raise ValueError(f"Nothing to convert in {type(model).__name__}. {_candidates(model, names)}")
+    return chosen
+
+
+def _within(name: str, outer: str) -> bool:
+    return name == outer or outer == "" or name.startswith(f"{outer}.")
+
+
+def _nearest(selector: Selector, names: list[str]) -> str:
+    close = difflib.get_close_matches(selector, names, n=1) if isinstance(selector, str) else []
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _candidates(model: nn.Module, names: list[str]) -> str:
+    if names:
+        return f"Layers that can be converted: {', '.join(name or '(the model itself)' for name in names)}"
+    types = sorted({type(m).__name__ for m in model.modules()})
+    return (
+        f"It has no Linear and no MessagePassing layer, only {', '.join(types)}; "
+        f"register your own layer type with qgnn_plugin.register_layer"
+    )
+
+
+def _check_unconverted(model: nn.Module) -> None:
+    converted = [name for name, m in model.named_modules() if isinstance(m, QuantizedLayer)]
+    if converted:
+        raise ValueError(
+            f"Expected a plain model (got one whose layers are already quantized: {', '.join(converted[:5])}"
+            f"{', ...' if len(converted) > 5 else ''}); call qgnn_plugin.restore_model(model) first"
+        )
+
+
+def _check_materialized(layers: list[tuple[str, nn.Module]]) -> None:
+    lazy = [
+        name for name, m in layers if any(isinstance(p, UninitializedParameter) for p in m.parameters(recurse=False))
+    ]
+    if lazy:
+        raise ValueError(
+            f"Expected initialized layers (got lazy ones: {', '.join(lazy)}); run the model once on a batch before "
+            f"converting it, so that its channels of -1 are known"
+        )
+
+
+def _placement(layer: nn.Module, model: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+    for owner in (layer, model):
+        for tensor in (*owner.parameters(), *owner.buffers()):
+            if tensor.is_floating_point() and not isinstance(tensor, UninitializedParameter):
+                return tensor.device, tensor.dtype
+    return None, None
+
+
+def restore_model(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """Undo :func:`quantize_model`: the plain model, with bitwise the float weights that ``model`` holds now.
+
+    Raises:
+        ValueError: If ``model`` holds no converted layer.
+    """
+    if not is_quantized(model):
+        raise ValueError(f"Expected a model made by quantize_model (got a plain {type(model).__name__})")
+    if not inplace:
+        model = copy.deepcopy(model)
+    for layer in list(model.modules()):
+        if isinstance(layer, QuantizedLayer):
+            restore_class(layer)
+    return model
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether ``model`` holds a converted layer."""
+    return any(isinstance(module, QuantizedLayer) for module in model.modules())
+
+
+def quantized_layers(model: nn.Module) -> dict[str, Any]:
+    """Every converted layer, by qualified name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
+
+
+def quantizers(model: nn.Module) -> dict[str, QLRQuantizer]:
+    """Every quantizer, by qualified name; shared ones once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QLRQuantizer)}
+
+
+def range_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The learnable ranges (log scales and offsets), for an optimizer group of their own."""
+    return [p for q in quantizers(model).values() for p in q.parameters(recurse=False)]

@@ -1,0 +1,93 @@
+r"""Integer arithmetic of converted layers: sums run over codes, one affine step follows (DESIGN section 5).
+
+In eval mode the float operations and their order are those of the packed kernels, so that both executions agree bit for
+bit; sums over codes are exact because they stay below ``2^24`` in float32, or run in float64 where they may not.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels.plan import GraphPlan
+from ..kernels.spmm import segment_sum, spmm
+from ..quantizers import QuantizedTensor
+
+__all__ = ["aggregate_sum", "linear"]
+
+EXACT_FLOAT32 = 2**24
+
+
+def _code_matmul(x: QuantizedTensor, weight: QuantizedTensor, exact: bool) -> Tensor:
+    """``sum_k cx_k cw_ok``, ``[N, O]``; exact integers if ``exact``."""
+    cx, cw = x.codes, weight.codes
+    wide = False
+    if exact and x.qmax is not None and weight.qmax is not None:
+        wide = cw.dtype == torch.float32 and cw.size(1) * x.qmax * weight.qmax >= EXACT_FLOAT32
+    if wide:
+        cx, cw = cx.double(), cw.double()
+    acc = F.linear(cx, cw) if x.pattern is None else spmm(x.pattern, cw.t().contiguous(), cx)
+    return acc.to(weight.codes.dtype) if wide else acc
+
+
+def linear(x: QuantizedTensor, weight: QuantizedTensor, bias: Tensor | None, exact: bool) -> Tensor:
+    r"""``x^ W^T + b`` from codes.
+
+    .. math::
+        y_{no} = \big((\mathrm{acc}_{no}\, s^w_o) + (\mathrm{rowsum}_n\, l^w_o)\big) s^x_n
+            + \big((\mathrm{colsum}_o\, s^w_o) + K l^w_o\big) l^x_n + b_o
+
+    Args:
+        x: ``[*, K]``, range per tensor or node (a range per channel is dequantized first).
+        weight: ``[O, K]``, range per tensor or output channel.
+        bias: ``[O]`` or :obj:`None`.
+        exact: Keep code sums exact (the eval arithmetic); training needs no more than float32.
+
+    Returns:
+        ``[*, O]``.
+    """
+    if x.qmax is None and weight.qmax is None and x.pattern is None:
+        return F.linear(x.codes, weight.codes, bias)
+    if x.pattern is None and x.scale.dim() == 1 and x.scale.numel() > 1:
+        return F.linear(x.dequantize(), weight.dequantize(), bias)
+    scale_w, lower_w = weight.scale.reshape(-1), weight.lower.reshape(-1)
+    y = _code_matmul(x, weight, exact) * scale_w
+    if not weight.unsigned:
+        y = y + _row_sums(x) * lower_w
+    y = y * x.scale
+    if not x.unsigned:
+        column = weight.codes.sum(1) * scale_w + weight.codes.size(1) * lower_w
+        y = y + column * x.lower
+    return y if bias is None else y + bias
+
+
+def _row_sums(x: QuantizedTensor) -> Tensor:
+    if x.pattern is not None:
+        return segment_sum(x.pattern, x.codes).unsqueeze(1)
+    return x.codes.sum(-1, keepdim=True)
+
+
+def aggregate_sum(x: QuantizedTensor, plan: GraphPlan, weight: Tensor | None = None) -> Tensor:
+    r"""``sum_j w_ij x^_j`` over the edges of ``plan``, from codes.
+
+    .. math:: y_i = \Big(\sum_j w_{ij} c_j\Big) s + \Big(\sum_j w_{ij}\Big) l
+
+    Args:
+        x: ``[num_src, F]`` or ``[num_src, H, C]``.
+        plan: The graph.
+        weight: ``[E]`` or ``[E, H]`` in CSR order, or :obj:`None` for ones: then code sums are exact integers.
+
+    Returns:
+        ``[num_dst, F]`` or ``[num_dst, H, C]``.
+    """
+    if x.pattern is not None or x.per_node:
+        return spmm(plan, x.dequantize(), weight)
+    acc = spmm(plan, x.codes, weight)
+    if x.qmax is None:
+        return acc
+    y = acc * x.scale
+    if x.unsigned:
+        return y
+    mass = plan.degree.to(acc.dtype) if weight is None else segment_sum(plan, weight)
+    return y + mass.view(*mass.shape, *([1] * (acc.dim() - mass.dim()))) * x.lower

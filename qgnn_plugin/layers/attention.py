@@ -1,0 +1,197 @@
+r"""GATConv and GATv2Conv: quantized messages, quantized unnormalized attention, integer weighted sums.
+
+With edge logits ``e_ij`` and their row maximum ``m_i``, the numerator ``exp(e_ij - m_i)`` in ``(0, 1]`` is quantized to the
+code ``k_ij`` and the row is normalized by its own sum:
+
+.. math:: y_i = \frac{(\sum_j k_{ij} c_j)\, s}{\sum_j k_{ij}} + l
+
+``k_ij`` is the number of thresholds ``log((q - 1/2) / Q)``, ``q = 1 .. Q``, that ``e_ij - m_i`` reaches: no exponential is
+evaluated, so the codes agree between every implementation.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch_geometric.utils import add_self_loops, remove_self_loops
+
+from ..config import OFF
+from ..kernels.plan import GraphPlan
+from ..kernels.spmm import segment_max, segment_sum, spmm
+from ..quantizers import QLRQuantizer, QuantizedTensor
+from ..quantizers.functional import levels
+from ..smp.constraint import attach_constraint
+from .base import SiteFactory
+from .graph import edges_of, looped_plan, plain_graph
+from .message_passing import QuantizedConv
+
+__all__ = ["QuantizedGATConv", "QuantizedGATv2Conv", "attention_codes"]
+
+
+@lru_cache(maxsize=None)
+def attention_thresholds(bits: int) -> tuple[float, ...]:
+    """Ascending logit thresholds of the codes 1 .. Q."""
+    qmax = levels(bits)
+    return tuple(math.log((q - 0.5) / qmax) for q in range(1, qmax + 1))
+
+
+def attention_codes(shifted: Tensor, bits: int) -> Tensor:
+    """Codes of ``exp(shifted)``, ``shifted <= 0``; in the backward pass the gradient of ``Q exp(shifted)``."""
+    qmax = levels(bits)
+    numerator = shifted.exp() * qmax
+    table = torch.tensor(attention_thresholds(bits), dtype=shifted.dtype, device=shifted.device)
+    codes = torch.bucketize(shifted.detach(), table, right=True).to(shifted.dtype)
+    return numerator + (codes - numerator).detach()
+
+
+class _QuantizedAttention(QuantizedConv):
+    """What GATConv and GATv2Conv share."""
+
+    message_quantizer: QLRQuantizer
+    attention_bits: int
+
+    @classmethod
+    def attach(cls, layer: Any, sites: SiteFactory) -> None:
+        layer.message_quantizer = sites.message("message")
+        layer.attention_bits = sites.config.bits_for("attention")
+        attach_constraint(layer, sites.config.smp, sites.device)
+
+    @property
+    def is_off(self) -> bool:
+        return self.attention_bits == OFF and super().is_off
+
+    def _plan(self: Any, edge_index: Any, edge_attr: Any, size: tuple[int, int]) -> tuple[GraphPlan, Any, Any]:
+        """The plan with self-loops as the layer wants them, its edge features in CSR order, and its edge index."""
+        if edge_attr is None:
+            if self.add_self_loops:
+                return looped_plan(edge_index, size, self.flow), None, None
+            return plain_graph(edge_index, size, self.flow).plan, None, None
+        edges = edges_of(edge_index, None, self.flow)
+        looped = torch.stack([edges.src, edges.dst])
+        if self.add_self_loops:
+            looped, edge_attr = remove_self_loops(looped, edge_attr)
+            looped, edge_attr = add_self_loops(looped, edge_attr, fill_value=self.fill_value, num_nodes=min(size))
+        plan = GraphPlan.from_edges(looped[0], looped[1], *size)
+        return plan, plan.sort(edge_attr), looped
+
+    def _edge_features(self: Any, edge_attr: Tensor) -> Tensor:
+        edge_attr = edge_attr.view(-1, 1) if edge_attr.dim() == 1 else edge_attr
+        return self.lin_edge(edge_attr).view(-1, self.heads, self.out_channels)
+
+    def _attend(self: Any, logits: Tensor, messages: QuantizedTensor, plan: GraphPlan) -> tuple[Tensor, Tensor]:
+        """Weighted mean of ``messages`` [N, H, C] under ``logits`` [E, H]; also the attention weights [E, H]."""
+        peak = segment_max(plan, logits)
+        shifted = logits - peak[plan.dst]
+        numerator = shifted.exp() if self.attention_bits == OFF else attention_codes(shifted, self.attention_bits)
+        total = segment_sum(plan, numerator)
+        # An isolated node has an empty sum; any positive divisor gives it the zero that PyG gives.
+        divisor = torch.where(total > 0, total, torch.ones_like(total))
+        kept = F.dropout(numerator, p=self.dropout, training=self.training)
+        out = (spmm(plan, messages.codes, kept) * messages.scale) / divisor.unsqueeze(-1)
+        if not messages.unsigned:
+            share = segment_sum(plan, kept) / divisor
+            out = out + share.unsqueeze(-1) * messages.lower
+        return out, kept / divisor[plan.dst]
+
+    def _finish(self: Any, out: Tensor, residual: Tensor | None) -> Tensor:
+        out = out.flatten(1) if self.concat else out.mean(dim=1)
+        if residual is not None:
+            out = out + residual
+        return out if self.bias is None else out + self.bias
+
+    def _returned(self: Any, out: Tensor, alpha: Tensor, plan: GraphPlan, request: Any) -> Any:
+        if request is None:
+            return out
+        first, second = (plan.col.long(), plan.dst) if self.flow == "source_to_target" else (plan.dst, plan.col.long())
+        return out, (torch.stack([first, second]), alpha)
+
+    def _sent(self: Any, z: Tensor) -> QuantizedTensor:
+        """Messages ``[N, H, C]``, with codes as values where ranges differ by node or channel."""
+        sent = self.message_quantizer(z)
+        if sent.scale.numel() == 1:
+            return sent
+        return QuantizedTensor.identity(sent.dequantize())
+
+    def _smoothed(self: Any, z: Tensor, out: Tensor, alpha: Tensor, plan: GraphPlan) -> Tensor:
+        if self.smp is None or not (self.training or self.multiplier_value > 0):
+            return out
+        return self.smooth(z, out, lambda v: spmm(plan, v, alpha.to(v.dtype)), plan.num_edges)
+
+
+class QuantizedGATConv(_QuantizedAttention):
+    """Quantized :class:`torch_geometric.nn.GATConv`; logits come from the accumulators, before messages are quantized."""
+
+    def forward(
+        self: Any, x: Any, edge_index: Any, edge_attr: Any = None, size: Any = None, return_attention_weights: Any = None
+    ) -> Any:
+        if self.is_off:
+            return super().forward(x, edge_index, edge_attr, size, return_attention_weights)
+        self.refuse_explain()
+        x_src, x_dst = (x, x) if isinstance(x, Tensor) else x
+        residual = self.res(x_dst) if self.res is not None and x_dst is not None else None
+        z_src, z_dst = self._transformed(x_src, x_dst)
+        num_dst = z_dst.size(0) if z_dst is not None else (size[1] if size is not None else z_src.size(0))
+        plan, edge_attr, _ = self._plan(edge_index, edge_attr, (z_src.size(0), num_dst))
+        logits = (z_src * self.att_src).sum(-1)[plan.col.long()]
+        if z_dst is not None:
+            logits = logits + (z_dst * self.att_dst).sum(-1)[plan.dst]
+        if edge_attr is not None and self.lin_edge is not None:
+            logits = logits + (self._edge_features(edge_attr) * self.att_edge).sum(-1)
+        logits = F.leaky_relu(logits, self.negative_slope)
+        out, alpha = self._attend(logits, self._sent(z_src), plan)
+        if z_dst is z_src:
+            out = self._smoothed(z_src, out, alpha.detach(), plan)
+        return self._returned(self._finish(out, residual), alpha, plan, return_attention_weights)
+
+    def _transformed(self: Any, x_src: Tensor, x_dst: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        shape = (-1, self.heads, self.out_channels)
+        if self.lin is not None:
+            z_src = self.lin(x_src).view(shape)
+            if x_dst is x_src:
+                return z_src, z_src
+            return z_src, None if x_dst is None else self.lin(x_dst).view(shape)
+        return self.lin_src(x_src).view(shape), None if x_dst is None else self.lin_dst(x_dst).view(shape)
+
+
+class QuantizedGATv2Conv(_QuantizedAttention):
+    """Quantized :class:`torch_geometric.nn.GATv2Conv`; logits are read from the quantized messages themselves."""
+
+    target_quantizer: QLRQuantizer
+
+    @classmethod
+    def attach(cls, layer: Any, sites: SiteFactory) -> None:
+        super().attach(layer, sites)
+        layer.target_quantizer = sites.message("target")
+
+    def forward(
+        self: Any, x: Any, edge_index: Any, edge_attr: Any = None, return_attention_weights: Any = None
+    ) -> Any:
+        if self.is_off:
+            return super().forward(x, edge_index, edge_attr, return_attention_weights)
+        self.refuse_explain()
+        x_src, x_dst = (x, x) if isinstance(x, Tensor) else x
+        shape = (-1, self.heads, self.out_channels)
+        residual = self.res(x_dst) if self.res is not None and x_dst is not None else None
+        z_src = self.lin_l(x_src).view(shape)
+        if self.share_weights and x_dst is x_src:
+            z_dst = z_src
+        else:
+            z_dst = None if x_dst is None else (self.lin_l if self.share_weights else self.lin_r)(x_dst).view(shape)
+        if z_dst is None:
+            raise ValueError("Expected target features in a bipartite GATv2Conv (got None)")
+        plan, edge_attr, _ = self._plan(edge_index, edge_attr, (z_src.size(0), z_dst.size(0)))
+        sent = self._sent(z_src)
+        target = sent if z_dst is z_src else self.target_quantizer(z_dst)
+        hidden = sent.dequantize()[plan.col.long()] + target.dequantize()[plan.dst]
+        if edge_attr is not None and self.lin_edge is not None:
+            hidden = hidden + self._edge_features(edge_attr)
+        logits = (F.leaky_relu(hidden, self.negative_slope) * self.att).sum(-1)
+        out, alpha = self._attend(logits, sent, plan)
+        if x_dst is x_src:
+            out = self._smoothed(z_src, out, alpha.detach(), plan)
+        return self._returned(self._finish(out, residual), alpha, plan, return_attention_weights)

@@ -1,0 +1,176 @@
+"""What every converted layer shares: class swapping that survives copying and pickling, and construction of sites."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..config import OFF, Granularity, Levels, QuantConfig, Site
+from ..quantizers import QLRQuantizer
+
+__all__ = ["QuantizedLayer", "SiteFactory", "quantized_class", "restore_class"]
+
+
+class QuantizedLayer:
+    """Mixin of every converted layer.
+
+    Converting sets ``layer.__class__`` to a subclass of (mixin, the layer's own class), so parameters, hooks, buffers
+    and ``isinstance`` stay as they were.  The subclass is made on demand; copies and pickles refer to it by the pair.
+    """
+
+    float_class: ClassVar[type[nn.Module]]
+    mixin: ClassVar[type[QuantizedLayer]]
+    quantizes_output: ClassVar[bool]
+
+    # Set by conversion:
+    quant_config: QuantConfig
+    layer_name: str
+
+    @classmethod
+    def attach(cls, layer: Any, sites: SiteFactory) -> None:
+        """Add this layer's quantizers to ``layer``; called once, before its class is swapped."""
+        raise NotImplementedError
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        cls = type(self)
+        return _rebuild, (cls.mixin, cls.float_class, cls.quantizes_output), self.__dict__.copy()
+
+    def own_quantizers(self) -> Iterator[tuple[str, QLRQuantizer]]:
+        """Quantizers that belong to this layer itself, not to a layer inside it."""
+        for name, child in self.named_children():  # type: ignore[attr-defined]
+            if isinstance(child, QLRQuantizer):
+                yield name, child
+            elif isinstance(child, QuantizerDict):
+                yield from ((f"{name}.{key}", q) for key, q in child.items() if isinstance(q, QLRQuantizer))
+
+    @property
+    def is_off(self) -> bool:
+        """Whether every site of this layer is at full precision."""
+        return all(q.bits == OFF for _, q in self.own_quantizers())
+
+
+class QuantizerDict(nn.ModuleDict):
+    """Quantizers of a layer, by argument name or step."""
+
+
+_CLASSES: dict[tuple[type, type, bool], type] = {}
+
+
+def quantized_class(mixin: type[QuantizedLayer], float_class: type[nn.Module], output: bool = False) -> type:
+    """The subclass of ``(mixin, float_class)``, made once; with ``output`` its result is quantized as well."""
+    key = (mixin, float_class, output)
+    if key not in _CLASSES:
+        namespace: dict[str, Any] = {
+            "float_class": float_class,
+            "mixin": mixin,
+            "quantizes_output": output,
+            "__module__": mixin.__module__,
+            "__doc__": f"Quantized :class:`{float_class.__module__}.{float_class.__qualname__}`.",
+        }
+        # PyG generates a `propagate` onto a subclass that has none in its own namespace, on the first copy or unpickling
+        # of an instance, and `explain` reads the two aliases: all three must be in the concrete class.
+        propagate = getattr(mixin, "quantized_propagate", None)
+        if propagate is not None:
+            namespace |= {"propagate": propagate, "_orig_propagate": propagate, "_jinja_propagate": propagate}
+        bases: tuple[type, ...] = (mixin, float_class)
+        if output:
+            namespace["forward"] = _quantizing_output(mixin.forward)  # type: ignore[attr-defined]
+        _CLASSES[key] = type(f"Quantized{float_class.__name__}", bases, namespace)
+    return _CLASSES[key]
+
+
+def _quantizing_output(forward: Any) -> Any:
+    @functools.wraps(forward)
+    def quantized(self: Any, *args: Any, **kwargs: Any) -> Any:
+        out = forward(self, *args, **kwargs)
+        return self.output_quantizer(out).dequantize() if isinstance(out, Tensor) else out
+
+    return quantized
+
+
+def _rebuild(mixin: type[QuantizedLayer], float_class: type[nn.Module], output: bool) -> Any:
+    cls = quantized_class(mixin, float_class, output)
+    return cls.__new__(cls)
+
+
+def restore_class(layer: nn.Module) -> None:
+    """Undo a conversion in place: remove quantizers and buffers, give the layer its own class back."""
+    assert isinstance(layer, QuantizedLayer)
+    for name, child in list(layer.named_children()):  # type: ignore[attr-defined]
+        if isinstance(child, (QLRQuantizer, QuantizerDict)):
+            delattr(layer, name)
+    for name in ("multiplier", "slack"):
+        layer._buffers.pop(name, None)  # type: ignore[attr-defined]
+        layer._non_persistent_buffers_set.discard(name)  # type: ignore[attr-defined]
+    for name in ("quant_config", "layer_name", "constraint_state", "smp", "attention_bits"):
+        layer.__dict__.pop(name, None)
+    layer.__class__ = type(layer).float_class
+
+
+@dataclass
+class SiteFactory:
+    """Makes the quantizers of one layer after its configuration."""
+
+    name: str
+    config: QuantConfig
+    device: torch.device | None
+    dtype: torch.dtype | None
+    first: list[bool] = field(default_factory=lambda: [True])
+
+    def make(
+        self,
+        site: Site,
+        label: str,
+        *,
+        levels: Levels = "affine",
+        granularity: Granularity | None = None,
+        channels: int | None = None,
+        channel_dim: int = -1,
+    ) -> QLRQuantizer:
+        """A quantizer for ``site``; ``label`` names it in errors."""
+        granularity = granularity or self.config.granularity
+        if granularity == "channel" and channels is None:
+            granularity = "tensor"
+        return QLRQuantizer(
+            self.config.bits_for(site),
+            levels=levels,
+            granularity=granularity,
+            channels=channels,
+            channel_dim=channel_dim,
+            truncation=self.config.truncation,
+            learn=self.config.learn_ranges,
+            site=f"{self.name}.{label}" if self.name else label,
+            device=self.device,
+            dtype=self.dtype,
+        )
+
+    def features(self, label: str, channels: int | None = None) -> QLRQuantizer:
+        """A quantizer for a layer's input: the model's input for the first layer, an activation afterwards."""
+        site: Site = "input" if self.first[0] else "activation"
+        self.first[0] = False
+        return self.make(site, label, channels=channels)
+
+    def weight(self, label: str, weight: Tensor) -> QLRQuantizer:
+        """A quantizer for a ``[out, in]`` weight."""
+        return self.make(
+            "weight",
+            label,
+            levels=self.config.weight_levels,
+            granularity=self.config.weight_granularity,
+            channels=weight.size(0),
+            channel_dim=0,
+        )
+
+    def message(self, label: str, channels: int | None = None) -> QLRQuantizer:
+        """A quantizer for what neighbours send."""
+        return self.make("message", label, levels=self.config.message_levels, channels=channels)
+
+    def within(self, child: str, config: QuantConfig | None = None) -> SiteFactory:
+        """The factory of a child layer."""
+        name = f"{self.name}.{child}" if self.name else child
+        return SiteFactory(name, config or self.config, self.device, self.dtype, self.first)

@@ -1,0 +1,52 @@
+"""GCNConv: transform, scale by ``d^-1/2``, quantize once per node, sum integer codes, scale by ``d^-1/2``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..quantizers import QLRQuantizer
+from ..smp.constraint import attach_constraint
+from .arithmetic import aggregate_sum
+from .base import SiteFactory
+from .graph import NormalizedGraph, gcn_graph
+from .message_passing import QuantizedConv
+
+__all__ = ["QuantizedGCNConv", "propagate_codes"]
+
+
+def propagate_codes(z: Tensor, graph: NormalizedGraph, quantizer: QLRQuantizer) -> Tensor:
+    r""":math:`t_i \sum_j w_{ij} Q(s_j z_j)`: the source factor goes in before quantization, the target factor after."""
+    messages = quantizer(z if graph.source is None else z * graph.source)
+    out = aggregate_sum(messages, graph.plan, graph.weight)
+    return out if graph.target is None else out * graph.target
+
+
+class QuantizedGCNConv(QuantizedConv):
+    """Quantized :class:`torch_geometric.nn.GCNConv`."""
+
+    message_quantizer: QLRQuantizer
+
+    @classmethod
+    def attach(cls, layer: Any, sites: SiteFactory) -> None:
+        layer.message_quantizer = sites.message("message", layer.out_channels)
+        attach_constraint(layer, sites.config.smp, sites.device)
+
+    def forward(self: Any, x: Tensor, edge_index: Any, edge_weight: Tensor | None = None) -> Tensor:
+        if self.is_off or isinstance(x, (tuple, list)):
+            return super().forward(x, edge_index, edge_weight)
+        self.refuse_explain()
+        graph = gcn_graph(
+            edge_index,
+            edge_weight,
+            x.size(0),
+            improved=self.improved,
+            add_self_loops=self.add_self_loops,
+            normalize=self.normalize,
+            flow=self.flow,
+            dtype=self.lin.weight.dtype,
+        )
+        z = self.lin(x)
+        out = self.smooth(z, propagate_codes(z, graph, self.message_quantizer), graph.apply, graph.plan.num_edges)
+        return out if self.bias is None else out + self.bias

@@ -1,0 +1,44 @@
+"""GINConv: sum integer codes of the node features, then the layer's own (converted) network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..quantizers import QLRQuantizer
+from ..smp.constraint import attach_constraint
+from .arithmetic import aggregate_sum
+from .base import SiteFactory
+from .graph import gcn_graph, plain_graph
+from .message_passing import QuantizedConv
+
+__all__ = ["QuantizedGINConv"]
+
+
+class QuantizedGINConv(QuantizedConv):
+    """Quantized :class:`torch_geometric.nn.GINConv`: a node's own features are read from the same codes."""
+
+    message_quantizer: QLRQuantizer
+
+    @classmethod
+    def attach(cls, layer: Any, sites: SiteFactory) -> None:
+        layer.message_quantizer = sites.features("message") if sites.first[0] else sites.message("message")
+        attach_constraint(layer, sites.config.smp, sites.device)
+
+    def forward(self: Any, x: Any, edge_index: Any, size: Any = None) -> Tensor:
+        if self.is_off or self.aggr not in ("add", "sum"):
+            return super().forward(x, edge_index, size)
+        self.refuse_explain()
+        x_src, x_dst = (x, x) if isinstance(x, Tensor) else x
+        sent = self.message_quantizer(x_src)
+        num_dst = x_dst.size(0) if x_dst is not None else (size[1] if size is not None else x_src.size(0))
+        graph = plain_graph(edge_index, (x_src.size(0), num_dst), self.flow)
+        out = aggregate_sum(sent, graph.plan)
+        if x_dst is not None:
+            own = sent if x_dst is x_src else self.message_quantizer(x_dst)
+            out = out + (1 + self.eps) * own.dequantize()
+        if self.smp is not None and x_dst is x_src and (self.training or self.multiplier_value > 0):
+            smoother = gcn_graph(edge_index, None, x_src.size(0), flow=self.flow, dtype=out.dtype)
+            out = self.smooth(sent.dequantize(), out, smoother.apply, graph.plan.num_edges)
+        return self.nn(out)

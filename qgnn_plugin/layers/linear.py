@@ -1,0 +1,44 @@
+"""Quantized ``torch.nn.Linear`` and ``torch_geometric.nn.Linear``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..quantizers import QLRQuantizer, QuantizedTensor
+from .arithmetic import linear
+from .base import QuantizedLayer, SiteFactory
+
+__all__ = ["QuantizedLinear"]
+
+
+class QuantizedLinear(QuantizedLayer):
+    """Linear map on quantized input and weight; accumulation, affine step and bias are wider."""
+
+    input_quantizer: QLRQuantizer | None
+    weight_quantizer: QLRQuantizer
+    weight: Tensor
+    bias: Tensor | None
+    training: bool
+
+    @classmethod
+    def attach(cls, layer: Any, sites: SiteFactory, own_input: bool = True) -> None:
+        """Add quantizers; ``own_input=False`` for a layer whose owner quantizes the input it shares."""
+        layer.input_quantizer = sites.features("input", layer.weight.size(1)) if own_input else None
+        layer.weight_quantizer = sites.weight("weight", layer.weight)
+
+    def forward(self, x: Tensor | QuantizedTensor) -> Tensor:
+        return self.apply_to(x, self.bias)
+
+    def apply_to(self, x: Tensor | QuantizedTensor, bias: Tensor | None) -> Tensor:
+        """The linear map with another bias (or none)."""
+        if isinstance(x, QuantizedTensor):
+            quantized = x
+        elif self.input_quantizer is not None:
+            if self.is_off and bias is self.bias:
+                return super().forward(x)  # type: ignore[misc]
+            quantized = self.input_quantizer(x)
+        else:
+            quantized = QuantizedTensor.identity(x)
+        return linear(quantized, self.weight_quantizer(self.weight), bias, exact=not self.training)

@@ -1,0 +1,99 @@
+"""Message passing: the base of every converted convolution, and the generic path for any other ``MessagePassing``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..quantizers import QLRQuantizer
+from ..smp.constraint import SmoothLayer, attach_constraint
+from .base import QuantizedLayer, QuantizerDict, SiteFactory
+from .graph import gcn_graph
+
+__all__ = ["QuantizedConv", "QuantizedMessagePassing"]
+
+# Arguments of `propagate` that hold per-node scalars of an attention mechanism or a normalization: these stay wider.
+LOGIT_ARGUMENTS = frozenset({"alpha", "alpha_l", "alpha_r", "norm", "deg", "score", "index"})
+
+
+class QuantizedConv(QuantizedLayer, SmoothLayer):
+    """Base of converted ``MessagePassing`` layers: a smoothness constraint around ``propagate``."""
+
+    flow: str
+    explain: bool | None
+
+    def quantized_propagate(self, edge_index: Any, size: Any = None, **kwargs: Any) -> Tensor:
+        """Quantize the node features among ``kwargs``, run the layer's own ``propagate``, smooth its change.
+
+        Becomes ``propagate`` of the concrete class (see :func:`~qgnn_plugin.layers.base.quantized_class`).
+        """
+        kwargs = self.quantized_arguments(kwargs)
+        out = self.float_propagate(edge_index, size, **kwargs)
+        x = kwargs.get("x")
+        if isinstance(x, (tuple, list)):
+            x = x[0]
+        # x may have been quantized; the constraint is on what the layer does to what it propagates.
+        if self.smp is None or not isinstance(x, Tensor) or x.shape != out.shape or not self._is_square(x):
+            return out
+        if not (self.training or self.multiplier_value > 0):
+            return out
+        graph = gcn_graph(edge_index, None, x.size(0), flow=self.flow, dtype=x.dtype)
+        return self.smooth(x, out, graph.apply, graph.plan.num_edges)
+
+    def quantized_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Replace the node features a layer sends by their quantized values; nothing to do by default."""
+        return kwargs
+
+    def float_propagate(self, edge_index: Any, size: Any, **kwargs: Any) -> Tensor:
+        """The original ``propagate`` of the layer's own class."""
+        cls: Any = type(self).float_class
+        original = cls._orig_propagate if self.explain else cls.propagate
+        return original(self, edge_index, size=size, **kwargs)
+
+    def _is_square(self, x: Tensor) -> bool:
+        return x.dim() == 2 and getattr(self, "node_dim", -2) in (-2, 0)
+
+    def refuse_explain(self) -> None:
+        """Explanation masks act inside PyG's ``propagate``, which a converted layer of this kind does not run."""
+        if self.explain:
+            raise NotImplementedError(
+                f"Expected '{self.layer_name}' not to be in explain mode while quantized; "
+                f"explain the plain model: qgnn_plugin.restore_model(model)"
+            )
+
+
+class QuantizedMessagePassing(QuantizedConv):
+    """Generic path: every node-feature argument that a layer sends (``*_j``) is quantized once per node.
+
+    Inner linear layers are converted on their own; attention logits, edge features and the aggregation stay wider.
+    """
+
+    argument_quantizers: QuantizerDict
+
+    @classmethod
+    def attach(cls, layer: Any, sites: SiteFactory) -> None:
+        sent = sorted({name[:-2] for name in layer._user_args if name.endswith("_j")} - LOGIT_ARGUMENTS)
+        layer.argument_quantizers = QuantizerDict({name: sites.message(f"message.{name}") for name in sent})
+        attach_constraint(layer, sites.config.smp, sites.device)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+    def quantized_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        out = dict(kwargs)
+        for name, quantizer in self.argument_quantizers.items():
+            assert isinstance(quantizer, QLRQuantizer)
+            if name in out and quantizer.bits != 32:
+                out[name] = _quantize_values(out[name], quantizer)
+        return out
+
+
+def _quantize_values(value: Any, quantizer: QLRQuantizer) -> Any:
+    """Quantize a float tensor, or the source half of a bipartite pair; leave anything else alone."""
+    if isinstance(value, (tuple, list)):
+        return (_quantize_values(value[0], quantizer), *value[1:])
+    if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1 and value.layout == torch.strided:
+        return quantizer(value).dequantize()
+    return value

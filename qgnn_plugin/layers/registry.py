@@ -1,0 +1,75 @@
+"""Which mixin converts which layer type."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch_geometric.nn import APPNP, GATConv, GATv2Conv, GCNConv, GINConv, MessagePassing, SAGEConv
+from torch_geometric.nn import Linear as PyGLinear
+
+from .appnp import QuantizedAPPNP
+from .attention import QuantizedGATConv, QuantizedGATv2Conv
+from .base import QuantizedLayer, SiteFactory, quantized_class
+from .gcn import QuantizedGCNConv
+from .gin import QuantizedGINConv
+from .linear import QuantizedLinear
+from .message_passing import QuantizedConv, QuantizedMessagePassing
+from .sage import QuantizedSAGEConv
+
+__all__ = ["convert_layer", "mixin_for", "register_layer"]
+
+_REGISTRY: dict[type[nn.Module], type[QuantizedLayer]] = {}
+
+# A subclass that redefines one of these computes something else than its parent: it takes the generic path.
+_BEHAVIOUR = ("forward", "message", "aggregate", "update", "message_and_aggregate", "edge_update")
+
+
+def register_layer(layer_class: type[nn.Module], mixin: type[QuantizedLayer]) -> None:
+    """Convert layers of ``layer_class`` (and subclasses that behave the same) with ``mixin``."""
+    if not (isinstance(layer_class, type) and issubclass(layer_class, nn.Module)):
+        raise TypeError(f"Expected a torch.nn.Module class (got {layer_class!r})")
+    if not (isinstance(mixin, type) and issubclass(mixin, QuantizedLayer)):
+        raise TypeError(f"Expected a QuantizedLayer class (got {mixin!r})")
+    _REGISTRY[layer_class] = mixin
+
+
+def mixin_for(layer_class: type[nn.Module]) -> type[QuantizedLayer] | None:
+    """The mixin that converts ``layer_class``, or :obj:`None` where nothing does."""
+    for base in layer_class.__mro__:
+        if base in _REGISTRY:
+            if base is layer_class or _behaves_like(layer_class, base):
+                return _REGISTRY[base]
+            break
+    return QuantizedMessagePassing if issubclass(layer_class, MessagePassing) else None
+
+
+def _behaves_like(cls: type, base: type) -> bool:
+    return all(getattr(cls, name, None) is getattr(base, name, None) for name in _BEHAVIOUR)
+
+
+def convert_layer(
+    layer: nn.Module, mixin: type[QuantizedLayer], sites: SiteFactory, *, output: bool = False, **options: Any
+) -> None:
+    """Add quantizers to ``layer`` and swap its class, in place; with ``output`` its result is quantized as well."""
+    mixin.attach(layer, sites, **options)
+    if output:
+        layer.output_quantizer = sites.make("output", "output")
+    state: Any = layer
+    state.quant_config, state.layer_name = sites.config, sites.name
+    if issubclass(mixin, QuantizedConv):
+        state.smp = sites.config.smp
+    layer.__class__ = quantized_class(mixin, type(layer), output)
+
+
+for _layer, _mixin in {
+    nn.Linear: QuantizedLinear,
+    PyGLinear: QuantizedLinear,
+    GCNConv: QuantizedGCNConv,
+    GATConv: QuantizedGATConv,
+    GATv2Conv: QuantizedGATv2Conv,
+    SAGEConv: QuantizedSAGEConv,
+    GINConv: QuantizedGINConv,
+    APPNP: QuantizedAPPNP,
+}.items():
+    register_layer(_layer, _mixin)

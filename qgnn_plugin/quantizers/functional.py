@@ -1,0 +1,79 @@
+r"""Rounding to codes, with the gradients of the straight-through surrogate.
+
+With ``Q = 2^b - 1``, scale ``s`` and lower end ``l``, in exactly this order of float operations (DESIGN section 5)::
+
+    v = (x - l) * (1 / s)        c = clamp(floor(v + 1/2), 0, Q)        x^ = c * s + l
+
+The surrogate replaces rounding by the identity, so that inside the range ``dc/dx = 1/s``, ``dc/dl = -1/s`` and
+``dc/ds = -v/s``, and outside all three are 0.  Composed with ``x^ = c s + l`` this gives DESIGN section 3's gradients:
+``dx^/dx = 1`` inside and 0 outside; ``dx^/du = (c - v)/Q`` inside, 1 above, 0 below; ``dx^/dl = -(c - v)/Q`` inside,
+0 above, 1 below (at fixed ``u``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["FINE_LEVELS", "levels", "quantize_codes", "truncate"]
+
+FINE_BITS = 8
+FINE_LEVELS = 2**FINE_BITS - 1
+
+
+def levels(bits: int) -> int:
+    """The largest code ``Q = 2^bits - 1``."""
+    return 2**bits - 1
+
+
+def truncate(fine: Tensor, qmax: int, skew: Tensor) -> Tensor:
+    r"""Bitwise truncation of 8-bit codes to ``qmax + 1`` levels: BT with ``skew = 0``, else BT*.
+
+    .. math:: c = \mathrm{clamp}(\lfloor (c_8 + \mathrm{skew}) / (255 / Q) + 1/2 \rfloor, 0, Q)
+    """
+    base = FINE_LEVELS / qmax
+    return ((fine + skew) / base + 0.5).floor_().clamp_(0, qmax)
+
+
+def _sum_to(grad: Tensor, shape: torch.Size) -> Tensor:
+    return grad if grad.shape == shape else grad.sum_to_size(shape)
+
+
+class _QuantizeCodes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, lower: Tensor, qmax: int, skew: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, scale, lower)
+        ctx.qmax = qmax
+        if skew is None:
+            return ((x - lower) * (1 / scale)).add_(0.5).floor_().clamp_(0, qmax)
+        fine_scale = scale * (qmax / FINE_LEVELS)
+        fine = ((x - lower) * (1 / fine_scale)).add_(0.5).floor_().clamp_(0, FINE_LEVELS)
+        return truncate(fine, qmax, skew)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, scale, lower = ctx.saved_tensors
+        inverse = 1 / scale
+        v = (x - lower) * inverse
+        grad_x = (grad * inverse).masked_fill_((v < 0) | (v > ctx.qmax), 0)
+        grad_scale = grad_lower = None
+        if ctx.needs_input_grad[1]:
+            grad_scale = _sum_to(-(grad_x * v), scale.shape)
+        if ctx.needs_input_grad[2]:
+            grad_lower = _sum_to(-grad_x, lower.shape)
+        return grad_x if ctx.needs_input_grad[0] else None, grad_scale, grad_lower, None, None
+
+
+def quantize_codes(x: Tensor, scale: Tensor, lower: Tensor, qmax: int, skew: Tensor | None = None) -> Tensor:
+    """Codes of ``x`` as integer-valued floats in ``[0, qmax]``, differentiable in ``x``, ``scale`` and ``lower``.
+
+    Args:
+        x: Values, any shape.
+        scale: Step size, positive, broadcastable to ``x``.
+        lower: Lower end of the range, broadcastable to ``x``.
+        qmax: Largest code.
+        skew: If given, quantize to 8 bits and truncate with this skewness correction (see :func:`truncate`).
+    """
+    return _QuantizeCodes.apply(x, scale, lower, qmax, skew)

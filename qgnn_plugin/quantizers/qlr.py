@@ -1,0 +1,324 @@
+"""QLR: the quantizer with learnable ranges (arXiv 2308.14949, section 4.1), in scale-relative form."""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import BITS, OFF, Granularity, Levels, Truncation, _one_of
+from ..kernels.plan import GraphPlan, plan_cache
+from ..kernels.spmm import segment_max
+from .functional import levels as max_code
+from .functional import quantize_codes
+from .range_search import SMALLEST, search_range, subsample
+from .tensor import QuantizedTensor
+
+__all__ = ["QLRQuantizer", "RangeKind"]
+
+
+class RangeKind(enum.IntEnum):
+    """What the range of a quantizer is, the more general the smaller; saved in its ``kind`` buffer."""
+
+    UNSET = 0
+    FREE = 1
+    NONNEGATIVE = 2  # the data are non-negative: the lower end is fixed at zero
+    ONE_BIT_ROWS = 3  # each row is 0 or one value of its own: one bit and a scale per row are exact
+    ONE_BIT = 4  # the data are 0 or one common value: one bit is exact
+
+
+class QLRQuantizer(nn.Module):
+    r"""Quantizer with a learnable range ``[l, u]``, ``s = exp(log_scale)`` and ``l = offset * s``.
+
+    Args:
+        bits: 2, 4, 8, or 32 for off.
+        levels: ``"affine"`` (learned offset; the lower end is fixed at zero when the data that set the range are
+            non-negative), ``"unsigned"``, ``"symmetric"`` (zero is a level) or ``"half"`` (half-integer levels).
+        granularity: One range per ``"tensor"``, per ``"channel"`` or per ``"node"``: then a row's step is the learned
+            factor times the row's largest magnitude, so unseen nodes have a range too.
+        channels: Number of channels, for ``"channel"``.
+        channel_dim: The dimension that holds channels: 0 for weights, -1 for activations.
+        truncation: ``"bt"`` or ``"sbt"``: truncate 8-bit codes instead of rounding directly.
+        learn: Whether the range receives gradients.
+        site: Name used in errors, such as ``"conv1.lin.input"``.
+
+    The range is set by :func:`qgnn_plugin.calibrate`, or else from the first batch seen in training mode.
+
+    Shapes:
+        - **input:** ``[N, F]`` (any shape per tensor), or a ``torch.sparse_csr`` matrix of non-negative values
+        - **output:** :class:`QuantizedTensor` of the same shape
+    """
+
+    kind: Tensor
+    skew: Tensor | None
+    offset: nn.Parameter | None
+
+    def __init__(
+        self,
+        bits: int,
+        *,
+        levels: Levels = "affine",
+        granularity: Granularity = "tensor",
+        channels: int | None = None,
+        channel_dim: int = -1,
+        truncation: Truncation | None = None,
+        learn: bool = True,
+        site: str = "tensor",
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if bits not in BITS:
+            raise ValueError(f"Expected 'bits' to be 2, 4, 8 or 32 = off (got {bits!r})")
+        _one_of("levels", levels, ("affine", "unsigned", "symmetric", "half"))
+        _one_of("granularity", granularity, ("tensor", "channel", "node"))
+        _one_of("truncation", truncation, (None, "bt", "sbt"))
+        if granularity == "channel" and (channels is None or channels < 1):
+            raise ValueError(f"Expected 'channels' >= 1 for a range per channel (got {channels!r})")
+        self.bits, self.levels, self.granularity = bits, levels, granularity
+        self.channel_dim, self.truncation, self.site = channel_dim, truncation, site
+        self._range_kind = RangeKind.UNSET
+        self._observed: list[tuple[RangeKind, Tensor]] | None = None
+        shape = (channels,) if granularity == "channel" and channels is not None else ()
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.log_scale = nn.Parameter(torch.zeros(shape, **options), requires_grad=learn)
+        self.register_parameter(
+            "offset", nn.Parameter(torch.zeros(shape, **options), requires_grad=learn) if levels == "affine" else None
+        )
+        self.register_buffer("kind", torch.zeros((), dtype=torch.uint8, device=device))
+        self.register_buffer("skew", torch.zeros((), **options) if truncation else None)
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, levels={self.levels}, granularity={self.granularity}, {self._range_kind.name}"
+
+    # State ############################################################################################################
+
+    @property
+    def range_kind(self) -> RangeKind:
+        """What the range is; :attr:`RangeKind.UNSET` before calibration."""
+        return self._range_kind
+
+    @property
+    def is_set(self) -> bool:
+        return self.bits == OFF or self._range_kind != RangeKind.UNSET
+
+    @property
+    def qmax(self) -> int:
+        """The largest code: 1 for one-bit data, else ``2^bits - 1``."""
+        return 1 if self._range_kind >= RangeKind.ONE_BIT_ROWS else max_code(self.bits)
+
+    @property
+    def stored_bits(self) -> int:
+        """Bits per stored code."""
+        return 1 if self._range_kind >= RangeKind.ONE_BIT_ROWS else self.bits
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._range_kind = RangeKind(int(self.kind))
+
+    def _set_kind(self, kind: RangeKind) -> None:
+        self._range_kind = kind
+        self.kind.fill_(int(kind))
+
+    def unset(self) -> None:
+        """Forget the range; the next training batch or calibration sets it anew."""
+        self._set_kind(RangeKind.UNSET)
+
+    # Ranges ###########################################################################################################
+
+    @property
+    def zero_code(self) -> float | None:
+        """The code that stands for zero, :obj:`None` where the lower end is free."""
+        qmax = max_code(self.bits)
+        fixed = {"unsigned": 0.0, "symmetric": (qmax + 1) / 2, "half": qmax / 2}.get(self.levels)
+        return 0.0 if fixed is None and self._range_kind == RangeKind.NONNEGATIVE else fixed
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        """``scale`` and ``lower`` of the range itself: scalars, or one per channel (per node: relative to the row)."""
+        scale = self.log_scale.exp()
+        if self.levels == "affine":
+            assert self.offset is not None
+            free = float(self._range_kind == RangeKind.FREE)
+            return scale, scale * (self.offset * free)
+        assert self.zero_code is not None
+        return scale, scale * -self.zero_code
+
+    def _shaped(self, per_channel: Tensor, x: Tensor) -> Tensor:
+        if self.granularity != "channel" or self.channel_dim == -1:
+            return per_channel
+        return per_channel.view(-1, *([1] * (x.dim() - 1)))
+
+    def _range_of(self, x: Tensor, pattern: GraphPlan | None) -> tuple[Tensor, Tensor]:
+        """Scale and lower end that broadcast to ``x``."""
+        kind = self._range_kind
+        if kind >= RangeKind.ONE_BIT_ROWS:
+            rows = _row_peaks(x, pattern) if kind == RangeKind.ONE_BIT_ROWS else _peak(x)
+            # Multiplying by exp(0 log_scale) = 1 keeps the parameter in the graph: DDP expects every gradient.
+            scale = rows * (self.log_scale.reshape(-1)[0] * 0).exp()
+            return scale, torch.zeros_like(scale)
+        scale, lower = self.range()
+        if self.granularity == "node":
+            rows = _row_peaks(x, pattern)
+            return scale * rows, lower * rows
+        return self._shaped(scale, x), self._shaped(lower, x)
+
+    @torch.no_grad()
+    def set_range(self, x: Tensor, pattern: GraphPlan | None = None) -> None:
+        """Set the range by least mean-squared error on ``x`` (see :mod:`.range_search`).
+
+        Raises:
+            ValueError: If ``x`` is empty or holds a NaN or an infinity.
+        """
+        if self.bits != OFF:
+            self._fit(self._kind_of(x, pattern), self._rows(x, pattern))
+
+    def _fit(self, kind: RangeKind, rows: Tensor) -> None:
+        """Set the range to ``kind`` and to the best fit of ``rows`` [ranges, samples]."""
+        self._set_kind(kind)
+        if self.skew is not None:
+            self.skew.copy_(_skewness(rows).round() if self.truncation == "sbt" else torch.zeros(()))
+        if kind >= RangeKind.ONE_BIT_ROWS:
+            return
+        scale, lower = search_range(rows, self.qmax, self.zero_code)
+        self.log_scale.copy_(scale.clamp_min(SMALLEST).log().view_as(self.log_scale))
+        if self.offset is not None:
+            self.offset.copy_((lower / scale).view_as(self.offset))
+
+    def _kind_of(self, x: Tensor, pattern: GraphPlan | None) -> RangeKind:
+        if x.numel() == 0:
+            raise ValueError(f"Expected values to set the range of '{self.site}' from (got an empty tensor)")
+        self._check_finite(x, always=True)
+        low = float(x.amin())
+        if low < 0 and self.levels == "unsigned":
+            raise ValueError(f"Expected non-negative values for the unsigned '{self.site}' (got {low:g})")
+        if low < 0 or self.levels in ("symmetric", "half"):
+            return RangeKind.FREE
+        return self._nonnegative_kind(x, pattern)
+
+    def _rows(self, x: Tensor, pattern: GraphPlan | None) -> Tensor:
+        """Arrange ``x`` as one row per range."""
+        if self.granularity == "node":
+            peaks = _row_peaks(x, pattern)
+            return (x / (peaks if pattern is None else peaks[pattern.dst, 0])).reshape(1, -1)
+        if self.granularity == "channel" and pattern is None:
+            return x.movedim(self.channel_dim, 0).reshape(self.log_scale.numel(), -1)
+        return x.reshape(1, -1).expand(max(1, self.log_scale.numel()), -1)
+
+    def _nonnegative_kind(self, x: Tensor, pattern: GraphPlan | None) -> RangeKind:
+        if x.dim() < 2 and pattern is None:
+            return RangeKind.NONNEGATIVE
+        if bool(((x == 0) | (x == _peak(x))).all()):
+            return RangeKind.ONE_BIT
+        peaks = _row_peaks(x, pattern)
+        if pattern is not None:
+            peaks, width = peaks[pattern.dst, 0], pattern.num_src
+        else:
+            width = x.size(-1)
+        # A float scale per row must not cost more than the bits it saves.
+        if width + 32 <= width * self.bits and bool(((x == 0) | (x == peaks)).all()):
+            return RangeKind.ONE_BIT_ROWS
+        return RangeKind.NONNEGATIVE
+
+    def _check_finite(self, x: Tensor, always: bool = False) -> None:
+        # One cheap pass decides in all but the overflowing case; on an accelerator it would force a synchronization.
+        if not always and (x.device.type != "cpu" or torch.compiler.is_compiling() or bool(x.sum().isfinite())):
+            return
+        bad = int((~x.isfinite()).sum())
+        if bad:
+            raise ValueError(
+                f"Expected finite values at '{self.site}' (got {bad} NaN or infinite of {x.numel()}); "
+                f"check the features, the learning rate and the layers before it"
+            )
+
+    # Calibration ######################################################################################################
+
+    def observe(self) -> None:
+        """Pass values through unquantized and remember a sample of them until :meth:`finish`."""
+        self._observed = []
+
+    def abort(self) -> None:
+        """Leave observation without touching the range."""
+        self._observed = None
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Set the range from what was observed; a site that saw nothing keeps its state."""
+        observed, self._observed = self._observed, None
+        if observed and self.bits != OFF:
+            # The smallest kind is the most general one.
+            self._fit(min(kind for kind, _ in observed), torch.cat([rows for _, rows in observed], 1))
+
+    @torch.no_grad()
+    def _remember(self, x: Tensor, pattern: GraphPlan | None) -> None:
+        assert self._observed is not None
+        self._observed.append((self._kind_of(x, pattern), subsample(self._rows(x, pattern))))
+
+    # Forward ##########################################################################################################
+
+    def forward(self, x: Tensor) -> QuantizedTensor:
+        """Quantize ``x`` to codes; see :class:`QuantizedTensor`."""
+        x, pattern = _split(x)
+        if self.bits == OFF:
+            return QuantizedTensor.identity(x, pattern)
+        if self._observed is not None:
+            self._remember(x, pattern)
+            return QuantizedTensor.identity(x, pattern)
+        self._check_finite(x.detach())
+        if self._range_kind == RangeKind.UNSET:
+            if not self.training:
+                raise RuntimeError(
+                    f"The range of '{self.site}' is unset: call qgnn_plugin.calibrate(model, data) first, "
+                    f"or train for at least one step"
+                )
+            self.set_range(x.detach(), pattern)
+        if pattern is not None and not (self.zero_code == 0 or self._range_kind >= RangeKind.ONE_BIT_ROWS):
+            x, pattern = QuantizedTensor.identity(x, pattern).dequantize(), None
+        scale, lower = self._range_of(x, pattern)
+        full = scale[pattern.dst, 0] if pattern is not None and scale.dim() == 2 else scale
+        low = torch.zeros_like(full) if pattern is not None else lower
+        skew = self.skew if self.skew is not None and self._range_kind < RangeKind.ONE_BIT_ROWS else None
+        codes = quantize_codes(x, full, low, self.qmax, skew)
+        unsigned = self.zero_code == 0 or self._range_kind >= RangeKind.ONE_BIT_ROWS
+        return QuantizedTensor(codes, scale, lower, self.qmax, unsigned, pattern)
+
+
+def _split(x: Tensor) -> tuple[Tensor, GraphPlan | None]:
+    """Values and positions of a sparse matrix; a dense one has no positions."""
+    if x.layout == torch.strided:
+        return x, None
+    if x.layout != torch.sparse_csr:
+        raise TypeError(f"Expected dense or torch.sparse_csr features (got layout {x.layout}); convert with .to_sparse_csr()")
+    crow, col = x.crow_indices(), x.col_indices()
+    pattern = plan_cache.get(
+        (crow, col), ("features", x.size(1)), lambda: GraphPlan(crow.long(), col.to(torch.int32), x.size(1))
+    )
+    return x.values(), pattern
+
+
+def _peak(x: Tensor) -> Tensor:
+    """Largest magnitude, 1 where there is none: a scale must not be zero."""
+    if x.numel() == 0:
+        return x.new_ones(())
+    peak = x.detach().abs().amax()
+    return torch.where(peak > 0, peak, torch.ones_like(peak))
+
+
+def _row_peaks(x: Tensor, pattern: GraphPlan | None) -> Tensor:
+    """Largest magnitude per row, ``[N, 1]``, 1 for a row of zeros."""
+    if pattern is not None:
+        peaks = segment_max(pattern, x.detach().abs()).unsqueeze(1)
+    elif x.size(-1) == 0:
+        peaks = x.new_zeros((*x.shape[:-1], 1))
+    else:
+        peaks = x.detach().abs().amax(-1, keepdim=True)
+    return torch.where(peaks > 0, peaks, torch.ones_like(peaks))
+
+
+def _skewness(x: Tensor) -> Tensor:
+    """Sample skewness, the third standardized moment; 0 for constant data."""
+    centred = x.double().flatten()
+    centred = centred - centred.mean()
+    variance = centred.square().mean()
+    return torch.where(variance > 0, centred.pow(3).mean() / variance.clamp_min(1e-300).pow(1.5), 0.0)

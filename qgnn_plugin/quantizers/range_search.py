@@ -1,0 +1,64 @@
+r"""Range search: least mean-squared error over shrunken ranges ``[a min x, a max x]``, ``0 < a <= 1``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["search_range"]
+
+GRID = 80
+MAX_SAMPLES = 1 << 16
+SMALLEST = 1e-30
+
+
+def _mse(x: Tensor, scale: Tensor, lower: Tensor, qmax: int) -> Tensor:
+    """Mean-squared error per row of ``x`` [R, M]; ``scale`` and ``lower`` are [R, 1]."""
+    codes = ((x - lower) / scale).add_(0.5).floor_().clamp_(0, qmax)
+    return codes.mul_(scale).add_(lower).sub_(x).square_().mean(1)
+
+
+def subsample(x: Tensor) -> Tensor:
+    """Evenly spaced columns of ``x`` [R, M], about ``MAX_SAMPLES`` values in all, the extremes of each row kept."""
+    limit = max(256, MAX_SAMPLES // x.size(0))
+    if x.size(1) <= limit:
+        return x
+    step = -(-x.size(1) // limit)
+    return torch.cat([x[:, ::step], x.amin(1, keepdim=True), x.amax(1, keepdim=True)], 1)
+
+
+def search_range(x: Tensor, qmax: int, zero_code: float | None) -> tuple[Tensor, Tensor]:
+    """Find scale and lower end per row of ``x``.
+
+    Args:
+        x: ``[R, M]`` finite values, one range per row, ``M >= 1``.
+        qmax: Largest code.
+        zero_code: The code that stands for zero: 0 for non-negative data, ``qmax / 2`` for half-integer levels;
+            :obj:`None` leaves the lower end free.
+
+    Returns:
+        ``scale`` (positive) and ``lower``, ``[R]`` each.
+    """
+    x = subsample(x.detach() if x.dtype == torch.float64 else x.detach().float())
+    low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
+    if zero_code is None:
+        span = high - low
+    else:
+        below = -low / zero_code if zero_code > 0 else torch.zeros_like(low)
+        span = torch.maximum(below, high / (qmax - zero_code)) * qmax
+    best_error = torch.full_like(low.squeeze(1), float("inf"))
+    best_scale, best_lower = torch.ones_like(low), low.clone()
+    for step in range(1, GRID + 1):
+        shrink = step / GRID
+        scale = (shrink / qmax * span).clamp_min(SMALLEST)
+        lower = shrink * low if zero_code is None else -zero_code * scale
+        error = _mse(x, scale, lower, qmax)
+        better = (error < best_error).unsqueeze(1)
+        best_error = torch.minimum(error, best_error)
+        best_scale, best_lower = torch.where(better, scale, best_scale), torch.where(better, lower, best_lower)
+    if zero_code is None:
+        # A constant row has no spread to derive a step from; its lower end alone represents it.
+        constant = span <= SMALLEST
+        best_scale = torch.where(constant, low.abs().clamp_min(SMALLEST), best_scale)
+        best_lower = torch.where(constant, low, best_lower)
+    return best_scale.squeeze(1), best_lower.squeeze(1)

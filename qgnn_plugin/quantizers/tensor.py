@@ -1,0 +1,62 @@
+"""A quantized tensor in code space: what layers compute with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..kernels.plan import GraphPlan
+
+__all__ = ["QuantizedTensor"]
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedTensor:
+    r"""Values :math:`\hat x = c s + l` as codes and an affine map.
+
+    Args:
+        codes: ``[*, F]`` integer-valued floats (any floats where the site is off), or the ``[nnz]`` codes at the
+            stored positions of a sparse ``[N, F]`` matrix whose other codes are 0.
+        scale: Step size ``s``: scalar, ``[F]`` (channel) or ``[N, 1]`` (node).
+        lower: Lower end ``l``, of the same shape.
+        qmax: Largest code, :obj:`None` where the site is off and ``codes`` are the values themselves.
+        unsigned: Whether ``l`` is known to be zero.
+        pattern: For sparse codes, their positions: rows over ``F`` columns.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    lower: Tensor
+    qmax: int | None
+    unsigned: bool = False
+    pattern: GraphPlan | None = None
+
+    @classmethod
+    def identity(cls, x: Tensor, pattern: GraphPlan | None = None) -> QuantizedTensor:
+        """Wrap unquantized values."""
+        values = x if pattern is None else x
+        one = values.new_ones(())
+        return cls(values, one, torch.zeros_like(one), None, True, pattern)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        if self.pattern is not None:
+            return (self.pattern.num_dst, self.pattern.num_src)
+        return tuple(self.codes.shape)
+
+    @property
+    def per_node(self) -> bool:
+        """Whether every row has a range of its own."""
+        return self.scale.dim() >= 2 and self.scale.size(-1) == 1 and self.scale.numel() != 1
+
+    def dequantize(self) -> Tensor:
+        r"""The values :math:`c s + l` as a dense tensor."""
+        codes = self.codes
+        if self.pattern is not None:
+            codes = codes.new_zeros(self.shape).index_put((self.pattern.dst, self.pattern.col.long()), codes)
+        if self.qmax is None:
+            return codes
+        values = codes * self.scale
+        return values if self.unsigned else values + self.lower

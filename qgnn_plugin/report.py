@@ -1,0 +1,151 @@
+"""A table of a converted model: bits, bytes, ranges, error and smoothness per layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import OFF
+from .conversion import is_quantized, quantized_layers
+from .quantizers import QLRQuantizer, RangeKind
+
+__all__ = ["LayerReport", "Summary", "model_bytes", "summary"]
+
+HEADER = ("layer", "type", "bits", "bytes", "packed", "ranges", "weight error", "constraint", "multiplier")
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer of a :class:`Summary`.
+
+    Args:
+        name: Qualified name.
+        type: Its float class.
+        bits: Width per site, such as ``{"weight": 4}``.
+        float_bytes: Size of its own parameters as they are.
+        packed_bytes: The same with quantized weights in whole 32-bit words per row, and their ranges.
+        ranges: ``(lower, upper)`` per site with one range, in the units of the data.
+        weight_error: ``||Q(W) - W|| / ||W||``, :obj:`None` without a set weight range.
+        constraint: ``g`` over its bound in the last training forward.
+        multiplier: Multiplier of the smoothness constraint.
+    """
+
+    name: str
+    type: str
+    bits: dict[str, int]
+    float_bytes: int
+    packed_bytes: int
+    ranges: dict[str, tuple[float, float]]
+    weight_error: float | None
+    constraint: float | None
+    multiplier: float | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Per-layer reports of a converted model; prints as a table."""
+
+    layers: list[LayerReport]
+    float_bytes: int
+    packed_bytes: int
+
+    def __str__(self) -> str:
+        rows = [HEADER, *(_cells(layer) for layer in self.layers)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        ratio = self.float_bytes / max(1, self.packed_bytes)
+        return "\n".join([*lines, f"model: {self.float_bytes:,} bytes, packed {self.packed_bytes:,} ({ratio:.1f}x)"])
+
+    __repr__ = __str__
+
+
+def _cells(layer: LayerReport) -> tuple[str, ...]:
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:.3g}"
+
+    return (
+        layer.name or "(model)",
+        layer.type,
+        " ".join(f"{site}:{bits}" for site, bits in layer.bits.items()),
+        f"{layer.float_bytes:,}",
+        f"{layer.packed_bytes:,}",
+        " ".join(f"{site}:[{low:.3g},{high:.3g}]" for site, (low, high) in layer.ranges.items()) or "-",
+        number(layer.weight_error),
+        number(layer.constraint),
+        number(layer.multiplier),
+    )
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters and buffers once packed; of a plain model, as they are."""
+    return summary(model).packed_bytes if is_quantized(model) else _tensor_bytes(model)
+
+
+def summary(qmodel: nn.Module) -> Summary:
+    """Describe every converted layer.
+
+    Raises:
+        ValueError: If ``qmodel`` is not a converted model.
+    """
+    if not is_quantized(qmodel):
+        raise ValueError("Expected a model made by quantize_model (got a plain one)")
+    layers = [_report(name, layer) for name, layer in quantized_layers(qmodel).items()]
+    before = sum(layer.float_bytes for layer in layers)
+    extra = {id(t) for module in qmodel.modules() if isinstance(module, QLRQuantizer) for t in _tensors(module)}
+    extra |= {id(b) for layer in quantized_layers(qmodel).values() for b in layer.buffers(recurse=False)}
+    total = sum(t.numel() * t.element_size() for t in _tensors(qmodel) if id(t) not in extra)
+    return Summary(layers, total, total - before + sum(layer.packed_bytes for layer in layers))
+
+
+def _tensors(module: nn.Module) -> list[torch.Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _tensor_bytes(module: nn.Module) -> int:
+    return sum(t.numel() * t.element_size() for t in _tensors(module))
+
+
+def _report(name: str, layer: Any) -> LayerReport:
+    own = dict(layer.own_quantizers())
+    bits = {site.removesuffix("_quantizer"): q.stored_bits for site, q in own.items()}
+    if getattr(layer, "attention_bits", OFF) != OFF:
+        bits["attention"] = layer.attention_bits
+    ranges = {site.removesuffix("_quantizer"): r for site, q in own.items() if (r := _range(q)) is not None}
+    parameters = list(layer.parameters(recurse=False))
+    before = sum(p.numel() * p.element_size() for p in parameters)
+    after, error = before, None
+    weight = own.get("weight_quantizer")
+    if weight is not None and weight.bits != OFF:
+        matrix = layer.weight
+        words = -(-matrix.size(1) * weight.bits // 32)
+        after += 4 * (words * matrix.size(0) + 2 * weight.log_scale.numel()) - matrix.numel() * matrix.element_size()
+        if weight.is_set:
+            with torch.no_grad():
+                error = float((weight(matrix).dequantize() - matrix).norm() / matrix.norm().clamp_min(1e-30))
+    after += sum(8 * q.log_scale.numel() for site, q in own.items() if site != "weight_quantizer" and q.bits != OFF)
+    smooth = getattr(layer, "smp", None) is not None
+    return LayerReport(
+        name,
+        type(layer).float_class.__name__,
+        bits,
+        before,
+        after,
+        ranges,
+        error,
+        layer.constraint if smooth else None,
+        layer.multiplier_value if smooth else None,
+    )
+
+
+def _range(quantizer: QLRQuantizer) -> tuple[float, float] | None:
+    kind = quantizer.range_kind
+    if quantizer.bits == OFF or kind == RangeKind.UNSET or kind >= RangeKind.ONE_BIT_ROWS:
+        return None
+    if quantizer.log_scale.numel() != 1:
+        return None
+    scale, lower = quantizer.range()
+    return float(lower), float(lower + scale * quantizer.qmax)
