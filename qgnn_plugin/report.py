@@ -148,4 +148,4 @@ def _range(quantizer: QLRQuantizer) -> tuple[float, float] | None:
     if quantizer.log_scale.numel() != 1:
         return None
     scale, lower = quantizer.range()
-    return float(lower), float(lower + scale * quantizer.qmax)
+    return float(lower) + 0.0, float(lower + scale * quantizer.qmax)  # + 0.0 turns -0 into 0

@@ -6,11 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
+from ..kernels.spmm import spmm
 from ..quantizers import QLRQuantizer
 from ..smp.constraint import attach_constraint
 from .arithmetic import aggregate_sum
 from .base import SiteFactory
-from .graph import gcn_graph, plain_graph
+from .graph import plain_graph
 from .message_passing import QuantizedConv
 
 __all__ = ["QuantizedGINConv"]
@@ -39,6 +40,11 @@ class QuantizedGINConv(QuantizedConv):
             own = sent if x_dst is x_src else self.message_quantizer(x_dst)
             out = out + (1 + self.eps) * own.dequantize()
         if self.smp is not None and x_dst is x_src and (self.training or self.multiplier_value > 0):
-            smoother = gcn_graph(edge_index, None, x_src.size(0), flow=self.flow, dtype=out.dtype)
-            out = self.smooth(sent.dequantize(), out, smoother.apply, graph.plan.num_edges)
+            # A sum grows with the degree; the constraint is on the mean that it is a multiple of.
+            mass = graph.plan.degree.to(out.dtype).unsqueeze(1) + (1 + self.eps)
+            z = own.dequantize()
+            smoothed = self.smooth(
+                z, out / mass, lambda v: (spmm(graph.plan, v) + (1 + self.eps) * v) / mass, graph.plan.num_edges
+            )
+            out = smoothed * mass if self.multiplier_value > 0 else out
         return self.nn(out)

@@ -155,8 +155,9 @@ class QLRQuantizer(nn.Module):
         kind = self._range_kind
         if kind >= RangeKind.ONE_BIT_ROWS:
             rows = _row_peaks(x, pattern) if kind == RangeKind.ONE_BIT_ROWS else _peak(x)
-            # Multiplying by exp(0 log_scale) = 1 keeps the parameter in the graph: DDP expects every gradient.
-            scale = rows * (self.log_scale.reshape(-1)[0] * 0).exp()
+            # A factor exp(0) = 1 keeps the parameters in the graph: DDP expects a gradient for each.
+            unused = self.log_scale if self.offset is None else self.log_scale + self.offset
+            scale = rows * (unused.reshape(-1)[0] * 0).exp()
             return scale, torch.zeros_like(scale)
         scale, lower = self.range()
         if self.granularity == "node":
