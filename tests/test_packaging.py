@@ -111,15 +111,13 @@ def test_editable_install(source: Path, python: Path, tmp_path: Path) -> None:
 
 
 def test_packages_are_found_by_themselves(source: Path) -> None:
-    """New sub-packages of every folder are listed, and no name beside ``qgnn_plugin`` is claimed."""
+    """New sub-packages of every folder are listed, no name but ``qgnn_plugin`` is claimed."""
     added = ["tests", "examples", "benchmarks", "qgnn_plugin/new", "kernels/new/deep"]
     for folder in [*added, "kernels/new"]:
         (source / folder).mkdir(exist_ok=True, parents=True)
         (source / folder / "__init__.py").touch()
-    show = "import setuptools; setuptools.setup = lambda packages: print(*packages)"
-    listed = _run(
-        sys.executable, "-c", f"{show}\nexec(open('setup.py').read())", cwd=source
-    ).split()
+    show = "import setuptools; setuptools.setup = lambda packages: print(*packages)\n"
+    listed = _run(sys.executable, "-c", f"{show}exec(open('setup.py').read())", cwd=source).split()
     assert {package.split(".")[0] for package in listed} == {"qgnn_plugin"}
     for package in ("qgnn_plugin.new", "qgnn_plugin.kernels.new.deep", "qgnn_plugin.data"):
         assert package in listed
