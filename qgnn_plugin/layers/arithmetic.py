@@ -19,16 +19,24 @@ __all__ = ["aggregate_sum", "linear"]
 EXACT_FLOAT32 = 2**24
 
 
-def _code_matmul(x: QuantizedTensor, weight: QuantizedTensor, exact: bool) -> Tensor:
-    """``sum_k cx_k cw_ok``, ``[N, O]``; exact integers if ``exact``."""
+def _code_sums(x: QuantizedTensor, weight: QuantizedTensor, exact: bool) -> tuple[Tensor, Tensor | None]:
+    """``sum_k cx_k cw_ok`` [N, O] and ``sum_k cx_k`` [N, 1] (where needed); exact integers if ``exact``."""
     cx, cw = x.codes, weight.codes
     wide = False
     if exact and x.qmax is not None and weight.qmax is not None:
         wide = cw.dtype == torch.float32 and cw.size(1) * x.qmax * weight.qmax >= EXACT_FLOAT32
     if wide:
         cx, cw = cx.double(), cw.double()
-    acc = F.linear(cx, cw) if x.pattern is None else spmm(x.pattern, cw.t().contiguous(), cx)
-    return acc.to(weight.codes.dtype) if wide else acc
+    if x.pattern is None:
+        acc = F.linear(cx, cw)
+        rows = None if weight.unsigned else cx.sum(-1, keepdim=True)
+    else:
+        # A column of ones makes the same pass over the sparse codes sum the rows.
+        both = spmm(x.pattern, torch.cat([cw.t(), cw.new_ones(cw.size(1), 1)], 1), cx)
+        acc, rows = both[:, :-1], both[:, -1:]
+    if wide:
+        return acc.to(x.codes.dtype), None if rows is None else rows.to(x.codes.dtype)
+    return acc, rows
 
 
 def linear(x: QuantizedTensor, weight: QuantizedTensor, bias: Tensor | None, exact: bool) -> Tensor:
@@ -52,20 +60,16 @@ def linear(x: QuantizedTensor, weight: QuantizedTensor, bias: Tensor | None, exa
     if x.pattern is None and x.scale.dim() == 1 and x.scale.numel() > 1:
         return F.linear(x.dequantize(), weight.dequantize(), bias)
     scale_w, lower_w = weight.scale.reshape(-1), weight.lower.reshape(-1)
-    y = _code_matmul(x, weight, exact) * scale_w
+    acc, rows = _code_sums(x, weight, exact)
+    y = acc * scale_w
     if not weight.unsigned:
-        y = y + _row_sums(x) * lower_w
+        assert rows is not None
+        y = y + rows * lower_w
     y = y * x.scale
     if not x.unsigned:
         column = weight.codes.sum(1) * scale_w + weight.codes.size(1) * lower_w
         y = y + column * x.lower
     return y if bias is None else y + bias
-
-
-def _row_sums(x: QuantizedTensor) -> Tensor:
-    if x.pattern is not None:
-        return segment_sum(x.pattern, x.codes).unsqueeze(1)
-    return x.codes.sum(-1, keepdim=True)
 
 
 def aggregate_sum(x: QuantizedTensor, plan: GraphPlan, weight: Tensor | None = None) -> Tensor:

@@ -16,8 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-__all__ = ["FINE_LEVELS", "levels", "quantize_codes", "truncate"]
+from . import cpu
+
+__all__ = ["FINE_BITS", "FINE_LEVELS", "levels", "quantize_codes", "truncate"]
 
 FINE_BITS = 8
 FINE_LEVELS = 2**FINE_BITS - 1
@@ -47,23 +50,30 @@ class _QuantizeCodes(torch.autograd.Function):
         ctx.save_for_backward(x, scale, lower)
         ctx.qmax = qmax
         if skew is None:
-            return ((x - lower) * (1 / scale)).add_(0.5).floor_().clamp_(0, qmax)
-        fine_scale = scale * (qmax / FINE_LEVELS)
-        fine = ((x - lower) * (1 / fine_scale)).add_(0.5).floor_().clamp_(0, FINE_LEVELS)
-        return truncate(fine, qmax, skew)
+            return cpu.codes(x, scale, lower, qmax) if cpu.supports(x, scale, lower) else _codes(x, scale, lower, qmax)
+        return truncate(_codes(x, scale * (qmax / FINE_LEVELS), lower, FINE_LEVELS), qmax, skew)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, scale, lower = ctx.saved_tensors
-        inverse = 1 / scale
-        v = (x - lower) * inverse
-        grad_x = (grad * inverse).masked_fill_((v < 0) | (v > ctx.qmax), 0)
-        grad_scale = grad_lower = None
-        if ctx.needs_input_grad[1]:
-            grad_scale = _sum_to(-(grad_x * v), scale.shape)
-        if ctx.needs_input_grad[2]:
-            grad_lower = _sum_to(-grad_x, lower.shape)
-        return grad_x if ctx.needs_input_grad[0] else None, grad_scale, grad_lower, None, None
+        if cpu.supports(x, scale, lower):
+            grad_x, grad_scale, grad_lower = cpu.codes_backward(grad, x, scale, lower, ctx.qmax)
+        else:
+            grad_x, grad_scale, grad_lower = _codes_backward(grad, x, scale, lower, ctx.qmax)
+        needs = ctx.needs_input_grad
+        return grad_x if needs[0] else None, grad_scale if needs[1] else None, grad_lower if needs[2] else None, None, None
+
+
+def _codes(x: Tensor, scale: Tensor, lower: Tensor, qmax: int) -> Tensor:
+    return ((x - lower) * (1 / scale)).add_(0.5).floor_().clamp_(0, qmax)
+
+
+def _codes_backward(grad: Tensor, x: Tensor, scale: Tensor, lower: Tensor, qmax: int) -> tuple[Tensor, Tensor, Tensor]:
+    inverse = 1 / scale
+    v = (x - lower) * inverse
+    grad_x = (grad * inverse).masked_fill_((v < 0) | (v > qmax), 0)
+    return grad_x, _sum_to(-(grad_x * v), scale.shape), _sum_to(-grad_x, lower.shape)
 
 
 def quantize_codes(x: Tensor, scale: Tensor, lower: Tensor, qmax: int, skew: Tensor | None = None) -> Tensor:

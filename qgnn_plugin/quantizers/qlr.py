@@ -277,7 +277,9 @@ class QLRQuantizer(nn.Module):
         if pattern is not None and not (self.zero_code == 0 or self._range_kind >= RangeKind.ONE_BIT_ROWS):
             x, pattern = QuantizedTensor.identity(x, pattern).dequantize(), None
         scale, lower = self._range_of(x, pattern)
-        full = scale[pattern.dst, 0] if pattern is not None and scale.dim() == 2 else scale
+        # The scale of one-bit data is the data's own: no gradient flows through the codes.
+        step = scale.detach() if self._range_kind >= RangeKind.ONE_BIT_ROWS else scale
+        full = step[pattern.dst, 0] if pattern is not None and step.dim() == 2 else step
         low = torch.zeros_like(full) if pattern is not None else lower
         skew = self.skew if self.skew is not None and self._range_kind < RangeKind.ONE_BIT_ROWS else None
         codes = quantize_codes(x, full, low, self.qmax, skew)

@@ -40,6 +40,8 @@ def search_range(x: Tensor, qmax: int, zero_code: float | None) -> tuple[Tensor,
         ``scale`` (positive) and ``lower``, ``[R]`` each.
     """
     x = subsample(x.detach() if x.dtype == torch.float64 else x.detach().float())
+    unit = _unit(x)
+    x = x / unit
     low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
     if zero_code is None:
         span = high - low
@@ -50,7 +52,7 @@ def search_range(x: Tensor, qmax: int, zero_code: float | None) -> tuple[Tensor,
     best_scale, best_lower = torch.ones_like(low), low.clone()
     for step in range(1, GRID + 1):
         shrink = step / GRID
-        scale = (shrink / qmax * span).clamp_min(SMALLEST)
+        scale = torch.where(span > 0, shrink / qmax * span, SMALLEST)
         lower = shrink * low if zero_code is None else -zero_code * scale
         error = _mse(x, scale, lower, qmax)
         better = (error < best_error).unsqueeze(1)
@@ -58,7 +60,16 @@ def search_range(x: Tensor, qmax: int, zero_code: float | None) -> tuple[Tensor,
         best_scale, best_lower = torch.where(better, scale, best_scale), torch.where(better, lower, best_lower)
     if zero_code is None:
         # A constant row has no spread to derive a step from; its lower end alone represents it.
-        constant = span <= SMALLEST
-        best_scale = torch.where(constant, low.abs().clamp_min(SMALLEST), best_scale)
+        constant = span == 0
+        best_scale = torch.where(constant, low.abs(), best_scale)
         best_lower = torch.where(constant, low, best_lower)
+    best_scale = (best_scale * unit).clamp_min(SMALLEST)
+    best_lower = best_lower * unit if zero_code is None else -zero_code * best_scale
     return best_scale.squeeze(1), best_lower.squeeze(1)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """A power of two near the largest magnitude of each row: squares of ``x / unit`` neither overflow nor vanish."""
+    peak = x.abs().amax(1, keepdim=True)
+    unit = torch.ldexp(torch.ones_like(peak), torch.frexp(peak).exponent - 1)
+    return torch.where(peak > 0, unit, torch.ones_like(peak))

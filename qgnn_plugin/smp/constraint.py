@@ -62,15 +62,15 @@ class SmoothLayer:
         config = self.smp
         if config is None or z.shape != a.shape:
             return a
-        active = self.multiplier_value > 0
-        if active:
+        propagated = a
+        if self.multiplier_value > 0:
             a = z + _corrected(a - z, operator, config, self.multiplier)
         if self.training and not torch.compiler.is_compiling():
             with torch.no_grad():
-                change, reference = (a - z).detach(), z.detach()
-                energy = dirichlet_energy(change, operator).clamp_min(0)
+                energy = dirichlet_energy((a - z).detach(), operator).clamp_min(0)
                 if config.bound == "relative":
-                    bound = config.alpha * dirichlet_energy(reference, operator).clamp_min(0)
+                    # The layer itself has just computed P z.
+                    bound = config.alpha * (z * (z - propagated)).sum().clamp_min(0)
                 else:
                     bound = torch.full_like(energy, config.alpha * num_edges)
                 self.constraint_state = ConstraintState(energy, bound)
