@@ -1,0 +1,120 @@
+"""``aggregate`` on the CPU: a block of rows is accumulated in integers, then finished."""
+# ruff: noqa: ANN001, ANN202
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+from numba import njit
+from torch import Tensor
+
+from ..aggregate import aggregate_reference
+from ..arithmetic import is_per_row
+from ..layout import parts_per_byte
+from .codesum import lane_capacity, neighbour_sum
+from .epilogue import code_pitch, epilogue, finish_rows, flat
+from .parallel import row_chunks, run_chunks
+from .simd import atomic_add, peek, vcast, vlanes, vlive, vstore_parts
+
+BLOCK_FLOATS = 1 << 12  # accumulators of a block of rows: they stay in the first-level cache
+MAX_LANES = 32  # words per tile: more would not fit the registers
+
+
+def tile_lanes(stride: int) -> int:
+    """Words per tile for rows of ``stride`` words: the power of two that wastes least."""
+    lanes = 4
+    while lanes < MAX_LANES and lanes < stride:
+        lanes *= 2
+    return lanes
+
+
+@cache
+def sum_kernel(bits: int, lanes: int, exact: int):
+    """The kernel of unweighted sums; ``exact`` is 1 where ``lanes`` divides the words of a row."""
+    parts = parts_per_byte(bits)
+    codes = parts * 4 * lanes
+    lane, lane_bits = ("u8", 8) if bits < 8 else ("u16", 16)
+    capacity = lane_capacity(bits, lane_bits)
+
+    @njit(nogil=True, cache=True, error_model="numpy")
+    def kernel(words, stride, rowptr, col, spec, block, code_row, bounds, counter):
+        pitch = 4 * stride * parts
+        acc = np.empty(block * pitch + 4 * lanes, np.float32)
+        coefficient = np.empty(block, np.float32)
+        unpacked = np.zeros(block * code_row, np.uint8)
+        spill = np.empty(codes, np.int32)
+        zero, none = vlanes("i32", lanes), vlanes(lane, codes)
+        while True:
+            chunk = atomic_add(counter, 0, 1)
+            if chunk >= bounds.size - 1:
+                break
+            for first in range(bounds[chunk], bounds[chunk + 1], block):
+                last = min(first + block, bounds[chunk + 1])
+                for tile in range(0, stride, lanes):
+                    live = vlive(stride - tile, exact)
+                    live_bytes = vlive(4 * (stride - tile), exact)
+                    for i in range(first, last):
+                        begin, end = peek(rowptr, i), peek(rowptr, i + 1)
+                        total = neighbour_sum(
+                            words, stride, tile, lanes, live, col, begin, end,
+                            zero, none, capacity, spill,
+                        )  # fmt: skip
+                        at = (i - first) * pitch + 4 * tile
+                        vstore_parts(acc, at, 4 * stride, vcast(total, "f32"), parts, live_bytes)
+                        coefficient[i - first] = end - begin
+                finish_rows(acc, pitch, coefficient, first, last - first, spec, unpacked)
+
+    return kernel
+
+
+def aggregate(
+    words: Tensor,
+    rowptr: Tensor,
+    col: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    num_features: int,
+    bits: int,
+    reduce: str = "sum",
+    edge_weight: Tensor | None = None,
+    dst_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    relu: bool = False,
+    out_scale: Tensor | None = None,
+    out_offset: Tensor | None = None,
+    out_bits: int = 0,
+    schedule: Tensor | None = None,
+) -> Tensor:
+    if reduce == "max" or edge_weight is not None or is_per_row(scale) or is_per_row(offset):
+        return aggregate_reference(
+            words, rowptr, col, scale, offset, num_features, bits, reduce, edge_weight, dst_scale,
+            bias, relu, out_scale, out_offset, out_bits,
+        )  # fmt: skip
+    rows = rowptr.numel() - 1
+    stride = words.size(1)
+    out, spec = epilogue(
+        words,
+        rows,
+        num_features,
+        scale=scale,
+        offset=offset,
+        dst_scale=dst_scale,
+        bias=bias,
+        relu=relu,
+        out_scale=out_scale,
+        out_offset=out_offset,
+        out_bits=out_bits,
+    )
+    if out.numel() == 0:
+        return out
+    lanes = tile_lanes(stride)
+    kernel = sum_kernel(bits, lanes, int(stride % lanes == 0))
+    pointers = flat(rowptr)
+    block = max(1, BLOCK_FLOATS // max(1, num_features))
+    run_chunks(
+        kernel, row_chunks(pointers), flat(words), stride, pointers, flat(col), spec, block,
+        code_pitch(num_features, out_bits),
+    )  # fmt: skip
+    return out

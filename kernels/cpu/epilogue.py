@@ -1,0 +1,211 @@
+"""The shared end of every kernel: affine step, scales, bias, ReLU, then float rows or packed rows.
+
+Each operation is one float32 rounding, in the order of :mod:`..arithmetic`.
+"""
+# ruff: noqa: ANN001, ANN202
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from ..aggregate import new_output
+from ..arithmetic import is_per_row
+from ..layout import parts_per_byte, row_words
+from .simd import (
+    peek,
+    vcast,
+    vfloor,
+    vload,
+    vmax,
+    vmin,
+    vsplat,
+    vstore,
+    vstore_first,
+    vstream,
+    vview,
+)
+
+__all__ = [
+    "GROUP",
+    "Epilogue",
+    "code_pitch",
+    "epilogue",
+    "finish_rows",
+    "pack_row",
+    "quantize_group",
+]
+
+GROUP = 16  # features per step
+PACK_BYTES = 64  # bytes of a packed row per step
+STREAM_BYTES = 1 << 24  # results beyond this size are written past the caches
+
+SCALE, OFFSET, TERM, BIAS, INVERSE, LOW = range(6)  # rows of ``columns``
+HAS_DST, HAS_TERM, HAS_BIAS, ROW_RANGE, STREAM = 1, 2, 4, 8, 16  # bits of ``flags``
+
+
+class Epilogue(NamedTuple):
+    """What follows an accumulation ``acc`` with a coefficient per row, in the form kernels take.
+
+    ``y = acc * scale + coefficient * offset``, ``y *= dst``, ``y += term * row_term``, ``y +=
+    bias``, ``y = max(floor, y)``, then quantization with the inverse step and start of the output
+    range.
+    """
+
+    columns: np.ndarray  # [6, ceil16(F)] float32
+    dst: np.ndarray  # [N] float32 or empty, as the next three
+    row_term: np.ndarray
+    row_inverse: np.ndarray
+    row_low: np.ndarray
+    flags: int
+    floor: float
+    width: int
+    bits: int  # of packed output, 0 for float32
+    out: np.ndarray  # flat float32, empty for packed output
+    packed: np.ndarray  # flat int32, empty for float32 output
+
+
+_EMPTY = np.empty(0, np.float32)
+
+
+def flat(tensor: Tensor | None) -> np.ndarray:
+    """The elements of a tensor as a flat array; empty for :obj:`None`."""
+    return _EMPTY if tensor is None else tensor.detach().contiguous().view(-1).numpy()
+
+
+def epilogue(
+    like: Tensor,
+    rows: int,
+    width: int,
+    *,
+    scale: Tensor | None = None,
+    offset: Tensor | None = None,
+    dst_scale: Tensor | None = None,
+    term: Tensor | None = None,
+    row_term: Tensor | None = None,
+    bias: Tensor | None = None,
+    relu: bool = False,
+    out_scale: Tensor | None = None,
+    out_offset: Tensor | None = None,
+    out_bits: int = 0,
+) -> tuple[Tensor, Epilogue]:
+    """Allocate the result and gather its epilogue; without ``scale`` the affine step is skipped."""
+    out = new_output(like, rows, width, out_bits)
+    columns = torch.zeros(6, -(-width // GROUP) * GROUP)
+    columns[SCALE, :width] = 1 if scale is None else scale.reshape(-1)
+    flags = HAS_DST * (dst_scale is not None) + HAS_TERM * (term is not None)
+    flags += HAS_BIAS * (bias is not None)
+    for index, value in ((OFFSET, offset), (TERM, term), (BIAS, bias)):
+        if value is not None:
+            columns[index, :width] = value.detach().reshape(-1)
+    row_inverse = row_low = None
+    if out_bits:
+        assert out_scale is not None
+        assert out_offset is not None
+        inverse = out_scale.detach().reciprocal()
+        if is_per_row(out_scale) or is_per_row(out_offset):
+            flags |= ROW_RANGE
+            row_inverse, row_low = inverse.expand(rows, 1), out_offset.detach().expand(rows, 1)
+        else:
+            columns[INVERSE, :width] = inverse.reshape(-1)
+            columns[LOW, :width] = out_offset.detach().reshape(-1)
+    elif width % GROUP == 0 and out.data_ptr() % 64 == 0 and 4 * out.numel() >= STREAM_BYTES:
+        flags |= STREAM
+    spec = Epilogue(
+        columns.numpy(),
+        flat(dst_scale),
+        flat(row_term),
+        flat(row_inverse),
+        flat(row_low),
+        flags,
+        0.0 if relu else -np.inf,
+        width,
+        out_bits,
+        _EMPTY if out_bits else flat(out),
+        flat(out) if out_bits else np.empty(0, np.int32),
+    )
+    return out, spec
+
+
+def code_pitch(width: int, bits: int) -> int:
+    """Bytes between the rows of unpacked codes that :func:`pack_row` reads."""
+    return 4 * row_words(width, bits) * parts_per_byte(bits) + PACK_BYTES if bits else 0
+
+
+@njit(forceinline=True)
+def quantize_group(y, low, inverse, top):
+    """``clamp(floor((y - low) * inverse + 1/2), 0, top)`` of float lanes, NaN to 0, as int32 lanes.
+    """
+    zero = vsplat(np.float32(0.0), GROUP)
+    code = vfloor((y - low) * inverse + vsplat(np.float32(0.5), GROUP))
+    return vcast(vmin(vmax(code, zero), top), "i32")
+
+
+@njit(forceinline=True)
+def pack_row(codes, start, out, at, words, bits):
+    """Pack the codes of one row, uint8 from ``codes[start]``, into ``words`` words at ``out[at]``.
+
+    Bytes past the row's features, up to :func:`code_pitch`, must be zero.
+    """
+    width = 4 * words
+    for k in range(0, width, PACK_BYTES):
+        word = vsplat(0, 16)
+        for part in range(8 // bits):
+            lanes = vview(vload(codes, start + part * width + k, PACK_BYTES), "i32")
+            word = word | (lanes << (bits * part))
+        left = words - k // 4
+        if left >= 16:
+            vstore(out, at + k // 4, word)
+        else:
+            vstore_first(out, at + k // 4, word, left)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def finish_rows(acc, pitch, coefficient, first, count, spec, codes):
+    """Turn ``count`` accumulated rows (pitch ``pitch``, float32) into the result rows from
+    ``first``.
+    """
+    width, bits, flags = spec.width, spec.bits, spec.flags
+    table, stretch = spec.columns, spec.columns.shape[1]
+    floor = vsplat(np.float32(spec.floor), GROUP)
+    top = vsplat(np.float32((1 << bits) - 1), GROUP)
+    words = (width * bits + 31) // 32
+    code_row = 4 * words * (8 // bits) + PACK_BYTES if bits else 0
+    for f in range(0, width, GROUP):
+        scale = vload(table, SCALE * stretch + f, GROUP)
+        offset = vload(table, OFFSET * stretch + f, GROUP)
+        term = vload(table, TERM * stretch + f, GROUP)
+        bias = vload(table, BIAS * stretch + f, GROUP)
+        inverse = vload(table, INVERSE * stretch + f, GROUP)
+        low = vload(table, LOW * stretch + f, GROUP)
+        for r in range(count):
+            i = first + r
+            y = vload(acc, r * pitch + f, GROUP) * scale
+            y = y + vsplat(peek(coefficient, r), GROUP) * offset
+            if flags & HAS_DST:
+                y = y * vsplat(peek(spec.dst, i), GROUP)
+            if flags & HAS_TERM:
+                y = y + term * vsplat(peek(spec.row_term, i), GROUP)
+            if flags & HAS_BIAS:
+                y = y + bias
+            y = vmax(floor, y)
+            if bits:
+                if flags & ROW_RANGE:
+                    inverse = vsplat(peek(spec.row_inverse, i), GROUP)
+                    low = vsplat(peek(spec.row_low, i), GROUP)
+                code = vcast(quantize_group(y, low, inverse, top), "u8")
+                vstore_first(codes, r * code_row + f, code, width - f)
+            elif flags & STREAM:
+                vstream(spec.out, i * width + f, y)
+            elif width - f >= GROUP:
+                vstore(spec.out, i * width + f, y)
+            else:
+                vstore_first(spec.out, i * width + f, y, width - f)
+    if bits:
+        for r in range(count):
+            pack_row(codes, r * code_row, spec.packed, (first + r) * words, words, bits)
