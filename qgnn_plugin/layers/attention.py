@@ -27,6 +27,7 @@ from ..quantizers import QLRQuantizer, QuantizedTensor
 from ..quantizers.functional import levels
 from ..smp.constraint import attach_constraint
 from .base import SiteFactory
+from .dropout import dropout
 from .graph import edges_of, looped_plan, plain_graph
 from .message_passing import QuantizedConv
 
@@ -91,7 +92,7 @@ class _QuantizedAttention(QuantizedConv):
         total = segment_sum(plan, numerator)
         # An isolated node has an empty sum; any positive divisor gives it the zero that PyG gives.
         divisor = torch.where(total > 0, total, torch.ones_like(total))
-        kept = F.dropout(numerator, p=self.dropout, training=self.training)
+        kept = dropout(numerator, self.dropout, self.training)
         out = (spmm(plan, messages.codes, kept) * messages.scale) / divisor.unsqueeze(-1)
         if not messages.unsigned:
             share = segment_sum(plan, kept) / divisor
