@@ -4,6 +4,7 @@ import copy
 import difflib
 import inspect
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,9 @@ def to_sparse_features(data: Data, max_density: float = 0.1) -> Data:
     if int(torch.count_nonzero(x)) > max_density * x.numel():
         return data
     out = copy.copy(data)
-    out.x = x.to_sparse_csr()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
+        out.x = x.to_sparse_csr()
     return out
 
 
