@@ -1,7 +1,7 @@
 """The recipe for accurate low-bit models on full-batch graphs, as a plain PyTorch loop.
 
 Train the float model, set ranges on it by least mean-squared error, then train the converted model from there with a cosine
-rate, on the training labels and on the float model's soft predictions for all nodes.  The best validation epoch is kept in
+rate, on the float model's soft predictions for all nodes (and, with ``distillation`` below 1, on the training labels).  The best validation epoch is kept in
 both stages; test labels are never read.
 """
 
@@ -60,10 +60,10 @@ class Recipe:
         temperature: Softening of both predictions.
     """
 
-    float_stage: Stage = field(default_factory=Stage)
-    quantized_stage: Stage = field(default_factory=lambda: Stage(cosine=True))
+    float_stage: Stage = field(default_factory=lambda: Stage(evaluate_every=2))
+    quantized_stage: Stage = field(default_factory=lambda: Stage(epochs=100, cosine=True, evaluate_every=2))
     range_lr: float = 0.01
-    distillation: float = 0.5
+    distillation: float = 1.0
     temperature: float = 1.0
 
 

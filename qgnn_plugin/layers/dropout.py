@@ -1,4 +1,4 @@
-"""Dropout from uniform numbers: on the CPU several times faster than torch's, which draws Bernoulli numbers one by one."""
+"""Dropout from raw random bits: on the CPU an order of magnitude faster than torch's, which draws one Bernoulli at a time."""
 
 from __future__ import annotations
 
@@ -8,11 +8,16 @@ from torch import Tensor
 
 __all__ = ["dropout"]
 
+LEVELS = 1 << 16
+
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """Zero each value with probability ``p`` and scale the others by ``1 / (1 - p)``, in training mode."""
+    """Zero each value with probability ``p`` (to 16 bits) and scale the others by ``1 / (1 - p)``, in training mode."""
     if not training or p == 0:
         return x
-    if x.device.type != "cpu" or p >= 1:
+    threshold = round(p * LEVELS)
+    if x.device.type != "cpu" or not 0 < threshold < LEVELS:
         return F.dropout(x, p, training)
-    return x * (torch.rand_like(x, requires_grad=False) >= p).to(x.dtype).mul_(1 / (1 - p))
+    lanes = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    keep = lanes[: x.numel()].view(x.shape) >= threshold - LEVELS // 2
+    return x * keep.to(x.dtype).mul_(LEVELS / (LEVELS - threshold))
