@@ -44,7 +44,9 @@ class SMPConfig:
     r"""Smoothness-aware message propagation (arXiv 2308.14949, section 4.3), one constraint per layer.
 
     Args:
-        alpha: Bound on the change a layer may make to the similarity of neighbours.
+        alpha: Bound on the change a layer may make to the similarity of neighbours.  With the default, relative and equal to
+            the square of the largest eigenvalue that a normalized Laplacian can have, a plain averaging layer meets it
+            by itself: only a layer that amplifies differences is corrected.
         bound: ``"relative"``: ``g <= alpha tr(H' L H)``; ``"absolute"``: ``g <= alpha |E|``.
         correction: ``"proximal"``: ``D <- (I + 2 lambda L)^-1 D`` by ``terms`` Jacobi sweeps, stable for every
             multiplier; ``"explicit"``: ``D <- D - 2 eta lambda L D``.
@@ -59,7 +61,7 @@ class SMPConfig:
         max_multiplier: Upper end of the projection of the multiplier.
     """
 
-    alpha: float = 1.0
+    alpha: float = 4.0
     bound: Literal["relative", "absolute"] = "relative"
     correction: Literal["proximal", "explicit"] = "proximal"
     terms: int = 4
