@@ -35,7 +35,9 @@ def _backward(grad: Any, x: Any, width: int, inverse: Any, lower: Any, qmax: Any
         total, weighted = zero, zero
         for k in range(i * width, min((i + 1) * width, x.size)):
             v = (x[k] - b) * a
-            g = grad[k] * a if (v >= zero) & (v <= top) else zero
+            inside = (v >= zero) & (v <= top)
+            g = grad[k] * a if inside else zero
+            v = v if inside else zero  # far outside the range v overflows, and 0 * inf is not 0
             grad_x[k] = g
             total += g
             weighted += g * v

@@ -73,6 +73,7 @@ def _codes_backward(grad: Tensor, x: Tensor, scale: Tensor, lower: Tensor, qmax:
     inverse = 1 / scale
     v = (x - lower) * inverse
     grad_x = (grad * inverse).masked_fill_((v < 0) | (v > qmax), 0)
+    v.clamp_(0, qmax)  # far outside the range v overflows, and 0 * inf is not 0
     return grad_x, _sum_to(-(grad_x * v), scale.shape), _sum_to(-grad_x, lower.shape)
 
 

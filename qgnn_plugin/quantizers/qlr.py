@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from ..config import BITS, OFF, Granularity, Levels, Truncation, _one_of
 from ..kernels.plan import GraphPlan, plan_cache
 from ..kernels.spmm import segment_max
+from .functional import FINE_BITS, quantize_codes
 from .functional import levels as max_code
-from .functional import quantize_codes
-from .range_search import SMALLEST, search_range, subsample
+from .range_search import SMALLEST, Sample, search_range
 from .tensor import QuantizedTensor
 
 __all__ = ["QLRQuantizer", "RangeKind"]
@@ -40,11 +40,12 @@ class QLRQuantizer(nn.Module):
             factor times the row's largest magnitude, so unseen nodes have a range too.
         channels: Number of channels, for ``"channel"``.
         channel_dim: The dimension that holds channels: 0 for weights, -1 for activations.
-        truncation: ``"bt"`` or ``"sbt"``: truncate 8-bit codes instead of rounding directly.
+        truncation: ``"bt"`` or ``"sbt"``: truncate 8-bit codes instead of rounding directly; nothing at 8 bits.
         learn: Whether the range receives gradients.
         site: Name used in errors, such as ``"conv1.lin.input"``.
 
-    The range is set by :func:`qgnn_plugin.calibrate`, or else from the first batch seen in training mode.
+    The range is set by :func:`qgnn_plugin.calibrate`, or else from the first batch seen in training mode.  Data that
+    were 0/1 then must stay so: otherwise training widens the range, and eval raises.
 
     Shapes:
         - **input:** ``[N, F]`` (any shape per tensor), or a ``torch.sparse_csr`` matrix of non-negative values
@@ -70,7 +71,7 @@ class QLRQuantizer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if bits not in BITS:
+        if type(bits) is not int or bits not in BITS:
             raise ValueError(f"Expected 'bits' to be 2, 4, 8 or 32 = off (got {bits!r})")
         _one_of("levels", levels, ("affine", "unsigned", "symmetric", "half"))
         _one_of("granularity", granularity, ("tensor", "channel", "node"))
@@ -78,48 +79,60 @@ class QLRQuantizer(nn.Module):
         if granularity == "channel" and (channels is None or channels < 1):
             raise ValueError(f"Expected 'channels' >= 1 for a range per channel (got {channels!r})")
         self.bits, self.levels, self.granularity = bits, levels, granularity
-        self.channel_dim, self.truncation, self.site = channel_dim, truncation, site
+        self.channel_dim, self.site = channel_dim, site
+        self.truncation = truncation if bits < FINE_BITS else None
         self._range_kind = RangeKind.UNSET
-        self._observed: list[tuple[RangeKind, Tensor]] | None = None
+        self._kind_seen: tuple[int, int] | None = None
+        self._observed: Sample | None = None
+        self._observed_kind = RangeKind.ONE_BIT
         shape = (channels,) if granularity == "channel" and channels is not None else ()
         options: dict[str, Any] = {"device": device, "dtype": dtype}
+        learn = learn and bits != OFF
         self.log_scale = nn.Parameter(torch.zeros(shape, **options), requires_grad=learn)
         self.register_parameter(
             "offset", nn.Parameter(torch.zeros(shape, **options), requires_grad=learn) if levels == "affine" else None
         )
         self.register_buffer("kind", torch.zeros((), dtype=torch.uint8, device=device))
-        self.register_buffer("skew", torch.zeros((), **options) if truncation else None)
+        self.register_buffer("skew", torch.zeros((), **options) if self.truncation else None)
 
     def extra_repr(self) -> str:
-        return f"bits={self.bits}, levels={self.levels}, granularity={self.granularity}, {self._range_kind.name}"
+        return f"bits={self.bits}, levels={self.levels}, granularity={self.granularity}, {self.range_kind.name}"
 
     # State ############################################################################################################
 
     @property
     def range_kind(self) -> RangeKind:
-        """What the range is; :attr:`RangeKind.UNSET` before calibration."""
+        """What the range is; :attr:`RangeKind.UNSET` before calibration.
+
+        A mirror on the host of the buffer ``kind``, read anew whenever that was written: by loading, by averaging
+        models, by a broadcast.
+        """
+        if not torch.compiler.is_compiling() and not self.kind.is_meta:
+            seen = (id(self.kind), 0 if self.kind.is_inference() else self.kind._version)
+            if seen != self._kind_seen:
+                self._range_kind, self._kind_seen = RangeKind(int(self.kind)), seen
         return self._range_kind
 
     @property
     def is_set(self) -> bool:
-        return self.bits == OFF or self._range_kind != RangeKind.UNSET
+        return self.bits == OFF or self.range_kind != RangeKind.UNSET
+
+    @property
+    def is_one_bit(self) -> bool:
+        """Whether the data are 0 or one value (per row): stored in one bit, exactly."""
+        return self.range_kind >= RangeKind.ONE_BIT_ROWS
 
     @property
     def qmax(self) -> int:
         """The largest code: 1 for one-bit data, else ``2^bits - 1``."""
-        return 1 if self._range_kind >= RangeKind.ONE_BIT_ROWS else max_code(self.bits)
+        return 1 if self.is_one_bit else max_code(self.bits)
 
     @property
     def stored_bits(self) -> int:
         """Bits per stored code."""
-        return 1 if self._range_kind >= RangeKind.ONE_BIT_ROWS else self.bits
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        self._range_kind = RangeKind(int(self.kind))
+        return 1 if self.is_one_bit else self.bits
 
     def _set_kind(self, kind: RangeKind) -> None:
-        self._range_kind = kind
         self.kind.fill_(int(kind))
 
     def unset(self) -> None:
@@ -131,16 +144,21 @@ class QLRQuantizer(nn.Module):
     @property
     def zero_code(self) -> float | None:
         """The code that stands for zero, :obj:`None` where the lower end is free."""
+        return self._zero_code(self.range_kind)
+
+    def _zero_code(self, kind: RangeKind) -> float | None:
         qmax = max_code(self.bits)
+        if kind >= RangeKind.ONE_BIT_ROWS:
+            return 0.0
         fixed = {"unsigned": 0.0, "symmetric": (qmax + 1) / 2, "half": qmax / 2}.get(self.levels)
-        return 0.0 if fixed is None and self._range_kind == RangeKind.NONNEGATIVE else fixed
+        return 0.0 if fixed is None and kind == RangeKind.NONNEGATIVE else fixed
 
     def range(self) -> tuple[Tensor, Tensor]:
         """``scale`` and ``lower`` of the range itself: scalars, or one per channel (per node: relative to the row)."""
         scale = self.log_scale.exp()
         if self.levels == "affine":
             assert self.offset is not None
-            free = float(self._range_kind == RangeKind.FREE)
+            free = float(self.range_kind == RangeKind.FREE)
             return scale, scale * (self.offset * free)
         assert self.zero_code is not None
         return scale, scale * -self.zero_code
@@ -152,8 +170,8 @@ class QLRQuantizer(nn.Module):
 
     def _range_of(self, x: Tensor, pattern: GraphPlan | None) -> tuple[Tensor, Tensor]:
         """Scale and lower end that broadcast to ``x``."""
-        kind = self._range_kind
-        if kind >= RangeKind.ONE_BIT_ROWS:
+        kind = self.range_kind
+        if self.is_one_bit:
             rows = _row_peaks(x, pattern) if kind == RangeKind.ONE_BIT_ROWS else _peak(x)
             # A factor exp(0) = 1 keeps the parameters in the graph: DDP expects a gradient for each.
             unused = self.log_scale if self.offset is None else self.log_scale + self.offset
@@ -173,7 +191,18 @@ class QLRQuantizer(nn.Module):
             ValueError: If ``x`` is empty or holds a NaN or an infinity.
         """
         if self.bits != OFF:
-            self._fit(self._kind_of(x, pattern), self._rows(x, pattern))
+            self._fit(*self._kind_and_rows(x, pattern))
+
+    def _kind_and_rows(self, x: Tensor, pattern: GraphPlan | None) -> tuple[RangeKind, Tensor]:
+        kind = self._kind_of(x, pattern)
+        if pattern is not None and (self.granularity == "channel" or not self._stays_sparse(kind)):
+            x, pattern = QuantizedTensor.identity(x, pattern).dequantize(), None
+        return kind, self._rows(x, pattern)
+
+    def _stays_sparse(self, kind: RangeKind) -> bool:
+        """Whether code 0 stands for zero in every column, so that only stored values need codes."""
+        per_column = self.granularity == "channel" and kind < RangeKind.ONE_BIT_ROWS
+        return self._zero_code(kind) == 0 and not per_column
 
     def _fit(self, kind: RangeKind, rows: Tensor) -> None:
         """Set the range to ``kind`` and to the best fit of ``rows`` [ranges, samples]."""
@@ -183,15 +212,19 @@ class QLRQuantizer(nn.Module):
         if kind >= RangeKind.ONE_BIT_ROWS:
             return
         scale, lower = search_range(rows, self.qmax, self.zero_code)
-        self.log_scale.copy_(scale.clamp_min(SMALLEST).log().view_as(self.log_scale))
+        smallest = max(SMALLEST, torch.finfo(self.log_scale.dtype).tiny)
+        self.log_scale.copy_(scale.clamp_min(smallest).log().view_as(self.log_scale))
         if self.offset is not None:
-            self.offset.copy_((lower / scale).view_as(self.offset))
+            # In steps as they will be read: exp(log(s)) is a few ulp off, which many steps from zero is many steps.
+            self.offset.copy_(lower.view_as(self.offset) / self.log_scale.exp().to(lower.dtype))
 
     def _kind_of(self, x: Tensor, pattern: GraphPlan | None) -> RangeKind:
         if x.numel() == 0:
             raise ValueError(f"Expected values to set the range of '{self.site}' from (got an empty tensor)")
         self._check_finite(x, always=True)
         low = float(x.amin())
+        if low == 0 == float(x.amax()):
+            return RangeKind.ONE_BIT  # whatever the levels: zeros are exact, and say nothing about a range
         if low < 0 and self.levels == "unsigned":
             raise ValueError(f"Expected non-negative values for the unsigned '{self.site}' (got {low:g})")
         if low < 0 or self.levels in ("symmetric", "half"):
@@ -205,7 +238,7 @@ class QLRQuantizer(nn.Module):
             return (x / (peaks if pattern is None else peaks[pattern.dst, 0])).reshape(1, -1)
         if self.granularity == "channel" and pattern is None:
             return x.movedim(self.channel_dim, 0).reshape(self.log_scale.numel(), -1)
-        return x.reshape(1, -1).expand(max(1, self.log_scale.numel()), -1)
+        return x.reshape(1, -1)
 
     def _nonnegative_kind(self, x: Tensor, pattern: GraphPlan | None) -> RangeKind:
         if x.dim() < 2 and pattern is None:
@@ -237,7 +270,7 @@ class QLRQuantizer(nn.Module):
 
     def observe(self) -> None:
         """Pass values through unquantized and remember a sample of them until :meth:`finish`."""
-        self._observed = []
+        self._observed, self._observed_kind = Sample(), RangeKind.ONE_BIT
 
     def abort(self) -> None:
         """Leave observation without touching the range."""
@@ -247,19 +280,26 @@ class QLRQuantizer(nn.Module):
     def finish(self) -> None:
         """Set the range from what was observed; a site that saw nothing keeps its state."""
         observed, self._observed = self._observed, None
-        if observed and self.bits != OFF:
-            # The smallest kind is the most general one.
-            self._fit(min(kind for kind, _ in observed), torch.cat([rows for _, rows in observed], 1))
+        if observed is not None and len(observed) and self.bits != OFF:
+            self._fit(self._observed_kind, observed.rows())
 
     @torch.no_grad()
     def _remember(self, x: Tensor, pattern: GraphPlan | None) -> None:
         assert self._observed is not None
-        self._observed.append((self._kind_of(x, pattern), subsample(self._rows(x, pattern))))
+        if x.numel():
+            kind, rows = self._kind_and_rows(x, pattern)
+            self._observed_kind = min(kind, self._observed_kind)  # the smallest is the most general
+            self._observed.add(rows)
 
     # Forward ##########################################################################################################
 
     def forward(self, x: Tensor) -> QuantizedTensor:
         """Quantize ``x`` to codes; see :class:`QuantizedTensor`."""
+        if x.device != self.log_scale.device:
+            raise ValueError(
+                f"Expected values on {self.log_scale.device}, where '{self.site}' has its range (got "
+                f"{x.device}); move the model and its inputs to one device with .to(device)"
+            )
         x, pattern = _split(x)
         if self.bits == OFF:
             return QuantizedTensor.identity(x, pattern)
@@ -267,24 +307,40 @@ class QLRQuantizer(nn.Module):
             self._remember(x, pattern)
             return QuantizedTensor.identity(x, pattern)
         self._check_finite(x.detach())
-        if self._range_kind == RangeKind.UNSET:
+        if self.range_kind == RangeKind.UNSET:
+            if x.numel() == 0:
+                return QuantizedTensor.identity(x, pattern)
             if not self.training:
                 raise RuntimeError(
                     f"The range of '{self.site}' is unset: call qgnn_plugin.calibrate(model, data) first, "
                     f"or train for at least one step"
                 )
             self.set_range(x.detach(), pattern)
-        if pattern is not None and not (self.zero_code == 0 or self._range_kind >= RangeKind.ONE_BIT_ROWS):
+        return self._quantize(x, pattern)
+
+    def _quantize(self, x: Tensor, pattern: GraphPlan | None) -> QuantizedTensor:
+        if pattern is not None and not self._stays_sparse(self.range_kind):
             x, pattern = QuantizedTensor.identity(x, pattern).dequantize(), None
         scale, lower = self._range_of(x, pattern)
         # The scale of one-bit data is the data's own: no gradient flows through the codes.
-        step = scale.detach() if self._range_kind >= RangeKind.ONE_BIT_ROWS else scale
+        step = scale.detach() if self.is_one_bit else scale
         full = step[pattern.dst, 0] if pattern is not None and step.dim() == 2 else step
         low = torch.zeros_like(full) if pattern is not None else lower
-        skew = self.skew if self.skew is not None and self._range_kind < RangeKind.ONE_BIT_ROWS else None
-        codes = quantize_codes(x, full, low, self.qmax, skew)
-        unsigned = self.zero_code == 0 or self._range_kind >= RangeKind.ONE_BIT_ROWS
-        return QuantizedTensor(codes, scale, lower, self.qmax, unsigned, pattern)
+        codes = quantize_codes(x, full, low, self.qmax, None if self.is_one_bit else self.skew)
+        if self.is_one_bit and not self._still_one_bit(x.detach(), codes.detach() * full):
+            self.set_range(x.detach(), pattern)
+            return self._quantize(x, pattern)
+        return QuantizedTensor(codes, scale, lower, self.qmax, self.zero_code == 0, pattern)
+
+    def _still_one_bit(self, x: Tensor, dequantized: Tensor) -> bool:
+        if torch.compiler.is_compiling() or torch.equal(dequantized, x):
+            return True
+        if not self.training:
+            raise ValueError(
+                f"Expected '{self.site}' to be zero or one value, as when its range was set (got other "
+                f"values); set the range on data like these: qgnn_plugin.calibrate(model, data)"
+            )
+        return False
 
 
 def _split(x: Tensor) -> tuple[Tensor, GraphPlan | None]:

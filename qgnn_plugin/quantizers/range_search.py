@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["search_range"]
+__all__ = ["Sample", "search_range"]
 
 GRID = 80
 MAX_SAMPLES = 1 << 16
@@ -25,6 +25,36 @@ def subsample(x: Tensor) -> Tensor:
         return x
     step = -(-x.size(1) // limit)
     return torch.cat([x[:, ::step], x.amin(1, keepdim=True), x.amax(1, keepdim=True)], 1)
+
+
+class Sample:
+    """A bounded, even sample of ``[R, *]`` values that come in batches, with the extremes of each row."""
+
+    def __init__(self) -> None:
+        self._parts: list[Tensor] = []
+        self._stride = 1
+        self._extremes: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def add(self, x: Tensor) -> None:
+        ends = torch.stack([x.amin(1), x.amax(1)], 1)
+        if self._extremes is not None:
+            both = torch.cat([self._extremes, ends], 1)
+            ends = torch.stack([both.amin(1), both.amax(1)], 1)
+        self._extremes = ends
+        # A copy: the model may change its activations in place.
+        self._parts.append(x[:, :: self._stride].clone())
+        limit = max(256, MAX_SAMPLES // x.size(0)) - ends.size(1)
+        while sum(part.size(1) for part in self._parts) > max(limit, len(self._parts)):
+            self._stride *= 2
+            self._parts = [part[:, ::2].clone() for part in self._parts]
+
+    def rows(self) -> Tensor:
+        """``[R, *]``: everything while it was little."""
+        assert self._extremes is not None
+        return torch.cat([*self._parts, self._extremes] if self._stride > 1 else self._parts, 1)
 
 
 def search_range(x: Tensor, qmax: int, zero_code: float | None) -> tuple[Tensor, Tensor]:

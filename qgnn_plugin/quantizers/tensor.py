@@ -36,9 +36,8 @@ class QuantizedTensor:
     @classmethod
     def identity(cls, x: Tensor, pattern: GraphPlan | None = None) -> QuantizedTensor:
         """Wrap unquantized values."""
-        values = x if pattern is None else x
-        one = values.new_ones(())
-        return cls(values, one, torch.zeros_like(one), None, True, pattern)
+        one = x.new_ones(())
+        return cls(x, one, torch.zeros_like(one), None, True, pattern)
 
     @property
     def shape(self) -> tuple[int, ...]:
