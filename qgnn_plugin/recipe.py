@@ -24,7 +24,7 @@ from .inputs import model_inputs
 from .smp import differential_multiplier_step
 from .training import distillation_loss, parameter_groups
 
-__all__ = ["Recipe", "Stage", "StageResult", "distil", "fit_float", "fit_quantized"]
+__all__ = ["Recipe", "RecipeResult", "Stage", "StageResult", "distil", "fit_float", "fit_quantized", "run_recipe"]
 
 
 @dataclass(frozen=True)
@@ -153,3 +153,28 @@ def fit_quantized(
     config = QuantConfig(bits=bits) if config is None else replace(config, bits=bits)
     qmodel = calibrate(quantize_model(float_model, config=config), data)
     return distil(qmodel, float_model, data, recipe)
+
+
+@dataclass(frozen=True)
+class RecipeResult:
+    """Both ends of the recipe: the float model and the quantized one trained from it."""
+
+    float_result: StageResult
+    quantized_result: StageResult
+
+
+def run_recipe(
+    model: nn.Module, data: Any, bits: int = 4, *, config: QuantConfig | None = None, recipe: Recipe | None = None
+) -> RecipeResult:
+    """The whole recipe in one call: train ``model`` (in place) in float, convert it, train it at low bit width.
+
+    Args:
+        model: An untrained PyG model for node classification.
+        data: Full-batch ``Data`` with ``x``, ``edge_index``, ``y`` [N] and boolean ``train_mask``, ``val_mask`` and
+            ``test_mask`` [N].
+        bits: 2, 4 or 8.
+        config: Everything else about the conversion.
+        recipe: Settings of the training.
+    """
+    trained = fit_float(model, data, recipe)
+    return RecipeResult(trained, fit_quantized(model, data, bits, config=config, recipe=recipe))
