@@ -1,0 +1,11 @@
+"""Triton kernels of the ops, one module per op; imported on first use, by the dispatcher only.
+
+========================= ==========================================================================
+``bits``                  what kernels share: fields of a word, ranges, the epilogue
+``schedule``              row order and hub split of a graph
+``launch``                launch configurations, argument checks, the debug flag
+one module per op         kernel and host launcher, named like the op
+``aot``, ``sass``         compilation without a GPU and what the binaries show
+``autotune``              rewrites the launch configurations on the user's own card
+========================= ==========================================================================
+"""

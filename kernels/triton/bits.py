@@ -1,0 +1,191 @@
+"""What the kernels share: the fields of packed words, ranges and the canonical epilogue.
+
+A *word tile* is ``[ROWS, WORDS]`` uint32.  A *feature tile* is ``[ROWS, PARTS, 4 * WORDS]``: entry
+``(r, p, j)`` is feature ``p B + 4 w_0 + j`` of a row of ``B`` bytes (:mod:`..layout`).  Codes of
+one word stay in one thread, so unpacking never crosses threads.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = [
+    "COLUMN", "MAGIC", "ONE", "ROW", "by_feature", "feature_tile", "field_shift", "finish",
+    "isolate", "isolated_by_feature", "load_range", "load_words", "pack_features", "quantize",
+    "spread",
+]  # fmt: skip
+
+# Kinds of range tensors: one element, one per column, one per row.
+ONE = tl.constexpr(0)
+COLUMN = tl.constexpr(1)
+ROW = tl.constexpr(2)
+
+MAGIC = tl.constexpr(0x4B000000)  # the bits of 2^23 as float32: integers fit its mantissa exactly
+_TWO_23 = tl.constexpr(8388608.0)
+
+
+@triton.jit
+def _halve(x, width: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Even and odd fields of ``width`` bits, each alone in ``2 * width`` bits; a new last axis."""
+    mask: tl.constexpr = ((1 << 32) - 1) // ((1 << (2 * width)) - 1) * ((1 << width) - 1)
+    return tl.join(x & mask, (x >> width) & mask)
+
+
+@triton.jit
+def spread(x, narrow: tl.constexpr, wide: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Spread fields of ``narrow`` bits to ``wide`` bits: one new last axis of 2 per doubling.
+
+    Doubling in steps lets sums run in the narrow fields before they are spread further.
+    """
+    if narrow < wide:
+        x = _halve(x, narrow)
+    if 2 * narrow < wide:
+        x = _halve(x, 2 * narrow)
+    if 4 * narrow < wide:
+        x = _halve(x, 4 * narrow)
+    if 8 * narrow < wide:
+        x = _halve(x, 8 * narrow)
+    if 16 * narrow < wide:
+        x = _halve(x, 16 * narrow)
+    return x
+
+
+@triton.jit
+def by_feature(x, bits: tl.constexpr, rows: tl.constexpr, words: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Fully spread words ``[rows, words, 2, ...]`` as a feature tile.
+
+    Doubling yields the bits of a code's position from the lowest up: part first, then byte.
+    """
+    if bits == 1:
+        x = tl.permute(x, (0, 4, 3, 2, 1, 6, 5))
+    elif bits == 2:
+        x = tl.permute(x, (0, 3, 2, 1, 5, 4))
+    elif bits == 4:
+        x = tl.permute(x, (0, 2, 1, 4, 3))
+    else:
+        x = tl.permute(x, (0, 1, 3, 2))
+    return tl.reshape(x, [rows, 8 // bits, 4 * words])
+
+
+@triton.jit
+def isolate(x, bits: tl.constexpr, rows: tl.constexpr, words: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The codes of each word, ``[rows, words, 32 / bits]``, still shifted by :func:`field_shift`.
+
+    Entry ``4 p + k`` is part ``p`` of byte ``k``.  Leaving the shift to the end (it is linear)
+    saves one instruction per code.
+    """
+    if bits < 8:
+        x = tl.join(x & 0x0F0F0F0F, x & 0xF0F0F0F0)
+    if bits < 4:
+        x = tl.join(x & 0x33333333, x & 0xCCCCCCCC)
+    if bits < 2:
+        x = tl.join(x & 0x55555555, x & 0xAAAAAAAA)
+    x = tl.join(x & 0xFFFF, x >> 16)
+    x = tl.join(x & 0x00FF, x & 0xFF00)
+    return tl.reshape(x, [rows, words, 32 // bits])
+
+
+@triton.jit
+def isolated_by_feature(x, bits: tl.constexpr, rows: tl.constexpr, words: tl.constexpr):  # type: ignore[no-untyped-def]
+    """``[rows, words, 32 / bits]`` in the order of :func:`isolate` as a feature tile."""
+    x = tl.reshape(x, [rows, words, 8 // bits, 4])
+    return tl.reshape(tl.permute(x, (0, 2, 1, 3)), [rows, 8 // bits, 4 * words])
+
+
+@triton.jit
+def field_shift(bits: tl.constexpr, words: tl.constexpr):  # type: ignore[no-untyped-def]
+    """``[1, PARTS, 4 * words]``: how far :func:`isolate` leaves each code from bit 0."""
+    part = tl.arange(0, 8 // bits)
+    byte = tl.arange(0, 4 * words)
+    return (part[:, None] * bits + (byte[None, :] % 2) * 8)[None, :, :]
+
+
+@triton.jit
+def field_floats(fields):  # type: ignore[no-untyped-def]
+    """Fields below 2^23 as float32, exactly and without a conversion instruction."""
+    return (fields | MAGIC).to(tl.float32, bitcast=True) - _TWO_23
+
+
+@triton.jit
+def load_words(pointers, mask):  # type: ignore[no-untyped-def]
+    return tl.load(pointers, mask=mask, other=0).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def feature_tile(first, F: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Feature numbers ``[PARTS, 4 * WORDS]`` of the words from ``first`` on, and which exist."""
+    byte = 4 * first + tl.arange(0, 4 * WORDS)
+    feature = tl.arange(0, 8 // BITS)[:, None] * (4 * W) + byte[None, :]
+    return feature, (byte < 4 * W)[None, :] & (feature < F)
+
+
+@triton.jit
+def load_range(ptr, kind: tl.constexpr, row, row_ok, feature, feature_ok):  # type: ignore[no-untyped-def]
+    """A range tensor broadcast to feature tiles."""
+    if kind == ONE:
+        value = tl.load(ptr)
+    elif kind == COLUMN:
+        value = tl.load(ptr + feature, mask=feature_ok, other=1.0)[None, :, :]
+    else:
+        value = tl.load(ptr + row, mask=row_ok, other=1.0)[:, None, None]
+    return value
+
+
+@triton.jit
+def quantize(x, scale, offset, bits: tl.constexpr):  # type: ignore[no-untyped-def]
+    """``clamp(floor((x - l) * (1 / s) + 1/2), 0, Q)`` in float32; 0 for NaN."""
+    top: tl.constexpr = (1 << bits) - 1
+    code = tl.floor((x - offset) * tl.div_rn(1.0, scale) + 0.5)
+    code = tl.where(code > 0, code, 0.0)  # false for NaN
+    return tl.where(code < top, code, top * 1.0)
+
+
+@triton.jit
+def pack_features(codes, bits: tl.constexpr, rows: tl.constexpr, words: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Pack a feature tile of int32 codes into a word tile (int32)."""
+    parts: tl.constexpr = 8 // bits
+    shift = tl.arange(0, parts) * bits
+    if parts > 1:
+        lanes = tl.sum(codes << shift[None, :, None], 1)
+    else:
+        lanes = tl.reshape(codes, [rows, 4 * words])
+    lanes = tl.reshape(lanes, [rows, words, 4])
+    return tl.sum(lanes << (8 * tl.arange(0, 4))[None, None, :], 2)
+
+
+@triton.jit
+def finish(  # type: ignore[no-untyped-def]
+    y, out, row, row_ok, first, dst_scale, bias, out_scale, out_offset,
+    F: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
+    RELU: tl.constexpr, PACK: tl.constexpr, OUT_SCALE: tl.constexpr, OUT_OFFSET: tl.constexpr,
+):  # fmt: skip
+    """The canonical epilogue of a feature tile: destination factor, bias, ReLU, requantize, store.
+
+    Packed output has the width of the tile's own layout, so that packing stays inside a thread.
+    """
+    feature, feature_ok = feature_tile(first, F, W, BITS, WORDS)
+    if dst_scale is not None:
+        y = y * tl.load(dst_scale + row, mask=row_ok, other=0.0)[:, None, None]
+    if bias is not None:
+        y = y + tl.load(bias + feature, mask=feature_ok, other=0.0)[None, :, :]
+    if RELU:
+        y = tl.where(y < 0, 0.0, y)  # keeps NaN, as torch does
+    row64 = row.to(tl.int64)
+    if PACK:
+        scale = load_range(out_scale, OUT_SCALE, row, row_ok, feature, feature_ok)
+        offset = load_range(out_offset, OUT_OFFSET, row, row_ok, feature, feature_ok)
+        codes = quantize(y, scale, offset, BITS).to(tl.int32)
+        codes = tl.where(feature_ok[None, :, :], codes, 0)
+        word = first + tl.arange(0, WORDS)
+        tl.store(
+            out + row64[:, None] * W + word[None, :],
+            pack_features(codes, BITS, ROWS, WORDS),
+            mask=row_ok[:, None] & (word < W)[None, :],
+        )
+    else:
+        tl.store(
+            out + row64[:, None, None] * F + feature[None, :, :],
+            y,
+            mask=row_ok[:, None, None] & feature_ok[None, :, :],
+        )

@@ -1,0 +1,207 @@
+"""Launch configurations, argument checks and the debug flag of the Triton backend.
+
+Configurations come from a table by architecture, kernel and words per row: ``configs.json`` here,
+overridden by the file that ``QGNN_TRITON_CONFIGS`` names (written by :mod:`.autotune`).  Nothing is
+tuned at import or at run time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "CONFIGS_ENV",
+    "Config",
+    "architecture",
+    "check_devices",
+    "check_graph",
+    "config_for",
+    "debug_checks",
+    "launch",
+    "load_table",
+    "next_power_of_two",
+    "override",
+    "word_tile",
+]
+
+CONFIGS_ENV = "QGNN_TRITON_CONFIGS"
+DEBUG_ENV = "QGNN_DEBUG"
+TABLE_VERSION = 1
+MAX_ROWS = 256  # of a program: the row alignment of schedules
+
+_debug: ContextVar[bool | None] = ContextVar("qgnn_triton_debug", default=None)
+_override: ContextVar[dict[str, Config] | None] = ContextVar("qgnn_triton_config", default=None)
+
+
+@dataclass(frozen=True)
+class Config:
+    """How one kernel is launched.
+
+    Attributes:
+        num_warps: Warps per program.
+        words_per_thread: Packed words that a thread holds of a tile; 4 makes 16-byte loads.
+        tile_words: Widest tile, in words; wider rows take several programs.
+        unroll: Gathers in flight per thread: 1, 2 or 4.
+        segment: Edges per program of a hub, at most 256.
+        block_m, block_n, block_k, num_stages: Tile of ``linear`` and its pipeline depth.
+    """
+
+    num_warps: int = 4
+    words_per_thread: int = 4
+    tile_words: int = 32
+    unroll: int = 4
+    segment: int = 256
+    block_m: int = 64
+    block_n: int = 64
+    block_k: int = 64
+    num_stages: int = 2
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            power_of_two = isinstance(value, int) and value > 0 and value & (value - 1) == 0
+            if not power_of_two and field.name not in ("num_stages", "segment"):
+                raise ValueError(f"Expected '{field.name}' to be a power of two (got {value!r})")
+        if self.unroll > 4:
+            raise ValueError(f"Expected 'unroll' of at most 4 (got {self.unroll})")
+
+
+def next_power_of_two(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def architecture(device: torch.device) -> str:
+    """The table's key for a device: ``"sm_90"``, ``"gfx942"``, or ``"default"`` off the GPU."""
+    if device.type != "cuda":
+        return "default"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+@cache
+def load_table(path: str | None = None) -> dict[str, Any]:
+    """The launch table at ``path``, by default the shipped one."""
+    file = Path(path) if path else Path(__file__).with_name("configs.json")
+    table = json.loads(file.read_text())
+    if table.get("version") != TABLE_VERSION:
+        raise ValueError(
+            f"Expected a launch table of version {TABLE_VERSION} in '{file.name}' (got "
+            f"{table.get('version')!r}); run 'python -m qgnn_plugin.kernels.triton.autotune'"
+        )
+    return table["architectures"]
+
+
+@cache
+def _lookup(kernel: str, arch: str, words: int, path: str | None) -> Config:
+    for table in (load_table(path), load_table()):
+        for key in (arch, "default"):
+            for entry in table.get(key, {}).get(kernel, ()):
+                if words <= entry["max_words"]:
+                    return Config(**{k: v for k, v in entry.items() if k != "max_words"})
+    return Config()
+
+
+def config_for(kernel: str, device: torch.device, words: int) -> Config:
+    """The configuration of ``kernel`` for rows of ``words`` words on ``device``."""
+    forced = _override.get()
+    if forced is not None and kernel in forced:
+        return forced[kernel]
+    return _lookup(kernel, architecture(device), words, os.environ.get(CONFIGS_ENV) or None)
+
+
+@contextmanager
+def override(**configs: Config) -> Iterator[None]:
+    """Use these configurations in this context, by kernel name (autotuning and tests)."""
+    token = _override.set({**(_override.get() or {}), **configs})
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def word_tile(config: Config, words: int, warp_size: int = 32) -> tuple[int, int]:
+    """``(rows, words)`` of a program's tile: every thread holds ``words_per_thread`` words, or a
+    whole row where that is shorter.
+    """
+    width = min(next_power_of_two(words), config.tile_words)
+    held = config.num_warps * warp_size * min(config.words_per_thread, width)
+    return max(1, min(MAX_ROWS, held // width)), width
+
+
+def warp_size() -> int:
+    return 64 if torch.version.hip else 32
+
+
+def check_devices(*tensors: Tensor | None) -> torch.device:
+    """The one device of all tensors."""
+    found = {t.device for t in tensors if t is not None}
+    if len(found) != 1:
+        names = sorted(str(d) for d in found)
+        raise ValueError(f"Expected all tensors on one device (got {names}); move them with '.to'")
+    return found.pop()
+
+
+@contextmanager
+def debug_checks(enabled: bool = True) -> Iterator[None]:
+    """Check graph indices in every launch of this context (synchronizes).
+
+    ``QGNN_DEBUG=1`` turns the checks on for the process.
+    """
+    token = _debug.set(enabled)
+    try:
+        yield
+    finally:
+        _debug.reset(token)
+
+
+def _debugging() -> bool:
+    chosen = _debug.get()
+    return os.environ.get(DEBUG_ENV, "0") == "1" if chosen is None else chosen
+
+
+def check_graph(rowptr: Tensor, col: Tensor, num_src: int) -> None:
+    """In debug mode, raise unless ``rowptr`` and ``col`` are a CSR graph over ``num_src``
+    sources.
+    """
+    if not _debugging():
+        return
+    bounds = torch.stack([rowptr[0], rowptr[-1]]).tolist() if rowptr.numel() else [-1, -1]
+    if bounds != [0, col.numel()] or bool((rowptr[1:] < rowptr[:-1]).any()):
+        raise ValueError(
+            f"Expected 'rowptr' to rise from 0 to {col.numel()} (got {bounds[0]} to {bounds[1]}"
+            " or a descent); rebuild the plan"
+        )
+    if col.numel():
+        low, high = (int(v) for v in torch.aminmax(col))
+        if low < 0 or high >= num_src:
+            raise ValueError(
+                f"Expected source nodes in [0, {num_src}) (got {low} to {high}); check that the "
+                "plan belongs to these features"
+            )
+
+
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **meta: Any) -> None:
+    """Launch on ``device``; nothing happens on an empty grid.
+
+    Multiplications and additions are not contracted: the canonical arithmetic rounds each.
+    """
+    if 0 in grid:
+        return
+    if max(grid[1:], default=0) > 65535 or grid[0] >= 2**31:
+        raise ValueError(f"Expected a grid within the hardware's limits (got {grid})")
+    guard = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with guard:
+        kernel[grid](*args, **meta, enable_fp_fusion=False)

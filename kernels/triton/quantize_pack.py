@@ -1,0 +1,65 @@
+"""``quantize_pack`` on Triton: one pass, floats read once, words written once."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..layout import row_words
+from .bits import feature_tile, load_range, pack_features, quantize
+from .launch import check_devices, config_for, launch, warp_size, word_tile
+from .ranges import range_kind
+
+__all__ = ["pack_scaled", "quantize_pack", "quantize_pack_kernel"]
+
+
+@triton.jit
+def quantize_pack_kernel(  # type: ignore[no-untyped-def]
+    x, factor, scale, offset, out, num_rows,
+    F: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
+    SCALE: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
+    """``c = clamp(floor((n x - l) / s + 1/2), 0, Q)``, packed; ``n`` is a factor per row."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row_ok = row < num_rows
+    first = tl.program_id(1) * WORDS
+    feature, feature_ok = feature_tile(first, F, W, BITS, WORDS)
+    ok = row_ok[:, None, None] & feature_ok[None, :, :]
+    row64 = row.to(tl.int64)
+    value = tl.load(x + row64[:, None, None] * F + feature[None, :, :], mask=ok, other=0.0)
+    if factor is not None:
+        value = value * tl.load(factor + row, mask=row_ok, other=0.0)[:, None, None]
+    s = load_range(scale, SCALE, row, row_ok, feature, feature_ok)
+    offsets = load_range(offset, OFFSET, row, row_ok, feature, feature_ok)
+    codes = tl.where(feature_ok[None, :, :], quantize(value, s, offsets, BITS).to(tl.int32), 0)
+    word = first + tl.arange(0, WORDS)
+    tl.store(
+        out + row64[:, None] * W + word[None, :],
+        pack_features(codes, BITS, ROWS, WORDS),
+        mask=row_ok[:, None] & (word < W)[None, :],
+    )
+
+
+def quantize_pack(x: Tensor, scale: Tensor, offset: Tensor, bits: int) -> Tensor:
+    return pack_scaled(x, None, scale, offset, bits)
+
+
+def pack_scaled(
+    x: Tensor, factor: Tensor | None, scale: Tensor, offset: Tensor, bits: int
+) -> Tensor:
+    """Quantize and pack ``factor * x``, with a factor per row (``[N]``) or none."""
+    device = check_devices(x, factor, scale, offset)
+    num_rows, num_features = x.shape
+    words = row_words(num_features, bits)
+    out = x.new_empty((num_rows, words), dtype=torch.int32)
+    config = config_for("elementwise", device, words)
+    rows, width = word_tile(config, words, warp_size())
+    launch(
+        quantize_pack_kernel, (triton.cdiv(num_rows, rows), triton.cdiv(words, width)), device,
+        x.contiguous(), factor, scale.contiguous(), offset.contiguous(), out, num_rows,
+        F=num_features, W=words, BITS=bits, ROWS=rows, WORDS=width,
+        SCALE=range_kind(scale), OFFSET=range_kind(offset), num_warps=config.num_warps,
+    )  # fmt: skip
+    return out

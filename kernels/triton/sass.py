@@ -1,0 +1,203 @@
+"""What a compiled kernel shows: registers, spills, load widths and the inner loop's instructions.
+
+Reads cubins with the ``cuobjdump`` and ``nvdisasm`` of the triton wheel and AMD assembly as text;
+neither needs a GPU.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Binary", "Instruction", "inner_loop", "read_amdgcn", "read_cubin"]
+
+_NOT_INTEGER = re.compile(
+    r"^(LD|ST|ATOM|RED|F|H|MUFU|BRA|EXIT|BAR|WARPSYNC|NOP|BSSY|BSYNC|DEPBAR|MMA|IMMA|HGMMA|IGMMA|"
+    r"QGMMA|SHFL|CCTL|MEMBAR|ERRBAR|S2|CS2R|I2F|F2I|WARPGROUP|UCGABAR|SYNCS|LDGSTS|LDGDEPBAR|R2UR)"
+)
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """``address`` in bytes (lines for AMD); ``target`` of a branch."""
+
+    address: int
+    opcode: str
+    target: int | None = None
+
+
+@dataclass(frozen=True)
+class Binary:
+    """What the tools report about one kernel.
+
+    Attributes:
+        registers: Per thread (AMD: vector registers).
+        local_bytes: Stack or local memory per thread.
+        spills: Spilled registers; for NVIDIA the loads and stores of local memory.
+        shared_bytes: Per program.
+        widest_load: Bytes of the widest global load of one thread.
+        loop: Instruction mix of the inner loop, by opcode.
+        loop_loads: Widths in bytes of the global loads in the inner loop, widest first.
+    """
+
+    registers: int
+    local_bytes: int
+    spills: int
+    shared_bytes: int
+    widest_load: int
+    loop: dict[str, int]
+    loop_loads: tuple[int, ...]
+
+    @property
+    def integer_instructions(self) -> int:
+        """Integer, logic, move and predicate instructions of the inner loop."""
+        return sum(n for op, n in self.loop.items() if not _NOT_INTEGER.match(op))
+
+    @property
+    def loop_instructions(self) -> int:
+        return sum(self.loop.values())
+
+
+def _run(tool: Path, *arguments: str) -> str:
+    return subprocess.run(
+        [str(tool), *arguments], check=True, capture_output=True, text=True
+    ).stdout
+
+
+def _tools() -> Path:
+    import triton
+
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+def load_bytes(opcode: str) -> int:
+    """Bytes that one thread loads from global memory by ``opcode``; 0 for anything else."""
+    if re.match(r"LDG(STS)?\b", opcode):
+        found = re.search(r"\.(U8|S8|U16|S16|64|128)\b", opcode)
+        width = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
+        return width[found.group(1)] if found else 4
+    found = re.match(r"(?:global|buffer)_load_(u?s?byte|u?s?short|dword(?:x\d)?)", opcode)
+    if not found:
+        return 0
+    if "byte" in found.group(1):
+        return 1
+    if "short" in found.group(1):
+        return 2
+    return 4 * int(found.group(1).removeprefix("dword").removeprefix("x") or 1)
+
+
+def inner_loop(instructions: list[Instruction]) -> list[Instruction]:
+    """The innermost loop that loads most bytes from global memory (empty without loops)."""
+    loops = []
+    for i in instructions:
+        if i.target is not None and i.target <= i.address:
+            loops.append([j for j in instructions if i.target <= j.address <= i.address])
+    innermost = [
+        a for a in loops if not any(b is not a and _contains(a, b) for b in loops)
+    ]
+    loading = [a for a in innermost if any(load_bytes(i.opcode) for i in a)]
+    if not loading:
+        return []
+    return max(loading, key=lambda a: sum(load_bytes(i.opcode) for i in a))
+
+
+def _contains(outer: list[Instruction], inner: list[Instruction]) -> bool:
+    return (
+        outer[0].address <= inner[0].address
+        and inner[-1].address <= outer[-1].address
+        and len(inner) < len(outer)
+    )
+
+
+def _binary(
+    instructions: list[Instruction], registers: int, local: int, spills: int, shared: int
+) -> Binary:
+    loop = inner_loop(instructions)
+    loads = sorted((load_bytes(i.opcode) for i in loop if load_bytes(i.opcode)), reverse=True)
+    return Binary(
+        registers=registers,
+        local_bytes=local,
+        spills=spills,
+        shared_bytes=shared,
+        widest_load=max((load_bytes(i.opcode) for i in instructions), default=0),
+        loop=dict(Counter(i.opcode for i in loop)),
+        loop_loads=tuple(loads),
+    )
+
+
+def _parse_sass(text: str) -> list[Instruction]:
+    instructions: list[Instruction] = []
+    labels: dict[str, int] = {}
+    pending: list[str] = []
+    branches: list[tuple[int, str]] = []
+    for line in text.splitlines():
+        label = re.match(r"\s*(\.L_x_\d+):", line)
+        if label:
+            pending.append(label.group(1))
+            continue
+        code = re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", line)
+        if not code:
+            continue
+        address = int(code.group(1), 16)
+        labels.update(dict.fromkeys(pending, address))
+        pending.clear()
+        target = re.search(r"`\((\.L_x_\d+)\)", code.group(3))
+        if code.group(2).startswith("BRA") and target:
+            branches.append((len(instructions), target.group(1)))
+        instructions.append(Instruction(address, code.group(2)))
+    for index, name in branches:
+        old = instructions[index]
+        instructions[index] = Instruction(old.address, old.opcode, labels.get(name))
+    return instructions
+
+
+def read_cubin(cubin: bytes, shared_bytes: int) -> Binary:
+    """Disassemble a cubin that holds one kernel."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage = _run(_tools() / "cuobjdump", "-res-usage", str(path))
+        instructions = _parse_sass(_run(_tools() / "nvdisasm", "-c", str(path)))
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage)
+    if not found:
+        raise RuntimeError(f"Expected the resource usage of a kernel (got {usage!r})")
+    registers, stack, local = (int(v) for v in found.groups())
+    spills = sum(i.opcode.startswith(("LDL", "STL")) for i in instructions)
+    return _binary(instructions, registers, stack + local, spills, shared_bytes)
+
+
+def read_amdgcn(text: str) -> Binary:
+    """Read the assembly of one AMD kernel."""
+    instructions: list[Instruction] = []
+    labels: dict[str, int] = {}
+    branches: list[tuple[int, str]] = []
+    for number, line in enumerate(text.splitlines()):
+        label = re.match(r"(\.LBB\w+):", line)
+        if label:
+            labels[label.group(1)] = number
+            continue
+        code = re.match(r"\t([a-z]\w+)\s*(.*)", line)
+        if not code:
+            continue
+        if "branch" in code.group(1):
+            branches.append((len(instructions), code.group(2).split(";")[0].strip()))
+        instructions.append(Instruction(number, code.group(1)))
+    for index, name in branches:
+        old = instructions[index]
+        instructions[index] = Instruction(old.address, old.opcode, labels.get(name))
+
+    def field(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", text)
+        return int(found.group(1)) if found else 0
+
+    return _binary(
+        instructions,
+        field("vgpr_count"),
+        field("private_segment_fixed_size"),
+        field("vgpr_spill_count") + field("sgpr_spill_count"),
+        field("group_segment_fixed_size"),
+    )
