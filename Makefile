@@ -28,7 +28,9 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 $(CORA): | $(STAMP)
 	$(BIN)/python -m pip download --quiet --no-deps --dest $(CACHE) graphdatascience==2.2
 
-test test-all lint: export OMP_NUM_THREADS ?= 1
+# One thread in each of the test processes.
+test test-all: export OMP_NUM_THREADS ?= 1
+test test-all: export NUMBA_NUM_THREADS ?= 1
 test: $(STAMP) $(CORA)
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
 
