@@ -135,9 +135,7 @@ def hub_kernel(  # type: ignore[no-untyped-def]
         else:
             total += value
         if MODE == "weighted":
-            offsets += tl.load(
-                pointers + tl.cast(num_partial, tl.int64) * width, mask=ok, other=0
-            )
+            offsets += tl.load(pointers + tl.cast(num_partial, tl.int64) * width, mask=ok, other=0)
     total = tl.max(total, 0) if MODE == "max" else tl.sum(total, 0)
     degree = (tl.load(rowptr + row + 1) - tl.load(rowptr + row)).to(tl.int32)
     y = _affine(

@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ..layout import row_words
+from ..layout import row_bytes, row_words
 from . import aggregate as aggregate_module
+from . import attention_aggregate as attention_module
+from . import attention_logits as logits_module
+from . import fake_quantize as fake_module
+from . import float_sum as float_module
+from . import linear as linear_module
 from . import quantize_pack as quantize_module
+from . import smp_step as smp_module
 from . import unpack_dequantize as unpack_module
 from .aot import Case
-from .launch import Config, load_table, word_tile
+from .launch import Config, load_table, next_power_of_two, word_tile
 
 __all__ = ["BUILDERS", "shapes"]
 
@@ -43,11 +49,15 @@ def _tile_constants(features: int, bits: int, config: Config, warp: int) -> dict
     return {"F": features, "W": words, "BITS": bits, "ROWS": rows, "WORDS": width}
 
 
-def _codes_per_iteration(constants: dict[str, Any], config: Config, warp: int, unroll: int) -> float:
+def _codes_per_turn(constants: dict[str, Any], config: Config, warp: int) -> float:
     """Codes per thread and turn of a loop over edges (padding columns do not count)."""
     threads = config.num_warps * warp
     words = constants["ROWS"] * min(constants["WORDS"], constants["W"]) / threads
-    return max(words, 1) * 32 / constants["BITS"] * unroll
+    return max(words, 1) * 32 / constants["BITS"] * config.unroll
+
+
+def _without(constants: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {k: v for k, v in constants.items() if k not in names}
 
 
 AGGREGATE_TYPES = {
@@ -76,7 +86,7 @@ def aggregate_cases(grid: str, warp: int) -> Iterator[Case]:
             types = dict(AGGREGATE_TYPES)
             if mode == "weighted":
                 types |= {"weight": "*fp32", "partial": "*fp32"}
-            codes = _codes_per_iteration(constants, config, warp, config.unroll)
+            codes = _codes_per_turn(constants, config, warp)
             facts = {
                 "bits": bits, "features": features, "row_bytes": 4 * words,
                 "unroll": config.unroll, "mode": mode,
@@ -88,7 +98,7 @@ def aggregate_cases(grid: str, warp: int) -> Iterator[Case]:
                     types | PACKED_TYPES if pack else types, constants | {"PACK": pack},
                     config.num_warps, codes_per_iteration=codes, facts=facts,
                 )  # fmt: skip
-            hub = {k: v for k, v in constants.items() if k not in ("ROWS", "UNROLL", "HEADS", "SPAN")}
+            hub = _without(constants, "ROWS", "UNROLL", "HEADS", "SPAN")
             yield Case(
                 "aggregate", f"{mode} int{bits} F={features} hubs", aggregate_module.hub_kernel,
                 HUB_TYPES | ({"partial": "*fp32"} if mode == "weighted" else {}),
@@ -119,4 +129,126 @@ def pack_cases(grid: str, warp: int) -> Iterator[Case]:
             )  # fmt: skip
 
 
-BUILDERS: list[Callable[[str, int], Iterator[Case]]] = [aggregate_cases, pack_cases]
+ATTENTION_TYPES = {
+    "words": "*i32", "col": "*i32", "row_of": "*i32", "begin_of": "*i64", "length_of": "*i32",
+    "slot_of": "*i32", "scale": "*fp32", "offset": "*fp32", "out": "*fp32", "partial": "*fp32",
+    "slope": "fp32", "num_items": "i32", "num_partial": "i32",
+}  # fmt: skip
+GAT_TYPES = {"alpha_src": "*fp32", "alpha_dst": "*fp32"}
+V2_TYPES = {"att": "*fp32", "x_dst": "*fp32"}
+
+
+def attention_cases(grid: str, warp: int) -> Iterator[Case]:
+    heads_of = {8: 1, 33: 1, 100: 1}
+    for bits, features in shapes(grid):
+        heads = heads_of.get(features, 4)
+        words = row_words(features, bits)
+        for v2 in (False, True):
+            config = _config("attention_v2" if v2 else "attention", words, warp)
+            constants = _tile_constants(features, bits, config, warp)
+            if v2:
+                width = next_power_of_two(words)
+                constants |= {"ROWS": max(1, constants["ROWS"] * constants["WORDS"] // width)}
+                constants |= {"WORDS": width}
+            constants |= {"HEADS": heads, "V2": v2, "SCALE": ONE, "OFFSET": ONE}
+            types = ATTENTION_TYPES | (V2_TYPES if v2 else GAT_TYPES)
+            name = f"{'v2' if v2 else 'gat'} int{bits} F={features} H={heads}"
+            facts = {"bits": bits, "features": features, "row_bytes": 4 * words, "heads": heads}
+            yield Case(
+                "attention_aggregate", name + " peak", logits_module.peak_kernel, types,
+                constants | {"HEAD_TILE": next_power_of_two(heads)}, config.num_warps,
+                facts=facts,
+            )  # fmt: skip
+            constants |= {
+                "UNROLL": config.unroll, "SPAN": aggregate_module.head_span(features, heads, bits),
+                "RELU": False, "PACK": False, "OUT_SCALE": ONE, "OUT_OFFSET": ONE,
+            }  # fmt: skip
+            for attention_bits in (4, 32):
+                quantized = attention_bits != 32
+                yield Case(
+                    "attention_aggregate", f"{name} att{attention_bits}",
+                    attention_module.attention_kernel,
+                    types | {"peak": "*fp32", "bias": "*fp32"}
+                    | ({"thresholds": "*fp32", "partial": "*i32"} if quantized else {}),
+                    constants | {"INTEGER": quantized, "TOP": 15 if quantized else 0},
+                    config.num_warps, codes_per_iteration=_codes_per_turn(constants, config, warp),
+                    facts=facts,
+                )  # fmt: skip
+
+
+def linear_cases(grid: str, warp: int) -> Iterator[Case]:
+    pairs = ((2, 2), (4, 4)) if grid == "small" else ((1, 2), (2, 2), (4, 4), (4, 2), (8, 8))
+    for x_bits, w_bits in pairs:
+        for features in WIDTHS[grid]:
+            config = _config("linear", row_words(features, x_bits), warp)
+            constants = {
+                "K": features, "X_BITS": x_bits, "W_BITS": w_bits,
+                "X_BYTES": row_bytes(features, x_bits), "W_BYTES": row_bytes(features, w_bits),
+                "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
+                "X_SCALE": False, "X_OFFSET": False, "W_SCALE": True, "W_OFFSET": True,
+                "RELU": True, "OUT_BITS": 0, "OUT_BYTES": 0, "OUT_SCALE": ONE, "OUT_OFFSET": ONE,
+            }  # fmt: skip
+            types = dict.fromkeys(("x", "w"), "*i8") | dict.fromkeys(
+                ("x_scale", "x_offset", "w_scale", "w_offset", "bias", "out"), "*fp32"
+            )
+            yield Case(
+                "linear", f"int{x_bits} x int{w_bits} K={features}", linear_module.linear_kernel,
+                types | {"num_rows": "i32", "num_out": "i32"}, constants, config.num_warps,
+                config.num_stages, facts={"bits": x_bits, "features": features},
+            )  # fmt: skip
+
+
+def training_cases(grid: str, warp: int) -> Iterator[Case]:
+    for bits, features in shapes(grid):
+        rows, columns = fake_module.tile_shape(features)
+        tile = {"ROWS": rows, "COLUMNS": columns}
+        constants = tile | {"BITS": bits, "SCALE": ONE, "OFFSET": ONE}
+        ends = {"num_rows": "i32", "num_columns": "i32"}
+        facts = {"bits": bits, "features": features}
+        forward = dict.fromkeys(("x", "scale", "offset", "out"), "*fp32")
+        backward = dict.fromkeys(
+            ("grad", "x", "scale", "offset", "grad_x", "partial_scale", "partial_offset"), "*fp32"
+        )
+        name = f"int{bits} F={features}"
+        yield Case(
+            "fake_quantize", name, fake_module.fake_quantize_kernel, forward | ends, constants,
+            facts=facts,
+        )  # fmt: skip
+        yield Case(
+            "fake_quantize", name + " backward", fake_module.fake_quantize_backward_kernel,
+            backward | ends, constants, facts=facts,
+        )  # fmt: skip
+
+
+def smp_cases(grid: str, warp: int) -> Iterator[Case]:
+    for features in WIDTHS[grid]:
+        rows, columns = fake_module.tile_shape(features)
+        tile = {"F": features, "ROWS": rows, "COLUMNS": columns}
+        facts = {"bits": 32, "features": features}
+        update = dict.fromkeys(("h", "x0", "neighbours", "norm", "out", "scaled"), "*fp32")
+        update |= {"energy": "*fp64", "c0": "fp32", "c1": "fp32", "eta": "fp32", "num_rows": "i32"}
+        yield Case("smp_step", f"update F={features}", smp_module.update_kernel, update, tile,
+                   facts=facts)  # fmt: skip
+        correct = dict.fromkeys(("h", "u", "change"), "*fp32")
+        correct |= {"constraint": "*fp64", "c2": "fp32", "num_rows": "i32"}
+        yield Case("smp_step", f"correct F={features}", smp_module.correct_kernel, correct, tile,
+                   facts=facts)  # fmt: skip
+        config = _config("float_sum", features, warp)
+        rows, columns = word_tile(config, features, warp)
+        types = _without(AGGREGATE_TYPES, "words", "scale", "offset", "bias")
+        yield Case(
+            "smp_step", f"float sum F={features}", float_module.float_sum_kernel,
+            types | {"x": "*fp32", "dst_scale": "*fp32", "partial": "*fp32"},
+            {"F": features, "ROWS": rows, "COLUMNS": columns, "UNROLL": config.unroll},
+            config.num_warps, facts=facts | {"row_bytes": 4 * features},
+        )  # fmt: skip
+
+
+BUILDERS: list[Callable[[str, int], Iterator[Case]]] = [
+    aggregate_cases,
+    attention_cases,
+    linear_cases,
+    pack_cases,
+    training_cases,
+    smp_cases,
+]

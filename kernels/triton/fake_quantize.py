@@ -58,8 +58,10 @@ def fake_quantize_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _store_partial(value, out, kind: tl.constexpr, row, row_ok, column, column_ok, num_rows, num_columns):  # type: ignore[no-untyped-def]  # noqa: E501
-    """Sum a tile over the axes that a range does not have; one entry per program and range entry."""
+def _store_partial(  # type: ignore[no-untyped-def]
+    value, out, kind: tl.constexpr, row, row_ok, column, column_ok, num_rows, num_columns
+):
+    """Sum a tile over the axes that a range lacks; one entry per program and range entry."""
     if kind == ONE:
         index = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
         tl.store(out + index, tl.sum(tl.sum(value, 1), 0))

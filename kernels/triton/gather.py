@@ -104,7 +104,7 @@ def select_head(tile, head_of, head: tl.constexpr, value, HEADS: tl.constexpr): 
 
 @triton.jit
 def per_code(tile, BITS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, SPAN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Repeat ``[ROWS, WORDS or 1, SPAN]`` over all codes of a word: ``[ROWS, WORDS, 32 / BITS]``."""
+    """Repeat ``[ROWS, WORDS or 1, SPAN]`` over the codes of a word: ``[.., .., 32 / BITS]``."""
     codes: tl.constexpr = 32 // BITS
     if SPAN > 1 and codes > SPAN:
         wide = tl.broadcast_to(tile[:, :, :, None], [ROWS, WORDS, SPAN, codes // SPAN])

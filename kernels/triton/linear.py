@@ -79,22 +79,20 @@ def linear_kernel(  # type: ignore[no-untyped-def]
     positions: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K * BLOCK_K
     row_sum = tl.max(row_acc, 1)  # all entries of a row are equal
     column_sum = tl.max(column_acc, 0)
-    acc += (w_zero * row_sum)[:, None] + (x_zero * column_sum)[None, :] + x_zero * w_zero * positions
+    acc += (w_zero * row_sum)[:, None] + (x_zero * column_sum)[None, :]
+    acc += x_zero * w_zero * positions
     row_sum = (row_sum + x_zero * positions).to(tl.float32)
     column_sum = (column_sum + w_zero * positions).to(tl.float32)
     sw = tl.load(w_scale + column, mask=column_ok, other=1.0) if W_SCALE else tl.load(w_scale)
     lw = tl.load(w_offset + column, mask=column_ok, other=0.0) if W_OFFSET else tl.load(w_offset)
     sx = tl.load(x_scale + row, mask=row_ok, other=1.0)[:, None] if X_SCALE else tl.load(x_scale)
     lx = tl.load(x_offset + row, mask=row_ok, other=0.0)[:, None] if X_OFFSET else tl.load(x_offset)
-    if W_OFFSET:
-        shifted = row_sum[:, None] * lw[None, :]
-    else:
-        shifted = (row_sum * lw)[:, None]
     column_term = column_sum * sw + lw * (K * 1.0)
     if W_SCALE:
-        y = acc.to(tl.float32) * sw[None, :] + shifted
-    else:
-        y = acc.to(tl.float32) * sw + shifted
+        sw = sw[None, :]
+    if W_OFFSET:
+        lw = lw[None, :]
+    y = acc.to(tl.float32) * sw + row_sum[:, None] * lw
     y = y * sx + column_term[None, :] * lx
     _finish(
         y, row, row_ok, column, column_ok, bias, out, out_scale, out_offset, num_rows, num_out,

@@ -96,9 +96,7 @@ def inner_loop(instructions: list[Instruction]) -> list[Instruction]:
     for i in instructions:
         if i.target is not None and i.target <= i.address:
             loops.append([j for j in instructions if i.target <= j.address <= i.address])
-    innermost = [
-        a for a in loops if not any(b is not a and _contains(a, b) for b in loops)
-    ]
+    innermost = [a for a in loops if not any(b is not a and _contains(a, b) for b in loops)]
     loading = [a for a in innermost if any(load_bytes(i.opcode) for i in a)]
     if not loading:
         return []

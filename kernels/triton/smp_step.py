@@ -89,9 +89,7 @@ def smp_step(
     out_offset: Tensor | None = None,
     out_bits: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    device = check_devices(
-        h, x0, rowptr, col, norm, words, scale, offset, out_scale, out_offset
-    )
+    device = check_devices(h, x0, rowptr, col, norm, words, scale, offset, out_scale, out_offset)
     check_graph(rowptr, col, h.size(0))
     h, x0, col, norm = h.contiguous(), x0.contiguous(), col.contiguous(), norm.contiguous()
     num_rows, features = h.shape
@@ -100,9 +98,7 @@ def smp_step(
     else:
         assert scale is not None
         assert offset is not None
-        neighbours = aggregate(
-            words, rowptr, col, scale, offset, features, bits, dst_scale=norm
-        )
+        neighbours = aggregate(words, rowptr, col, scale, offset, features, bits, dst_scale=norm)
     rows, columns = tile_shape(features)
     grid = triton.cdiv(num_rows, rows), triton.cdiv(features, columns)
     shape = {"F": features, "ROWS": rows, "COLUMNS": columns}
