@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dataset", default="demo", help="name of a PyG data set")
     parser.add_argument("--root", help="folder of the data sets")
     parser.add_argument("--hidden", type=int, default=64)
-    parser.add_argument("--epochs", type=int, default=200, help="of each training run")
+    parser.add_argument("--epochs", type=int, default=200, help="in float; half in low bits")
     parser.add_argument("--seed", type=int, default=0, help="of initial weights and random splits")
     args = parser.parse_args(argv)
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
@@ -99,7 +99,8 @@ def main(argv: list[str] | None = None) -> None:
     for bits in (8, 4, 2):
         name = f"INT{bits}"
         qmodel = qgnn.quantize_model(model, bits=bits)
-        test, val, seconds = fit(name, qmodel, datamodule, args.epochs, teacher=model)
+        epochs = max(1, args.epochs // 2)  # It starts from the trained weights.
+        test, val, seconds = fit(name, qmodel, datamodule, epochs, teacher=model)
         packed = model_bytes(qmodel)
         cells = (f"{test:.1%}", f"{val:.1%}", f"{bits}", f"{packed:,}", f"{size / packed:.1f}x")
         rows.append((name, *cells, f"{seconds:.0f}"))
