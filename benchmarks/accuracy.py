@@ -32,7 +32,7 @@ from .models import MODELS, build_model  # noqa: E402
 DATASETS = ("Cora", "PubMed", "Photo", "CS")
 COLUMNS = ("FP32", "FP32 self-distilled", "INT8", "INT4", "INT2")
 BITS = {"INT8": 8, "INT4": 4, "INT2": 2}
-SPARSE_BELOW = 0.2
+SPARSE_BELOW = 0.5
 # Points of accuracy that a width may lose, and against which column.
 AIMS = {"INT8": ("FP32", 0.3), "INT4": ("FP32", 0.3), "INT2": ("FP32 self-distilled", 0.7)}
 

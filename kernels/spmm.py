@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .cpu.float_sum import float_sum, float_sum_weighted, segment_largest
 from .plan import GraphPlan
 
 __all__ = ["segment_max", "segment_sum", "spmm"]
@@ -62,6 +63,11 @@ def _numpy(tensor: Tensor) -> np.ndarray:
     return tensor.detach().contiguous().numpy()
 
 
+def _rows(tensor: Tensor) -> np.ndarray:
+    """``tensor`` [R, ...] as a matrix of R rows."""
+    return _numpy(tensor).reshape(tensor.size(0), -1)
+
+
 def _use_numba(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64)
 
@@ -88,8 +94,15 @@ def _forward(plan: GraphPlan, x: Tensor, weight: Tensor | None, edge: Tensor | N
         if weight is not None:
             gathered = gathered * weight[edge].unsqueeze(-1)
         return torch.segment_reduce(gathered, "sum", offsets=plan.rowptr, axis=0, initial=0)
-    _set_threads()
     rowptr, col = plan.rowptr.numpy(), plan.col.numpy()
+    if x.dtype == torch.float32:
+        if weight is None:
+            float_sum(rowptr, col, _numpy(x).reshape(x.size(0), -1), out.numpy().reshape(plan.num_dst, -1))
+        else:
+            assert edge is not None
+            float_sum_weighted(rowptr, col, edge.numpy(), _numpy(weight), _numpy(x), out.numpy())
+        return out
+    _set_threads()
     if weight is None:
         _spmm_sum(rowptr, col, _numpy(x).reshape(x.size(0), -1), out.numpy().reshape(plan.num_dst, -1))
     else:
@@ -163,6 +176,11 @@ class _SegmentSum(torch.autograd.Function):
     def forward(ctx: Any, plan: GraphPlan, per_edge: Tensor) -> Tensor:
         ctx.plan = plan
         out = per_edge.new_zeros((plan.num_dst, *per_edge.shape[1:]))
+        if out.numel() and per_edge.numel() and per_edge.device.type == "cpu" and per_edge.dtype == torch.float32:
+            # The edges of a destination stand together: a sum over the neighbours that each edge is its own source of.
+            source = _identity_edges(plan).to(torch.int32)
+            float_sum(plan.rowptr.numpy(), source.numpy(), _rows(per_edge), _rows(out))
+            return out
         return out.index_add_(0, plan.dst, per_edge)
 
     @staticmethod
@@ -177,6 +195,10 @@ def segment_sum(plan: GraphPlan, per_edge: Tensor) -> Tensor:
 
 def segment_max(plan: GraphPlan, per_edge: Tensor, empty: float = 0.0) -> Tensor:
     """Largest per-edge value ``[E, H]`` (CSR order) of each destination, not differentiable; ``empty`` without edges."""
+    if per_edge.numel() and _use_numba(per_edge):
+        out = per_edge.new_empty((plan.num_dst, *per_edge.shape[1:]))
+        segment_largest(plan.rowptr.numpy(), _rows(per_edge), empty, _rows(out))
+        return out
     index = plan.dst.view(-1, *([1] * (per_edge.dim() - 1))).expand_as(per_edge)
     out = per_edge.new_full((plan.num_dst, *per_edge.shape[1:]), empty)
     return out.scatter_reduce_(0, index, per_edge.detach(), "amax", include_self=False)

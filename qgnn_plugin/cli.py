@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--layers", type=int, default=2)
     train.add_argument("--dropout", type=float, default=0.5)
     train.add_argument("--bits", type=int, nargs="+", choices=(2, 4, 8), default=[8, 4, 2])
-    train.add_argument("--epochs", type=int, help="epochs of either stage; default 200 float and 100 quantized")
+    train.add_argument("--epochs", type=int, help="epochs of either stage; default 200 float and 60 quantized")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--out", type=Path, help="folder for the state dicts, made if missing")
     return parser

@@ -61,7 +61,7 @@ class Recipe:
     """
 
     float_stage: Stage = field(default_factory=lambda: Stage(evaluate_every=2))
-    quantized_stage: Stage = field(default_factory=lambda: Stage(epochs=100, cosine=True, evaluate_every=2))
+    quantized_stage: Stage = field(default_factory=lambda: Stage(epochs=60, cosine=True, evaluate_every=2))
     range_lr: float = 0.01
     distillation: float = 1.0
     temperature: float = 1.0

@@ -31,9 +31,8 @@ def _code_sums(x: QuantizedTensor, weight: QuantizedTensor, exact: bool) -> tupl
         acc = F.linear(cx, cw)
         rows = None if weight.unsigned else cx.sum(-1, keepdim=True)
     else:
-        # A column of ones makes the same pass over the sparse codes sum the rows.
-        both = spmm(x.pattern, torch.cat([cw.t(), cw.new_ones(cw.size(1), 1)], 1), cx)
-        acc, rows = both[:, :-1], both[:, -1:]
+        acc = spmm(x.pattern, cw.t().contiguous(), cx)
+        rows = None if weight.unsigned else segment_sum(x.pattern, cx).unsqueeze(1)
     if wide:
         return acc.to(x.codes.dtype), None if rows is None else rows.to(x.codes.dtype)
     return acc, rows
