@@ -52,7 +52,7 @@ def check_range(scale: Tensor, offset: Tensor, rows: int, features: int, what: s
 
 def is_per_row(value: Tensor) -> bool:
     """Whether a range tensor holds one value per row."""
-    return value.dim() == 2 and value.numel() > 1
+    return value.dim() == 2 and value.numel() != 1
 
 
 def quantize_codes(x: Tensor, scale: Tensor, offset: Tensor, bits: int) -> Tensor:

@@ -112,4 +112,4 @@ def unpack_codes(words: Tensor, num_features: int, bits: int) -> Tensor:
     row = words.contiguous().view(torch.uint8)
     shifts = torch.arange(parts, dtype=torch.uint8, device=words.device) * bits
     lanes = (row.unsqueeze(1) >> shifts.view(1, parts, 1)) & top_code(bits)
-    return lanes.reshape(words.size(0), -1)[:, :num_features]
+    return lanes.view(words.size(0), parts * row.size(1))[:, :num_features]

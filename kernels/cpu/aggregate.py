@@ -1,5 +1,4 @@
 """``aggregate`` on the CPU: a block of rows is accumulated in integers, then finished."""
-# ruff: noqa: ANN001, ANN202
 # mypy: ignore-errors
 
 from __future__ import annotations
@@ -7,17 +6,18 @@ from __future__ import annotations
 from functools import cache
 
 import numpy as np
-from numba import njit
+import torch
 from torch import Tensor
 
-from ..aggregate import aggregate_reference
 from ..arithmetic import is_per_row
 from ..layout import parts_per_byte
+from . import jit, weighted
 from .codesum import lane_capacity, neighbour_sum
 from .epilogue import code_pitch, epilogue, finish_rows, flat
 from .parallel import row_chunks, run_chunks
 from .simd import atomic_add, peek, vcast, vlanes, vlive, vstore_parts
 
+_MAX_PER_ROW = "Expected one range per tensor or column for reduce='max' (got one per row)"
 BLOCK_FLOATS = 1 << 12  # accumulators of a block of rows: they stay in the first-level cache
 MAX_LANES = 32  # words per tile: more would not fit the registers
 
@@ -38,7 +38,7 @@ def sum_kernel(bits: int, lanes: int, exact: int):
     lane, lane_bits = ("u8", 8) if bits < 8 else ("u16", 16)
     capacity = lane_capacity(bits, lane_bits)
 
-    @njit(nogil=True, cache=True, error_model="numpy")
+    @jit.kernel
     def kernel(words, stride, rowptr, col, spec, block, code_row, bounds, counter):
         pitch = 4 * stride * parts
         acc = np.empty(block * pitch + 4 * lanes, np.float32)
@@ -64,7 +64,7 @@ def sum_kernel(bits: int, lanes: int, exact: int):
                         at = (i - first) * pitch + 4 * tile
                         vstore_parts(acc, at, 4 * stride, vcast(total, "f32"), parts, live_bytes)
                         coefficient[i - first] = end - begin
-                finish_rows(acc, pitch, coefficient, first, last - first, spec, unpacked)
+                finish_rows(acc, 0, pitch, coefficient, first, last - first, spec, unpacked)
 
     return kernel
 
@@ -87,34 +87,63 @@ def aggregate(
     out_bits: int = 0,
     schedule: Tensor | None = None,
 ) -> Tensor:
-    if reduce == "max" or edge_weight is not None or is_per_row(scale) or is_per_row(offset):
-        return aggregate_reference(
-            words, rowptr, col, scale, offset, num_features, bits, reduce, edge_weight, dst_scale,
-            bias, relu, out_scale, out_offset, out_bits,
-        )  # fmt: skip
-    rows = rowptr.numel() - 1
-    stride = words.size(1)
-    out, spec = epilogue(
-        words,
-        rows,
-        num_features,
-        scale=scale,
-        offset=offset,
-        dst_scale=dst_scale,
-        bias=bias,
-        relu=relu,
-        out_scale=out_scale,
-        out_offset=out_offset,
-        out_bits=out_bits,
-    )
+    factors = {
+        "dst_scale": dst_scale,
+        "bias": bias,
+        "relu": relu,
+        "out_scale": out_scale,
+        "out_offset": out_offset,
+        "out_bits": out_bits,
+    }
+    is_weighted = edge_weight is not None or is_per_row(scale) or is_per_row(offset)
+    if not is_weighted:
+        factors.update(scale=scale, offset=offset)
+    out, spec = epilogue(rowptr.numel() - 1, num_features, **factors)
     if out.numel() == 0:
         return out
-    lanes = tile_lanes(stride)
-    kernel = sum_kernel(bits, lanes, int(stride % lanes == 0))
-    pointers = flat(rowptr)
-    block = max(1, BLOCK_FLOATS // max(1, num_features))
-    run_chunks(
-        kernel, row_chunks(pointers), flat(words), stride, pointers, flat(col), spec, block,
-        code_pitch(num_features, out_bits),
-    )  # fmt: skip
+    stride = words.size(1)
+    pointers, sources = flat(rowptr), flat(col)
+    block = max(1, BLOCK_FLOATS // num_features)
+    tail = (spec, block, code_pitch(num_features, out_bits))
+    chunks = row_chunks(pointers)
+    if is_weighted:
+        if reduce == "max":
+            raise ValueError(_MAX_PER_ROW)
+        args = _weighted_args(edge_weight, scale, offset, words.size(0), num_features, bits)
+        kernel = weighted.sum_kernel(bits)
+        run_chunks(kernel, chunks, flat(words), stride, pointers, sources, *args, *tail)
+        return out
+    if reduce == "max":
+        kernel = weighted.max_kernel(bits)
+    else:
+        lanes = tile_lanes(stride)
+        kernel = sum_kernel(bits, lanes, int(stride % lanes == 0))
+    run_chunks(kernel, chunks, flat(words), stride, pointers, sources, *tail)
     return out
+
+
+def _weighted_args(
+    edge_weight: Tensor | None,
+    scale: Tensor,
+    offset: Tensor,
+    num_src: int,
+    num_features: int,
+    bits: int,
+) -> tuple[object, ...]:
+    """What :func:`.weighted.sum_kernel` takes between the graph and the epilogue."""
+    heads = edge_weight.size(1) if edge_weight is not None and edge_weight.dim() == 2 else 1
+    table, lanewise = weighted.head_table(num_features, bits, heads)
+    row_scale = row_offset = None
+    if is_per_row(scale) or is_per_row(offset):
+        row_scale, row_offset = scale.expand(num_src, 1), offset.expand(num_src, 1)
+        scale, offset = torch.ones(1), torch.ones(1)
+    return (
+        flat(edge_weight),
+        heads,
+        table,
+        lanewise,
+        flat(row_scale),
+        flat(row_offset),
+        flat(scale.reshape(-1).expand(num_features)),
+        flat(offset.reshape(-1).expand(num_features)),
+    )

@@ -6,7 +6,6 @@ costs two instructions per neighbour and vector of row.  Only the eights are spl
 ``(word >> b p) & mask``, and added up there; those lanes are flushed to int32 before they can
 overflow, after ``8 * 85`` neighbours at 2 bits.
 """
-# ruff: noqa: ANN001, ANN202
 # mypy: ignore-errors
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 Each operation is one float32 rounding, in the order of :mod:`..arithmetic`.
 """
-# ruff: noqa: ANN001, ANN202
 # mypy: ignore-errors
 
 from __future__ import annotations
@@ -14,14 +13,15 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from ..aggregate import new_output
 from ..arithmetic import is_per_row
 from ..layout import parts_per_byte, row_words
+from . import jit
+from .memory import empty
 from .simd import (
     peek,
     vcast,
-    vfloor,
     vload,
+    vload_first,
     vmax,
     vmin,
     vsplat,
@@ -79,7 +79,6 @@ def flat(tensor: Tensor | None) -> np.ndarray:
 
 
 def epilogue(
-    like: Tensor,
     rows: int,
     width: int,
     *,
@@ -95,7 +94,10 @@ def epilogue(
     out_bits: int = 0,
 ) -> tuple[Tensor, Epilogue]:
     """Allocate the result and gather its epilogue; without ``scale`` the affine step is skipped."""
-    out = new_output(like, rows, width, out_bits)
+    if out_bits:
+        out = empty((rows, row_words(width, out_bits)), torch.int32)
+    else:
+        out = empty((rows, width), torch.float32)
     columns = torch.zeros(6, -(-width // GROUP) * GROUP)
     columns[SCALE, :width] = 1 if scale is None else scale.reshape(-1)
     flags = HAS_DST * (dst_scale is not None) + HAS_TERM * (term is not None)
@@ -140,10 +142,11 @@ def code_pitch(width: int, bits: int) -> int:
 @njit(forceinline=True)
 def quantize_group(y, low, inverse, top):
     """``clamp(floor((y - low) * inverse + 1/2), 0, top)`` of float lanes, NaN to 0, as int32 lanes.
+
+    Clamped first: what is left is not negative, and converting it rounds down.
     """
-    zero = vsplat(np.float32(0.0), GROUP)
-    code = vfloor((y - low) * inverse + vsplat(np.float32(0.5), GROUP))
-    return vcast(vmin(vmax(code, zero), top), "i32")
+    v = (y - low) * inverse + vsplat(np.float32(0.5), GROUP)
+    return vcast(vmin(vmax(v, vsplat(np.float32(0.0), GROUP)), top), "i32")
 
 
 @njit(forceinline=True)
@@ -165,10 +168,12 @@ def pack_row(codes, start, out, at, words, bits):
             vstore_first(out, at + k // 4, word, left)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
-def finish_rows(acc, pitch, coefficient, first, count, spec, codes):
-    """Turn ``count`` accumulated rows (pitch ``pitch``, float32) into the result rows from
-    ``first``.
+@jit.kernel
+def finish_rows(acc, base, pitch, coefficient, first, count, spec, codes):
+    """Turn accumulated rows into the result rows ``[first, first + count)``.
+
+    Row ``r`` of ``acc`` (float32) starts at ``base + r * pitch``; ``coefficient`` has one value per
+    row; ``codes`` has :func:`code_pitch` zeroed bytes per row.
     """
     width, bits, flags = spec.width, spec.bits, spec.flags
     table, stretch = spec.columns, spec.columns.shape[1]
@@ -185,8 +190,11 @@ def finish_rows(acc, pitch, coefficient, first, count, spec, codes):
         low = vload(table, LOW * stretch + f, GROUP)
         for r in range(count):
             i = first + r
-            y = vload(acc, r * pitch + f, GROUP) * scale
-            y = y + vsplat(peek(coefficient, r), GROUP) * offset
+            if width - f >= GROUP:
+                y = vload(acc, base + r * pitch + f, GROUP)
+            else:
+                y = vload_first(acc, base + r * pitch + f, GROUP, width - f)
+            y = y * scale + vsplat(peek(coefficient, r), GROUP) * offset
             if flags & HAS_DST:
                 y = y * vsplat(peek(spec.dst, i), GROUP)
             if flags & HAS_TERM:
@@ -199,7 +207,10 @@ def finish_rows(acc, pitch, coefficient, first, count, spec, codes):
                     inverse = vsplat(peek(spec.row_inverse, i), GROUP)
                     low = vsplat(peek(spec.row_low, i), GROUP)
                 code = vcast(quantize_group(y, low, inverse, top), "u8")
-                vstore_first(codes, r * code_row + f, code, width - f)
+                if width - f >= GROUP:
+                    vstore(codes, r * code_row + f, code)
+                else:
+                    vstore_first(codes, r * code_row + f, code, width - f)
             elif flags & STREAM:
                 vstream(spec.out, i * width + f, y)
             elif width - f >= GROUP:

@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 
-__all__ = ["row_chunks", "run_chunks"]
+from . import jit
+
+__all__ = ["even_chunks", "row_chunks", "run_chunks"]
 
 CHUNKS_PER_THREAD = 16
 ROW_COST = 8  # cost of a row without edges, in edges
@@ -28,7 +29,7 @@ _pool_size = 0
 _lock = Lock()
 
 
-@njit(cache=True, nogil=True)
+@jit.kernel
 def _split(rowptr: Any, row_cost: int, bounds: Any) -> None:
     """Cut rows into chunks of equal cost ``edges + row_cost * rows``, by bisection."""
     rows, chunks = rowptr.size - 1, bounds.size - 1
@@ -67,14 +68,14 @@ def even_chunks(rows: int, row_cost: int) -> np.ndarray:
 
 
 def run_chunks(kernel: Callable[..., None], bounds: np.ndarray, *args: Any) -> None:
-    """Call ``kernel(*args, bounds, counter)`` on every thread; each takes chunks off ``counter``.
-    """
+    """Call ``kernel(*args, bounds, counter)`` on every thread; all take chunks off ``counter``."""
     counter = np.zeros(1, np.int64)
     helpers = min(torch.get_num_threads(), bounds.size - 1) - 1
     if helpers <= 0:
         kernel(*args, bounds, counter)
         return
-    pending = [_executor(helpers).submit(kernel, *args, bounds, counter) for _ in range(helpers)]
+    pool = _executor(helpers)
+    pending = [pool.submit(kernel, *args, bounds, counter) for _ in range(helpers)]
     try:
         kernel(*args, bounds, counter)
     finally:

@@ -9,7 +9,6 @@ neither contracts nor reassociates them.
 ``array`` arguments are C-contiguous, ``offset`` counts elements from the start of the array's data,
 and nothing is bounds-checked.
 """
-# ruff: noqa: ANN001, ANN201, ANN202
 # mypy: ignore-errors
 
 from __future__ import annotations
@@ -30,15 +29,17 @@ __all__ = [
     "peek",
     "prefetch",
     "vcast",
-    "vfloor",
+    "vdot",
     "vfma",
     "vfull_adder",
+    "vheads",
     "vlanes",
     "vlive",
     "vload",
     "vload_first",
     "vmax",
     "vmin",
+    "vround",
     "vsplat",
     "vspread",
     "vstore",
@@ -47,19 +48,28 @@ __all__ = [
     "vstream",
     "vsum",
     "vview",
+    "vwithin",
 ]
 
 _ELEMENTS = {
     "u8": ir.IntType(8),
     "u16": ir.IntType(16),
     "i32": ir.IntType(32),
+    "i64": ir.IntType(64),
     "f32": ir.FloatType(),
 }
-_SCALARS = {"u8": types.uint8, "u16": types.uint16, "i32": types.int32, "f32": types.float32}
+_SCALARS = {
+    "u8": types.uint8,
+    "u16": types.uint16,
+    "i32": types.int32,
+    "i64": types.int64,
+    "f32": types.float32,
+}
 _OF_DTYPE = {
     types.uint8: "u8",
     types.uint16: "u16",
     types.int32: "i32",
+    types.int64: "i64",
     types.float32: "f32",
 }
 
@@ -165,15 +175,19 @@ def _splat(builder, vector: Vector, value):
 
 
 @intrinsic(prefer_literal=True)
-def vsplat(typingctx, value, lanes):
-    """All lanes equal to a ``float32`` or ``int`` scalar; integers become int32 lanes."""
-    vector = Vector("f32" if isinstance(value, types.Float) else "i32", lanes.literal_value)
+def vsplat(typingctx, value, like):
+    """All lanes equal to a float or integer scalar, as float32 or int32 lanes.
+
+    ``like`` is the number of lanes or a vector with as many.
+    """
+    lanes = like.lanes if isinstance(like, Vector) else like.literal_value
+    vector = Vector("f32" if isinstance(value, types.Float) else "i32", lanes)
     scalar = _SCALARS[vector.element]
 
     def codegen(context, builder, sig, args):
         return _splat(builder, vector, context.cast(builder, args[0], sig.args[0], scalar))
 
-    return signature(vector, value, lanes), codegen
+    return signature(vector, value, like), codegen
 
 
 @intrinsic
@@ -186,24 +200,34 @@ def vfma(typingctx, a, b, c):
     return signature(a, a, a, a), codegen
 
 
+_ZMM = 16  # int32 lanes of an AVX-512 register
+
+
+def _by_register(builder, vector: Vector, args, one):
+    """Apply ``one`` to the register-sized slices of the arguments and join the results."""
+    results = []
+    for start in range(0, vector.lanes, _ZMM):
+        order = _order(range(start, start + _ZMM))
+        results.append(one([builder.shuffle_vector(x, x, order) for x in args]))
+    return _concatenate(builder, results)
+
+
 _XOR3, _MAJORITY = 0x96, 0xE8  # truth tables of vpternlog
 
 
 def _full_adder(context, builder, vector: Vector, a, b, c):
     """Bitwise sum and carry of three words; two instructions where AVX-512 is at hand."""
-    width = 16
     features = getattr(context.codegen(), "_tm_features", "")
-    if vector.lanes % width == 0 and "+avx512f" in features:
+    if vector.lanes % _ZMM == 0 and "+avx512f" in features:
         # LLVM shares a ^ b between the two trees and so misses the second ternary instruction.
-        sums, carries = [], []
-        table = ir.IntType(32)
-        for start in range(0, vector.lanes, width):
-            order = _order(range(start, start + width))
-            parts = [builder.shuffle_vector(x, x, order) for x in (a, b, c)]
-            name, result = "llvm.x86.avx512.pternlog.d.512", parts[0].type
-            sums.append(_call(builder, name, result, [*parts, table(_XOR3)]))
-            carries.append(_call(builder, name, result, [*parts, table(_MAJORITY)]))
-        return _concatenate(builder, sums), _concatenate(builder, carries)
+        def ternary(table: int):
+            def one(parts):
+                name = "llvm.x86.avx512.pternlog.d.512"
+                return _call(builder, name, parts[0].type, [*parts, ir.IntType(32)(table)])
+
+            return _by_register(builder, vector, (a, b, c), one)
+
+        return ternary(_XOR3), ternary(_MAJORITY)
     half = builder.xor(a, b)
     carry = builder.or_(builder.and_(a, b), builder.and_(half, c))
     return builder.xor(half, c), carry
@@ -218,16 +242,6 @@ def vfull_adder(typingctx, a, b, c):
         return context.make_tuple(builder, pair, _full_adder(context, builder, a, *args))
 
     return signature(pair, a, a, a), codegen
-
-
-@intrinsic
-def vfloor(typingctx, a):
-    """The largest integer not above each float lane."""
-
-    def codegen(context, builder, sig, args):
-        return _call(builder, f"llvm.floor.{_suffix(a)}", a.llvm, args)
-
-    return signature(a, a), codegen
 
 
 def _select(name: str, comparison: str):
@@ -250,6 +264,46 @@ vmin = _select("vmin", "<")
 
 
 @intrinsic
+def vwithin(typingctx, v, low, high, inside, outside):
+    """``inside`` where ``low <= v <= high``, else ``outside``, on float lanes."""
+
+    def codegen(context, builder, sig, args):
+        above = builder.fcmp_ordered(">=", args[0], args[1])
+        below = builder.fcmp_ordered("<=", args[0], args[2])
+        return builder.select(builder.and_(above, below), args[3], args[4])
+
+    return signature(v, v, v, v, v, v), codegen
+
+
+@intrinsic
+def vdot(typingctx, acc, unsigned, signed):
+    """``acc + sum of four products`` per int32 lane, of bytes without and with sign (VNNI)."""
+
+    def codegen(context, builder, sig, args):
+        features = getattr(context.codegen(), "_tm_features", "")
+        if acc.lanes % _ZMM == 0 and "+avx512vnni" in features:
+            name = "llvm.x86.avx512.vpdpbusd.512"
+            return _by_register(builder, acc, args, lambda parts: _dot_vnni(builder, name, parts))
+        total = args[0]
+        for byte in range(4):
+            a = builder.lshr(args[1], _constant(acc, 8 * byte))
+            a = builder.and_(a, _constant(acc, 255))
+            b = builder.shl(args[2], _constant(acc, 24 - 8 * byte))
+            b = builder.ashr(b, _constant(acc, 24))
+            total = builder.add(total, builder.mul(a, b))
+        return total
+
+    return signature(acc, acc, acc, acc), codegen
+
+
+def _dot_vnni(builder, name: str, parts):
+    lanes = parts[0].type
+    as_bytes = Vector("u8", 4 * _ZMM).llvm
+    args = [parts[0], *(builder.bitcast(part, as_bytes) for part in parts[1:])]
+    return _call(builder, name, lanes, args)
+
+
+@intrinsic
 def vsum(typingctx, a):
     """The sum of the integer lanes, modulo 2^32."""
 
@@ -267,8 +321,11 @@ def vcast(typingctx, a, element):
     target = Vector(element.literal_value, a.lanes)
 
     def codegen(context, builder, sig, args):
+        if target.is_float and a.is_float:
+            return args[0]
         if target.is_float:
-            return builder.sitofp(args[0], target.llvm)
+            convert = builder.sitofp if a.element[0] == "i" else builder.uitofp
+            return convert(args[0], target.llvm)
         if a.is_float:
             return builder.fptosi(args[0], target.llvm)
         old, new = _ELEMENTS[a.element].width, _ELEMENTS[target.element].width
@@ -277,6 +334,17 @@ def vcast(typingctx, a, element):
         return (builder.zext if new > old else builder.trunc)(args[0], target.llvm)
 
     return signature(target, a, element), codegen
+
+
+@intrinsic
+def vround(typingctx, a, array):
+    """Float lanes converted to the elements of ``array``: themselves, or whole numbers."""
+    target = Vector(_OF_DTYPE[array.dtype], a.lanes)
+
+    def codegen(context, builder, sig, args):
+        return args[0] if target.is_float else builder.fptosi(args[0], target.llvm)
+
+    return signature(target, a, array), codegen
 
 
 @intrinsic(prefer_literal=True)
@@ -319,16 +387,14 @@ def _alignment(vector: Vector) -> int:
 
 
 def _shaped(array, like) -> Vector:
-    """The vector of ``array``'s elements with the lanes of ``like``: a constant or another vector.
-    """
+    """The vector of ``array``'s elements with as many lanes as ``like``, a constant or a vector."""
     lanes = like.lanes if isinstance(like, Vector) else like.literal_value
     return Vector(_OF_DTYPE[array.dtype], lanes)
 
 
 @intrinsic(prefer_literal=True)
 def vload(typingctx, array, offset, like):
-    """``array[offset : offset + lanes]``; ``like`` is the number of lanes or a vector with as many.
-    """
+    """``array[offset : offset + lanes]``; ``like`` is the number of lanes or such a vector."""
     vector = _shaped(array, like)
 
     def codegen(context, builder, sig, args):
@@ -413,6 +479,41 @@ def peek(typingctx, array, offset):
         return builder.load(_pointer(context, builder, array, args[0], args[1]))
 
     return signature(array.dtype, array, types.intp), codegen
+
+
+@intrinsic
+def vheads(typingctx, weights, base, heads, shift, like, lanewise):
+    """``weights[base + heads[shift + lane]]`` in as many float lanes as ``like``.
+
+    ``heads`` of :obj:`None` stands for zeros; ``lanewise`` of :obj:`None` promises that each
+    sixteen lanes share a head, so that one load serves them.
+    """
+    vector, group = Vector("f32", like.lanes), Vector("f32", _ZMM)
+
+    def weight(context, builder, args, lane):
+        at = builder.add(args[3], ir.IntType(64)(lane))
+        head = builder.load(_pointer(context, builder, heads, args[2], at))
+        at = builder.add(args[1], builder.sext(head, ir.IntType(64)))
+        return builder.load(_pointer(context, builder, weights, args[0], at))
+
+    def codegen(context, builder, sig, args):
+        if isinstance(heads, types.NoneType):
+            value = builder.load(_pointer(context, builder, weights, args[0], args[1]))
+            return _splat(builder, vector, value)
+        groups = []
+        for start in range(0, like.lanes, _ZMM):
+            if isinstance(lanewise, types.NoneType):
+                groups.append(_splat(builder, group, weight(context, builder, args, start)))
+                continue
+            lanes = ir.Constant(group.llvm, ir.Undefined)
+            for lane in range(_ZMM):
+                value = weight(context, builder, args, start + lane)
+                lanes = builder.insert_element(lanes, value, ir.IntType(32)(lane))
+            groups.append(lanes)
+        return _concatenate(builder, groups)
+
+    offsets = (types.intp, heads, types.intp)
+    return signature(vector, weights, *offsets, like, lanewise), codegen
 
 
 @intrinsic

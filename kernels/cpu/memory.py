@@ -1,0 +1,72 @@
+"""Recycled result buffers.
+
+The C library returns large blocks to the system when they are freed, so every large result pays
+for fresh zeroed pages: for a memory-bound kernel that costs as much as the kernel.  Buffers of at
+least :data:`RECYCLE_BYTES` therefore come back to a small pool once nothing refers to the tensor
+that used them (views and autograd included), as in torch's caching allocator for CUDA.
+
+``QGNN_CPU_CACHE_MB`` bounds the idle memory (default 256; 0 turns recycling off).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import weakref
+from collections import deque
+from threading import Lock
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["empty", "release_cpu_memory"]
+
+RECYCLE_BYTES = 1 << 20
+ALIGNMENT = 64
+SLACK = 1.25  # a buffer serves requests down to its size over this
+_LIMIT_ENV, _DEFAULT_LIMIT_MB = "QGNN_CPU_CACHE_MB", 256
+
+_idle: deque[np.ndarray] = deque()  # least recently used first
+_lock = Lock()
+
+
+def _limit() -> int:
+    return int(os.environ.get(_LIMIT_ENV, _DEFAULT_LIMIT_MB)) << 20
+
+
+def release_cpu_memory() -> None:
+    """Give all idle result buffers back to the system."""
+    _idle.clear()
+
+
+def _take(size: int) -> np.ndarray:
+    """An aligned buffer of at least ``size`` bytes."""
+    with _lock:
+        for index in range(len(_idle)):
+            if size <= _idle[index].nbytes <= size * SLACK:
+                found = _idle[index]
+                del _idle[index]
+                return found
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size]
+
+
+def _give(buffer: np.ndarray) -> None:
+    # Runs when a tensor dies, possibly inside _take: it must not lock.
+    _idle.append(buffer)
+    limit = _limit()
+    while sum(b.nbytes for b in tuple(_idle)) > limit:
+        _idle.popleft()
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An uninitialized CPU tensor, contiguous and 64-byte aligned, in recycled memory if large."""
+    size = math.prod(shape) * dtype.itemsize
+    if size < RECYCLE_BYTES or _limit() == 0:
+        return torch.empty(shape, dtype=dtype)
+    buffer = _take(size)
+    view = buffer[:size]
+    weakref.finalize(view, _give, buffer).atexit = False
+    return torch.from_numpy(view).view(dtype).view(shape)

@@ -1,0 +1,39 @@
+"""``quantize_pack`` on the CPU: the epilogue alone."""
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import numpy as np
+from torch import Tensor
+
+from . import jit
+from .epilogue import code_pitch, epilogue, finish_rows, flat
+from .parallel import even_chunks, run_chunks
+from .simd import atomic_add
+
+__all__ = ["quantize_pack"]
+
+BLOCK_ROWS = 32
+
+
+@jit.kernel
+def _kernel(x, spec, code_row, bounds, counter):
+    unpacked = np.zeros(BLOCK_ROWS * code_row, np.uint8)
+    nothing = np.zeros(BLOCK_ROWS, np.float32)
+    while True:
+        chunk = atomic_add(counter, 0, 1)
+        if chunk >= bounds.size - 1:
+            break
+        for first in range(bounds[chunk], bounds[chunk + 1], BLOCK_ROWS):
+            count = min(BLOCK_ROWS, bounds[chunk + 1] - first)
+            base = first * spec.width
+            finish_rows(x, base, spec.width, nothing, first, count, spec, unpacked)
+
+
+def quantize_pack(x: Tensor, scale: Tensor, offset: Tensor, bits: int) -> Tensor:
+    rows, width = x.shape
+    out, spec = epilogue(rows, width, out_scale=scale, out_offset=offset, out_bits=bits)
+    if out.numel():
+        chunks = even_chunks(rows, 1 + width // 16)
+        run_chunks(_kernel, chunks, flat(x), spec, code_pitch(width, bits))
+    return out

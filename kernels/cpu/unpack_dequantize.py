@@ -1,0 +1,70 @@
+"""``unpack_dequantize`` on the CPU."""
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..arithmetic import is_per_row
+from ..layout import parts_per_byte
+from . import jit
+from .epilogue import epilogue, finish_rows, flat
+from .parallel import even_chunks, run_chunks
+from .simd import atomic_add, vcast, vlanes, vload_first, vspread, vstore_parts
+
+__all__ = ["unpack_dequantize"]
+
+BLOCK_ROWS = 16
+LANES = 16  # words per tile
+
+
+@cache
+def _kernel(bits: int):
+    parts = parts_per_byte(bits)
+    codes = parts * 4 * LANES
+
+    @jit.kernel
+    def kernel(words, stride, spec, bounds, counter):
+        pitch = 4 * stride * parts
+        acc = np.empty(BLOCK_ROWS * pitch + 4 * LANES, np.float32)
+        ones, unused = np.ones(BLOCK_ROWS, np.float32), np.empty(0, np.uint8)
+        zero, none = vlanes("i32", LANES), vlanes("u8", codes)
+        while True:
+            chunk = atomic_add(counter, 0, 1)
+            if chunk >= bounds.size - 1:
+                break
+            for first in range(bounds[chunk], bounds[chunk + 1], BLOCK_ROWS):
+                count = min(BLOCK_ROWS, bounds[chunk + 1] - first)
+                for r in range(count):
+                    for tile in range(0, stride, LANES):
+                        at, live = (first + r) * stride + tile, stride - tile
+                        row = vspread(vload_first(words, at, zero, live), none)
+                        at = r * pitch + 4 * tile
+                        vstore_parts(acc, at, 4 * stride, vcast(row, "f32"), parts, 4 * live)
+                finish_rows(acc, 0, pitch, ones, first, count, spec, unused)
+
+    return kernel
+
+
+def unpack_dequantize(
+    words: Tensor, scale: Tensor, offset: Tensor, num_features: int, bits: int
+) -> Tensor:
+    rows = words.size(0)
+    if is_per_row(scale) or is_per_row(offset):
+        # (c * s_i) + (1 * l_i) by the row factors of the epilogue.
+        factors = {
+            "dst_scale": scale.expand(rows, 1),
+            "term": torch.ones(num_features),
+            "row_term": offset.expand(rows, 1),
+        }
+    else:
+        factors = {"scale": scale, "offset": offset}
+    out, spec = epilogue(rows, num_features, **factors)
+    if out.numel():
+        chunks = even_chunks(rows, 1 + num_features // 16)
+        run_chunks(_kernel(bits), chunks, flat(words), words.size(1), spec)
+    return out
