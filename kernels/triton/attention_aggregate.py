@@ -76,8 +76,8 @@ def _sums(  # type: ignore[no-untyped-def]
     kind: tl.constexpr = tl.uint32 if INTEGER else tl.float32
     head_of = head_tile(word, F, W, BITS, WORDS, HEADS, SPAN)
     total = tl.zeros([ROWS, WORDS, codes], kind)
-    share = tl.zeros([ROWS, WORDS, SPAN], kind)
-    offsets = tl.zeros([ROWS, WORDS, SPAN], tl.float32)
+    share = tl.zeros([ROWS, head_of.shape[1], SPAN], kind)
+    offsets = tl.zeros([ROWS, head_of.shape[1], SPAN], tl.float32)
     if V2:
         weights, target = v2_inputs(att, x_dst, row, length > 0, word, F, W, BITS)
     for k in range(0, longest, UNROLL):
@@ -90,7 +90,7 @@ def _sums(  # type: ignore[no-untyped-def]
                     fields, weights, target, scale, offset, source, ok, word, slope,
                     F, W, BITS, SCALE, OFFSET,
                 )  # fmt: skip
-            factor = tl.zeros([ROWS, WORDS, SPAN], kind)
+            factor = tl.zeros([ROWS, head_of.shape[1], SPAN], kind)
             for h in tl.static_range(HEADS):
                 if V2:
                     e = v2_logit(terms, word, h, F, W, BITS, HEADS)

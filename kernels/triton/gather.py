@@ -74,7 +74,7 @@ def head_tile(  # type: ignore[no-untyped-def]
     word, F: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr,
     HEADS: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """``[1, WORDS, SPAN]``: the head of each code of a word, in the order of ``isolate``.
+    """``[1, WORDS or 1, SPAN]``: the head of each code of a word, in the order of ``isolate``.
 
     ``SPAN`` is 1 for one head, the parts of a byte where heads are whole words wide or whole
     parts, else every code of the word.
@@ -82,9 +82,11 @@ def head_tile(  # type: ignore[no-untyped-def]
     entry = tl.arange(0, SPAN)[None, :]
     column = word[:, None]
     width: tl.constexpr = F // HEADS
-    if SPAN == 8 // BITS:
-        if width % (4 * W) == 0:  # a head is whole parts: no need to look at the word
-            head = entry // (width // (4 * W)) + 0 * column
+    if SPAN == 1:
+        head = entry
+    elif SPAN == 8 // BITS:
+        if width % (4 * W) == 0:  # a head is whole parts: the same for all words
+            head = entry // (width // (4 * W))
         else:
             head = (entry * (4 * W) + 4 * column) // width
     else:
@@ -107,8 +109,8 @@ def per_code(tile, BITS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, 
     """Repeat ``[ROWS, WORDS or 1, SPAN]`` over the codes of a word: ``[.., .., 32 / BITS]``."""
     codes: tl.constexpr = 32 // BITS
     if SPAN > 1 and codes > SPAN:
-        wide = tl.broadcast_to(tile[:, :, :, None], [ROWS, WORDS, SPAN, codes // SPAN])
-        tile = tl.reshape(wide, [ROWS, WORDS, codes])
+        wide = tl.broadcast_to(tile[:, :, :, None], [ROWS, tile.shape[1], SPAN, codes // SPAN])
+        tile = tl.reshape(wide, [ROWS, tile.shape[1], codes])
     return tl.broadcast_to(tile, [ROWS, WORDS, codes])
 
 
@@ -126,13 +128,13 @@ def sum_weighted(  # type: ignore[no-untyped-def]
     codes: tl.constexpr = 32 // BITS
     head_of = head_tile(word, F, W, BITS, WORDS, HEADS, SPAN)
     total = tl.zeros([ROWS, WORDS, codes], tl.float32)
-    offsets = tl.zeros([ROWS, WORDS, SPAN], tl.float32)
+    offsets = tl.zeros([ROWS, head_of.shape[1], SPAN], tl.float32)
     for k in range(0, longest, UNROLL):
         for u in tl.static_range(UNROLL):
             ok = k + u < length
             source = tl.load(edge + (k + u), mask=ok, other=0)
             fields = isolate(gather_words(words, source, ok, word, W), BITS, ROWS, WORDS)
-            factor = tl.zeros([ROWS, WORDS, SPAN], tl.float32)
+            factor = tl.zeros([ROWS, head_of.shape[1], SPAN], tl.float32)
             if weight is None:
                 factor = factor + tl.where(ok, 1.0, 0.0)[:, None, None]
             else:

@@ -33,7 +33,7 @@ def _codes(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Shifted codes of the features ``first`` to ``first + BLOCK_K``, ``[rows, BLOCK_K]`` int8."""
     if B % BLOCK_K == 0:  # the block lies in one part of the bytes: a plain, vectorized load
-        byte = first % B + tl.arange(0, BLOCK_K)
+        byte = tl.multiple_of(first % B, BLOCK_K) + tl.arange(0, BLOCK_K)
         shift = first // B * BITS
     else:
         feature = first + tl.arange(0, BLOCK_K)
@@ -41,7 +41,9 @@ def _codes(  # type: ignore[no-untyped-def]
         shift = feature // B * BITS
         shift = tl.where(shift < 8, shift, 7)[None, :]  # past the row's end; masked below
     feature = first + tl.arange(0, BLOCK_K)
-    ok = row_ok[:, None] & (feature < K)[None, :]
+    ok = row_ok[:, None]
+    if K % BLOCK_K != 0:
+        ok = ok & (feature < K)[None, :]
     value = tl.load(rows + row.to(tl.int64)[:, None] * B + byte[None, :], mask=ok, other=0)
     if BITS == 8:
         return (value.to(tl.int32) - 128).to(tl.int8)
