@@ -50,3 +50,12 @@ demo: $(STAMP) $(CORA)
 
 bench-accuracy: $(STAMP) $(CORA)
 	$(BIN)/python -m benchmarks.accuracy $(ARGS)
+
+# Registers, load widths and instruction mix of the Triton kernels; needs no GPU.
+.PHONY: kernel-report bench-gpu
+kernel-report: $(STAMP)
+	$(BIN)/python -m benchmarks.kernel_report $(ARGS)
+
+# Correctness of every op on the device, then timings; ARGS=--dry-run works without a GPU.
+bench-gpu: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu $(ARGS)

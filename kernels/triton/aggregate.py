@@ -95,9 +95,7 @@ def aggregate_kernel(  # type: ignore[no-untyped-def]
         if MODE == "weighted":
             tl.store(target + tl.cast(num_partial, tl.int64) * width, offsets, mask=ok)
     else:
-        y = _affine(
-            total, offsets, length, scale, offset, first, MODE, F, W, BITS, WORDS, SCALE, OFFSET
-        )
+        y = _affine(total, offsets, length, scale, offset, first, MODE, F, W, BITS, WORDS, SCALE, OFFSET)
         finish(
             y, out, row, item_ok, first, dst_scale, bias, out_scale, out_offset,
             F, W, BITS, ROWS, WORDS, RELU, PACK, OUT_SCALE, OUT_OFFSET,
@@ -203,9 +201,7 @@ def aggregate(
 ) -> Tensor:
     per_row = range_kind(scale) == ROW.value or range_kind(offset) == ROW.value
     if reduce == "max" and per_row:
-        raise ValueError(
-            "Expected one range per tensor or column for reduce='max' (got one per row)"
-        )
+        raise ValueError("Expected one range per tensor or column for reduce='max' (got one per row)")
     if out_bits not in (0, bits):
         # Packing at another width crosses threads; a second kernel does it.
         from .quantize_pack import quantize_pack
@@ -227,9 +223,7 @@ def aggregate(
     mode = "weighted" if edge_weight is not None or per_row else reduce
     num_words = row_words(num_features, bits)
     width = num_words if out_bits else num_features
-    out = words.new_empty(
-        (rowptr.numel() - 1, width), dtype=torch.int32 if out_bits else torch.float32
-    )
+    out = words.new_empty((rowptr.numel() - 1, width), dtype=torch.int32 if out_bits else torch.float32)
     config = config_for(f"aggregate_{mode}", device, num_words)
     rows, tile = word_tile(config, num_words, warp_size())
     meta = {

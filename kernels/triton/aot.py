@@ -69,11 +69,7 @@ def compile_case(case: Case, target: str) -> Binary:
     signature = {n: case.types.get(n, "constexpr") for n in names}
     constants = {n: case.constants.get(n) for n in names if n not in case.types}
     # What the launcher specializes on: tensors of torch's allocator start at multiples of 16.
-    aligned = {
-        (names.index(n),): [["tt.divisibility", 16]]
-        for n, kind in case.types.items()
-        if kind.startswith("*")
-    }
+    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n, kind in case.types.items() if kind.startswith("*")}
     source = ASTSource(case.kernel, signature, constants, aligned)
     compiled = triton.compile(
         source,
@@ -103,13 +99,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--target", choices=TARGETS, action="append")
     parser.add_argument("--grid", choices=GRIDS, default="small")
-    parser.add_argument("--op", help="only the cases of this op")
+    parser.add_argument("--case", default="", help="only cases whose op and label contain this")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args(argv)
     rows = []
     for target in options.target or list(TARGETS):
         for case in cases(options.grid, target):
-            if options.op and case.op != options.op:
+            if options.case not in f"{case.op} {case.label}":
                 continue
             binary = compile_case(case, target)
             row = {

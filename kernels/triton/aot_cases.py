@@ -206,9 +206,7 @@ def training_cases(grid: str, warp: int) -> Iterator[Case]:
         ends = {"num_rows": "i32", "num_columns": "i32"}
         facts = {"bits": bits, "features": features}
         forward = dict.fromkeys(("x", "scale", "offset", "out"), "*fp32")
-        backward = dict.fromkeys(
-            ("grad", "x", "scale", "offset", "grad_x", "partial_scale", "partial_offset"), "*fp32"
-        )
+        backward = dict.fromkeys(("grad", "x", "scale", "offset", "grad_x", "partial_scale", "partial_offset"), "*fp32")
         name = f"int{bits} F={features}"
         yield Case(
             "fake_quantize", name, fake_module.fake_quantize_kernel, forward | ends, constants,

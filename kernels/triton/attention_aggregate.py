@@ -113,7 +113,7 @@ def _sums(  # type: ignore[no-untyped-def]
             else:
                 total = tl.fma(factor, field_floats(fields), total)
     total = isolated_by_feature(total, BITS, ROWS, WORDS)
-    if INTEGER:
+    if INTEGER:  # noqa: SIM108 (branches of different types)
         total = (total >> field_shift(BITS, WORDS).to(tl.uint32)).to(tl.int32)
     else:
         total = unshift(total, BITS, WORDS)
@@ -159,9 +159,7 @@ def attention_kernel(  # type: ignore[no-untyped-def]
         if OFFSET == ROW:
             tl.store(at + 2 * plane, offsets, mask=ok)
     else:
-        y = _normalize(
-            total, share, offsets, scale, offset, first, F, W, BITS, WORDS, INTEGER, SCALE, OFFSET
-        )
+        y = _normalize(total, share, offsets, scale, offset, first, F, W, BITS, WORDS, INTEGER, SCALE, OFFSET)
         finish(
             y, out, row, item_ok, first, None, bias, out_scale, out_offset,
             F, W, BITS, ROWS, WORDS, RELU, PACK, OUT_SCALE, OUT_OFFSET,

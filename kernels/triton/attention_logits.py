@@ -26,9 +26,7 @@ def _leaky(x, slope):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def gat_logit(
-    alpha_src, alpha_dst, alpha_edge, source, row, edge, ok, head, slope, HEADS: tl.constexpr
-):  # type: ignore[no-untyped-def]  # noqa: E501
+def gat_logit(alpha_src, alpha_dst, alpha_edge, source, row, edge, ok, head, slope, HEADS: tl.constexpr):  # type: ignore[no-untyped-def]
     """``LeakyReLU(alpha_src[j] + alpha_dst[i] (+ alpha_edge[e]))``; indices and mask broadcast."""
     e = tl.load(alpha_src + source.to(tl.int64) * HEADS + head, mask=ok, other=0.0)
     e = e + tl.load(alpha_dst + row.to(tl.int64) * HEADS + head, mask=ok, other=0.0)
@@ -96,7 +94,7 @@ def v2_logit(
     W: tl.constexpr,
     BITS: tl.constexpr,
     HEADS: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # noqa: E501
+):  # type: ignore[no-untyped-def]
     """The logit of one head, ``[ROWS]``."""
     own = _entry_features(word, W, BITS) // (F // HEADS) == head
     return tl.sum(tl.sum(tl.where(own[None, :, :], terms, 0.0), 2), 1)

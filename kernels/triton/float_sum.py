@@ -68,9 +68,7 @@ def float_sum_hub_kernel(  # type: ignore[no-untyped-def]
     tl.store(out + row * F + column, y, mask=column < F)
 
 
-def float_sum(
-    x: Tensor, rowptr: Tensor, col: Tensor, dst_scale: Tensor, src_scale: Tensor | None = None
-) -> Tensor:
+def float_sum(x: Tensor, rowptr: Tensor, col: Tensor, dst_scale: Tensor, src_scale: Tensor | None = None) -> Tensor:
     """``dst_scale_i * sum_j src_scale_j x_j`` over the edges, ``[num_dst, F]`` float32."""
     device, features = x.device, x.size(1)
     out = x.new_empty((rowptr.numel() - 1, features))

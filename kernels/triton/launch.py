@@ -193,9 +193,7 @@ def check_graph(rowptr: Tensor, col: Tensor, num_src: int) -> None:
             )
 
 
-def launch(
-    kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **meta: Any
-) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **meta: Any) -> None:
     """Launch on ``device``; nothing happens on an empty grid.
 
     Multiplications and additions are not contracted: the canonical arithmetic rounds each.

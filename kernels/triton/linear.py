@@ -145,9 +145,7 @@ def linear(
     out_offset: Tensor | None = None,
     out_bits: int = 0,
 ) -> Tensor:
-    device = check_devices(
-        x_words, w_words, x_scale, x_offset, w_scale, w_offset, bias, out_scale, out_offset
-    )
+    device = check_devices(x_words, w_words, x_scale, x_offset, w_scale, w_offset, bias, out_scale, out_offset)
     num_rows, num_out = x_words.size(0), w_words.size(0)
     config = config_for("linear", device, row_words(in_features, x_bits))
     packs = out_bits != 0 and packs_in_tile(num_out, out_bits)
@@ -189,8 +187,4 @@ def packs_in_tile(num_out: int, out_bits: int) -> bool:
     """Whether one tile spans all output features, so that it can pack them: the parts of a byte lie
     far apart.
     """
-    return (
-        16 <= num_out <= MAX_PACKED_OUT
-        and num_out & (num_out - 1) == 0
-        and num_out * out_bits % 32 == 0
-    )
+    return 16 <= num_out <= MAX_PACKED_OUT and num_out & (num_out - 1) == 0 and num_out * out_bits % 32 == 0

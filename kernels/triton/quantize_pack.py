@@ -46,9 +46,7 @@ def quantize_pack(x: Tensor, scale: Tensor, offset: Tensor, bits: int) -> Tensor
     return pack_scaled(x, None, scale, offset, bits)
 
 
-def pack_scaled(
-    x: Tensor, factor: Tensor | None, scale: Tensor, offset: Tensor, bits: int
-) -> Tensor:
+def pack_scaled(x: Tensor, factor: Tensor | None, scale: Tensor, offset: Tensor, bits: int) -> Tensor:
     """Quantize and pack ``factor * x``, with a factor per row (``[N]``) or none."""
     device = check_devices(x, factor, scale, offset)
     num_rows, num_features = x.shape

@@ -63,9 +63,7 @@ class Binary:
 
 
 def _run(tool: Path, *arguments: str) -> str:
-    return subprocess.run(
-        [str(tool), *arguments], check=True, capture_output=True, text=True
-    ).stdout
+    return subprocess.run([str(tool), *arguments], check=True, capture_output=True, text=True).stdout
 
 
 def _tools() -> Path:
@@ -104,16 +102,10 @@ def inner_loop(instructions: list[Instruction]) -> list[Instruction]:
 
 
 def _contains(outer: list[Instruction], inner: list[Instruction]) -> bool:
-    return (
-        outer[0].address <= inner[0].address
-        and inner[-1].address <= outer[-1].address
-        and len(inner) < len(outer)
-    )
+    return outer[0].address <= inner[0].address and inner[-1].address <= outer[-1].address and len(inner) < len(outer)
 
 
-def _binary(
-    instructions: list[Instruction], registers: int, local: int, spills: int, shared: int
-) -> Binary:
+def _binary(instructions: list[Instruction], registers: int, local: int, spills: int, shared: int) -> Binary:
     loop = inner_loop(instructions)
     loads = sorted((load_bytes(i.opcode) for i in loop if load_bytes(i.opcode)), reverse=True)
     return Binary(

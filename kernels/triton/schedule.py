@@ -97,9 +97,9 @@ def build_schedule(rowptr: Tensor, segment: int) -> Schedule:
         row=torch.cat([padded(row[slot]), light]).to(torch.int32),
         begin=torch.cat([padded(begin[slot]), rowptr[light]]),
         length=torch.cat([padded(length[slot]), degree[light]]).to(torch.int32),
-        slot=torch.cat(
-            [slot, torch.arange(slots.numel(), slots.numel() + padding, device=rowptr.device)]
-        ).to(torch.int32),
+        slot=torch.cat([slot, torch.arange(slots.numel(), slots.numel() + padding, device=rowptr.device)]).to(
+            torch.int32
+        ),
         hub_row=hub_row.to(torch.int32),
         hub_first=first.to(torch.int32),
         hub_count=count.to(torch.int32),

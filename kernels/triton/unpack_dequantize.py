@@ -27,9 +27,7 @@ def unpack_dequantize_kernel(  # type: ignore[no-untyped-def]
     first = tl.program_id(1) * WORDS
     word = first + tl.arange(0, WORDS)
     row64 = row.to(tl.int64)
-    tile = load_words(
-        words + row64[:, None] * W + word[None, :], row_ok[:, None] & (word < W)[None, :]
-    )
+    tile = load_words(words + row64[:, None] * W + word[None, :], row_ok[:, None] & (word < W)[None, :])
     codes = by_feature(spread(tile, BITS, 32), BITS, ROWS, WORDS).to(tl.int32)
     feature, feature_ok = feature_tile(first, F, W, BITS, WORDS)
     s = load_range(scale, SCALE, row, row_ok, feature, feature_ok)
@@ -41,9 +39,7 @@ def unpack_dequantize_kernel(  # type: ignore[no-untyped-def]
     )
 
 
-def unpack_dequantize(
-    words: Tensor, scale: Tensor, offset: Tensor, num_features: int, bits: int
-) -> Tensor:
+def unpack_dequantize(words: Tensor, scale: Tensor, offset: Tensor, num_features: int, bits: int) -> Tensor:
     device = check_devices(words, scale, offset)
     num_rows, num_words = words.size(0), row_words(num_features, bits)
     out = words.new_empty((num_rows, num_features), dtype=torch.float32)

@@ -1,0 +1,129 @@
+"""aggregate and smp_step against their references, on every kind of graph."""
+
+import pytest
+import torch
+from graphs import star
+from triton_support import SMALL, assert_same, plan_of, ranges
+
+from qgnn_plugin.kernels.aggregate import aggregate
+from qgnn_plugin.kernels.layout import pack_codes
+from qgnn_plugin.kernels.smp_step import smp_step
+from qgnn_plugin.kernels.triton.aggregate import aggregate as triton_aggregate
+from qgnn_plugin.kernels.triton.launch import Config, check_devices, debug_checks, override
+from qgnn_plugin.kernels.triton.schedule import ROW_ALIGNMENT, build_schedule
+
+
+def packed_rows(rows: int, features: int, bits: int) -> torch.Tensor:
+    return pack_codes(torch.randint(0, 2**bits, (rows, features)), bits)
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("reduce", ["sum", "mean", "max"])
+def test_every_graph(name: str, reduce: str) -> None:
+    plan = plan_of(SMALL[name]())
+    words = packed_rows(plan.num_src, 33, 4)
+    scale, offset = ranges("column", plan.num_src, 33)
+    assert_same(lambda: aggregate(words, plan, scale, offset, 33, 4, reduce=reduce))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("features", [8, 100])
+def test_every_width_with_the_whole_epilogue(bits: int, features: int) -> None:
+    plan = plan_of(SMALL["power_law"]())
+    words = packed_rows(plan.num_src, features, bits)
+    scale, offset = ranges("tensor", plan.num_src, features)
+    epilogue = {
+        "dst_scale": torch.rand(plan.num_dst), "bias": torch.randn(features), "relu": True,
+    }  # fmt: skip
+    out = dict(zip(("out_scale", "out_offset"), ranges("column", 0, features), strict=True))
+    assert_same(lambda: aggregate(words, plan, scale, offset, features, bits, **epilogue))
+    for out_bits in {bits, 4}:
+        assert_same(
+            lambda b=out_bits: aggregate(  # type: ignore[misc]
+                words, plan, scale, offset, features, bits, out_bits=b, **epilogue, **out
+            )
+        )
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+def test_largest_codes_do_not_overflow_a_lane(bits: int) -> None:
+    plan = plan_of(star(10_007))
+    words = pack_codes(torch.full((plan.num_src, 5), 2**bits - 1), bits)
+    scale, offset = torch.tensor(0.3), torch.tensor(-1.0)
+    with override(aggregate_sum=Config(num_warps=1, segment=256, words_per_thread=1)):
+        assert_same(lambda: aggregate(words, plan, scale, offset, 5, bits))
+
+
+@pytest.mark.parametrize(("bits", "features", "heads"), [(2, 33, 1), (2, 64, 4), (4, 64, 4), (4, 33, 3), (8, 20, 2)])
+def test_weighted(bits: int, features: int, heads: int) -> None:
+    plan = plan_of(SMALL["erdos_renyi"]())
+    words = packed_rows(plan.num_src, features, bits)
+    weight = torch.rand(plan.num_edges, heads)
+    scale, offset = ranges("column", plan.num_src, features)
+    assert_same(
+        lambda: aggregate(words, plan, scale, offset, features, bits, edge_weight=weight),
+        exact=False,
+    )
+
+
+def test_range_per_source_row() -> None:
+    plan = plan_of(SMALL["erdos_renyi"]())
+    words = packed_rows(plan.num_src, 40, 4)
+    scale, offset = ranges("row", plan.num_src, 40)
+    assert_same(lambda: aggregate(words, plan, scale, offset, 40, 4), exact=False)
+    assert_same(lambda: aggregate(words, plan, scale, offset[0], 40, 4), exact=False)
+
+
+def test_result_does_not_depend_on_the_configuration() -> None:
+    plan = plan_of(SMALL["power_law"]())
+    words = packed_rows(plan.num_src, 64, 2)
+    scale, offset = ranges("column", plan.num_src, 64)
+    for config in (
+        Config(num_warps=1, words_per_thread=1, tile_words=2, unroll=4, segment=5),
+        Config(num_warps=8, words_per_thread=2, tile_words=4, unroll=1, segment=64),
+    ):
+        with override(aggregate_sum=config):
+            assert_same(lambda: aggregate(words, plan, scale, offset, 64, 2))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("multiplier", [0.0, 0.5])
+def test_smp_step(packed: bool, multiplier: float) -> None:
+    plan = plan_of(SMALL["erdos_renyi"]())
+    nodes, features = plan.num_src, 33
+    h, x0, norm = torch.randn(nodes, features), torch.randn(nodes, features), torch.rand(nodes)
+    options: dict[str, object] = {"eta": 0.1, "mu": 9.0, "multiplier": multiplier}
+    if packed:
+        scale, offset = ranges("column", nodes, features)
+        options |= {
+            "words": packed_rows(nodes, features, 2), "scale": scale, "offset": offset, "bits": 2,
+            "measure": True, "out_bits": 4, "out_scale": torch.tensor(0.2),
+            "out_offset": torch.tensor(-1.0),
+        }  # fmt: skip
+    assert_same(lambda: smp_step(h, x0, plan, norm, **options), exact=False)
+
+
+def test_schedule_covers_every_edge_once() -> None:
+    plan = plan_of(SMALL["power_law"]())
+    schedule = build_schedule(plan.rowptr, 8)
+    covered = torch.zeros(plan.num_edges, dtype=torch.int)
+    for begin, length in zip(schedule.begin.tolist(), schedule.length.tolist(), strict=True):
+        covered[begin : begin + length] += 1
+    assert covered.eq(1).all()
+    assert schedule.num_partial % ROW_ALIGNMENT == 0
+    assert schedule.length.max() <= 8
+    assert torch.equal(schedule.slot.sort().values, torch.arange(schedule.num_partial).int())
+
+
+def test_debug_mode_finds_indices_out_of_range() -> None:
+    plan = plan_of(SMALL["self_loops"]())
+    plan.col = plan.col + 1
+    words = packed_rows(plan.num_src, 8, 2)
+    scale, offset = ranges("tensor", 0, 8)
+    with debug_checks(), pytest.raises(ValueError, match=r"source nodes in \[0, 7\)"):
+        triton_aggregate(words, plan.rowptr, plan.col, scale, offset, 8, 2)
+
+
+def test_mixed_devices_are_refused() -> None:
+    with pytest.raises(ValueError, match="one device"):
+        check_devices(torch.empty(1), torch.empty(1, device="meta"))
