@@ -10,6 +10,7 @@ from .calibration import calibrate
 from .config import QuantConfig, SMPConfig
 from .conversion import is_quantized, quantize_model, quantizers, range_parameters, restore_model
 from .layers import QuantizedLayer, register_layer
+from .packing import PackedBytes, PackedLayer, is_packed, pack_model, packed_bytes
 from .quantizers import QLRQuantizer, QuantizedTensor
 from .report import Summary, summary
 from .smp import MultiplierState, differential_multiplier_step, smp_layers
@@ -18,6 +19,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "MultiplierState",
+    "PackedBytes",
+    "PackedLayer",
     "QLRQuantizer",
     "QuantConfig",
     "QuantizedLayer",
@@ -26,7 +29,10 @@ __all__ = [
     "Summary",
     "calibrate",
     "differential_multiplier_step",
+    "is_packed",
     "is_quantized",
+    "pack_model",
+    "packed_bytes",
     "quantize_model",
     "quantizers",
     "range_parameters",

@@ -84,7 +84,8 @@ def aggregate_sum(x: QuantizedTensor, plan: GraphPlan, weight: Tensor | None = N
     Returns:
         ``[num_dst, F]`` or ``[num_dst, H, C]``.
     """
-    if x.pattern is not None or x.per_node:
+    x = x.dense()
+    if x.per_node:
         return spmm(plan, x.dequantize(), weight)
     acc = spmm(plan, x.codes, weight)
     if x.qmax is None:

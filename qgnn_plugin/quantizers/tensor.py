@@ -50,11 +50,17 @@ class QuantizedTensor:
         """Whether every row has a range of its own."""
         return self.scale.dim() >= 2 and self.scale.size(-1) == 1 and self.scale.numel() != 1
 
+    def dense(self) -> QuantizedTensor:
+        """The same tensor with a code for every element."""
+        if self.pattern is None:
+            return self
+        positions = (self.pattern.dst, self.pattern.col.long())
+        codes = self.codes.new_zeros(self.shape).index_put(positions, self.codes)
+        return QuantizedTensor(codes, self.scale, self.lower, self.qmax, self.unsigned)
+
     def dequantize(self) -> Tensor:
         r"""The values :math:`c s + l` as a dense tensor."""
-        codes = self.codes
-        if self.pattern is not None:
-            codes = codes.new_zeros(self.shape).index_put((self.pattern.dst, self.pattern.col.long()), codes)
+        codes = self.dense().codes
         if self.qmax is None:
             return codes
         values = codes * self.scale

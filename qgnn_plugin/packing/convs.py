@@ -1,0 +1,281 @@
+"""Packed GCNConv, SAGEConv, GINConv and APPNP."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..config import OFF
+from ..kernels.spmm import spmm
+from ..layers.appnp import QuantizedAPPNP
+from ..layers.gcn import QuantizedGCNConv
+from ..layers.gin import QuantizedGINConv
+from ..layers.graph import NormalizedGraph, gcn_graph, mean_graph, plain_graph
+from ..layers.sage import QuantizedSAGEConv, _transforms_first
+from ..quantizers import QuantizedTensor
+from .base import Activation, LayerSpec, PackedConv, inference, packed_dense, register_packed
+from .linear import PackedLinear
+from .ranges import PackedRange, PackedTensor
+
+__all__ = ["PackedAPPNP", "PackedGCNConv", "PackedGINConv", "PackedSAGEConv"]
+
+SUMS = ("mean", "add", "sum")
+
+
+def _number_of_rows(x: Tensor | PackedTensor) -> int:
+    return x.size(0) if isinstance(x, Tensor) else x.words.size(0)
+
+
+def _graph_size(x_src: Tensor, x_dst: Tensor | None, size: Any) -> tuple[int, int]:
+    """Number of sources and targets, as PyG finds it."""
+    if x_dst is not None:
+        return x_src.size(0), x_dst.size(0)
+    return x_src.size(0), size[1] if size is not None else x_src.size(0)
+
+
+def _values(x: Activation) -> Tensor:
+    return x.dequantize()
+
+
+class PackedGCNConv(PackedConv):
+    r"""Packed GCNConv: :math:`t_i \sum_j w_{ij} Q(s_j z_j) + b` with ``z`` from the integer product."""
+
+    children_kept = ("lin",)
+    message_quantizer: PackedRange
+    bias: Tensor | None
+    lin: Any
+    improved: bool
+    add_self_loops: bool
+    normalize: bool
+    flow: str
+
+    @classmethod
+    def refuses(cls, layer: Any) -> str | None:
+        return _refusal(layer, layer.message_quantizer)
+
+    @inference
+    def forward(self, x: Tensor, edge_index: Any, edge_weight: Tensor | None = None) -> Tensor:
+        """``[N, in_channels]`` to ``[N, out_channels]``, as :class:`torch_geometric.nn.GCNConv`."""
+        graph = gcn_graph(
+            edge_index,
+            edge_weight,
+            x.size(0),
+            improved=self.improved,
+            add_self_loops=self.add_self_loops,
+            normalize=self.normalize,
+            flow=self.flow,
+            dtype=torch.float32,
+        )
+        sent, z = self._messages(x, graph)
+        if z is None or self.smp is None:
+            return self.aggregated(sent, graph, bias=self.bias)
+        out = self.smooth(z, self.aggregated(sent, graph), graph.apply, graph.plan.num_edges)
+        return out if self.bias is None else out + self.bias
+
+    def _messages(self, x: Tensor, graph: NormalizedGraph) -> tuple[Activation, Tensor | None]:
+        """What neighbours send, and the transformed features where they were written."""
+        lin = self.lin
+        if graph.source is None and self.smp is None and isinstance(lin, PackedLinear) and lin.bias is None:
+            fused = lin.packed_to(lin.quantize(x), self.message_quantizer)
+            if fused is not None:
+                return fused, None
+        z = lin(x)
+        return self.message_quantizer(z if graph.source is None else z * graph.source), z
+
+
+class PackedSAGEConv(PackedConv):
+    """Packed SAGEConv: one packed input feeds both linear maps, in the order the converted layer chose."""
+
+    children_kept = ("lin", "lin_l", "lin_r")
+    tensors_kept = ()
+    input_quantizer: PackedRange
+    message_quantizer: PackedRange
+    target_quantizer: PackedRange | None
+    lin_l: PackedLinear
+    lin_r: PackedLinear
+    aggr: str
+    flow: str
+    normalize: bool
+    project: bool
+    root_weight: bool
+
+    def __init__(self, layer: Any, spec: LayerSpec, memo: dict[int, Any]) -> None:
+        super().__init__(layer, spec, memo)
+        self.transforms_first = _transforms_first(layer)
+        if "target_quantizer" not in spec.sites:
+            self.target_quantizer = None
+
+    @classmethod
+    def refuses(cls, layer: Any) -> str | None:
+        inner = [layer.lin_l, layer.lin_r] if layer.root_weight else [layer.lin_l]
+        if layer.explain:
+            return "explain mode"
+        if layer.is_off and all(lin.is_off for lin in inner):
+            return "32 bits"
+        if any(lin.weight.dtype != torch.float32 for lin in inner):
+            return "its weights are not float32"
+        if layer.aggr not in (*SUMS, "max"):
+            return f"aggregation {layer.aggr!r}"
+        rows = layer.input_quantizer.granularity == "node" or layer.input_quantizer.is_one_bit
+        if layer.aggr == "max" and (rows or layer.input_quantizer.bits == OFF):
+            return "a maximum over ranges per node"
+        return None
+
+    @inference
+    def forward(self, x: Any, edge_index: Any, size: Any = None) -> Tensor:
+        """As :class:`torch_geometric.nn.SAGEConv`; ``x`` may be a pair."""
+        x_src, x_dst = (x, x) if isinstance(x, Tensor) else x
+        same = x_dst is x_src
+        graph_size = _graph_size(x_src, x_dst, size)
+        if self.project and hasattr(self, "lin"):
+            x_src, same = self.lin(x_src).relu(), False
+        sent = self.input_quantizer(x_src)
+        graph = self._graph(edge_index, graph_size)
+        out = self._transform_first(sent, graph, edge_index, graph_size)
+        if self.root_weight and x_dst is not None:
+            target = sent
+            if self.target_quantizer is not None:
+                target = self.target_quantizer(x_dst)
+            elif not same:
+                target = self.input_quantizer(x_dst)
+            out = out + self.lin_r.apply_to(target, self.lin_r.bias)
+        return F.normalize(out, p=2.0, dim=-1) if self.normalize else out
+
+    def _graph(self, edge_index: Any, size: tuple[int, int]) -> NormalizedGraph:
+        make = mean_graph if self.aggr == "mean" else plain_graph
+        graph = make(edge_index, size, self.flow)
+        if self.aggr == "max" and graph.weight is not None:
+            return NormalizedGraph(graph.plan, None, None, None)
+        return graph
+
+    def _transform_first(
+        self, sent: Activation, graph: NormalizedGraph, edge_index: Any, size: tuple[int, int]
+    ) -> Tensor:
+        if not self.transforms_first:
+            return self._aggregate_first(sent, graph)
+        bias = self.lin_l.bias
+        if self.smp is None:
+            messages: Activation | None = self.lin_l.packed_to(sent, self.message_quantizer)
+            if messages is None:
+                messages = self.message_quantizer(self.lin_l.apply_to(sent, None))
+            assert messages is not None
+            return self.aggregated(messages, graph, bias=bias)
+        z = self.lin_l.apply_to(sent, None)
+        out = self.aggregated(self.message_quantizer(z), graph)
+        smoother = mean_graph(edge_index, size, self.flow)
+        out = self.smooth(z, out, smoother.apply, graph.plan.num_edges)
+        return out if bias is None else out + bias
+
+    def _aggregate_first(self, sent: Activation, graph: NormalizedGraph) -> Tensor:
+        lin, options = self.lin_l, {"reduce": "max"} if self.aggr == "max" else {}
+        packed = isinstance(sent, PackedTensor) or sent.qmax is not None
+        target = lin.input_quantizer
+        if packed and target is not None and target.spec.is_fixed and not target.check:
+            words = self.aggregated(sent, graph, **options, **target.output_range())
+            return lin.apply_to(target.wrap(words, lin.in_features), lin.bias)
+        out = self.aggregated(sent, graph, **options)
+        return lin.apply_to(lin.quantize(out), lin.bias)
+
+
+class PackedGINConv(PackedConv):
+    """Packed GINConv: sums of packed features, the node's own from the same codes, then the layer's network."""
+
+    children_kept = ("nn",)
+    tensors_kept = ("eps",)
+    message_quantizer: PackedRange
+    nn: Any
+    eps: Tensor
+    flow: str
+
+    @classmethod
+    def refuses(cls, layer: Any) -> str | None:
+        if layer.aggr not in ("add", "sum"):
+            return f"aggregation {layer.aggr!r}"
+        return _refusal(layer, layer.message_quantizer)
+
+    @inference
+    def forward(self, x: Any, edge_index: Any, size: Any = None) -> Tensor:
+        """As :class:`torch_geometric.nn.GINConv`; ``x`` may be a pair."""
+        x_src, x_dst = (x, x) if isinstance(x, Tensor) else x
+        sent = self.message_quantizer(x_src)
+        if isinstance(sent, QuantizedTensor):
+            sent = packed_dense(sent)
+        graph = plain_graph(edge_index, _graph_size(x_src, x_dst, size), self.flow)
+        out = self.aggregated(sent, graph)
+        if x_dst is not None:
+            same = x_dst is x_src
+            own = (sent if same else self.message_quantizer(x_dst)).dequantize()
+            out = out + (1 + self.eps) * own
+            if self.smp is not None and same:
+                out = self._smoothed(own, out, graph)
+        return self.nn(out)
+
+    def _smoothed(self, z: Tensor, out: Tensor, graph: NormalizedGraph) -> Tensor:
+        own = 1 + self.eps
+        plan = graph.plan
+        mass = plan.degree.unsqueeze(1) + own
+        mean = self.smooth(z, out / mass, lambda v: (spmm(plan, v) + own * v) / mass, plan.num_edges)
+        return mean * mass
+
+
+class PackedAPPNP(PackedConv):
+    r"""Packed APPNP: :math:`x \leftarrow (1 - \alpha) \hat A Q_k(x) + \alpha Q(h)`, a range for every step."""
+
+    tensors_kept = ()
+    input_quantizer: PackedRange
+    step_quantizers: Any
+    add_self_loops: bool
+    normalize: bool
+    flow: str
+    K: int
+    alpha: float
+
+    @classmethod
+    def refuses(cls, layer: Any) -> str | None:
+        if layer.explain:
+            return "explain mode"
+        if layer.is_off:
+            return "32 bits"
+        dtype = layer.input_quantizer.log_scale.dtype
+        return None if dtype == torch.float32 else "its ranges are not float32"
+
+    @inference
+    def forward(self, x: Tensor, edge_index: Any, edge_weight: Tensor | None = None) -> Tensor:
+        """``[N, F]`` to ``[N, F]``, as :class:`torch_geometric.nn.APPNP`."""
+        graph = gcn_graph(
+            edge_index,
+            edge_weight,
+            x.size(0),
+            add_self_loops=self.add_self_loops,
+            normalize=self.normalize,
+            flow=self.flow,
+            dtype=torch.float32,
+        )
+        h = self.input_quantizer(x).dequantize()
+        out, teleport = h, h * self.alpha
+        for step in range(self.K):
+            sent = out if graph.source is None else out * graph.source
+            messages = self.step_quantizers[str(step)](sent)
+            out = self.aggregated(messages, graph).mul_(1 - self.alpha).add_(teleport)
+        return self.smooth(h, out, graph.apply, graph.plan.num_edges)
+
+
+def _refusal(layer: Any, message: Any) -> str | None:
+    """What GCNConv and GINConv have in common: they run in floats where messages are not quantized."""
+    if layer.explain:
+        return "explain mode"
+    if message.bits == OFF:
+        return "messages in 32 bits"
+    return None if message.log_scale.dtype == torch.float32 else "its ranges are not float32"
+
+
+for _mixin, _packed in {
+    QuantizedGCNConv: PackedGCNConv,
+    QuantizedSAGEConv: PackedSAGEConv,
+    QuantizedGINConv: PackedGINConv,
+    QuantizedAPPNP: PackedAPPNP,
+}.items():
+    register_packed(_mixin, _packed)

@@ -1,0 +1,165 @@
+"""Packed linear maps: integer products of packed activations and packed weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import OFF
+from ..kernels import linear as kernel
+from ..kernels.aggregate import aggregate
+from ..kernels.layout import pack_codes, row_words, top_code, unpack_codes
+from ..kernels.plan import plan_cache
+from ..layers.arithmetic import EXACT_FLOAT32, linear
+from ..layers.linear import QuantizedLinear
+from ..quantizers import QuantizedTensor
+from .base import Activation, LayerSpec, PackedLayer, inference, register_packed
+from .ranges import PackedRange, PackedTensor
+
+__all__ = ["PackedLinear"]
+
+WEIGHT = "weight_quantizer"
+
+
+class PackedLinear(PackedLayer):
+    """``y = x^ W^T + b`` with ``W`` in packed words ``[O, row_words(K, bits)]``.
+
+    A 32-bit weight stays a float matrix; everything around it is as in the converted layer.
+    """
+
+    input_quantizer: PackedRange | None
+    bias: Tensor | None
+    words: Tensor | None
+    float_weight: Tensor | None
+
+    def __init__(self, layer: Any, spec: LayerSpec, memo: dict[int, Any]) -> None:
+        super().__init__(layer, spec, memo)
+        if "input_quantizer" not in spec.sites:
+            self.input_quantizer = None
+        weight = layer.weight
+        self.out_features, self.in_features = weight.shape
+        self.site = site = spec.sites[WEIGHT]
+        self.register_buffer("words", None)
+        self.register_buffer("float_weight", None)
+        if site.bits == OFF:
+            self.float_weight = weight.detach().clone()
+        else:
+            shape = (self.out_features, row_words(self.in_features, site.bits))
+            self.words = torch.zeros(shape, dtype=torch.int32, device=weight.device)
+        scaled = site.bits != OFF
+        width = self.out_features if site.channels or site.granularity == "node" else 1
+        scale = torch.ones(width, device=weight.device) if scaled else None
+        self.register_buffer("weight_scale", scale)
+        free = scaled and site.zero_code is None
+        self.register_buffer("weight_lower_end", torch.zeros_like(scale) if free else None)
+
+    @classmethod
+    def refuses(cls, layer: Any) -> str | None:
+        if layer.weight.dtype != torch.float32:
+            return f"its weight is {str(layer.weight.dtype).removeprefix('torch.')}"
+        return "32 bits" if layer.is_off else None
+
+    @torch.no_grad()
+    def fill(self, layer: Any) -> None:
+        super().fill(layer)
+        if self.words is None:
+            return
+        weight = layer.weight_quantizer(layer.weight)
+        self.words.copy_(pack_codes(weight.codes, self.site.bits))
+        self.weight_scale.copy_(weight.scale.reshape(-1))
+        if self.weight_lower_end is not None:
+            self.weight_lower_end.copy_(weight.lower.reshape(-1))
+
+    @property
+    def weight_lower(self) -> Tensor:
+        """Lower end of the weight's range, one element or ``[O]``."""
+        if self.weight_lower_end is not None:
+            return self.weight_lower_end
+        assert self.site.zero_code is not None
+        return self.weight_scale * -self.site.zero_code
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, weight_bits={self.site.bits}"
+
+    @inference
+    def forward(self, x: Tensor) -> Tensor:
+        """``[*, K]`` float32 (or ``torch.sparse_csr`` ``[N, K]``) to ``[*, O]`` float32."""
+        if x.layout != torch.strided or x.dim() == 2:
+            return self.apply_to(self.quantize(x), self.bias)
+        rows = x.reshape(-1, x.size(-1))
+        y = self.apply_to(self.quantize(rows), self.bias)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def quantize(self, x: Tensor) -> Activation:
+        """The input as this layer takes it."""
+        if self.input_quantizer is None:
+            return QuantizedTensor.identity(x)
+        return self.input_quantizer(x)
+
+    def apply_to(self, x: Activation, bias: Tensor | None) -> Tensor:
+        """The linear map of quantized input ``[N, K]`` with another bias, or none: ``[N, O]``."""
+        out = self._fused(x, bias, {})
+        return self._wide(x, bias) if out is None else out
+
+    def packed_to(self, x: Activation, target: PackedRange) -> PackedTensor | None:
+        """The linear map without bias, quantized to ``target`` in the same pass; :obj:`None` where it cannot be."""
+        if not target.spec.is_fixed:
+            return None
+        words = self._fused(x, None, target.output_range())
+        return None if words is None else target.wrap(words, self.out_features)
+
+    def _fused(self, x: Activation, bias: Tensor | None, out: dict[str, Any]) -> Tensor | None:
+        """In one integer kernel, where the input's range factors out of the product."""
+        if self.words is None:
+            return None
+        if isinstance(x, QuantizedTensor):
+            return self._sparse(x, bias, out)
+        limit = (2**31 - 1) // (top_code(x.bits) * top_code(self.site.bits))
+        if (x.scale.dim() == 1 and x.scale.numel() > 1) or self.in_features > limit:
+            return None
+        return kernel.linear(
+            x.words, self.words, x.scale, x.lower, self.weight_scale, self.weight_lower,
+            self.in_features, x.bits, self.site.bits, bias=bias, **out,
+        )  # fmt: skip
+
+    def _sparse(self, x: QuantizedTensor, bias: Tensor | None, out: dict[str, Any]) -> Tensor | None:
+        """Sparse codes times the weight: a sum of the packed rows of ``W^T`` that a row of ``x`` names."""
+        if x.pattern is None or x.qmax is None or self.words is None:
+            return None
+        pattern, bits = x.pattern, self.site.bits
+        longest = int(pattern.degree.max()) if pattern.num_dst else 0
+        if longest * x.qmax * top_code(bits) >= EXACT_FLOAT32:
+            return None
+        words, num_out = self.words, self.out_features
+
+        def transposed() -> Tensor:
+            return pack_codes(unpack_codes(words, self.in_features, bits).t(), bits)
+
+        ones = x.qmax == 1 and bool(x.codes.all())
+        scale = self.weight_scale.expand(num_out).contiguous()
+        return aggregate(
+            plan_cache.get((words,), ("transposed", self.in_features, bits), transposed),
+            pattern, scale, self.weight_lower.expand(num_out).contiguous(), num_out, bits,
+            edge_weight=None if ones else x.codes,
+            dst_scale=x.scale.expand(pattern.num_dst, 1).reshape(-1),
+            bias=bias, **out,
+        )  # fmt: skip
+
+    def _wide(self, x: Activation, bias: Tensor | None) -> Tensor:
+        """In floats over unpacked codes, as the converted layer computes it."""
+        if self.words is None:
+            assert self.float_weight is not None
+            weight = QuantizedTensor.identity(self.float_weight)
+        else:
+            codes = unpack_codes(self.words, self.in_features, self.site.bits).to(torch.float32)
+            scale, lower = self.weight_scale.view(-1, 1), self.weight_lower.view(-1, 1)
+            unsigned = self.site.zero_code == 0
+            weight = QuantizedTensor(codes, scale, lower, top_code(self.site.bits), unsigned)
+        quantized = x.quantized() if isinstance(x, PackedTensor) else x
+        return linear(quantized, weight, bias, exact=True)
+
+
+register_packed(QuantizedLinear, PackedLinear)
+

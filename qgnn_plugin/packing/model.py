@@ -1,0 +1,187 @@
+"""Packing a whole model: its module tree with converted layers swapped for packed ones."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..conversion import is_quantized, quantized_layers
+from ..layers.base import QuantizedLayer
+from ..layers.registry import mixin_for
+from ..layers.sage import QuantizedSAGEConv
+from ..quantizers import QLRQuantizer
+from .base import LayerSpec, PackedLayer, packed_class
+from .ranges import PackedRange, SiteSpec
+
+__all__ = ["PackedBytes", "is_packed", "pack_model", "packed_bytes", "packed_layers"]
+
+SPECS = "_packed_specs"  # attribute of a packed model: the description of every converted layer, in order
+
+
+class PackedBytes(NamedTuple):
+    """Sizes of a packed model, in bytes: ``float`` of the float state dict, ``packed`` of its own."""
+
+    float: int
+    packed: int
+
+    @property
+    def ratio(self) -> Any:
+        """How many times smaller the packed state is."""
+        return self.float / max(1, self.packed)
+
+
+def pack_model(qmodel: nn.Module) -> nn.Module:
+    """Turn a converted model into an integer model for inference, with the outputs of ``qmodel.eval()``.
+
+    The user's modules and their ``forward`` stay as they are; converted layers are swapped for packed
+    ones that hold their weights as packed words and run on fused kernels.  A layer that cannot be
+    packed keeps its quantized-float path (:func:`qgnn_plugin.summary` says which, and why).
+
+    Args:
+        qmodel: A converted model whose ranges are set; it is left untouched.
+
+    Returns:
+        A new model with the same ``forward`` signature, in eval mode, on the same device; no
+        parameter requires a gradient.
+
+    Raises:
+        ValueError: If ``qmodel`` is plain or already packed, or a range is unset (names it).
+    """
+    if not isinstance(qmodel, nn.Module):
+        raise TypeError(f"Expected a torch.nn.Module (got {type(qmodel).__name__})")
+    if is_packed(qmodel):
+        raise ValueError("Expected a model made by quantize_model (got one that is already packed)")
+    if not is_quantized(qmodel):
+        raise ValueError(
+            f"Expected a model made by quantize_model (got a plain {type(qmodel).__name__}); "
+            f"convert it first: qgnn_plugin.quantize_model(model)"
+        )
+    layers = quantized_layers(qmodel)
+    specs = _describe(layers)
+    packed = assemble(qmodel, layers, specs)
+    for name, layer in layers.items():
+        target = packed.get_submodule(name)
+        if isinstance(target, PackedLayer):
+            target.fill(layer)
+    return packed
+
+
+def assemble(model: nn.Module, layers: Mapping[str, Any], specs: Iterable[LayerSpec]) -> nn.Module:
+    """Copy ``model`` with ``layers`` swapped for packed ones as described; their numbers are still to be filled in."""
+    specs = list(specs)
+    memo: dict[int, Any] = {}
+    for spec in reversed(specs):  # inner layers first: the memo hands them to the layer around them
+        layer = layers[spec.name]
+        if spec.reason is None:
+            memo[id(layer)] = _packed_class(layer)(layer, spec, memo)
+    packed = copy.deepcopy(model, memo)
+    for parameter in packed.parameters():
+        parameter.requires_grad_(False)
+    setattr(packed, SPECS, specs)
+    return packed.eval()
+
+
+def _packed_class(layer: Any) -> type[PackedLayer]:
+    mixin = type(layer).mixin if isinstance(layer, QuantizedLayer) else mixin_for(type(layer))
+    cls = None if mixin is None else packed_class(mixin)
+    assert cls is not None
+    return cls
+
+
+def _describe(layers: Mapping[str, Any]) -> list[LayerSpec]:
+    reasons: dict[int, str] = {}
+    specs = []
+    first = True
+    for name, layer in layers.items():
+        reason = reasons.get(id(layer))
+        if reason is None:
+            cls = packed_class(type(layer).mixin)
+            float_name = type(layer).float_class.__name__
+            reason = f"no packed {float_name}" if cls is None else cls.refuses(layer)
+        if reason is not None and isinstance(layer, QuantizedSAGEConv):
+            # Its two maps take codes from it, not values.
+            reasons |= {id(child): f"part of '{name}'" for child in layer.children()}
+        spec = LayerSpec.of(name, layer, reason)
+        if first and reason is None and _has_input(spec.sites):
+            spec, first = replace(spec, check=True), False
+        specs.append(spec)
+    return specs
+
+
+def _has_input(sites: Mapping[str, SiteSpec]) -> bool:
+    """Whether a layer quantizes its own input, before anything else."""
+    return "input_quantizer" in sites
+
+
+def is_packed(model: nn.Module) -> bool:
+    """Whether ``model`` was made by :func:`pack_model` or :func:`qgnn_plugin.load_packed`."""
+    return hasattr(model, SPECS) or any(isinstance(m, PackedLayer) for m in model.modules())
+
+
+def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
+    """Every packed layer, by qualified name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, PackedLayer)}
+
+
+def specs_of(model: nn.Module) -> list[LayerSpec]:
+    """The descriptions that a packed model carries.
+
+    Raises:
+        ValueError: If ``model`` is not packed.
+    """
+    specs = getattr(model, SPECS, None)
+    if specs is None:
+        raise ValueError(
+            f"Expected a model made by pack_model (got a {type(model).__name__}); "
+            f"pack it first: qgnn_plugin.pack_model(qmodel)"
+        )
+    return specs
+
+
+def packed_bytes(packed: nn.Module) -> PackedBytes:
+    """Bytes of the float state dict and of the packed one, and their ``ratio``.
+
+    Raises:
+        ValueError: If ``packed`` is not a packed model.
+    """
+    specs_of(packed)
+    layers = packed_layers(packed)
+    state = packed.state_dict()
+    unique = {t.data_ptr() if t.numel() else key: t for key, t in state.items()}
+    size = sum(t.numel() * t.element_size() for t in unique.values())
+    inside = {id(t) for m in layers.values() for t in _own_tensors(m)}
+    before = sum(layer.float_bytes for layer in layers.values())
+    for module in packed.modules():
+        before += sum(
+            t.numel() * t.element_size()
+            for key, t in _float_state(module)
+            if id(t) not in inside
+        )
+    return PackedBytes(before, size)
+
+
+def _own_tensors(layer: PackedLayer) -> list[torch.Tensor]:
+    """Buffers of a packed layer and its ranges, without those of layers inside it."""
+    found = list(layer.buffers(recurse=False))
+    for module in layer.modules():
+        if isinstance(module, PackedRange):
+            found += list(module.buffers(recurse=False))
+    return found
+
+
+def _float_state(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """What a module holds in the float model: a quantizer and a multiplier are not there."""
+    if isinstance(module, QLRQuantizer):
+        return []
+    dropped = {"multiplier", "slack"} if isinstance(module, QuantizedLayer) else set()
+    persistent = [
+        (k, b)
+        for k, b in module.named_buffers(recurse=False)
+        if k not in module._non_persistent_buffers_set and k not in dropped
+    ]
+    return [*module.named_parameters(recurse=False), *persistent]

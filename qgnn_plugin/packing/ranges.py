@@ -1,0 +1,259 @@
+"""Quantization sites of a packed model: fixed ranges, and tensors held as packed words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import BITS, OFF
+from ..kernels.layout import pack_codes, top_code, unpack_codes
+from ..kernels.quantize_pack import quantize_pack
+from ..kernels.unpack_dequantize import unpack_dequantize
+from ..quantizers import QLRQuantizer, QuantizedTensor, RangeKind, quantize_codes
+from ..quantizers.qlr import _peak, _row_peaks, _split
+
+__all__ = ["PackedRange", "PackedTensor", "SiteSpec"]
+
+ONE_BIT = 1
+
+
+@dataclass(frozen=True)
+class SiteSpec:
+    """What a site does, apart from its numbers: plain values that go into a file's header.
+
+    Args:
+        bits: Width of a stored code: 1 (data of zero and one value), 2, 4, 8, or 32 for off.
+        granularity: ``"tensor"``, ``"channel"`` or ``"node"``.
+        zero_code: Code that stands for zero, :obj:`None` where the lower end is free.
+        truncated: Whether 8-bit codes are truncated (BT, BT*).
+        channels: Number of ranges, with ``"channel"``.
+    """
+
+    bits: int
+    granularity: str = "tensor"
+    zero_code: float | None = 0.0
+    truncated: bool = False
+    channels: int = 0
+
+    @classmethod
+    def of(cls, quantizer: QLRQuantizer) -> SiteSpec:
+        """The description of a quantizer whose range is set.
+
+        Raises:
+            ValueError: If it is not.
+        """
+        if quantizer.bits == OFF:
+            return cls(OFF)
+        if not quantizer.is_set:
+            raise ValueError(
+                f"Expected every range to be set (got none at '{quantizer.site}'): call "
+                f"qgnn_plugin.calibrate(model, data) or train before packing"
+            )
+        if quantizer.is_one_bit:
+            rows = quantizer.range_kind == RangeKind.ONE_BIT_ROWS
+            return cls(ONE_BIT, "node" if rows else "tensor")
+        channels = quantizer.log_scale.numel() if quantizer.granularity == "channel" else 0
+        truncated = quantizer.skew is not None
+        return cls(
+            quantizer.bits, quantizer.granularity, quantizer.zero_code, truncated, channels
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that differ from their defaults."""
+        default = asdict(SiteSpec(self.bits))
+        return {k: v for k, v in asdict(self).items() if k == "bits" or v != default[k]}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SiteSpec:
+        spec = cls(**data)
+        if spec.bits not in (ONE_BIT, *BITS) or spec.granularity not in ("tensor", "channel", "node"):
+            raise ValueError(f"Expected a quantization site (got {dict(data)})")
+        return spec
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the range is known before the data: a kernel's epilogue can quantize to it."""
+        known = self.bits not in (ONE_BIT, OFF) and self.granularity != "node"
+        return known and not self.truncated
+
+    @property
+    def stays_sparse(self) -> bool:
+        """Whether code 0 stands for zero in every column, so that only stored values need codes."""
+        return self.zero_code == 0 and self.granularity != "channel"
+
+
+@dataclass(frozen=True, eq=False)
+class PackedTensor:
+    """A matrix ``[N, F]`` as packed codes and an affine map.
+
+    Args:
+        words: ``[N, row_words(F, bits)]`` int32.
+        scale: One element, ``[F]`` or ``[N, 1]``, float32.
+        lower: Lower end of the range, of the same shape.
+        num_features: ``F``.
+        bits: Width of a code: 1, 2, 4 or 8.
+        unsigned: Whether ``lower`` is known to be zero.
+    """
+
+    words: Tensor
+    scale: Tensor
+    lower: Tensor
+    num_features: int
+    bits: int
+    unsigned: bool
+
+    def dequantize(self) -> Tensor:
+        """``[N, F]`` float32."""
+        return unpack_dequantize(
+            self.words, self.scale, self.lower, self.num_features, self.bits
+        )
+
+    def quantized(self) -> QuantizedTensor:
+        """The same tensor with its codes as floats: what the arithmetic of converted layers takes."""
+        codes = unpack_codes(self.words, self.num_features, self.bits).to(torch.float32)
+        return QuantizedTensor(codes, self.scale, self.lower, top_code(self.bits), self.unsigned)
+
+
+class PackedRange(nn.Module):
+    """A quantizer with its range frozen to buffers; codes come out packed.
+
+    Args:
+        spec: What the site does.
+        site: Its name, for errors.
+        check: Whether to refuse NaN and infinity (one more pass over the data).
+    """
+
+    scale: Tensor | None
+    lower_end: Tensor | None
+    skew: Tensor | None
+
+    def __init__(
+        self,
+        spec: SiteSpec,
+        site: str,
+        *,
+        check: bool = False,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        self.spec, self.site, self.check = spec, site, check
+        shape = (spec.channels,) if spec.granularity == "channel" else ()
+        ranged = spec.bits not in (ONE_BIT, OFF)
+        free = ranged and spec.zero_code is None
+        self.register_buffer("scale", torch.ones(shape, device=device) if ranged else None)
+        self.register_buffer("lower_end", torch.zeros(shape, device=device) if free else None)
+        self.register_buffer("skew", torch.zeros((), device=device) if spec.truncated else None)
+
+    @torch.no_grad()
+    def fill(self, quantizer: QLRQuantizer) -> None:
+        """Take the numbers of a quantizer with this description."""
+        if self.scale is None:
+            return
+        scale, lower = quantizer.range()
+        self.scale.copy_(scale)
+        if self.lower_end is not None:
+            self.lower_end.copy_(lower)
+        if self.skew is not None and quantizer.skew is not None:
+            self.skew.copy_(quantizer.skew)
+
+    def extra_repr(self) -> str:
+        return f"bits={self.spec.bits}, granularity={self.spec.granularity}"
+
+    @property
+    def bits(self) -> int:
+        return self.spec.bits
+
+    @property
+    def lower(self) -> Tensor:
+        """Lower end of a fixed range, shaped as ``scale``."""
+        assert self.scale is not None
+        if self.lower_end is not None:
+            return self.lower_end
+        assert self.spec.zero_code is not None
+        return self.scale * -self.spec.zero_code
+
+    def output_range(self) -> dict[str, Any]:
+        """The arguments that make a kernel quantize its result to this (fixed) range."""
+        assert self.spec.is_fixed
+        return {"out_scale": self.scale, "out_offset": self.lower, "out_bits": self.bits}
+
+    def wrap(self, words: Tensor, num_features: int) -> PackedTensor:
+        """Words that a kernel has quantized to this (fixed) range."""
+        assert self.scale is not None
+        unsigned = self.spec.zero_code == 0
+        return PackedTensor(words, self.scale, self.lower, num_features, self.bits, unsigned)
+
+    def _range_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.bits == ONE_BIT:
+            scale = _row_peaks(x, None) if self.spec.granularity == "node" else _peak(x)
+            return scale, torch.zeros_like(scale)
+        assert self.scale is not None
+        if self.spec.granularity == "node":
+            rows = _row_peaks(x, None)
+            return self.scale * rows, self.lower * rows
+        return self.scale, self.lower
+
+    def forward(self, x: Tensor) -> PackedTensor | QuantizedTensor:
+        """Quantize ``x`` ``[N, F]``, dense or ``torch.sparse_csr``.
+
+        Returns:
+            Packed codes; for sparse features whose zeros have code 0 the codes at their stored
+            positions, and where the site is off the values themselves, both unpacked.
+
+        Raises:
+            ValueError: If one-bit data are no longer 0 or one value, or (with ``check``) not finite.
+        """
+        if x.layout != torch.strided:
+            return self._quantize_sparse(x)
+        if self.check and not bool(x.sum().isfinite()):
+            self._refuse_infinite(x)
+        if self.bits == OFF:
+            return QuantizedTensor.identity(x)
+        scale, lower = self._range_of(x)
+        unsigned = self.spec.zero_code == 0
+        if self.skew is not None:
+            codes = quantize_codes(x, scale, lower, top_code(self.bits), self.skew)
+            words = pack_codes(codes, self.bits)
+        else:
+            words = quantize_pack(x, scale, lower, self.bits)
+        if self.bits == ONE_BIT:
+            self._check_one_bit(bool(((x == 0) | (x == scale)).all()))
+        return PackedTensor(words, scale, lower, x.size(1), self.bits, unsigned)
+
+    def _quantize_sparse(self, x: Tensor) -> PackedTensor | QuantizedTensor:
+        values, pattern = _split(x)
+        assert pattern is not None
+        if self.check and not bool(values.sum().isfinite()):
+            self._refuse_infinite(values)
+        if self.bits == OFF:
+            return QuantizedTensor.identity(values, pattern)
+        if not self.spec.stays_sparse:
+            return self.forward(QuantizedTensor.identity(values, pattern).dequantize())
+        per_row = self.spec.granularity == "node"
+        peaks = _row_peaks(values, pattern) if per_row else _peak(values)
+        scale = peaks if self.scale is None else (self.scale * peaks if per_row else self.scale)
+        full = scale[pattern.dst, 0] if per_row else scale
+        top = top_code(self.bits)
+        codes = quantize_codes(values, full, torch.zeros_like(full), top, self.skew)
+        if self.bits == ONE_BIT:
+            self._check_one_bit(torch.equal(codes * full, values))
+        return QuantizedTensor(codes, scale, torch.zeros_like(scale), top, True, pattern)
+
+    def _refuse_infinite(self, x: Tensor) -> None:
+        bad = int((~x.isfinite()).sum())
+        if bad:
+            raise ValueError(
+                f"Expected finite values at '{self.site}' (got {bad} NaN or infinite of "
+                f"{x.numel()}); check the features"
+            )
+
+    def _check_one_bit(self, holds: bool) -> None:
+        if not holds:
+            raise ValueError(
+                f"Expected '{self.site}' to be zero or one value, as when its range was set (got "
+                f"other values); calibrate on data like these and pack again"
+            )
