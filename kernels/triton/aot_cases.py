@@ -188,13 +188,25 @@ def linear_cases(grid: str, warp: int) -> Iterator[Case]:
                 "X_SCALE": False, "X_OFFSET": False, "W_SCALE": True, "W_OFFSET": True,
                 "RELU": True, "OUT_BITS": 0, "OUT_BYTES": 0, "OUT_SCALE": ONE, "OUT_OFFSET": ONE,
             }  # fmt: skip
-            types = dict.fromkeys(("x", "w"), "*i8") | dict.fromkeys(
+            types = dict.fromkeys(("x", "w"), "*i8") | {"num_rows": "i32", "num_out": "i32"}
+            types |= dict.fromkeys(
                 ("x_scale", "x_offset", "w_scale", "w_offset", "bias", "out"), "*fp32"
             )
+            name = f"int{x_bits} x int{w_bits} K={features}"
+            facts = {"bits": x_bits, "features": features}
             yield Case(
-                "linear", f"int{x_bits} x int{w_bits} K={features}", linear_module.linear_kernel,
-                types | {"num_rows": "i32", "num_out": "i32"}, constants, config.num_warps,
-                config.num_stages, facts={"bits": x_bits, "features": features},
+                "linear", name, linear_module.linear_kernel, types, constants, config.num_warps,
+                config.num_stages, facts=facts,
+            )  # fmt: skip
+            outputs = linear_module.MAX_PACKED_OUT
+            packed = {
+                "OUT_BITS": x_bits, "OUT_BYTES": row_bytes(outputs, x_bits), "BLOCK_N": outputs,
+                "BLOCK_M": max(16, config.block_m * config.block_n // outputs),
+            }  # fmt: skip
+            yield Case(
+                "linear", name + " packed", linear_module.linear_kernel,
+                types | PACKED_TYPES | {"out": "*i8"}, constants | packed, config.num_warps,
+                config.num_stages, facts=facts,
             )  # fmt: skip
 
 

@@ -160,17 +160,18 @@ def linear(
         assert out_offset is not None
         return quantize_pack(y, out_scale, out_offset, out_bits)
     block_n = num_out if packs else config.block_n
+    block_m = max(16, min(config.block_m, config.block_m * config.block_n // block_n))
     shape = (num_rows, row_words(num_out, out_bits) if packs else num_out)
     out = x_words.new_empty(shape, dtype=torch.int32 if packs else torch.float32)
     x, w = x_words.contiguous().view(torch.int8), w_words.contiguous().view(torch.int8)
     launch(
         linear_kernel,
-        (triton.cdiv(num_rows, config.block_m), triton.cdiv(num_out, block_n)), device,
+        (triton.cdiv(num_rows, block_m), triton.cdiv(num_out, block_n)), device,
         x, w, x_scale.contiguous(), x_offset.contiguous(), w_scale.contiguous(),
         w_offset.contiguous(), None if bias is None else bias.contiguous(),
         out.view(torch.int8) if packs else out, out_scale, out_offset, num_rows, num_out,
         K=in_features, X_BITS=x_bits, W_BITS=w_bits, X_BYTES=row_bytes(in_features, x_bits),
-        W_BYTES=row_bytes(in_features, w_bits), BLOCK_M=config.block_m, BLOCK_N=block_n,
+        W_BYTES=row_bytes(in_features, w_bits), BLOCK_M=block_m, BLOCK_N=block_n,
         BLOCK_K=config.block_k, X_SCALE=x_scale.numel() > 1, X_OFFSET=x_offset.numel() > 1,
         W_SCALE=w_scale.numel() > 1, W_OFFSET=w_offset.numel() > 1, RELU=relu,
         OUT_BITS=out_bits if packs else 0, OUT_BYTES=row_bytes(num_out, out_bits) if packs else 0,
