@@ -1,0 +1,186 @@
+"""``linear`` on the CPU: packed rows times packed weights in byte dot products (VNNI).
+
+A block of rows is unpacked to bytes and multiplied while it is in the cache: each step takes four
+input features of a few rows, broadcasts them, and multiplies them with four features of ``LANES``
+output channels.  Weights are the unsigned operand; activations the signed one, so 8-bit codes enter
+as ``c - 128`` and the accumulators start at ``128 sum_k cw``.
+"""
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from ..layout import lane_mask, parts_per_byte, unpack_codes
+from ..plan import PlanCache
+from . import jit
+from .epilogue import code_pitch, epilogue, finish_rows, flat
+from .parallel import even_chunks, run_chunks
+from .simd import (
+    atomic_add,
+    peek,
+    vcast,
+    vdot,
+    vlanes,
+    vload,
+    vload_first,
+    vsplat,
+    vspread,
+    vstore,
+    vstore_parts,
+    vsum,
+    vview,
+)
+
+__all__ = ["linear"]
+
+LANES = 64  # output channels per step
+MICRO_ROWS = 6  # rows per step: 6 x 4 accumulators, 4 weights, one broadcast
+BLOCK_ROWS = 8 * MICRO_ROWS  # rows unpacked at a time
+TILE = 16  # words unpacked at a time
+FEATURES = 4  # input features per byte dot product
+SIGN = 128  # what 8-bit codes lose to become signed bytes
+ONES = lane_mask(1)
+SIGNS = SIGN * ONES - (1 << 32)  # SIGN in each byte, as an int32
+
+
+def _weights(w_words: Tensor, in_features: int, bits: int, signed: bool) -> tuple[Any, ...]:
+    """Weights as ``[K / 4, ceil64(O)]`` words of four codes, the accumulators' start, column sums."""
+    codes = unpack_codes(w_words, in_features, bits)
+    channels, depth = codes.size(0), -(-in_features // FEATURES)
+    stretch = -(-channels // LANES) * LANES
+    padded = codes.new_zeros((stretch, depth * FEATURES))
+    padded[:channels, :in_features] = codes
+    words = padded.view(stretch, depth, FEATURES).transpose(0, 1).contiguous().view(torch.int32)
+    colsum = padded.sum(1, dtype=torch.int32)
+    start = SIGN * colsum if signed else torch.zeros_like(colsum)
+    return flat(words), flat(start), colsum[:channels].to(torch.float32)
+
+
+_prepared = PlanCache(64)
+
+
+@njit(forceinline=True)
+def _tile(x, base, pitch, weight, channel, stretch, depth, start):
+    """Dot products of six rows of bytes with ``LANES`` channels from ``channel``."""
+    a = b = c = d = e = f = start
+    for k in range(depth):
+        w = vload(weight, channel + k * stretch, LANES)
+        at = base + k
+        a = vdot(a, w, vsplat(peek(x, at), LANES))
+        b = vdot(b, w, vsplat(peek(x, at + pitch), LANES))
+        c = vdot(c, w, vsplat(peek(x, at + 2 * pitch), LANES))
+        d = vdot(d, w, vsplat(peek(x, at + 3 * pitch), LANES))
+        e = vdot(e, w, vsplat(peek(x, at + 4 * pitch), LANES))
+        f = vdot(f, w, vsplat(peek(x, at + 5 * pitch), LANES))
+    return a, b, c, d, e, f
+
+
+@jit.kernel
+def _multiply(x, pitch, rows, weight, stretch, depth, start, acc):
+    """``acc[r, o]``, float32 of pitch ``stretch``, for the rows of bytes ``x`` (pitch in words)."""
+    for o in range(0, stretch, LANES):
+        begin = vload(start, o, LANES)
+        for r in range(0, rows, MICRO_ROWS):
+            a, b, c, d, e, f = _tile(x, r * pitch, pitch, weight, o, stretch, depth, begin)
+            at = r * stretch + o
+            vstore(acc, at, vcast(a, "f32"))
+            vstore(acc, at + stretch, vcast(b, "f32"))
+            vstore(acc, at + 2 * stretch, vcast(c, "f32"))
+            vstore(acc, at + 3 * stretch, vcast(d, "f32"))
+            vstore(acc, at + 4 * stretch, vcast(e, "f32"))
+            vstore(acc, at + 5 * stretch, vcast(f, "f32"))
+
+
+@njit(forceinline=True)
+def _row_sum(x, at, depth):
+    """The sum of ``depth`` words of signed bytes."""
+    ones, total = vsplat(ONES, TILE), vsplat(0, TILE)
+    for k in range(0, depth, TILE):
+        total = vdot(total, ones, vload_first(x, at + k, TILE, depth - k))
+    return vsum(total)
+
+
+@cache
+def _kernel(bits: int):
+    parts = parts_per_byte(bits)
+    wide = parts * TILE  # words of a tile once unpacked
+    per_tile = 4 * wide
+    flip = SIGN if bits == 8 else 0
+
+    @jit.kernel
+    def kernel(words, stride, weight, stretch, depth, start, spec, code_row, bounds, counter):
+        pitch = 4 * (stride * parts + TILE)  # bytes of an unpacked row
+        codes = np.zeros(BLOCK_ROWS * pitch, np.uint8)
+        lanes = codes.view(np.int32)
+        acc = np.empty(BLOCK_ROWS * stretch, np.float32)
+        sums = np.empty(BLOCK_ROWS, np.float32)
+        unpacked = np.zeros(BLOCK_ROWS * code_row, np.uint8)
+        none, signs = vlanes("u8", per_tile), vsplat(SIGNS, wide)
+        while True:
+            chunk = atomic_add(counter, 0, 1)
+            if chunk >= bounds.size - 1:
+                break
+            for first in range(bounds[chunk], bounds[chunk + 1], BLOCK_ROWS):
+                count = min(BLOCK_ROWS, bounds[chunk + 1] - first)
+                for r in range(count):
+                    for tile in range(0, stride, TILE):
+                        live = stride - tile
+                        row = vload_first(words, (first + r) * stride + tile, TILE, live)
+                        row = vspread(row, none)
+                        if flip:
+                            row = vview(vview(row, "i32") ^ signs, "u8")
+                        vstore_parts(codes, r * pitch + 4 * tile, 4 * stride, row, parts, 4 * live)
+                    sums[r] = _row_sum(lanes, r * (pitch // 4), depth) + FEATURES * depth * flip
+                _multiply(lanes, pitch // 4, count, weight, stretch, depth, start, acc)
+                finish_rows(acc, 0, stretch, sums, first, count, spec, unpacked)
+
+    return kernel
+
+
+def linear(
+    x_words: Tensor,
+    w_words: Tensor,
+    x_scale: Tensor,
+    x_offset: Tensor,
+    w_scale: Tensor,
+    w_offset: Tensor,
+    in_features: int,
+    x_bits: int,
+    w_bits: int,
+    bias: Tensor | None = None,
+    relu: bool = False,
+    out_scale: Tensor | None = None,
+    out_offset: Tensor | None = None,
+    out_bits: int = 0,
+) -> Tensor:
+    rows, channels = x_words.size(0), w_words.size(0)
+    key = (in_features, w_bits, x_bits == 8)
+    weight, start, colsum = _prepared.get((w_words,), key, lambda: _weights(w_words, *key))
+    colterm = (colsum * w_scale.reshape(-1)) + (float(in_features) * w_offset.reshape(-1))
+    out, spec = epilogue(
+        rows,
+        channels,
+        scale=w_scale,
+        offset=w_offset,
+        dst_scale=x_scale.expand(rows, 1),
+        term=colterm,
+        row_term=x_offset.expand(rows, 1),
+        bias=bias,
+        relu=relu,
+        out_scale=out_scale,
+        out_offset=out_offset,
+        out_bits=out_bits,
+    )
+    if out.numel():
+        depth = -(-in_features // FEATURES)
+        args = (flat(x_words), x_words.size(1), weight, start.size, depth, start, spec)
+        chunks = even_chunks(rows, 1 + in_features * channels // 512)
+        run_chunks(_kernel(x_bits), chunks, *args, code_pitch(channels, out_bits))
+    return out
