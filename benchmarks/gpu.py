@@ -21,25 +21,23 @@ GRAPHS = {"power-law 170k/2M": (170_000, 2_000_000), "power-law 2M/100M": (2_000
 FEATURES = (64, 128, 256, 512)
 
 
-def _graphs(dry_run: bool, device: Any) -> Iterator[tuple[str, Any]]:
+def _graphs(dry_run: bool, device: Any, files: list[str]) -> Iterator[tuple[str, Any]]:
+    import numpy as np
+    import torch
+
     from qgnn_plugin.kernels.plan import GraphPlan
     from qgnn_plugin.kernels.triton.autotune import power_law_plan
 
     if dry_run:
         yield "power-law tiny", power_law_plan(24, 60, device)
-        return
-    for name, sizes in GRAPHS.items():
-        yield name, power_law_plan(*sizes, device)
-    # Read from files that are already there; nothing is downloaded.
-    for name in ("ego-Twitter", "COLLAB"):
-        try:
-            from qgnn_plugin.data.datasets import load_dataset
-
-            data = load_dataset(name)
-            edges = data.edge_index.to(device)
-            yield name, GraphPlan.from_edges(edges[0], edges[1], data.num_nodes, data.num_nodes)
-        except Exception as problem:
-            print(f"{name}: not here ({type(problem).__name__}: {problem})", flush=True)
+    else:
+        for name, sizes in GRAPHS.items():
+            yield name, power_law_plan(*sizes, device)
+    for file in files:
+        name, path = file.split("=", 1)
+        edges = torch.from_numpy(np.load(path)).long().to(device)
+        nodes = int(edges.max()) + 1
+        yield name, GraphPlan.from_edges(edges[0], edges[1], nodes, nodes)
 
 
 def _table(title: str, rows: list[dict[str, Any]], columns: tuple[str, ...]) -> list[str]:
@@ -80,7 +78,7 @@ def _ratios(rows: list[dict[str, Any]], keys: tuple[str, ...], baseline: str) ->
             row["vs"] = reference / row["ms"]
 
 
-def measure(dry_run: bool, device: Any, backend: str) -> dict[str, Any]:
+def measure(dry_run: bool, device: Any, backend: str, files: list[str]) -> dict[str, Any]:
     """All timings; sections past the time budget are named in ``skipped``."""
     from benchmarks.gpu_models import WIDTHS, inference_rows, training_rows
     from benchmarks.gpu_timing import aggregate_rows, copy_bandwidth
@@ -92,7 +90,7 @@ def measure(dry_run: bool, device: Any, backend: str) -> dict[str, Any]:
     document: dict[str, Any] = {"aggregate": [], "inference": [], "training": [], "skipped": []}
     document["copy_bandwidth"] = copy_bandwidth(device, 1 << (16 if dry_run else 30))
     with use_backend(backend):
-        for index, (name, plan) in enumerate(_graphs(dry_run, device)):
+        for index, (name, plan) in enumerate(_graphs(dry_run, device, files)):
             for features in (8,) if dry_run else FEATURES:
                 if time.perf_counter() - started > BUDGET_SECONDS:
                     document["skipped"].append(f"{name}, {features} features")
@@ -118,6 +116,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--results", type=Path, help="folder of the JSON and Markdown files")
+    parser.add_argument(
+        "--graph", action="append", default=[], metavar="NAME=FILE.npy",
+        help="also time this graph, an edge list [2, E] (ego-Twitter, COLLAB)",
+    )  # fmt: skip
     options = parser.parse_args(argv)
     if options.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
@@ -143,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     name = "dry run" if options.dry_run else torch.cuda.get_device_name(device)
     document = {
         "device": name, "environment": environment(torch.get_num_threads()), "checks": checks,
-        **measure(options.dry_run, device, backend),
+        **measure(options.dry_run, device, backend, options.graph),
     }  # fmt: skip
     results = options.results or (None if options.dry_run else RESULTS)
     if results is not None:

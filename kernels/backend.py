@@ -5,7 +5,7 @@ backend       what runs                                                    devic
 ============= ============================================================ ==================
 ``torch``     the pure-torch reference beside each op                      all
 ``cpu``       numba kernels, ``kernels/cpu/<op>.py``                       cpu
-``triton``    Triton kernels, ``kernels/triton/<op>.py``                      cuda
+``triton``    Triton kernels, ``kernels/triton/<op>.py``                   cuda
 ``interpret`` the same Triton kernels under Triton's interpreter           all (for tests)
 ``auto``      the fastest of the above for the device                      all
 ============= ============================================================ ==================

@@ -189,9 +189,7 @@ def linear_cases(grid: str, warp: int) -> Iterator[Case]:
                 "RELU": True, "OUT_BITS": 0, "OUT_BYTES": 0, "OUT_SCALE": ONE, "OUT_OFFSET": ONE,
             }  # fmt: skip
             types = dict.fromkeys(("x", "w"), "*i8") | {"num_rows": "i32", "num_out": "i32"}
-            types |= dict.fromkeys(
-                ("x_scale", "x_offset", "w_scale", "w_offset", "bias", "out"), "*fp32"
-            )
+            types |= dict.fromkeys(("x_scale", "x_offset", "w_scale", "w_offset", "bias", "out"), "*fp32")
             name = f"int{x_bits} x int{w_bits} K={features}"
             facts = {"bits": x_bits, "features": features}
             yield Case(

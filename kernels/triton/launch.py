@@ -32,6 +32,7 @@ __all__ = [
     "load_table",
     "next_power_of_two",
     "override",
+    "warp_size",
     "word_tile",
 ]
 
