@@ -10,7 +10,15 @@ from .calibration import calibrate
 from .config import QuantConfig, SMPConfig
 from .conversion import is_quantized, quantize_model, quantizers, range_parameters, restore_model
 from .layers import QuantizedLayer, register_layer
-from .packing import PackedBytes, PackedLayer, is_packed, pack_model, packed_bytes
+from .packing import (
+    PackedBytes,
+    PackedLayer,
+    is_packed,
+    load_packed,
+    pack_model,
+    packed_bytes,
+    save_packed,
+)
 from .quantizers import QLRQuantizer, QuantizedTensor
 from .report import Summary, summary
 from .smp import MultiplierState, differential_multiplier_step, smp_layers
@@ -31,6 +39,7 @@ __all__ = [
     "differential_multiplier_step",
     "is_packed",
     "is_quantized",
+    "load_packed",
     "pack_model",
     "packed_bytes",
     "quantize_model",
@@ -38,6 +47,7 @@ __all__ = [
     "range_parameters",
     "register_layer",
     "restore_model",
+    "save_packed",
     "smp_layers",
     "summary",
     "training",

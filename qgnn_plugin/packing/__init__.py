@@ -1,17 +1,21 @@
 """Packed integer models for inference: packed layers, their files, and packed embeddings."""
 
-from . import convs, linear
+from . import attention, convs, linear
 from .base import PackedLayer, register_packed
+from .files import load_packed, save_packed
 from .model import PackedBytes, is_packed, pack_model, packed_bytes, packed_layers
 
 __all__ = [
     "PackedBytes",
     "PackedLayer",
+    "attention",
     "convs",
     "is_packed",
     "linear",
+    "load_packed",
     "pack_model",
     "packed_bytes",
     "packed_layers",
     "register_packed",
+    "save_packed",
 ]

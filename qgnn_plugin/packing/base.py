@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -19,7 +19,7 @@ from ..layers.base import QuantizedLayer
 from ..layers.graph import NormalizedGraph
 from ..quantizers import QuantizedTensor
 from ..smp.constraint import SmoothLayer
-from .ranges import PackedRange, PackedTensor, SiteSpec
+from .ranges import UNSET, PackedRange, PackedTensor, SiteSpec
 
 __all__ = ["LayerSpec", "PackedConv", "PackedLayer", "inference", "packed_class", "register_packed"]
 
@@ -69,12 +69,22 @@ class LayerSpec:
             name,
             type(layer).float_class.__name__,
             layer.quant_config,
-            {site: SiteSpec.of(quantizer) for site, quantizer in layer.own_quantizers()},
+            _sites(layer, reason),
             reason,
             getattr(layer, "smp", None) is not None and layer.multiplier_value > 0,
             type(layer).quantizes_output,
             getattr(layer, "attention_bits", OFF),
         )
+
+
+def _sites(layer: Any, reason: str | None) -> dict[str, SiteSpec]:
+    own = dict(layer.own_quantizers())
+    if reason is not None:
+        return {site: SiteSpec.outline(quantizer) for site, quantizer in own.items()}
+    cls = packed_class(type(layer).mixin)
+    assert cls is not None
+    idle = cls.idle_sites(layer)
+    return {site: SiteSpec(UNSET) if site in idle and not q.is_set else SiteSpec.of(q) for site, q in own.items()}
 
 
 def inference(forward: Forward) -> Forward:
@@ -121,8 +131,8 @@ class PackedLayer(nn.Module):
                 getattr(self, name + suffix).update(copy.copy(getattr(layer, name + suffix)))
         for name in self.children_kept:
             child = getattr(layer, name, None)
-            if isinstance(child, nn.Module):
-                setattr(self, name, copy.deepcopy(child, memo))
+            kept = copy.deepcopy(child, memo) if isinstance(child, nn.Module) else None
+            setattr(self, name, kept)
         for name in self.tensors_kept:
             value = getattr(layer, name, None)
             value = value.detach().clone() if isinstance(value, Tensor) else None
@@ -158,6 +168,12 @@ class PackedLayer(nn.Module):
         """Why ``layer`` has to run its quantized-float path; :obj:`None` where it can be packed."""
         del layer
         return None
+
+    @classmethod
+    def idle_sites(cls, layer: Any) -> tuple[str, ...]:
+        """Sites that ``layer`` may never use: these need no range."""
+        del layer
+        return ()
 
 
 def _float_bytes(layer: nn.Module) -> int:

@@ -25,19 +25,11 @@ __all__ = ["PackedAPPNP", "PackedGCNConv", "PackedGINConv", "PackedSAGEConv"]
 SUMS = ("mean", "add", "sum")
 
 
-def _number_of_rows(x: Tensor | PackedTensor) -> int:
-    return x.size(0) if isinstance(x, Tensor) else x.words.size(0)
-
-
 def _graph_size(x_src: Tensor, x_dst: Tensor | None, size: Any) -> tuple[int, int]:
     """Number of sources and targets, as PyG finds it."""
     if x_dst is not None:
         return x_src.size(0), x_dst.size(0)
     return x_src.size(0), size[1] if size is not None else x_src.size(0)
-
-
-def _values(x: Activation) -> Tensor:
-    return x.dequantize()
 
 
 class PackedGCNConv(PackedConv):
@@ -94,6 +86,7 @@ class PackedSAGEConv(PackedConv):
     input_quantizer: PackedRange
     message_quantizer: PackedRange
     target_quantizer: PackedRange | None
+    lin: Any
     lin_l: PackedLinear
     lin_r: PackedLinear
     aggr: str
@@ -124,13 +117,17 @@ class PackedSAGEConv(PackedConv):
             return "a maximum over ranges per node"
         return None
 
+    @classmethod
+    def idle_sites(cls, layer: Any) -> tuple[str, ...]:
+        return () if _transforms_first(layer) else ("message_quantizer",)
+
     @inference
     def forward(self, x: Any, edge_index: Any, size: Any = None) -> Tensor:
         """As :class:`torch_geometric.nn.SAGEConv`; ``x`` may be a pair."""
         x_src, x_dst = (x, x) if isinstance(x, Tensor) else x
         same = x_dst is x_src
         graph_size = _graph_size(x_src, x_dst, size)
-        if self.project and hasattr(self, "lin"):
+        if self.project and self.lin is not None:
             x_src, same = self.lin(x_src).relu(), False
         sent = self.input_quantizer(x_src)
         graph = self._graph(edge_index, graph_size)

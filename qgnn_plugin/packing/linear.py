@@ -103,11 +103,11 @@ class PackedLinear(PackedLayer):
         out = self._fused(x, bias, {})
         return self._wide(x, bias) if out is None else out
 
-    def packed_to(self, x: Activation, target: PackedRange) -> PackedTensor | None:
-        """The linear map without bias, quantized to ``target`` in the same pass; :obj:`None` where it cannot be."""
-        if not target.spec.is_fixed:
+    def packed_to(self, x: Activation, target: PackedRange, bias: Tensor | None = None) -> PackedTensor | None:
+        """The linear map quantized to ``target`` in the same pass; :obj:`None` where it cannot be."""
+        if not target.spec.is_fixed or target.check or self.output_quantizer is not None:
             return None
-        words = self._fused(x, None, target.output_range())
+        words = self._fused(x, bias, target.output_range())
         return None if words is None else target.wrap(words, self.out_features)
 
     def _fused(self, x: Activation, bias: Tensor | None, out: dict[str, Any]) -> Tensor | None:
@@ -162,4 +162,3 @@ class PackedLinear(PackedLayer):
 
 
 register_packed(QuantizedLinear, PackedLinear)
-

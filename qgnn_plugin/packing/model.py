@@ -157,11 +157,7 @@ def packed_bytes(packed: nn.Module) -> PackedBytes:
     inside = {id(t) for m in layers.values() for t in _own_tensors(m)}
     before = sum(layer.float_bytes for layer in layers.values())
     for module in packed.modules():
-        before += sum(
-            t.numel() * t.element_size()
-            for key, t in _float_state(module)
-            if id(t) not in inside
-        )
+        before += sum(t.numel() * t.element_size() for key, t in _float_state(module) if id(t) not in inside)
     return PackedBytes(before, size)
 
 

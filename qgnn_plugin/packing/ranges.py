@@ -18,6 +18,7 @@ from ..quantizers.qlr import _peak, _row_peaks, _split
 
 __all__ = ["PackedRange", "PackedTensor", "SiteSpec"]
 
+UNSET = 0  # a site that saw no data: nothing may pass through it
 ONE_BIT = 1
 
 
@@ -26,7 +27,8 @@ class SiteSpec:
     """What a site does, apart from its numbers: plain values that go into a file's header.
 
     Args:
-        bits: Width of a stored code: 1 (data of zero and one value), 2, 4, 8, or 32 for off.
+        bits: Width of a stored code: 1 (data of zero and one value), 2, 4, 8, or 32 for off; 0 for a
+            site whose range was never set because nothing reached it.
         granularity: ``"tensor"``, ``"channel"`` or ``"node"``.
         zero_code: Code that stands for zero, :obj:`None` where the lower end is free.
         truncated: Whether 8-bit codes are truncated (BT, BT*).
@@ -58,9 +60,14 @@ class SiteSpec:
             return cls(ONE_BIT, "node" if rows else "tensor")
         channels = quantizer.log_scale.numel() if quantizer.granularity == "channel" else 0
         truncated = quantizer.skew is not None
-        return cls(
-            quantizer.bits, quantizer.granularity, quantizer.zero_code, truncated, channels
-        )
+        return cls(quantizer.bits, quantizer.granularity, quantizer.zero_code, truncated, channels)
+
+    @classmethod
+    def outline(cls, quantizer: QLRQuantizer) -> SiteSpec:
+        """The description of a quantizer that stays as it is, set or not."""
+        if quantizer.bits == OFF:
+            return cls(OFF)
+        return cls(quantizer.bits, quantizer.granularity, truncated=quantizer.skew is not None)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that differ from their defaults."""
@@ -70,14 +77,14 @@ class SiteSpec:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SiteSpec:
         spec = cls(**data)
-        if spec.bits not in (ONE_BIT, *BITS) or spec.granularity not in ("tensor", "channel", "node"):
+        if spec.bits not in (UNSET, ONE_BIT, *BITS) or spec.granularity not in ("tensor", "channel", "node"):
             raise ValueError(f"Expected a quantization site (got {dict(data)})")
         return spec
 
     @property
     def is_fixed(self) -> bool:
         """Whether the range is known before the data: a kernel's epilogue can quantize to it."""
-        known = self.bits not in (ONE_BIT, OFF) and self.granularity != "node"
+        known = self.bits not in (UNSET, ONE_BIT, OFF) and self.granularity != "node"
         return known and not self.truncated
 
     @property
@@ -108,9 +115,7 @@ class PackedTensor:
 
     def dequantize(self) -> Tensor:
         """``[N, F]`` float32."""
-        return unpack_dequantize(
-            self.words, self.scale, self.lower, self.num_features, self.bits
-        )
+        return unpack_dequantize(self.words, self.scale, self.lower, self.num_features, self.bits)
 
     def quantized(self) -> QuantizedTensor:
         """The same tensor with its codes as floats: what the arithmetic of converted layers takes."""
@@ -142,7 +147,7 @@ class PackedRange(nn.Module):
         super().__init__()
         self.spec, self.site, self.check = spec, site, check
         shape = (spec.channels,) if spec.granularity == "channel" else ()
-        ranged = spec.bits not in (ONE_BIT, OFF)
+        ranged = spec.bits not in (UNSET, ONE_BIT, OFF)
         free = ranged and spec.zero_code is None
         self.register_buffer("scale", torch.ones(shape, device=device) if ranged else None)
         self.register_buffer("lower_end", torch.zeros(shape, device=device) if free else None)
@@ -207,6 +212,11 @@ class PackedRange(nn.Module):
         Raises:
             ValueError: If one-bit data are no longer 0 or one value, or (with ``check``) not finite.
         """
+        if self.bits == UNSET:
+            raise RuntimeError(
+                f"The range of '{self.site}' was unset when the model was packed: calibrate on data "
+                f"that reach it (qgnn_plugin.calibrate) and pack again"
+            )
         if x.layout != torch.strided:
             return self._quantize_sparse(x)
         if self.check and not bool(x.sum().isfinite()):

@@ -1,0 +1,166 @@
+"""``save_packed`` and ``load_packed``: packed models as files, without pickle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..config import QuantConfig
+from ..conversion import is_quantized
+from ..layers.base import QuantizedLayer, SiteFactory, restore_class
+from ..layers.registry import convert_layer, mixin_for
+from . import container
+from .base import LayerSpec
+from .model import assemble, is_packed, specs_of
+from .ranges import SiteSpec
+
+__all__ = ["load_packed", "save_packed"]
+
+KIND = "model"
+_PLAIN = {"reason": None, "smooth": False, "output": False, "attention_bits": 32, "check": False}
+
+
+def save_packed(packed: nn.Module, path: container.PathLike) -> None:
+    """Write a packed model: its tensors, and its configuration per layer in the header.
+
+    Raises:
+        ValueError: If ``packed`` was not made by :func:`~qgnn_plugin.pack_model`.
+    """
+    specs = specs_of(packed)
+    state = packed.state_dict(keep_vars=True)
+    tensors = {names[0]: state[names[0]] for names in _aliases(state)}
+    container.write(path, KIND, tensors, {"model": type(packed).__name__, **_describe(specs)})
+
+
+def load_packed(path: container.PathLike, model: nn.Module, *, verify: bool = True) -> nn.Module:
+    """Read a packed model.
+
+    Args:
+        path: A file written by :func:`save_packed`; nothing in it is executed.
+        model: The float architecture, any instance; its weights are not used and it is not changed.
+        verify: Compare every tensor with its checksum; otherwise the file is mapped into memory and
+            read when a layer first runs.
+
+    Returns:
+        The packed model, bitwise the one saved, in eval mode on the device of ``model``.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged, truncated or foreign, or does not fit ``model`` (names the
+            first difference).
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"Expected the float model, a torch.nn.Module (got {type(model).__name__})")
+    if is_packed(model) or is_quantized(model):
+        raise ValueError("Expected the float architecture as 'model' (got a converted model)")
+    tensors, description = container.read(path, KIND, verify=verify)
+    specs = _specs(description)
+    if description.get("model") != type(model).__name__:
+        _differ(path, "the model", str(description.get("model")), type(model).__name__)
+    layers = dict(model.named_modules())
+    for spec in specs:
+        found = type(layers[spec.name]).__name__ if spec.name in layers else "no such layer"
+        if found != spec.type:
+            _differ(path, f"layer '{spec.name}'", spec.type, found)
+    packed = assemble(model, layers, specs)
+    _convert_rest(packed, specs, set(tensors))
+    _load(packed, tensors, path)
+    device = next((t.device for t in (*model.parameters(), *model.buffers())), None)
+    return packed if device is None else packed.to(device)
+
+
+def _describe(specs: list[LayerSpec]) -> dict[str, Any]:
+    """Every layer; configurations that layers share are written once."""
+    configs: list[dict[str, Any]] = []
+    layers = []
+    for spec in specs:
+        config = spec.config.to_dict()
+        if config not in configs:
+            configs.append(config)
+        entry: dict[str, Any] = {"name": spec.name, "type": spec.type, "config": configs.index(config)}
+        entry["sites"] = {site: s.to_dict() for site, s in spec.sites.items()}
+        entry |= {k: getattr(spec, k) for k, v in _PLAIN.items() if getattr(spec, k) != v}
+        layers.append(entry)
+    return {"configs": configs, "layers": layers}
+
+
+def _specs(description: Mapping[str, Any]) -> list[LayerSpec]:
+    configs = [QuantConfig.from_dict(config) for config in description["configs"]]
+    specs = []
+    for entry in description["layers"]:
+        fields = dict(entry)
+        fields["config"] = configs[fields["config"]]
+        fields["sites"] = {k: SiteSpec.from_dict(v) for k, v in fields["sites"].items()}
+        specs.append(LayerSpec(**fields))
+    return specs
+
+
+def _aliases(state: Mapping[str, Tensor]) -> list[list[str]]:
+    """Names in groups that share one tensor, as shared layers do."""
+    groups: dict[Any, list[str]] = {}
+    for name, tensor in state.items():
+        groups.setdefault(id(tensor), []).append(name)
+    return list(groups.values())
+
+
+def _convert_rest(packed: nn.Module, specs: list[LayerSpec], keys: set[str]) -> None:
+    """Convert the layers that are not packed, so that they run their quantized-float path."""
+    for spec in specs:
+        layer = packed.get_submodule(spec.name)
+        if spec.reason is None or isinstance(layer, QuantizedLayer):
+            continue
+        if not any(_converted(layer, spec, keys, first) for first in (False, True)):
+            raise ValueError(f"Expected the sites of layer '{spec.name}' as saved (got others)")
+    packed.eval()
+    for parameter in packed.parameters():
+        parameter.requires_grad_(False)
+
+
+def _converted(layer: nn.Module, spec: LayerSpec, keys: set[str], first: bool) -> bool:
+    """Convert ``layer`` as the first or a later one of its model; undo it where that is not what was saved."""
+    mixin = mixin_for(type(layer))
+    if mixin is None:
+        raise ValueError(f"Expected a layer that can be converted at '{spec.name}' (got a {spec.type})")
+    floats = [t for t in (*layer.parameters(), *layer.buffers()) if t.is_floating_point()]
+    device, dtype = (floats[0].device, floats[0].dtype) if floats else (None, None)
+    factory = SiteFactory(spec.name, spec.config, device, dtype, [first])
+    convert_layer(layer, mixin, factory, output=spec.output)
+    own: Any = layer
+    sites = {name: SiteSpec.outline(quantizer) for name, quantizer in own.own_quantizers()}
+    prefix = f"{spec.name}." if spec.name else ""
+    if sites == spec.sites and {prefix + key for key in layer.state_dict()} <= keys:
+        return True
+    for module in list(layer.modules()):
+        if isinstance(module, QuantizedLayer):
+            restore_class(module)  # type: ignore[arg-type]
+    return False
+
+
+def _load(packed: nn.Module, tensors: dict[str, Tensor], path: container.PathLike) -> None:
+    """Hand the tensors over without copying; the first that does not fit is an error."""
+    state = packed.state_dict(keep_vars=True)
+    loaded = {}
+    for names in _aliases(state):
+        name, expected = names[0], state[names[0]]
+        if name not in tensors:
+            _differ(path, f"tensor '{name}'", "nothing", _shape(expected))
+        found = tensors.pop(name)
+        if found.shape != expected.shape or found.dtype != expected.dtype:
+            _differ(path, f"tensor '{name}'", _shape(found), _shape(expected))
+        loaded |= dict.fromkeys(names, found)
+    for name, found in tensors.items():
+        _differ(path, f"tensor '{name}'", _shape(found), "nothing")
+    packed.load_state_dict(loaded, assign=True)
+
+
+def _shape(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _differ(path: container.PathLike, what: str, saved: str, found: str) -> None:
+    raise ValueError(
+        f"Expected the architecture that '{path}' was saved from; the first difference is {what}: "
+        f"{saved} in the file, {found} in the model"
+    )
