@@ -5,6 +5,7 @@
 ``schedule``              row order and hub split of a graph
 ``launch``                launch configurations, argument checks, the debug flag
 one module per op         kernel and host launcher, named like the op
+``gather``                the inner loops over a row's edges
 ``aot``, ``sass``         compilation without a GPU and what the binaries show
 ``autotune``              rewrites the launch configurations on the user's own card
 ========================= ==========================================================================

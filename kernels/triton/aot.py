@@ -11,7 +11,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,8 +90,7 @@ def cases(grid: str, target: str) -> Iterator[Case]:
     from . import aot_cases
 
     warp = TARGETS[target][2]
-    builders: list[Callable[..., Iterator[Case]]] = aot_cases.BUILDERS
-    for build in builders:
+    for build in aot_cases.BUILDERS:
         yield from build(grid, warp)
 
 
@@ -114,14 +113,14 @@ def main(argv: list[str] | None = None) -> int:
                 "integer_instructions": binary.integer_instructions,
             }  # fmt: skip
             rows.append(row)
+            if options.json:  # as far as it got, should the run be cut off
+                options.json.write_text(json.dumps(rows, indent=1) + "\n")
             print(
                 f"{target:7} {case.op:22} {case.label:34} reg {binary.registers:3} "
                 f"spills {binary.spills:3} shared {binary.shared_bytes:6} "
                 f"widest load {binary.widest_load:2}",
                 file=sys.stderr, flush=True,
             )  # fmt: skip
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
     return 0
 
 
