@@ -61,6 +61,11 @@ class GraphPlan:
         return (self.rowptr[1:] - self.rowptr[:-1]).to(torch.float32)
 
     @cached_property
+    def max_degree(self) -> int:
+        """Largest number of edges into one node."""
+        return int((self.rowptr[1:] - self.rowptr[:-1]).max()) if self.num_dst else 0
+
+    @cached_property
     def dst(self) -> Tensor:
         """``[num_edges]`` int64, destination of each edge in CSR order."""
         nodes = torch.arange(self.num_dst, device=self.device)
@@ -99,22 +104,27 @@ class PlanCache:
     """A bounded least-recently-used cache of values derived from tensors.
 
     Entries are keyed by the identity of the tensors' memory and their version counters, and keep the tensors alive:
-    an address cannot be reused while its entry exists, and a tensor changed in place misses.
+    an address cannot be reused while its entry exists, and a tensor changed in place misses.  Inference tensors count
+    no versions: theirs are compared by value.
     """
 
     def __init__(self, capacity: int = 32) -> None:
         self.capacity = capacity
-        self._entries: OrderedDict[tuple[Any, ...], tuple[tuple[Tensor | None, ...], Any]] = OrderedDict()
+        self._entries: OrderedDict[tuple[Any, ...], _Entry] = OrderedDict()
 
     def get(self, tensors: tuple[Tensor | None, ...], key: tuple[Any, ...], build: Callable[[], Any]) -> Any:
         """Return the cached value for ``tensors`` and ``key``, building it on a miss."""
-        full_key = (*key, *(None if t is None else _identity(t) for t in tensors))
+        parts = [part for t in tensors if t is not None for part in _parts(t)]
+        if not all(_has_memory(part) for part in parts):
+            return build()
+        present = tuple(None if t is None else (t.layout, tuple(t.shape)) for t in tensors)
+        full_key = (*key, present, *(_identity(part) for part in parts))
         entry = self._entries.get(full_key)
-        if entry is not None:
+        if entry is not None and entry.is_current(parts):
             self._entries.move_to_end(full_key)
-            return entry[1]
+            return entry.value
         value = build()
-        self._entries[full_key] = (tensors, value)
+        self._entries[full_key] = _Entry(tensors, parts, value)
         while len(self._entries) > self.capacity:
             self._entries.popitem(last=False)
         return value
@@ -126,21 +136,39 @@ class PlanCache:
         return len(self._entries)
 
 
+class _Entry:
+    """A cached value with the tensors it was derived from."""
+
+    def __init__(self, tensors: tuple[Tensor | None, ...], parts: list[Tensor], value: Any) -> None:
+        self.value = value
+        self._alive = (tensors, parts)
+        self._copies = [part.clone() if part.is_inference() else None for part in parts]
+
+    def is_current(self, parts: list[Tensor]) -> bool:
+        """Whether the tensors without a version counter still hold the same values."""
+        pairs = zip(parts, self._copies, strict=True)
+        return all(copy is None or torch.equal(part, copy) for part, copy in pairs)
+
+
 def _identity(tensor: Tensor) -> tuple[Any, ...]:
-    if tensor.layout != torch.strided:
-        parts = _sparse_parts(tensor)
-        return (tensor.layout, tuple(tensor.shape), *(_identity(part) for part in parts))
-    # Inference tensors have no version counter; they cannot be changed in place outside inference mode.
     version = 0 if tensor.is_inference() else tensor._version
     return (tensor.data_ptr(), version, tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
 
 
-def _sparse_parts(tensor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _has_memory(tensor: Tensor) -> bool:
+    """A tensor subclass that wraps another, and a meta tensor, have no address to be told apart by."""
+    return tensor.numel() == 0 or tensor.data_ptr() != 0
+
+
+def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """The strided tensors that hold ``tensor``."""
+    if tensor.layout == torch.strided:
+        return (tensor,)
     if tensor.layout == torch.sparse_csr:
         return tensor.crow_indices(), tensor.col_indices(), tensor.values()
     if tensor.layout == torch.sparse_csc:
         return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
-    return tensor._indices()[0], tensor._indices()[1], tensor._values()
+    return tensor._indices(), tensor._values()
 
 
 plan_cache = PlanCache()

@@ -12,6 +12,7 @@ import numba
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .cpu.float_sum import float_sum, float_sum_weighted, segment_largest
 from .plan import GraphPlan
@@ -121,6 +122,7 @@ class _Spmm(torch.autograd.Function):
         return _forward(plan, x, weight, edge)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, Tensor | None]:  # type: ignore[override]
         plan: GraphPlan = ctx.plan
         x, weight = ctx.saved_tensors

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch_geometric import EdgeIndex
 
 from ..kernels.plan import GraphPlan, plan_cache
 from ..kernels.spmm import segment_sum, spmm
@@ -26,25 +27,39 @@ class Edges:
 def edges_of(edge_index: Any, edge_weight: Tensor | None = None, flow: str = "source_to_target") -> Edges:
     """Read an ``edge_index`` [2, E], ``EdgeIndex``, ``torch.sparse`` or ``SparseTensor`` transposed adjacency.
 
-    Values of a sparse adjacency are its weights, unless all are one or ``edge_weight`` is given.
+    Values of a sparse adjacency are its weights, unless all are one; as in PyG, they come before ``edge_weight``.
     """
+    if is_sparse(edge_index) and flow != "source_to_target":
+        raise ValueError(
+            f"Expected the flow 'source_to_target' for a sparse adjacency (got {flow!r}); "
+            f"pass its transpose instead: adj_t.t()"
+        )
     if not isinstance(edge_index, Tensor):
         if not hasattr(edge_index, "coo"):
             raise TypeError(
                 f"Expected 'edge_index' to be a tensor, an EdgeIndex or a SparseTensor (got {type(edge_index).__name__})"
             )
         dst, src, value = edge_index.coo()
-        return Edges(src, dst, edge_weight if edge_weight is not None else _unless_ones(value))
+        return Edges(src, dst, _unless_ones(value))
     if edge_index.layout == torch.strided:
         if edge_index.dim() != 2 or edge_index.size(0) != 2:
             raise ValueError(f"Expected 'edge_index' of shape [2, E] (got {list(edge_index.shape)})")
-        plain = edge_index.as_subclass(Tensor)
-        first, second = plain[0], plain[1]
+        first, second = _plain(edge_index).unbind(0)
         src, dst = (first, second) if flow == "source_to_target" else (second, first)
         return Edges(src, dst, edge_weight)
     coo = edge_index.to_sparse_coo().coalesce()
     dst, src = coo.indices()
-    return Edges(src, dst, edge_weight if edge_weight is not None else _unless_ones(coo.values()))
+    return Edges(src, dst, _unless_ones(coo.values()))
+
+
+def is_sparse(edge_index: Any) -> bool:
+    """Whether ``edge_index`` is a transposed adjacency matrix rather than a list of edges."""
+    return not isinstance(edge_index, Tensor) or edge_index.layout != torch.strided
+
+
+def _plain(edge_index: Any) -> Any:
+    """An ``EdgeIndex`` wraps a tensor and has no memory of its own to tell two of them apart."""
+    return edge_index.as_tensor() if isinstance(edge_index, EdgeIndex) else edge_index
 
 
 def _unless_ones(value: Tensor | None) -> Tensor | None:
@@ -79,29 +94,35 @@ class NormalizedGraph:
 
 def _cached(tensors: tuple[Any, ...], key: tuple[Any, ...], build: Any) -> Any:
     """Cache by identity; a graph whose weights are being learned, or in a foreign format, is built anew."""
+    tensors = tuple(_plain(t) for t in tensors)
     if all(t is None or (isinstance(t, Tensor) and not t.requires_grad) for t in tensors):
         return plan_cache.get(tensors, key, build)
     return build()
 
 
 def plain_graph(edge_index: Any, size: tuple[int, int], flow: str, weight: Tensor | None = None) -> NormalizedGraph:
-    """The graph as it is: no self-loops added, no normalization."""
+    """The graph as it is: no self-loops added, no normalization.
+
+    A ``torch.sparse`` adjacency is a matrix: its values multiply.  As in PyG's unweighted layers, those of a
+    ``SparseTensor`` do not.
+    """
 
     def build() -> NormalizedGraph:
         edges = edges_of(edge_index, weight, flow)
         plan = GraphPlan.from_edges(edges.src, edges.dst, *size)
-        return NormalizedGraph(plan, None if edges.weight is None else plan.sort(edges.weight), None, None)
+        values = edges.weight if isinstance(edge_index, Tensor) else weight
+        return NormalizedGraph(plan, None if values is None else plan.sort(values), None, None)
 
     return _cached((edge_index, weight), ("plain", size, flow), build)
 
 
 def mean_graph(edge_index: Any, size: tuple[int, int], flow: str) -> NormalizedGraph:
-    """The graph with ``P`` the mean over neighbours (0 where there are none); edge values are ignored, as in SAGEConv."""
+    """The graph with ``P`` the mean over neighbours, 0 where there are none; values multiply as in :func:`plain_graph`."""
 
     def build() -> NormalizedGraph:
-        edges = edges_of(edge_index, None, flow)
-        plan = GraphPlan.from_edges(edges.src, edges.dst, *size)
-        return NormalizedGraph(plan, None, None, (1 / plan.degree.clamp_min(1)).view(-1, 1))
+        graph = plain_graph(edge_index, size, flow)
+        target = (1 / graph.plan.degree.clamp_min(1)).view(-1, 1)
+        return NormalizedGraph(graph.plan, graph.weight, None, target)
 
     return _cached((edge_index,), ("mean", size, flow), build)
 
@@ -119,14 +140,21 @@ def gcn_graph(
 ) -> NormalizedGraph:
     r"""The operator of GCNConv, :math:`D^{-1/2} (A + I) D^{-1/2}`, split into source and target factors.
 
-    The semantics are those of :func:`torch_geometric.nn.conv.gcn_conv.gcn_norm`: existing self-loops keep their weight,
-    degrees are weighted in-degrees.
+    The semantics are those of :func:`torch_geometric.nn.conv.gcn_conv.gcn_norm`, which differ by format where the graph
+    has self-loops already: of an edge list they keep their weight, a ``torch.sparse`` matrix gets one more on top, and
+    in a ``SparseTensor`` they are replaced.  Degrees are weighted in-degrees.
     """
 
     def build() -> NormalizedGraph:
         edges = edges_of(edge_index, edge_weight, flow)
         if normalize and add_self_loops:
-            edges = _with_self_loops(edges, num_nodes, 2.0 if improved else 1.0, dtype)
+            fill = 2.0 if improved else 1.0
+            if not is_sparse(edge_index):
+                edges = _with_remaining_loops(edges, num_nodes, fill, dtype)
+            else:
+                if not isinstance(edge_index, Tensor):
+                    edges = _without_loops(edges)
+                edges = _with_loops(edges, num_nodes, fill, dtype)
         plan = GraphPlan.from_edges(edges.src, edges.dst, num_nodes, num_nodes)
         weight = None if edges.weight is None else plan.sort(edges.weight).to(dtype)
         if not normalize:
@@ -140,28 +168,40 @@ def gcn_graph(
     return _cached((edge_index, edge_weight), key, build)
 
 
-def _with_self_loops(edges: Edges, num_nodes: int, fill: float, dtype: torch.dtype) -> Edges:
+def _without_loops(edges: Edges) -> Edges:
     keep = edges.src != edges.dst
+    weight = None if edges.weight is None else edges.weight[keep]
+    return Edges(edges.src[keep], edges.dst[keep], weight)
+
+
+def _with_remaining_loops(edges: Edges, num_nodes: int, fill: float, dtype: torch.dtype) -> Edges:
+    """A self-loop of weight ``fill`` where there is none, in a weighted graph; of weight 1 in an unweighted one."""
+    loop = edges.src == edges.dst
+    kept, weight = _without_loops(edges), edges.weight
+    if weight is None:
+        return _with_loops(kept, num_nodes, 1.0, dtype)
+    fills = weight.new_full((num_nodes,), fill).index_put((edges.src[loop],), weight[loop])
+    return _with_loops(kept, num_nodes, fills, dtype)
+
+
+def _with_loops(edges: Edges, num_nodes: int, fill: float | Tensor, dtype: torch.dtype) -> Edges:
+    """One more self-loop per node, of weight ``fill``."""
     nodes = torch.arange(num_nodes, device=edges.src.device)
-    src, dst = torch.cat([edges.src[keep], nodes]), torch.cat([edges.dst[keep], nodes])
-    if edges.weight is None and fill == 1.0:
+    src, dst, weight = torch.cat([edges.src, nodes]), torch.cat([edges.dst, nodes]), edges.weight
+    if weight is None and isinstance(fill, float) and fill == 1.0:
         return Edges(src, dst, None)
-    weight = edges.weight if edges.weight is not None else torch.ones(keep.numel(), dtype=dtype, device=src.device)
-    loops = weight.new_full((num_nodes,), fill)
-    if edges.weight is not None:
-        loops = loops.index_put((edges.src[~keep],), weight[~keep])
-    return Edges(src, dst, torch.cat([weight[keep], loops]))
+    if weight is None:
+        weight = torch.ones(edges.src.numel(), dtype=dtype, device=src.device)
+    loops = weight.new_full((num_nodes,), fill) if isinstance(fill, float) else fill
+    return Edges(src, dst, torch.cat([weight, loops]))
 
 
 def looped_plan(edge_index: Any, size: tuple[int, int], flow: str) -> GraphPlan:
     """The plan of a graph whose self-loops are removed and put back once per node, as GATConv does."""
 
     def build() -> GraphPlan:
-        edges = edges_of(edge_index, None, flow)
-        keep = edges.src != edges.dst
-        nodes = torch.arange(min(size), device=edges.src.device)
-        return GraphPlan.from_edges(
-            torch.cat([edges.src[keep], nodes]), torch.cat([edges.dst[keep], nodes]), size[0], size[1]
-        )
+        kept = _without_loops(edges_of(edge_index, None, flow))
+        looped = _with_loops(Edges(kept.src, kept.dst, None), min(size), 1.0, torch.float32)
+        return GraphPlan.from_edges(looped.src, looped.dst, *size)
 
     return _cached((edge_index,), ("looped", size, flow), build)
