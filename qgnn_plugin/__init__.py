@@ -12,6 +12,7 @@ from .conversion import is_quantized, quantize_model, quantizers, range_paramete
 from .layers import QuantizedLayer, register_layer
 from .packing import (
     PackedBytes,
+    PackedEmbeddings,
     PackedLayer,
     is_packed,
     load_packed,
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 __all__ = [
     "MultiplierState",
     "PackedBytes",
+    "PackedEmbeddings",
     "PackedLayer",
     "QLRQuantizer",
     "QuantConfig",

@@ -2,11 +2,13 @@
 
 from . import attention, convs, linear
 from .base import PackedLayer, register_packed
+from .embeddings import PackedEmbeddings
 from .files import load_packed, save_packed
 from .model import PackedBytes, is_packed, pack_model, packed_bytes, packed_layers
 
 __all__ = [
     "PackedBytes",
+    "PackedEmbeddings",
     "PackedLayer",
     "attention",
     "convs",
