@@ -10,6 +10,8 @@ from torch import nn
 
 from .config import OFF
 from .conversion import is_quantized, quantized_layers
+from .packing.model import is_packed, packed_bytes
+from .packing.report import PackedSummary, packed_summary
 from .quantizers import QLRQuantizer, RangeKind
 
 __all__ = ["LayerReport", "Summary", "model_bytes", "summary"]
@@ -55,7 +57,7 @@ class Summary:
     def __str__(self) -> str:
         rows = [HEADER, *(_cells(layer) for layer in self.layers)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * width for width in widths))
         ratio = self.float_bytes / max(1, self.packed_bytes)
         return "\n".join([*lines, f"model: {self.float_bytes:,} bytes, packed {self.packed_bytes:,} ({ratio:.1f}x)"])
@@ -82,15 +84,21 @@ def _cells(layer: LayerReport) -> tuple[str, ...]:
 
 def model_bytes(model: nn.Module) -> int:
     """Bytes of a model's parameters and buffers once packed; of a plain model, as they are."""
-    return summary(model).packed_bytes if is_quantized(model) else _tensor_bytes(model)
+    if is_packed(model):
+        return packed_bytes(model).packed
+    return _summary(model).packed_bytes if is_quantized(model) else _tensor_bytes(model)
 
 
-def summary(qmodel: nn.Module) -> Summary:
-    """Describe every converted layer.
+def summary(qmodel: nn.Module) -> Summary | PackedSummary:
+    """Describe every converted layer; of a packed model, also whether it runs packed or in floats, and why.
 
     Raises:
         ValueError: If ``qmodel`` is not a converted model.
     """
+    return packed_summary(qmodel) if is_packed(qmodel) else _summary(qmodel)
+
+
+def _summary(qmodel: nn.Module) -> Summary:
     if not is_quantized(qmodel):
         raise ValueError("Expected a model made by quantize_model (got a plain one)")
     layers = [_report(name, layer) for name, layer in quantized_layers(qmodel).items()]

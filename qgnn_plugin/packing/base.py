@@ -117,6 +117,7 @@ class PackedLayer(nn.Module):
 
     children_kept: ClassVar[tuple[str, ...]] = ()  # modules inside the layer that go on as they are
     tensors_kept: ClassVar[tuple[str, ...]] = ("bias",)  # float parameters and buffers that go on
+    entry: ClassVar[str] = "input_quantizer"  # the site that a layer's input passes first
     output_quantizer: PackedRange | None
 
     def __init__(self, layer: Any, spec: LayerSpec, memo: dict[int, Any]) -> None:
@@ -154,7 +155,7 @@ class PackedLayer(nn.Module):
                 owner.add_module(name, nn.ModuleDict())
             owner = owner._modules[name]  # type: ignore[assignment]
         label = f"{self.spec.name}.{site.removesuffix('_quantizer')}"
-        packed = PackedRange(spec, label, check=self.spec.check, device=device)
+        packed = PackedRange(spec, label, check=self.spec.check and site == self.entry, device=device)
         owner.add_module(last, packed)
 
     def fill(self, layer: Any) -> None:

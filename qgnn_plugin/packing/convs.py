@@ -180,6 +180,7 @@ class PackedSAGEConv(PackedConv):
 class PackedGINConv(PackedConv):
     """Packed GINConv: sums of packed features, the node's own from the same codes, then the layer's network."""
 
+    entry = "message_quantizer"
     children_kept = ("nn",)
     tensors_kept = ("eps",)
     message_quantizer: PackedRange

@@ -16,7 +16,7 @@ from ..layers.registry import mixin_for
 from ..layers.sage import QuantizedSAGEConv
 from ..quantizers import QLRQuantizer
 from .base import LayerSpec, PackedLayer, packed_class
-from .ranges import PackedRange, SiteSpec
+from .ranges import PackedRange
 
 __all__ = ["PackedBytes", "is_packed", "pack_model", "packed_bytes", "packed_layers"]
 
@@ -94,28 +94,27 @@ def _packed_class(layer: Any) -> type[PackedLayer]:
 
 
 def _describe(layers: Mapping[str, Any]) -> list[LayerSpec]:
-    reasons: dict[int, str] = {}
+    decided: dict[int, str | None] = {}  # by a layer for the layers inside it
     specs = []
     first = True
     for name, layer in layers.items():
-        reason = reasons.get(id(layer))
-        if reason is None:
-            cls = packed_class(type(layer).mixin)
-            float_name = type(layer).float_class.__name__
-            reason = f"no packed {float_name}" if cls is None else cls.refuses(layer)
-        if reason is not None and isinstance(layer, QuantizedSAGEConv):
-            # Its two maps take codes from it, not values.
-            reasons |= {id(child): f"part of '{name}'" for child in layer.children()}
+        cls = packed_class(type(layer).mixin)
+        if id(layer) in decided:
+            reason = decided[id(layer)]
+        elif cls is None:
+            reason = f"no packed {type(layer).float_class.__name__}"
+        else:
+            reason = cls.refuses(layer)
+        if isinstance(layer, QuantizedSAGEConv):
+            # Its two maps take codes from it, not values: they are of its kind.
+            inner = None if reason is None else f"part of '{name}'"
+            maps = (getattr(layer, child, None) for child in ("lin_l", "lin_r"))
+            decided |= {id(child): inner for child in maps if child is not None}
         spec = LayerSpec.of(name, layer, reason)
-        if first and reason is None and _has_input(spec.sites):
+        if first and reason is None and cls is not None and cls.entry in spec.sites:
             spec, first = replace(spec, check=True), False
         specs.append(spec)
     return specs
-
-
-def _has_input(sites: Mapping[str, SiteSpec]) -> bool:
-    """Whether a layer quantizes its own input, before anything else."""
-    return "input_quantizer" in sites
 
 
 def is_packed(model: nn.Module) -> bool:

@@ -1,0 +1,88 @@
+"""A table of a packed model: what runs on packed codes, and what in floats."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from .base import LayerSpec, PackedLayer
+from .model import PackedBytes, packed_bytes, packed_layers, specs_of
+from .ranges import PackedRange
+
+__all__ = ["PackedLayerReport", "PackedSummary", "packed_summary"]
+
+HEADER = ("layer", "type", "runs", "bits", "float bytes", "packed bytes")
+
+
+@dataclass(frozen=True)
+class PackedLayerReport:
+    """One layer of a :class:`PackedSummary`.
+
+    Args:
+        name: Qualified name.
+        type: Its float class.
+        reason: Why it runs its quantized-float path, :obj:`None` where it is packed.
+        bits: Width of stored codes per site.
+        bytes: Its own tensors, without the layers inside it.
+    """
+
+    name: str
+    type: str
+    reason: str | None
+    bits: dict[str, int]
+    bytes: PackedBytes
+
+
+@dataclass(frozen=True)
+class PackedSummary:
+    """Per-layer reports of a packed model; prints as a table."""
+
+    layers: list[PackedLayerReport]
+    bytes: PackedBytes
+
+    def __str__(self) -> str:
+        rows = [HEADER, *(_cells(layer) for layer in self.layers)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        size = self.bytes
+        return "\n".join([*lines, f"model: {size.float:,} bytes, packed {size.packed:,} ({size.ratio:.1f}x)"])
+
+    __repr__ = __str__
+
+
+def _cells(layer: PackedLayerReport) -> tuple[str, ...]:
+    return (
+        layer.name or "(model)",
+        layer.type,
+        "packed" if layer.reason is None else f"float: {layer.reason}",
+        " ".join(f"{site}:{bits}" for site, bits in layer.bits.items()),
+        f"{layer.bytes.float:,}",
+        f"{layer.bytes.packed:,}",
+    )
+
+
+def packed_summary(packed: nn.Module) -> PackedSummary:
+    """Describe every converted layer of a packed model.
+
+    Raises:
+        ValueError: If ``packed`` is not a packed model.
+    """
+    layers = packed_layers(packed)
+    reports = [_report(spec, layers.get(spec.name), packed) for spec in specs_of(packed)]
+    return PackedSummary(reports, packed_bytes(packed))
+
+
+def _report(spec: LayerSpec, layer: PackedLayer | None, packed: nn.Module) -> PackedLayerReport:
+    bits = {site.removesuffix("_quantizer"): s.bits for site, s in spec.sites.items()}
+    if layer is None:
+        own = packed.get_submodule(spec.name).parameters(recurse=False)
+        size = sum(p.numel() * p.element_size() for p in own)
+        return PackedLayerReport(spec.name, spec.type, spec.reason, bits, PackedBytes(size, size))
+    tensors = list(layer.buffers(recurse=False))
+    for site in spec.sites:
+        owner = layer.get_submodule(site) if site != "weight_quantizer" else None
+        tensors += list(owner.buffers()) if isinstance(owner, PackedRange) else []
+    size = sum(t.numel() * t.element_size() for t in tensors)
+    return PackedLayerReport(spec.name, spec.type, None, bits, PackedBytes(layer.float_bytes, size))
