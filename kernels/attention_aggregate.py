@@ -100,12 +100,14 @@ def attention_aggregate_reference(
     else:
         thresholds = attention_thresholds(attention_bits).to(e.device)
         numerator = torch.searchsorted(thresholds, e.contiguous(), right=True).to(torch.float32)
-    total = e.new_zeros((num_dst, heads)).index_add_(0, dst, numerator)
+    total = torch.zeros((num_dst, heads), dtype=torch.float64, device=e.device)
+    total = total.index_add_(0, dst, numerator.double()).to(torch.float32)
     share = per_feature(total, num_features)
     exact = attention_bits != FLOAT_BITS and not is_per_row(scale) and not is_per_row(offset)
     weight = per_feature(numerator, num_features)
     if exact:
-        y = sum_rows(codes.to(torch.int32), rowptr, col, weight.to(torch.int32)).to(torch.float32)
+        # int64: 100,000 neighbours at 8 x 8 bits pass 2^31.
+        y = sum_rows(codes.long(), rowptr, col, weight.long()).to(torch.float32)
         y = (y * scale) / share + offset
     else:
         y = sum_rows(x, rowptr, col, weight) / share

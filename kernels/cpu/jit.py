@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,15 @@ def _fingerprint() -> str:
 _STAMP = _fingerprint()
 
 
-def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile ``function`` on first call, or load what an earlier process compiled."""
-    options = {"nogil": True, "error_model": "numpy"}
+def kernel(function: Callable[..., Any] | None = None, *, reassociate: bool = False) -> Any:
+    """Compile ``function`` on first call, or load what an earlier process compiled.
+
+    ``reassociate`` lets LLVM reorder float sums, for logits whose order no contract fixes.
+    """
+    if function is None:
+        return partial(kernel, reassociate=reassociate)
+    fastmath = {"reassoc", "contract"} if reassociate else False
+    options = {"nogil": True, "error_model": "numpy", "fastmath": fastmath}
     try:
         compiled = numba.njit(cache=True, **options)(function)
     except RuntimeError:  # no place on disk may be written
