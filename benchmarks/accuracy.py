@@ -22,7 +22,6 @@ os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 
 import torch  # noqa: E402
 
-from qgnn_plugin.config import QuantConfig  # noqa: E402
 from qgnn_plugin.data import load_dataset, to_sparse_features  # noqa: E402
 from qgnn_plugin.recipe import Recipe, distil, fit_float, fit_quantized  # noqa: E402
 
@@ -71,7 +70,7 @@ def run_cell(dataset: str, model_name: str, seed: int, root: str) -> dict[str, A
     for column, bits in BITS.items():
         torch.manual_seed(seed)
         start = time.perf_counter()
-        record(column, start, fit_quantized(model, data, bits, config=QuantConfig(bits=bits)))
+        record(column, start, fit_quantized(model, data, bits))
     return {"dataset": dataset, "model": model_name, "seed": seed, "results": results}
 
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from . import __version__
-from .config import QuantConfig
 from .data import load_dataset
 from .recipe import Recipe, Stage, StageResult, fit_float, fit_quantized
 from .report import model_bytes, summary
@@ -35,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--layers", type=int, default=2)
     train.add_argument("--dropout", type=float, default=0.5)
     train.add_argument("--bits", type=int, nargs="+", choices=(2, 4, 8), default=[8, 4, 2])
-    train.add_argument("--epochs", type=int, help="epochs of either stage; default 200 float and 60 quantized")
+    train.add_argument("--epochs", type=int, help="epochs of either stage; default 200 float and 150 quantized")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--out", type=Path, help="folder for the state dicts, made if missing")
     return parser
@@ -86,7 +85,7 @@ def _train(args: argparse.Namespace) -> None:
     show(32, fit_float(model, data, recipe), start)
     for bits in args.bits:
         start = time.perf_counter()
-        result = fit_quantized(model, data, bits, config=QuantConfig(bits=bits), recipe=recipe)
+        result = fit_quantized(model, data, bits, recipe=recipe)
         show(bits, result, start)
     print(f"\n{summary(result.model)}")
 

@@ -143,7 +143,7 @@ class QuantConfig:
             value = getattr(self, name)
             if value is None and name != "bits":
                 continue
-            if isinstance(value, bool) or value not in BITS:
+            if type(value) is not int or value not in BITS:
                 raise ValueError(f"Expected '{name}' to be one of 2, 4, 8 or 32 = off (got {value!r})")
         _one_of("granularity", self.granularity, ("tensor", "channel", "node"))
         _one_of("weight_granularity", self.weight_granularity, ("tensor", "channel"))
@@ -153,6 +153,8 @@ class QuantConfig:
         if self.smp is not None and not isinstance(self.smp, SMPConfig):
             raise TypeError(f"Expected 'smp' to be an SMPConfig or None (got {type(self.smp).__name__})")
         known = [f.name for f in fields(self) if f.name not in ("overrides", "version")]
+        # A copy: a frozen configuration does not follow its caller's dictionary.
+        object.__setattr__(self, "overrides", {k: _mapping(k, v) for k, v in _mapping("overrides", self.overrides).items()})
         for pattern, changes in self.overrides.items():
             for name in changes:
                 if name not in known:
@@ -160,6 +162,15 @@ class QuantConfig:
                         f"Unknown field {name!r} in the override for {pattern!r}{_did_you_mean(name, known)}"
                     )
             replace(self, overrides={}, **changes)
+
+    @classmethod
+    def accurate(cls, bits: int = 4, **changes: Any) -> QuantConfig:
+        """The placement of ranges that keeps most accuracy at few bits: a scale per node and half-integer message levels.
+
+        Messages of hubs and of leaves differ by orders of magnitude, which one range of four levels cannot hold.  The
+        default, a range per tensor, keeps sums over neighbours in integers and is faster once packed.
+        """
+        return cls(**{"bits": bits, "granularity": "node", "message_levels": "half", **changes})
 
     def bits_for(self, site: Site) -> int:
         """The width of a site; falls back to ``bits``."""
@@ -185,14 +196,36 @@ class QuantConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """A plain, JSON-serializable description; :meth:`from_dict` is its inverse."""
-        return asdict(self)
+        plain = {p: {k: _plain(v) for k, v in changes.items()} for p, changes in self.overrides.items()}
+        return {**asdict(replace(self, overrides={})), "overrides": plain}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> QuantConfig:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: If a field is unknown or out of range.
+        """
         values = _from_dict(cls, data)
-        if isinstance(values.get("smp"), Mapping):
-            values["smp"] = SMPConfig.from_dict(values["smp"])
-        return cls(**values)
+        overrides = _mapping("overrides", values.get("overrides", {}))
+        values["overrides"] = {p: _with_smp(_mapping(p, changes)) for p, changes in overrides.items()}
+        return cls(**_with_smp(values))
+
+
+def _mapping(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"Expected a mapping for {name!r} in 'overrides' (got {type(value).__name__})")
+    return dict(value)
+
+
+def _plain(value: Any) -> Any:
+    return value.to_dict() if isinstance(value, SMPConfig) else value
+
+
+def _with_smp(values: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(values.get("smp"), Mapping):
+        values["smp"] = SMPConfig.from_dict(values["smp"])
+    return values
 
 
 _BIT_FIELDS = (

@@ -35,5 +35,5 @@ def test_fast_layers_have_pygs_gradients(name: str) -> None:
     weight = torch.randn(50, 4).double()
     (model(x, edge_index) * weight).sum().backward()
     (fast(x, edge_index) * weight).sum().backward()
-    for (key, p), q in zip(model.named_parameters(), fast.parameters()):
+    for (key, p), q in zip(model.named_parameters(), fast.parameters(), strict=True):
         torch.testing.assert_close(q.grad, p.grad, rtol=1e-5, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}")

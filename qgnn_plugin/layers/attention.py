@@ -1,18 +1,18 @@
 r"""GATConv and GATv2Conv: quantized messages, quantized unnormalized attention, integer weighted sums.
 
-With edge logits ``e_ij`` and their row maximum ``m_i``, the numerator ``exp(e_ij - m_i)`` in ``(0, 1]`` is quantized to the
-code ``k_ij`` and the row is normalized by its own sum:
+With edge logits ``e_ij`` and their row maximum ``m_i``, the numerator ``exp(e_ij - m_i)`` in ``(0, 1]`` is quantized to
+the code ``k_ij`` and the row is normalized by its own sum:
 
 .. math:: y_i = \frac{(\sum_j k_{ij} c_j)\, s}{\sum_j k_{ij}} + l
 
-``k_ij`` is the number of thresholds ``log((q - 1/2) / Q)``, ``q = 1 .. Q``, that ``e_ij - m_i`` reaches: no exponential is
-evaluated, so the codes agree between every implementation.
+``k_ij`` is the number of thresholds ``log((q - 1/2) / Q)``, ``q = 1 .. Q``, that ``e_ij - m_i`` reaches: no exponential
+is evaluated, so the codes agree between every implementation.
 """
 
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ from .message_passing import QuantizedConv
 __all__ = ["QuantizedGATConv", "QuantizedGATv2Conv", "attention_codes"]
 
 
-@lru_cache(maxsize=None)
+@cache
 def attention_thresholds(bits: int) -> tuple[float, ...]:
     """Ascending logit thresholds of the codes 1 .. Q."""
     qmax = levels(bits)
@@ -125,13 +125,18 @@ class _QuantizedAttention(QuantizedConv):
 
 
 class QuantizedGATConv(_QuantizedAttention):
-    """Quantized :class:`torch_geometric.nn.GATConv`; logits come from the accumulators, before messages are quantized."""
+    """Quantized :class:`torch_geometric.nn.GATConv`; logits come from accumulators, before messages are quantized."""
 
     def forward(
-        self: Any, x: Any, edge_index: Any, edge_attr: Any = None, size: Any = None, return_attention_weights: Any = None
+        self: Any,
+        x: Any,
+        edge_index: Any,
+        edge_attr: Any = None,
+        size: Any = None,
+        return_attention_weights: Any = None,
     ) -> Any:
         if self.is_off:
-            return super().forward(x, edge_index, edge_attr, size, return_attention_weights)
+            return super().forward(x, edge_index, edge_attr, size, return_attention_weights)  # type: ignore[misc]
         self.refuse_explain()
         x_src, x_dst = (x, x) if isinstance(x, Tensor) else x
         residual = self.res(x_dst) if self.res is not None and x_dst is not None else None
@@ -173,7 +178,7 @@ class QuantizedGATv2Conv(_QuantizedAttention):
         self: Any, x: Any, edge_index: Any, edge_attr: Any = None, return_attention_weights: Any = None
     ) -> Any:
         if self.is_off:
-            return super().forward(x, edge_index, edge_attr, return_attention_weights)
+            return super().forward(x, edge_index, edge_attr, return_attention_weights)  # type: ignore[misc]
         self.refuse_explain()
         x_src, x_dst = (x, x) if isinstance(x, Tensor) else x
         shape = (-1, self.heads, self.out_channels)

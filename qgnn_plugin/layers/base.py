@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -26,6 +26,7 @@ class QuantizedLayer:
     float_class: ClassVar[type[nn.Module]]
     mixin: ClassVar[type[QuantizedLayer]]
     quantizes_output: ClassVar[bool]
+    units: ClassVar[tuple[str, ...]] = ()  # inner layers that this one converts itself, where it has them
 
     # Set by conversion:
     quant_config: QuantConfig
@@ -72,14 +73,14 @@ def quantized_class(mixin: type[QuantizedLayer], float_class: type[nn.Module], o
             "__module__": mixin.__module__,
             "__doc__": f"Quantized :class:`{float_class.__module__}.{float_class.__qualname__}`.",
         }
-        # PyG generates a `propagate` onto a subclass that has none in its own namespace, on the first copy or unpickling
-        # of an instance, and `explain` reads the two aliases: all three must be in the concrete class.
+        # PyG generates a `propagate` onto a subclass that has none in its own namespace, on the first copy or
+        # unpickling of an instance, and `explain` reads the two aliases: all three must be in the concrete class.
         propagate = getattr(mixin, "quantized_propagate", None)
         if propagate is not None:
             namespace |= {"propagate": propagate, "_orig_propagate": propagate, "_jinja_propagate": propagate}
         bases: tuple[type, ...] = (mixin, float_class)
         if output:
-            namespace["forward"] = _quantizing_output(mixin.forward)  # type: ignore[attr-defined]
+            namespace["forward"] = _quantizing_output(getattr(mixin, "forward", float_class.forward))
         _CLASSES[key] = type(f"Quantized{float_class.__name__}", bases, namespace)
     return _CLASSES[key]
 
@@ -88,14 +89,16 @@ def _quantizing_output(forward: Any) -> Any:
     @functools.wraps(forward)
     def quantized(self: Any, *args: Any, **kwargs: Any) -> Any:
         out = forward(self, *args, **kwargs)
-        return self.output_quantizer(out).dequantize() if isinstance(out, Tensor) else out
+        if isinstance(out, tuple):  # GATConv with its attention weights
+            return (self.output_quantizer(out[0]).dequantize(), *out[1:])
+        return self.output_quantizer(out).dequantize()
 
     return quantized
 
 
 def _rebuild(mixin: type[QuantizedLayer], float_class: type[nn.Module], output: bool) -> Any:
     cls = quantized_class(mixin, float_class, output)
-    return cls.__new__(cls)
+    return object.__new__(cls)
 
 
 def restore_class(layer: nn.Module) -> None:
@@ -107,9 +110,44 @@ def restore_class(layer: nn.Module) -> None:
     for name in ("multiplier", "slack"):
         layer._buffers.pop(name, None)  # type: ignore[attr-defined]
         layer._non_persistent_buffers_set.discard(name)  # type: ignore[attr-defined]
-    for name in ("quant_config", "layer_name", "constraint_state", "smp", "attention_bits"):
+    for name in _ATTRIBUTES:
         layer.__dict__.pop(name, None)
     layer.__class__ = type(layer).float_class
+    bind_propagate(layer)
+
+
+_ATTRIBUTES = (
+    "quant_config",
+    "layer_name",
+    "constraint_state",
+    "smp",
+    "attention_bits",
+    "input_quantizer",
+    "message_quantizer",
+    "target_quantizer",
+)
+
+
+def bind_propagate(layer: Any) -> None:
+    """Let ``propagate`` be the one that the class of ``layer`` has.
+
+    PyG binds a ``propagate`` to the instance when ``explain`` or ``decomposed_layers`` are set; it would outlive a change
+    of class.
+
+    Raises:
+        ValueError: If something else is bound there: conversion would have no effect on it.
+    """
+    bound = layer.__dict__.pop("propagate", None)
+    if bound is None:
+        return
+    if getattr(bound, "__func__", bound).__name__ not in ("propagate", "quantized_propagate"):
+        layer.propagate = bound
+        raise ValueError(
+            f"Expected the class of a {type(layer).__name__} to define 'propagate' (got one bound to the instance, which "
+            f"conversion cannot reach); define it in a subclass"
+        )
+    if not isinstance(layer, QuantizedLayer) and (layer.explain or layer.decomposed_layers > 1):
+        layer.propagate = type(layer)._orig_propagate.__get__(layer)
 
 
 @dataclass
@@ -121,6 +159,7 @@ class SiteFactory:
     device: torch.device | None
     dtype: torch.dtype | None
     first: list[bool] = field(default_factory=lambda: [True])
+    configs: Callable[[str], QuantConfig] | None = None  # of inner layers, by name; default this layer's own
 
     def make(
         self,
@@ -170,7 +209,8 @@ class SiteFactory:
         """A quantizer for what neighbours send."""
         return self.make("message", label, levels=self.config.message_levels, channels=channels)
 
-    def within(self, child: str, config: QuantConfig | None = None) -> SiteFactory:
+    def within(self, child: str) -> SiteFactory:
         """The factory of a child layer."""
         name = f"{self.name}.{child}" if self.name else child
-        return SiteFactory(name, config or self.config, self.device, self.dtype, self.first)
+        config = self.config if self.configs is None else self.configs(name)
+        return replace(self, name=name, config=config)

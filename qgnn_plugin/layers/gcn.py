@@ -35,7 +35,7 @@ class QuantizedGCNConv(QuantizedConv):
 
     def forward(self: Any, x: Tensor, edge_index: Any, edge_weight: Tensor | None = None) -> Tensor:
         if self.is_off or isinstance(x, (tuple, list)):
-            return super().forward(x, edge_index, edge_weight)
+            return super().forward(x, edge_index, edge_weight)  # type: ignore[misc]
         self.refuse_explain()
         graph = gcn_graph(
             edge_index,

@@ -29,7 +29,7 @@ class QuantizedGINConv(QuantizedConv):
 
     def forward(self: Any, x: Any, edge_index: Any, size: Any = None) -> Tensor:
         if self.is_off or self.aggr not in ("add", "sum"):
-            return super().forward(x, edge_index, size)
+            return super().forward(x, edge_index, size)  # type: ignore[misc]
         self.refuse_explain()
         x_src, x_dst = (x, x) if isinstance(x, Tensor) else x
         sent = self.message_quantizer(x_src)

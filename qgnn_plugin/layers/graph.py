@@ -12,7 +12,7 @@ from torch_geometric import EdgeIndex
 from ..kernels.plan import GraphPlan, plan_cache
 from ..kernels.spmm import segment_sum, spmm
 
-__all__ = ["Edges", "NormalizedGraph", "edges_of", "gcn_graph", "looped_plan", "mean_graph", "plain_graph"]
+__all__ = ["Edges", "NormalizedGraph", "edges_of", "gcn_graph", "is_sparse", "looped_plan", "mean_graph", "num_targets", "plain_graph"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +55,15 @@ def edges_of(edge_index: Any, edge_weight: Tensor | None = None, flow: str = "so
 def is_sparse(edge_index: Any) -> bool:
     """Whether ``edge_index`` is a transposed adjacency matrix rather than a list of edges."""
     return not isinstance(edge_index, Tensor) or edge_index.layout != torch.strided
+
+
+def num_targets(edge_index: Any, x_src: Tensor, x_dst: Tensor | None, size: Any) -> int:
+    """How many nodes receive messages, as PyG finds it."""
+    if x_dst is not None:
+        return x_dst.size(0)
+    if is_sparse(edge_index):
+        return edge_index.size(0)
+    return size[1] if size is not None else x_src.size(0)
 
 
 def _plain(edge_index: Any) -> Any:

@@ -23,6 +23,7 @@ class QuantizedConv(QuantizedLayer, SmoothLayer):
 
     flow: str
     explain: bool | None
+    decomposed_layers: int
 
     def quantized_propagate(self, edge_index: Any, size: Any = None, **kwargs: Any) -> Tensor:
         """Quantize the node features among ``kwargs``, run the layer's own ``propagate``, smooth its change.
@@ -49,7 +50,8 @@ class QuantizedConv(QuantizedLayer, SmoothLayer):
     def float_propagate(self, edge_index: Any, size: Any, **kwargs: Any) -> Tensor:
         """The original ``propagate`` of the layer's own class."""
         cls: Any = type(self).float_class
-        original = cls._orig_propagate if self.explain else cls.propagate
+        generated = not self.explain and self.decomposed_layers == 1
+        original = cls.propagate if generated else getattr(cls, "_orig_propagate", cls.propagate)
         return original(self, edge_index, size=size, **kwargs)
 
     def _is_square(self, x: Tensor) -> bool:
@@ -77,9 +79,6 @@ class QuantizedMessagePassing(QuantizedConv):
         sent = sorted({name[:-2] for name in layer._user_args if name.endswith("_j")} - LOGIT_ARGUMENTS)
         layer.argument_quantizers = QuantizerDict({name: sites.message(f"message.{name}") for name in sent})
         attach_constraint(layer, sites.config.smp, sites.device)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return super().forward(*args, **kwargs)  # type: ignore[misc]
 
     def quantized_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         out = dict(kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import nn
@@ -10,7 +11,7 @@ from torch_geometric.nn import Linear as PyGLinear
 
 from .appnp import QuantizedAPPNP
 from .attention import QuantizedGATConv, QuantizedGATv2Conv
-from .base import QuantizedLayer, SiteFactory, quantized_class
+from .base import QuantizedLayer, SiteFactory, bind_propagate, quantized_class
 from .gcn import QuantizedGCNConv
 from .gin import QuantizedGINConv
 from .linear import QuantizedLinear
@@ -51,15 +52,47 @@ def _behaves_like(cls: type, base: type) -> bool:
 def convert_layer(
     layer: nn.Module, mixin: type[QuantizedLayer], sites: SiteFactory, *, output: bool = False, **options: Any
 ) -> None:
-    """Add quantizers to ``layer`` and swap its class, in place; with ``output`` its result is quantized as well."""
-    mixin.attach(layer, sites, **options)
-    if output:
-        layer.output_quantizer = sites.make("output", "output")
-    state: Any = layer
-    state.quant_config, state.layer_name = sites.config, sites.name
-    if issubclass(mixin, QuantizedConv):
-        state.smp = sites.config.smp
-    layer.__class__ = quantized_class(mixin, type(layer), output)
+    """Add quantizers to ``layer`` and swap its class, in place; with ``output`` its result is quantized as well.
+
+    Raises:
+        ValueError: If ``layer`` has attributes of its own under names that are needed, or a ``propagate`` of its own.
+    """
+    taken = [name for name in _RESERVED if hasattr(layer, name)]
+    if taken:
+        raise ValueError(
+            f"Expected the names {', '.join(taken)} to be free on '{sites.name}', a {type(layer).__name__}; rename these "
+            f"attributes or exclude the layer"
+        )
+    before = _snapshot(layer)
+    try:
+        if isinstance(layer, MessagePassing):
+            bind_propagate(layer)
+        mixin.attach(layer, sites, **options)
+        if output:
+            layer.output_quantizer = sites.make("output", "output")
+        state: Any = layer
+        state.quant_config, state.layer_name = sites.config, sites.name
+        if issubclass(mixin, QuantizedConv):
+            state.smp = sites.config.smp
+        layer.__class__ = quantized_class(mixin, type(layer), output)
+    except Exception:
+        _reset(layer, before)
+        raise
+    for _, quantizer in state.own_quantizers():
+        quantizer.train(layer.training)
+
+
+_RESERVED = ("quant_config", "layer_name", "multiplier", "slack", "smp", "constraint_state", "output_quantizer")
+_OWN = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+
+
+def _snapshot(layer: nn.Module) -> dict[str, Any]:
+    return {**layer.__dict__, **{name: copy.copy(layer.__dict__[name]) for name in _OWN}}
+
+
+def _reset(layer: nn.Module, snapshot: dict[str, Any]) -> None:
+    layer.__dict__.clear()
+    layer.__dict__.update(snapshot)
 
 
 for _layer, _mixin in {

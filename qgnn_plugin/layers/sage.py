@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -12,7 +11,7 @@ from ..quantizers import QLRQuantizer, QuantizedTensor
 from ..smp.constraint import attach_constraint
 from .arithmetic import aggregate_sum
 from .base import SiteFactory
-from .graph import NormalizedGraph, mean_graph, plain_graph
+from .graph import NormalizedGraph, is_sparse, mean_graph, num_targets, plain_graph
 from .linear import QuantizedLinear
 from .message_passing import QuantizedConv
 
@@ -26,15 +25,16 @@ class QuantizedSAGEConv(QuantizedConv):
     quantized ``W_l x``, as GCNConv does.  Otherwise it sends the quantized features and quantizes their aggregate.
     """
 
+    units = ("lin_l", "lin_r")
     input_quantizer: QLRQuantizer
-    message_quantizer: QLRQuantizer
+    message_quantizer: QLRQuantizer | None
 
     @classmethod
     def attach(cls, layer: Any, sites: SiteFactory) -> None:
         shared = isinstance(layer.in_channels, int) and not layer.project
         layer.input_quantizer = sites.features("input", layer.in_channels if shared else None)
         first = _transforms_first(layer)
-        layer.message_quantizer = sites.message("message", layer.out_channels if first else None)
+        layer.message_quantizer = sites.message("message", layer.out_channels) if first else None
         layer.target_quantizer = None if shared else sites.make("activation", "target")
         inner = [("lin_l", not first), ("lin_r", False)] if layer.root_weight else [("lin_l", not first)]
         for child, own_input in inner:
@@ -45,7 +45,7 @@ class QuantizedSAGEConv(QuantizedConv):
 
     def forward(self: Any, x: Any, edge_index: Any, size: Any = None) -> Tensor:
         if self.is_off and self.lin_l.is_off and (not self.root_weight or self.lin_r.is_off):
-            return super().forward(x, edge_index, size)
+            return super().forward(x, edge_index, size)  # type: ignore[misc]
         self.refuse_explain()
         x_src, x_dst = (x, x) if isinstance(x, Tensor) else x
         same = x_dst is x_src
@@ -53,10 +53,9 @@ class QuantizedSAGEConv(QuantizedConv):
             x_src = self.lin(x_src).relu()
             same = False
         sent = self.input_quantizer(x_src)
-        num_dst = x_dst.size(0) if x_dst is not None else (size[1] if size is not None else x_src.size(0))
-        graph_size = (x_src.size(0), num_dst)
+        graph_size = (x_src.size(0), num_targets(edge_index, x_src, x_dst, size))
         if _transforms_first(self):
-            out = self._transform_first(sent, edge_index, graph_size)
+            out = self._transform_first(sent, edge_index, graph_size, smooth=same)
         else:
             out = self.lin_l(self._aggregate(sent, edge_index, graph_size))
         if self.root_weight and x_dst is not None:
@@ -69,13 +68,15 @@ class QuantizedSAGEConv(QuantizedConv):
             return mean_graph(edge_index, size, self.flow)
         return plain_graph(edge_index, size, self.flow)
 
-    def _transform_first(self: Any, sent: QuantizedTensor, edge_index: Any, size: tuple[int, int]) -> Tensor:
+    def _transform_first(
+        self: Any, sent: QuantizedTensor, edge_index: Any, size: tuple[int, int], smooth: bool
+    ) -> Tensor:
         z = self.lin_l.apply_to(sent, None)
         graph = self._graph(edge_index, size)
-        out = aggregate_sum(self.message_quantizer(z), graph.plan)
+        out = aggregate_sum(self.message_quantizer(z), graph.plan, graph.weight)
         if graph.target is not None:
             out = out * graph.target
-        if self.smp is not None and (self.training or self.multiplier_value > 0):
+        if smooth and self.smp is not None and (self.training or self.multiplier_value > 0):
             smoother = mean_graph(edge_index, size, self.flow)
             out = self.smooth(z, out, smoother.apply, graph.plan.num_edges)
         return out if self.lin_l.bias is None else out + self.lin_l.bias
@@ -83,11 +84,10 @@ class QuantizedSAGEConv(QuantizedConv):
     def _aggregate(self: Any, sent: QuantizedTensor, edge_index: Any, size: tuple[int, int]) -> Tensor:
         if self.aggr in ("mean", "add", "sum"):
             graph = self._graph(edge_index, size)
-            out = aggregate_sum(sent, graph.plan)
+            out = aggregate_sum(sent, graph.plan, graph.weight)
             return out if graph.target is None else out * graph.target
         values = sent.dequantize()
-        sparse = not isinstance(edge_index, Tensor) or edge_index.layout != torch.strided
-        return self.float_propagate(edge_index, None if sparse else size, x=(values, None))
+        return self.float_propagate(edge_index, None if is_sparse(edge_index) else size, x=(values, None))
 
 
 def _transforms_first(layer: Any) -> bool:
