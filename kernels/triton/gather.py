@@ -82,7 +82,7 @@ def head_tile(  # type: ignore[no-untyped-def]
     entry = tl.arange(0, SPAN)[None, :]
     column = word[:, None]
     width: tl.constexpr = F // HEADS
-    if SPAN == 1:
+    if HEADS == 1:
         head = entry
     elif SPAN == 8 // BITS:
         if width % (4 * W) == 0:  # noqa: SIM108 (a head is whole parts: the same for all words)

@@ -20,7 +20,7 @@ def inputs(plan: GraphPlan, features: int, heads: int, bits: int, kind: str = "c
 
 @pytest.mark.parametrize(
     ("bits", "features", "heads", "attention_bits"),
-    [(2, 32, 4, 4), (4, 24, 3, 2), (4, 15, 5, 8), (8, 33, 1, 4), (1, 16, 2, 4)],
+    [(2, 32, 4, 4), (4, 24, 3, 2), (4, 15, 5, 8), (8, 33, 1, 4), (1, 16, 2, 4), (8, 16, 2, 4)],
 )
 def test_quantized_numerators_are_exact(bits: int, features: int, heads: int, attention_bits: int) -> None:
     args, gat = inputs(plan_of(SMALL["erdos_renyi"]()), features, heads, bits)
