@@ -2,18 +2,22 @@
 
 import pickle
 from collections.abc import Iterable
+from pathlib import Path
 
 import numba
 import pytest
+import pytorch_lightning as pl
 import torch
 from graphs import GRAPHS, HUB_NEIGHBORS, Graph, duplicate_edges, erdos_renyi, power_law, star
 from torch import Tensor
 from torch_geometric.data import Data, HeteroData
 from torch_geometric.loader import NodeLoader
+from torch_geometric.nn import GraphSAGE
 from torch_geometric.sampler import NodeSamplerInput, SamplerOutput
 from torch_geometric.utils import k_hop_subgraph
 
 from qgnn_plugin.data import CSRNeighborSampler, neighbor_loader
+from qgnn_plugin.lightning_modules import QuantizedNodeClassifier
 
 
 def _data(graph: Graph) -> Data:
@@ -297,6 +301,38 @@ def test_set_epoch_resumes_in_the_middle() -> None:
     assert _same([batch.e_id for batch in loader], expected[3])
     loader.sampler.set_epoch(2)
     assert _same([batch.e_id for batch in loader], expected[2])
+
+
+@needs_own_sampler
+def test_lightning_resumes_sampled_training(tmp_path: Path) -> None:
+    """Interrupted after two epochs and resumed, the weights are bitwise those of four in a row."""
+    graph = power_law()
+    data = Data(
+        x=torch.randn(200, 8, generator=torch.Generator().manual_seed(1)),
+        edge_index=graph.edge_index,
+        y=torch.arange(200) % 3,
+    )
+
+    def fit(epochs: int, resume: Path | None = None) -> dict[str, Tensor]:
+        pl.seed_everything(0, verbose=False)
+        model = GraphSAGE(8, 16, num_layers=2, out_channels=3, dropout=0.5)
+        module = QuantizedNodeClassifier(model, schedule=None)
+        loader = neighbor_loader(data, [4, 2], batch_size=64, shuffle=True, seed=3)
+        trainer = pl.Trainer(
+            max_epochs=epochs,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, loader, ckpt_path=resume)
+        trainer.save_checkpoint(tmp_path / f"{epochs}.ckpt")
+        return model.state_dict()
+
+    expected = fit(4)
+    fit(2)
+    resumed = fit(4, resume=tmp_path / "2.ckpt")
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
 
 
 def test_loader_input_nodes() -> None:
