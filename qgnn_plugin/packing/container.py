@@ -20,8 +20,9 @@ from ..kernels.layout import LAYOUT_VERSION
 __all__ = ["read", "write"]
 
 FORMAT = "qgnn_plugin"
-VERSION = "1"
+VERSION = 1
 DIGEST_BYTES = 8
+DIGEST_CHARS = 2 * DIGEST_BYTES
 PathLike = str | os.PathLike[str]
 
 
@@ -42,16 +43,16 @@ def write(path: PathLike, kind: str, tensors: Mapping[str, Tensor], description:
     """
     path = Path(path)
     stored = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    text = json.dumps(description, separators=(",", ":"))
-    metadata = {
-        "format": FORMAT,
+    header = {
         "version": VERSION,
+        "layout": LAYOUT_VERSION,
         "kind": kind,
-        "layout": str(LAYOUT_VERSION),
-        "description": text,
-        "checksum": _digest(text.encode()),
         "checksums": "".join(_tensor_digest(stored[name]) for name in sorted(stored)),
+        "description": description,
     }
+    text = json.dumps(header, separators=(",", ":"))
+    # One entry: safetensors writes several in random order, and equal models shall give equal files.
+    metadata = {FORMAT: _digest(text.encode()) + text}
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         save_file(stored, temporary, metadata)
@@ -79,8 +80,7 @@ def read(path: PathLike, kind: str, *, verify: bool = True) -> tuple[dict[str, T
         raise FileNotFoundError(f"Expected a file (got '{path}')")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            _check_header(path, metadata, kind)
+            header = _header(path, file.metadata() or {}, kind)
             names = sorted(file.keys())
             tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError, UnicodeDecodeError) as error:
@@ -88,25 +88,24 @@ def read(path: PathLike, kind: str, *, verify: bool = True) -> tuple[dict[str, T
             f"Expected a file written by qgnn_plugin (got '{path}', which is damaged, truncated or not a "
             f"safetensors file: {error})"
         ) from error
-    sums = metadata["checksums"]
-    width = 2 * DIGEST_BYTES
+    sums = header["checksums"]
+    width = DIGEST_CHARS
     if len(sums) != width * len(names):
         raise ValueError(f"'{path}' is damaged: {len(names)} tensors, {len(sums) // width} checksums")
     for i, name in enumerate(names if verify else []):
         if _tensor_digest(tensors[name]) != sums[width * i : width * (i + 1)]:
             raise ValueError(f"'{path}' is damaged: the checksum of tensor '{name}' does not match")
-    return tensors, json.loads(metadata["description"])
+    return tensors, header["description"]
 
 
-def _check_header(path: PathLike, metadata: Mapping[str, str], kind: str) -> None:
-    if metadata.get("format") != FORMAT:
+def _header(path: PathLike, metadata: Mapping[str, str], kind: str) -> dict[str, Any]:
+    if FORMAT not in metadata:
         raise ValueError(f"Expected a file written by qgnn_plugin (got '{path}', a safetensors file from elsewhere)")
-    missing = {"version", "kind", "layout", "description", "checksum", "checksums"} - set(metadata)
-    if missing:
-        raise ValueError(f"'{path}' is damaged: its header lacks {', '.join(sorted(missing))}")
-    expected = {"version": VERSION, "layout": str(LAYOUT_VERSION), "kind": kind}
-    for name, value in expected.items():
-        if metadata[name] != value:
-            raise ValueError(f"Expected {name} {value!r} in '{path}' (got {metadata[name]!r})")
-    if _digest(metadata["description"].encode()) != metadata["checksum"]:
+    digest, text = metadata[FORMAT][:DIGEST_CHARS], metadata[FORMAT][DIGEST_CHARS:]
+    if _digest(text.encode()) != digest:
         raise ValueError(f"'{path}' is damaged: the checksum of its description does not match")
+    header = json.loads(text)
+    for name, value in {"version": VERSION, "layout": LAYOUT_VERSION, "kind": kind}.items():
+        if header.get(name) != value:
+            raise ValueError(f"Expected {name} {value!r} in '{path}' (got {header.get(name)!r})")
+    return header

@@ -112,8 +112,8 @@ class PackedEmbeddings:
 
     def to(self, device: torch.device | str) -> PackedEmbeddings:
         """The same embeddings on another device."""
-        moved = (t.to(device) for t in (self.words, self.scale, self.lower))
-        return PackedEmbeddings(*moved, self.num_features, self.bits)
+        words, scale, lower = (t.to(device) for t in (self.words, self.scale, self.lower))
+        return PackedEmbeddings(words, scale, lower, self.num_features, self.bits)
 
     def topk(self, query: Tensor | PackedEmbeddings, k: int, *, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
         r"""The ``k`` largest dot products of each query with the embeddings.

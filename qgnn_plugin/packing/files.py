@@ -107,25 +107,28 @@ def _aliases(state: Mapping[str, Tensor]) -> list[list[str]]:
 
 def _convert_rest(packed: nn.Module, specs: list[LayerSpec], keys: set[str]) -> None:
     """Convert the layers that are not packed, so that they run their quantized-float path."""
+    configs = {spec.name: spec.config for spec in specs}
     for spec in specs:
         layer = packed.get_submodule(spec.name)
         if spec.reason is None or isinstance(layer, QuantizedLayer):
             continue
-        if not any(_converted(layer, spec, keys, first) for first in (False, True)):
+        if not any(_converted(layer, spec, keys, configs, first) for first in (False, True)):
             raise ValueError(f"Expected the sites of layer '{spec.name}' as saved (got others)")
     packed.eval()
     for parameter in packed.parameters():
         parameter.requires_grad_(False)
 
 
-def _converted(layer: nn.Module, spec: LayerSpec, keys: set[str], first: bool) -> bool:
+def _converted(
+    layer: nn.Module, spec: LayerSpec, keys: set[str], configs: Mapping[str, QuantConfig], first: bool
+) -> bool:
     """Convert ``layer`` as the first or a later one of its model; undo it where that is not what was saved."""
     mixin = mixin_for(type(layer))
     if mixin is None:
         raise ValueError(f"Expected a layer that can be converted at '{spec.name}' (got a {spec.type})")
     floats = [t for t in (*layer.parameters(), *layer.buffers()) if t.is_floating_point()]
     device, dtype = (floats[0].device, floats[0].dtype) if floats else (None, None)
-    factory = SiteFactory(spec.name, spec.config, device, dtype, [first])
+    factory = SiteFactory(spec.name, spec.config, device, dtype, [first], lambda name: configs.get(name, spec.config))
     convert_layer(layer, mixin, factory, output=spec.output)
     own: Any = layer
     sites = {name: SiteSpec.outline(quantizer) for name, quantizer in own.own_quantizers()}
@@ -134,14 +137,14 @@ def _converted(layer: nn.Module, spec: LayerSpec, keys: set[str], first: bool) -
         return True
     for module in list(layer.modules()):
         if isinstance(module, QuantizedLayer):
-            restore_class(module)  # type: ignore[arg-type]
+            restore_class(module)
     return False
 
 
 def _load(packed: nn.Module, tensors: dict[str, Tensor], path: container.PathLike) -> None:
     """Hand the tensors over without copying; the first that does not fit is an error."""
     state = packed.state_dict(keep_vars=True)
-    loaded = {}
+    loaded: dict[str, Tensor] = {}
     for names in _aliases(state):
         name, expected = names[0], state[names[0]]
         if name not in tensors:

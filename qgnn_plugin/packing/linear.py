@@ -33,6 +33,8 @@ class PackedLinear(PackedLayer):
     bias: Tensor | None
     words: Tensor | None
     float_weight: Tensor | None
+    weight_scale: Tensor
+    weight_lower_end: Tensor | None
 
     def __init__(self, layer: Any, spec: LayerSpec, memo: dict[int, Any]) -> None:
         super().__init__(layer, spec, memo)
@@ -48,12 +50,13 @@ class PackedLinear(PackedLayer):
         else:
             shape = (self.out_features, row_words(self.in_features, site.bits))
             self.words = torch.zeros(shape, dtype=torch.int32, device=weight.device)
-        scaled = site.bits != OFF
-        width = self.out_features if site.channels or site.granularity == "node" else 1
-        scale = torch.ones(width, device=weight.device) if scaled else None
-        self.register_buffer("weight_scale", scale)
-        free = scaled and site.zero_code is None
-        self.register_buffer("weight_lower_end", torch.zeros_like(scale) if free else None)
+        self.register_buffer("weight_scale", None)
+        self.register_buffer("weight_lower_end", None)
+        if self.words is not None:
+            width = self.out_features if site.channels or site.granularity == "node" else 1
+            self.weight_scale = torch.ones(width, device=weight.device)
+            if site.zero_code is None:
+                self.weight_lower_end = torch.zeros_like(self.weight_scale)
 
     @classmethod
     def refuses(cls, layer: Any) -> str | None:
