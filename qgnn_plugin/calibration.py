@@ -68,7 +68,17 @@ def _run(model: nn.Module, batch: Any, forward: Forward | None) -> None:
 
 
 def _batches(data: Any) -> Iterable[Any]:
-    single = hasattr(data, "edge_index") or hasattr(data, "adj_t") or isinstance(data, Mapping)
-    if single or (isinstance(data, tuple) and any(isinstance(item, torch.Tensor) for item in data)):
+    if _is_data(data) or isinstance(data, Mapping):
         return [data]
+    if isinstance(data, tuple) and not all(_is_data(item) or isinstance(item, tuple) for item in data):
+        return [data]
+    if not isinstance(data, Iterable) or isinstance(data, torch.Tensor):
+        raise TypeError(
+            f"Expected a PyG Data object, a tuple of arguments, a dict of keywords, or an iterable of these "
+            f"(got {type(data).__name__})"
+        )
     return data
+
+
+def _is_data(value: Any) -> bool:
+    return any(hasattr(value, name) for name in ("edge_index", "adj_t", "edge_index_dict"))

@@ -154,7 +154,8 @@ class QuantConfig:
             raise TypeError(f"Expected 'smp' to be an SMPConfig or None (got {type(self.smp).__name__})")
         known = [f.name for f in fields(self) if f.name not in ("overrides", "version")]
         # A copy: a frozen configuration does not follow its caller's dictionary.
-        object.__setattr__(self, "overrides", {k: _mapping(k, v) for k, v in _mapping("overrides", self.overrides).items()})
+        overrides = {k: _mapping(k, v) for k, v in _mapping("overrides", self.overrides).items()}
+        object.__setattr__(self, "overrides", overrides)
         for pattern, changes in self.overrides.items():
             for name in changes:
                 if name not in known:

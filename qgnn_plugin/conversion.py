@@ -33,8 +33,8 @@ def quantize_model(
 ) -> nn.Module:
     """Convert a model so that it trains and runs in low bit widths.
 
-    Layers are swapped for subclasses that keep ``forward``, the ``Parameter`` objects, hooks and state-dict keys.  At 32
-    bits the result computes exactly what the original does.
+    Layers are swapped for subclasses that keep ``forward``, the ``Parameter`` objects, hooks and state-dict keys.  At
+    32 bits the result computes exactly what the original does.
 
     Args:
         model: Any module with ``Linear`` or ``MessagePassing`` layers; it is untouched unless ``inplace``.
@@ -61,12 +61,25 @@ def quantize_model(
     chosen = _select(model, _selectors(include), _selectors(exclude))
     config.check_overrides([name for name, _ in chosen])
     _check_materialized(chosen)
+    _check_units(chosen)
     if not inplace:
         model = copy.deepcopy(model)
+    names = [name for name, _ in chosen]
+    try:
+        _convert(model, names, config)
+    except Exception:
+        for layer in model.modules():
+            if isinstance(layer, QuantizedLayer):
+                restore_class(layer)
+        raise
+    return model
+
+
+def _convert(model: nn.Module, names: list[str], config: QuantConfig) -> None:
     layers = dict(model.named_modules())
     first = [True]
-    last = _output_layer([name for name, _ in chosen])
-    for name, _ in chosen:
+    last = _output_layer(names)
+    for name in names:
         layer = layers[name]
         if isinstance(layer, QuantizedLayer):
             continue  # converted together with the layer around it
@@ -75,10 +88,8 @@ def quantize_model(
         device, dtype = _placement(layer, model)
         settings = config.for_layer(name)
         output = name == last and settings.bits_for("output") != OFF
-        convert_layer(layer, mixin, SiteFactory(name, settings, device, dtype, first), output=output)
-    for quantizer in quantizers(model).values():
-        quantizer.train(model.training)
-    return model
+        sites = SiteFactory(name, settings, device, dtype, first, config.for_layer)
+        convert_layer(layer, mixin, sites, output=output)
 
 
 def _output_layer(names: list[str]) -> str:
@@ -159,6 +170,20 @@ def _check_materialized(layers: list[tuple[str, nn.Module]]) -> None:
             f"Expected initialized layers (got lazy ones: {', '.join(lazy)}); run the model once on a batch before "
             f"converting it, so that its channels of -1 are known"
         )
+
+
+def _check_units(layers: list[tuple[str, nn.Module]]) -> None:
+    """A layer that quantizes its inner ones itself is converted with them or not at all."""
+    names = {name for name, _ in layers}
+    for name, layer in layers:
+        for child in getattr(mixin_for(type(layer)), "units", ()):
+            inner = f"{name}.{child}" if name else child
+            if hasattr(layer, child) and inner not in names:
+                raise ValueError(
+                    f"Expected '{inner}' to be converted with '{name or type(layer).__name__}', which feeds it codes; "
+                    f"exclude both, or keep the weights in full precision: "
+                    f"overrides={{'{inner}': {{'weight_bits': 32}}}}"
+                )
 
 
 def _placement(layer: nn.Module, model: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:

@@ -87,7 +87,8 @@ def aggregate_sum(x: QuantizedTensor, plan: GraphPlan, weight: Tensor | None = N
     x = x.dense()
     if x.per_node:
         return spmm(plan, x.dequantize(), weight)
-    acc = spmm(plan, x.codes, weight)
+    wide = weight is None and x.qmax is not None and plan.max_degree * x.qmax >= EXACT_FLOAT32
+    acc = spmm(plan, x.codes.double(), weight).to(x.codes.dtype) if wide else spmm(plan, x.codes, weight)
     if x.qmax is None:
         return acc
     y = acc * x.scale

@@ -131,8 +131,8 @@ _ATTRIBUTES = (
 def bind_propagate(layer: Any) -> None:
     """Let ``propagate`` be the one that the class of ``layer`` has.
 
-    PyG binds a ``propagate`` to the instance when ``explain`` or ``decomposed_layers`` are set; it would outlive a change
-    of class.
+    PyG binds a ``propagate`` to the instance when ``explain`` or ``decomposed_layers`` are set; it would outlive a
+    change of class.
 
     Raises:
         ValueError: If something else is bound there: conversion would have no effect on it.
@@ -143,8 +143,8 @@ def bind_propagate(layer: Any) -> None:
     if getattr(bound, "__func__", bound).__name__ not in ("propagate", "quantized_propagate"):
         layer.propagate = bound
         raise ValueError(
-            f"Expected the class of a {type(layer).__name__} to define 'propagate' (got one bound to the instance, which "
-            f"conversion cannot reach); define it in a subclass"
+            f"Expected the class of a {type(layer).__name__} to define 'propagate' (got one bound to the instance, "
+            f"which conversion cannot reach); define it in a subclass"
         )
     if not isinstance(layer, QuantizedLayer) and (layer.explain or layer.decomposed_layers > 1):
         layer.propagate = type(layer)._orig_propagate.__get__(layer)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..kernels.spmm import spmm
 from ..quantizers import QLRQuantizer
 from ..smp.constraint import attach_constraint
 from .arithmetic import aggregate_sum
 from .base import SiteFactory
-from .graph import plain_graph
+from .graph import num_targets, plain_graph
 from .message_passing import QuantizedConv
 
 __all__ = ["QuantizedGINConv"]
@@ -33,18 +33,17 @@ class QuantizedGINConv(QuantizedConv):
         self.refuse_explain()
         x_src, x_dst = (x, x) if isinstance(x, Tensor) else x
         sent = self.message_quantizer(x_src)
-        num_dst = x_dst.size(0) if x_dst is not None else (size[1] if size is not None else x_src.size(0))
-        graph = plain_graph(edge_index, (x_src.size(0), num_dst), self.flow)
-        out = aggregate_sum(sent, graph.plan)
+        graph = plain_graph(edge_index, (x_src.size(0), num_targets(edge_index, x_src, x_dst, size)), self.flow)
+        out = aggregate_sum(sent, graph.plan, graph.weight)
         if x_dst is not None:
             own = sent if x_dst is x_src else self.message_quantizer(x_dst)
             out = out + (1 + self.eps) * own.dequantize()
         if self.smp is not None and x_dst is x_src and (self.training or self.multiplier_value > 0):
             # A sum grows with the degree; the constraint is on the mean that it is a multiple of.
-            mass = graph.plan.degree.to(out.dtype).unsqueeze(1) + (1 + self.eps)
+            mass = graph.apply(torch.ones_like(out[:, :1])) + (1 + self.eps)
             z = own.dequantize()
             smoothed = self.smooth(
-                z, out / mass, lambda v: (spmm(graph.plan, v) + (1 + self.eps) * v) / mass, graph.plan.num_edges
+                z, out / mass, lambda v: (graph.apply(v) + (1 + self.eps) * v) / mass, graph.plan.num_edges
             )
             out = smoothed * mass if self.multiplier_value > 0 else out
         return self.nn(out)

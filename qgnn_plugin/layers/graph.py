@@ -12,7 +12,17 @@ from torch_geometric import EdgeIndex
 from ..kernels.plan import GraphPlan, plan_cache
 from ..kernels.spmm import segment_sum, spmm
 
-__all__ = ["Edges", "NormalizedGraph", "edges_of", "gcn_graph", "is_sparse", "looped_plan", "mean_graph", "num_targets", "plain_graph"]
+__all__ = [
+    "Edges",
+    "NormalizedGraph",
+    "edges_of",
+    "gcn_graph",
+    "is_sparse",
+    "looped_plan",
+    "mean_graph",
+    "num_targets",
+    "plain_graph",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +47,8 @@ def edges_of(edge_index: Any, edge_weight: Tensor | None = None, flow: str = "so
     if not isinstance(edge_index, Tensor):
         if not hasattr(edge_index, "coo"):
             raise TypeError(
-                f"Expected 'edge_index' to be a tensor, an EdgeIndex or a SparseTensor (got {type(edge_index).__name__})"
+                f"Expected 'edge_index' to be a tensor, an EdgeIndex or a SparseTensor "
+                f"(got {type(edge_index).__name__})"
             )
         dst, src, value = edge_index.coo()
         return Edges(src, dst, _unless_ones(value))
@@ -126,7 +137,7 @@ def plain_graph(edge_index: Any, size: tuple[int, int], flow: str, weight: Tenso
 
 
 def mean_graph(edge_index: Any, size: tuple[int, int], flow: str) -> NormalizedGraph:
-    """The graph with ``P`` the mean over neighbours, 0 where there are none; values multiply as in :func:`plain_graph`."""
+    """The graph with ``P`` the mean over neighbours, 0 where there are none; values as in :func:`plain_graph`."""
 
     def build() -> NormalizedGraph:
         graph = plain_graph(edge_index, size, flow)

@@ -60,8 +60,8 @@ def convert_layer(
     taken = [name for name in _RESERVED if hasattr(layer, name)]
     if taken:
         raise ValueError(
-            f"Expected the names {', '.join(taken)} to be free on '{sites.name}', a {type(layer).__name__}; rename these "
-            f"attributes or exclude the layer"
+            f"Expected the names {', '.join(taken)} to be free on '{sites.name}', a {type(layer).__name__}; rename "
+            f"these attributes or exclude the layer"
         )
     before = _snapshot(layer)
     try:
