@@ -121,7 +121,6 @@ def test_odd_graphs(graph: str, poison_empty: None) -> None:
         assert_same(qmodel, qgnn_plugin.pack_model(qmodel), x, edge_index)
 
 
-@pytest.mark.xfail(reason="open: a sparse COO adjacency gives other sums than its edge_index here", strict=False)
 def test_every_adjacency_and_weights() -> None:
     graph = erdos_renyi(30, 120)
     edge_index = torch.unique(graph.edge_index, dim=1)
