@@ -143,8 +143,7 @@ class _QuantizedClassifier(pl.LightningModule):
             labels = labels.squeeze(1)
         if labels.dim() != 1 or labels.is_floating_point():
             raise ValueError(
-                "expected integer labels `y` of shape [N] or [N, 1] "
-                f"(got {labels.dtype} of shape {list(labels.shape)})"
+                f"expected integer labels `y` of shape [N] or [N, 1] (got {labels.dtype} of shape {list(labels.shape)})"
             )
         return labels
 

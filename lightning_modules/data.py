@@ -82,8 +82,7 @@ class NodeDataModule(pl.LightningDataModule):
             self.data[name] = mask
         if mask.size(0) != self.data.num_nodes:
             raise ValueError(
-                f"expected `{name}` with one entry per node "
-                f"(got {mask.size(0)} for {self.data.num_nodes} nodes)"
+                f"expected `{name}` with one entry per node (got {mask.size(0)} for {self.data.num_nodes} nodes)"
             )
         if name == "train_mask" and not bool(mask.any()):
             raise ValueError("expected at least one training node (got an empty train_mask)")
@@ -101,9 +100,7 @@ class NodeDataModule(pl.LightningDataModule):
     def teardown(self, stage: str) -> None:
         self._placed.clear()
 
-    def transfer_batch_to_device(
-        self, batch: Data, device: torch.device, dataloader_idx: int
-    ) -> Data:
+    def transfer_batch_to_device(self, batch: Data, device: torch.device, dataloader_idx: int) -> Data:
         if batch is not self.data:
             return super().transfer_batch_to_device(batch, device, dataloader_idx)
         placed = self._placed.get(device)

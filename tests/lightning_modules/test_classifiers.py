@@ -105,9 +105,7 @@ class TestWhatCounts:
 
     def test_mini_batches_train_a_quantized_model(self, make_sbm, make_trainer):
         batches = [seeds(make_sbm(seed), 60) for seed in range(3)]
-        module = QuantizedNodeClassifier(
-            qgnn.quantize_model(make_gcn(), bits=4), teacher=make_gcn()
-        )
+        module = QuantizedNodeClassifier(qgnn.quantize_model(make_gcn(), bits=4), teacher=make_gcn())
         trainer = make_trainer(max_epochs=10)
         loader = DataLoader(batches, batch_size=1, collate_fn=first, shuffle=True)
         trainer.fit(module, loader, DataLoader(batches, collate_fn=first))
@@ -177,9 +175,7 @@ class TestTeacher:
 
     def test_loss_is_cross_entropy_plus_weighted_soft_labels(self, sbm):
         teacher, model = make_gcn(), make_gcn()
-        module = QuantizedNodeClassifier(
-            model, teacher=teacher, distillation_weight=0.25, temperature=2.0
-        )
+        module = QuantizedNodeClassifier(model, teacher=teacher, distillation_weight=0.25, temperature=2.0)
         logits, soft = model(sbm.x, sbm.edge_index), teacher.eval()(sbm.x, sbm.edge_index)
         hard = F.cross_entropy(logits[sbm.train_mask], sbm.y[sbm.train_mask])
         cross = -(F.softmax(soft / 2, 1) * F.log_softmax(logits / 2, 1)).sum(1).mean() * 4
@@ -262,9 +258,7 @@ class TestGraphs:
             graph.x = graph.x + 2.0 * graph.y
             graphs.append(graph)
         model = qgnn.quantize_model(Pooled(), bits=4)
-        module = QuantizedGraphClassifier(
-            model, 2, lr=0.05, teacher=Pooled(), distillation_weight=0
-        )
+        module = QuantizedGraphClassifier(model, 2, lr=0.05, teacher=Pooled(), distillation_weight=0)
         trainer = make_trainer(max_epochs=30)
         trainer.fit(module, GraphLoader(graphs, batch_size=6, shuffle=True), GraphLoader(graphs))
         assert trainer.callback_metrics["val_acc"] >= 0.9
@@ -284,9 +278,7 @@ class TestErrors:
         with pytest.raises(ValueError, match="pass num_classes="):
             QuantizedNodeClassifier(nn.Linear(3, 3))
 
-    @pytest.mark.parametrize(
-        "options", [{"temperature": 0.0}, {"distillation_weight": 1.5}, {"schedule": "linear"}]
-    )
+    @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"distillation_weight": 1.5}, {"schedule": "linear"}])
     def test_options_out_of_range(self, options):
         with pytest.raises(ValueError, match=next(iter(options))):
             QuantizedNodeClassifier(make_gcn(), **options)

@@ -71,6 +71,4 @@ def test_two_ranks_are_one_joint_batch(make_trainer, tmp_path, graphs, calibrate
         assert names
         for name in names:
             assert single["model"][name] > 0
-            torch.testing.assert_close(
-                left["model"][name], single["model"][name], rtol=1e-3, atol=0
-            )
+            torch.testing.assert_close(left["model"][name], single["model"][name], rtol=1e-3, atol=0)

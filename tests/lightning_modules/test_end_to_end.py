@@ -59,9 +59,7 @@ def test_a_converted_model_keeps_its_accuracy(make_sbm, make_trainer):
     for bits in (4, 2):
         torch.manual_seed(bits)
         qmodel = qgnn.quantize_model(model, bits=bits)
-        module = QuantizedNodeClassifier(
-            qmodel, weight_decay=5e-3, teacher=copy.deepcopy(model), temperature=2.0
-        )
+        module = QuantizedNodeClassifier(qmodel, weight_decay=5e-3, teacher=copy.deepcopy(model), temperature=2.0)
         acc = fit_and_test(make_trainer, module, data, 60)
         assert acc >= float_acc - 0.03, f"{bits} bits"
         assert qgnn.is_quantized(module.model)

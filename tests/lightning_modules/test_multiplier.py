@@ -71,9 +71,7 @@ def calls(monkeypatch):
 def test_once_per_optimizer_step(sbm, make_trainer, calls, accumulate, steps):
     """Five batches in each of two epochs; an incomplete group steps at the end of its epoch."""
     loader = DataLoader([sbm] * 5, collate_fn=first)
-    trainer = make_trainer(
-        max_epochs=2, accumulate_grad_batches=accumulate, callbacks=[DifferentialMultiplier()]
-    )
+    trainer = make_trainer(max_epochs=2, accumulate_grad_batches=accumulate, callbacks=[DifferentialMultiplier()])
     trainer.fit(QuantizedNodeClassifier(make_model()), loader)
     assert trainer.global_step == len(calls) == steps
 
@@ -85,9 +83,7 @@ def test_an_accumulated_step_is_the_step_of_the_joint_batch(make_sbm, make_train
     results = []
     for batches in (graphs, [Batch.from_data_list(graphs)]):
         module = Own(copy.deepcopy(model))
-        trainer = make_trainer(
-            max_epochs=1, accumulate_grad_batches=len(batches), callbacks=[DifferentialMultiplier()]
-        )
+        trainer = make_trainer(max_epochs=1, accumulate_grad_batches=len(batches), callbacks=[DifferentialMultiplier()])
         trainer.fit(module, DataLoader(batches, collate_fn=first))
         assert trainer.global_step == 1
         results.append(multipliers(module))

@@ -65,9 +65,7 @@ def run(make_trainer, data, folder: Path, mode: str, *, crash=False, resume=Fals
     pl.seed_everything(17 if not resume else 99, verbose=False)
     module, history = make_module(), History()
     at_validation = mode == "validation"  # where Lightning saves if a monitor is given
-    saver = ModelCheckpoint(
-        folder, save_last=True, every_n_epochs=1, save_on_train_epoch_end=not at_validation
-    )
+    saver = ModelCheckpoint(folder, save_last=True, every_n_epochs=1, save_on_train_epoch_end=not at_validation)
     callbacks = [DifferentialMultiplier(), history, saver, *([Crash()] if crash else [])]
     trainer = make_trainer(
         max_epochs=EPOCHS,
@@ -147,7 +145,5 @@ def test_evaluating_a_checkpoint_leaves_the_generators_alone(sbm, make_trainer, 
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    trainer.test(
-        module, datamodule=NodeDataModule(sbm), ckpt_path=tmp_path / "last.ckpt", verbose=False
-    )
+    trainer.test(module, datamodule=NodeDataModule(sbm), ckpt_path=tmp_path / "last.ckpt", verbose=False)
     assert torch.equal(torch.get_rng_state(), before)
