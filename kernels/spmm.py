@@ -8,56 +8,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .cpu.float_sum import float_sum, float_sum_weighted, segment_largest
+from .cpu.float_sum import edge_dots, float_sum, float_sum_weighted, segment_largest
 from .plan import GraphPlan
 
 __all__ = ["segment_max", "segment_sum", "spmm"]
-
-
-@numba.njit(parallel=True, fastmath=True, cache=True, nogil=True)
-def _spmm_sum(rowptr, col, x, out):  # type: ignore[no-untyped-def]
-    width = x.shape[1]
-    for i in numba.prange(rowptr.size - 1):
-        for k in range(width):
-            out[i, k] = 0
-        for e in range(rowptr[i], rowptr[i + 1]):
-            j = col[e]
-            for k in range(width):
-                out[i, k] += x[j, k]
-
-
-@numba.njit(parallel=True, fastmath=True, cache=True, nogil=True)
-def _spmm_weighted(rowptr, col, edge, weight, x, out):  # type: ignore[no-untyped-def]
-    heads, width = x.shape[1], x.shape[2]
-    for i in numba.prange(rowptr.size - 1):
-        for h in range(heads):
-            for k in range(width):
-                out[i, h, k] = 0
-        for e in range(rowptr[i], rowptr[i + 1]):
-            j = col[e]
-            for h in range(heads):
-                w = weight[edge[e], h]
-                for k in range(width):
-                    out[i, h, k] += w * x[j, h, k]
-
-
-@numba.njit(parallel=True, fastmath=True, cache=True, nogil=True)
-def _sddmm(rowptr, col, grad, x, out):  # type: ignore[no-untyped-def]
-    heads, width = x.shape[1], x.shape[2]
-    for i in numba.prange(rowptr.size - 1):
-        for e in range(rowptr[i], rowptr[i + 1]):
-            j = col[e]
-            for h in range(heads):
-                acc = grad.dtype.type(0)
-                for k in range(width):
-                    acc += grad[i, h, k] * x[j, h, k]
-                out[e, h] = acc
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:
@@ -69,8 +28,8 @@ def _rows(tensor: Tensor) -> np.ndarray:
     return _numpy(tensor).reshape(tensor.size(0), -1)
 
 
-def _use_numba(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64)
+def _on_cpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.dtype == torch.float32
 
 
 def _edge_ids(plan: GraphPlan) -> Tensor:
@@ -81,34 +40,22 @@ def _edge_ids(plan: GraphPlan) -> Tensor:
     return ids
 
 
-def _set_threads() -> None:
-    numba.set_num_threads(max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)))
-
-
 def _forward(plan: GraphPlan, x: Tensor, weight: Tensor | None, edge: Tensor | None) -> Tensor:
     """``x`` is [num_src, H, C]; ``weight`` is [E, H], read at ``edge`` (CSR position -> row of ``weight``)."""
     out = x.new_empty((plan.num_dst, *x.shape[1:]))
     if out.numel() == 0:
         return out
-    if not _use_numba(x):
+    if not _on_cpu(x):
         gathered = x[plan.col.long()]
         if weight is not None:
             gathered = gathered * weight[edge].unsqueeze(-1)
         return torch.segment_reduce(gathered, "sum", offsets=plan.rowptr, axis=0, initial=0)
     rowptr, col = plan.rowptr.numpy(), plan.col.numpy()
-    if x.dtype == torch.float32:
-        if weight is None:
-            float_sum(rowptr, col, _numpy(x).reshape(x.size(0), -1), out.numpy().reshape(plan.num_dst, -1))
-        else:
-            assert edge is not None
-            float_sum_weighted(rowptr, col, edge.numpy(), _numpy(weight), _numpy(x), out.numpy())
-        return out
-    _set_threads()
     if weight is None:
-        _spmm_sum(rowptr, col, _numpy(x).reshape(x.size(0), -1), out.numpy().reshape(plan.num_dst, -1))
+        float_sum(rowptr, col, _rows(x), _rows(out))
     else:
         assert edge is not None
-        _spmm_weighted(rowptr, col, edge.numpy(), _numpy(weight), _numpy(x), out.numpy())
+        float_sum_weighted(rowptr, col, edge.numpy(), _numpy(weight), _numpy(x), out.numpy())
     return out
 
 
@@ -133,9 +80,8 @@ class _Spmm(torch.autograd.Function):
             grad_x = _forward(plan.transpose, grad, weight, edge)
         if weight is not None and ctx.needs_input_grad[2]:
             grad_weight = torch.empty_like(weight)
-            if _use_numba(grad) and grad_weight.numel():
-                _set_threads()
-                _sddmm(plan.rowptr.numpy(), plan.col.numpy(), _numpy(grad), _numpy(x), grad_weight.numpy())
+            if _on_cpu(grad) and grad_weight.numel():
+                edge_dots(plan.rowptr.numpy(), plan.col.numpy(), _numpy(grad), _numpy(x), grad_weight.numpy())
             elif grad_weight.numel():
                 grad_weight = (grad[plan.dst] * x[plan.col.long()]).sum(-1)
         return None, grad_x, grad_weight
@@ -178,7 +124,7 @@ class _SegmentSum(torch.autograd.Function):
     def forward(ctx: Any, plan: GraphPlan, per_edge: Tensor) -> Tensor:
         ctx.plan = plan
         out = per_edge.new_zeros((plan.num_dst, *per_edge.shape[1:]))
-        if out.numel() and per_edge.numel() and per_edge.device.type == "cpu" and per_edge.dtype == torch.float32:
+        if out.numel() and per_edge.numel() and _on_cpu(per_edge):
             # The edges of a destination stand together: a sum over the neighbours that each edge is its own source of.
             source = _identity_edges(plan).to(torch.int32)
             float_sum(plan.rowptr.numpy(), source.numpy(), _rows(per_edge), _rows(out))
@@ -197,7 +143,7 @@ def segment_sum(plan: GraphPlan, per_edge: Tensor) -> Tensor:
 
 def segment_max(plan: GraphPlan, per_edge: Tensor, empty: float = 0.0) -> Tensor:
     """Largest per-edge value ``[E, H]`` (CSR order) of each destination, not differentiable; ``empty`` without edges."""
-    if per_edge.numel() and _use_numba(per_edge):
+    if per_edge.numel() and _on_cpu(per_edge):
         out = per_edge.new_empty((plan.num_dst, *per_edge.shape[1:]))
         segment_largest(plan.rowptr.numpy(), _rows(per_edge), empty, _rows(out))
         return out

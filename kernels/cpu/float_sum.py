@@ -1,4 +1,4 @@
-"""Sums of float32 rows over neighbourhoods, weighted or not: the products of training, with accumulators in registers."""
+"""Sums of float32 rows over neighbourhoods, the products of training, with accumulators in registers."""
 # mypy: ignore-errors
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from numba.extending import intrinsic
 
 from . import jit
 from .parallel import row_chunks, run_chunks
-from .simd import Vector, atomic_add, peek, vfma, vload, vload_first, vsplat, vstore, vstore_first
+from .simd import Vector, atomic_add, peek, vfma, vload, vload_first, vsplat, vstore, vstore_first, vsum
 
-__all__ = ["float_sum", "float_sum_weighted", "segment_largest"]
+__all__ = ["edge_dots", "float_sum", "float_sum_weighted", "segment_largest"]
 
 LANES = 16
 TILE = 4 * LANES
@@ -140,6 +140,28 @@ def _sum_eights(rowptr, col, edge, weight, heads, x, out, bounds, counter):
 
 
 @jit.kernel
+def _edge_dots(rowptr, col, heads, grad, x, width, out, bounds, counter):
+    stride = heads * width
+    while True:
+        chunk = atomic_add(counter, 0, 1)
+        if chunk >= bounds.size - 1:
+            break
+        for i in range(bounds[chunk], bounds[chunk + 1]):
+            for e in range(peek(rowptr, i), peek(rowptr, i + 1)):
+                for h in range(heads):
+                    left = i * stride + h * width
+                    right = np.int64(peek(col, e)) * stride + h * width
+                    a, k = vsplat(0.0, LANES), 0
+                    while k + LANES <= width:
+                        a = vfma(vload(grad, left + k, LANES), vload(x, right + k, LANES), a)
+                        k += LANES
+                    if k < width:
+                        rest = width - k
+                        a = vfma(vload_first(grad, left + k, LANES, rest), vload_first(x, right + k, LANES, rest), a)
+                    out[e, h] = vsum(a)
+
+
+@jit.kernel
 def segment_largest(rowptr, x, empty, out):
     """``out[i, h]``: the largest of ``x[e, h]`` over the rows ``e`` of segment ``i``, or ``empty``."""
     for i in range(rowptr.size - 1):
@@ -174,3 +196,8 @@ def float_sum_weighted(
         run_chunks(
             _sum_weighted, row_chunks(rowptr), rowptr, col, edge, weight, heads, x, width, out
         )
+
+
+def edge_dots(rowptr: np.ndarray, col: np.ndarray, grad: np.ndarray, x: np.ndarray, out: np.ndarray) -> None:
+    """``out[e, h] = <grad[i, h], x[col[e], h]>`` for the edges ``e`` of each row ``i``; ``[*, H, C]`` float32."""
+    run_chunks(_edge_dots, row_chunks(rowptr), rowptr, col, x.shape[1], grad, x, x.shape[2], out)
