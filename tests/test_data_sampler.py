@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 import torch
 from graphs import GRAPHS, HUB_NEIGHBORS, Graph, duplicate_edges, erdos_renyi, power_law, star
 from torch import Tensor
+from torch.utils.data import DistributedSampler
 from torch_geometric.data import Data, HeteroData
 from torch_geometric.loader import NodeLoader
 from torch_geometric.nn import GraphSAGE
@@ -333,6 +334,22 @@ def test_lightning_resumes_sampled_training(tmp_path: Path) -> None:
     fit(2)
     resumed = fit(4, resume=tmp_path / "2.ckpt")
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+
+
+@needs_own_sampler
+def test_loader_on_several_devices() -> None:
+    """Lightning builds the loader anew with a sampler of its own: each rank gets its share."""
+    from pytorch_lightning.trainer.states import RunningStage
+    from pytorch_lightning.utilities.data import _update_dataloader
+
+    loader = neighbor_loader(_data(power_law()), [4, 2], batch_size=16, shuffle=True, seed=1)
+    seen = []
+    for rank in range(2):
+        share = DistributedSampler(range(200), num_replicas=2, rank=rank)
+        mine = _update_dataloader(loader, share, mode=RunningStage.TRAINING)
+        for batch in mine:
+            seen += batch.n_id[: batch.batch_size].tolist()
+    assert sorted(seen) == list(range(200))
 
 
 def test_loader_input_nodes() -> None:

@@ -161,7 +161,8 @@ class _EpochSampler(Sampler[int]):
 
 class _EpochNodeLoader(NodeLoader):
     def __iter__(self) -> Any:
-        self.sampler.begin()
+        if isinstance(self.sampler, _EpochSampler):  # Lightning replaces it on several devices.
+            self.sampler.begin()
         return super().__iter__()
 
 
