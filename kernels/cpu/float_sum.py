@@ -10,7 +10,7 @@ from numba.extending import intrinsic
 
 from . import jit
 from .parallel import row_chunks, run_chunks
-from .simd import Vector, atomic_add, peek, vfma, vload, vload_first, vsplat, vstore, vstore_first, vsum
+from .simd import Vector, atomic_add, peek, vfma, vload, vload_first, vsplat, vstore, vstore_first
 
 __all__ = ["edge_dots", "float_sum", "float_sum_weighted", "segment_largest"]
 
@@ -142,6 +142,7 @@ def _sum_eights(rowptr, col, edge, weight, heads, x, out, bounds, counter):
 @jit.kernel
 def _edge_dots(rowptr, col, heads, grad, x, width, out, bounds, counter):
     stride = heads * width
+    lanes = np.empty(LANES, np.float32)
     while True:
         chunk = atomic_add(counter, 0, 1)
         if chunk >= bounds.size - 1:
@@ -158,7 +159,8 @@ def _edge_dots(rowptr, col, heads, grad, x, width, out, bounds, counter):
                     if k < width:
                         rest = width - k
                         a = vfma(vload_first(grad, left + k, LANES, rest), vload_first(x, right + k, LANES, rest), a)
-                    out[e, h] = vsum(a)
+                    vstore(lanes, 0, a)
+                    out[e, h] = lanes.sum()
 
 
 @jit.kernel
