@@ -1,8 +1,8 @@
 """Accuracy at every width: ``make bench-accuracy``, resumable.
 
-For each data set, model and seed: the float model, the float model distilled from itself, and the converted model at 8, 4 and
-2 bits, all by the default :class:`qgnn_plugin.recipe.Recipe`.  Reported is the test accuracy of the epoch with the best
-validation accuracy.  Finished runs are kept one file each, so that an interrupted table goes on where it stopped.
+For each data set, model and seed: the float model, the float model distilled from itself, and the converted model at
+8, 4 and 2 bits, all by the default :class:`qgnn_plugin.recipe.Recipe`.  Reported is the test accuracy of the epoch with
+the best validation accuracy.  Finished runs are kept one file each: an interrupted table goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from typing import Any
 
 os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 
-import torch  # noqa: E402
+import torch
 
-from qgnn_plugin.data import load_dataset, to_sparse_features  # noqa: E402
-from qgnn_plugin.recipe import Recipe, distil, fit_float, fit_quantized  # noqa: E402
+from qgnn_plugin.data import load_dataset, to_sparse_features
+from qgnn_plugin.recipe import Recipe, distil, fit_float, fit_quantized
 
-from .environment import environment, write_atomically  # noqa: E402
-from .models import MODELS, build_model  # noqa: E402
+from .environment import environment, write_atomically
+from .models import MODELS, build_model
 
 DATASETS = ("Cora", "PubMed", "Photo", "CS")
 COLUMNS = ("FP32", "FP32 self-distilled", "INT8", "INT4", "INT2")
@@ -36,18 +36,19 @@ SPARSE_BELOW = 0.5
 AIMS = {"INT8": ("FP32", 0.3), "INT4": ("FP32", 0.3), "INT2": ("FP32 self-distilled", 0.7)}
 
 NOTES = """\
-Test accuracy in percent at the best validation epoch, mean and standard deviation over seeds.  Inputs, weights, activations,
-messages and attention coefficients are at the stated width (0/1 inputs, also with one scale per row, are exact in one bit).
-Wider, in float32: biases, attention vectors and logits, code sums and their affine step, the teleport and mean in
-propagation steps, ranges, and the logits that the model returns.  Data sets without a public split use a random one per seed,
-20 / 30 / rest per class.  One recipe serves every row; its settings were chosen on validation accuracy.
+Test accuracy in percent at the best validation epoch, mean and standard deviation over seeds.  Inputs, weights,
+activations, messages and attention coefficients are at the stated width (0/1 inputs, also with one scale per row, are
+exact in one bit).  Wider, in float32: biases, attention vectors and logits, code sums and their affine step, the state
+of a propagation between its steps, ranges (one scale per node among them), and the logits that the model returns.
+Data sets without a public split use a random one per seed, 20 / 30 / rest per class.  One recipe serves every row; its
+settings were chosen on validation accuracy.
 """
 
 
 def run_cell(dataset: str, model_name: str, seed: int, root: str) -> dict[str, Any]:
     """Every column of one data set, model and seed: validation and test accuracy, best epoch and seconds."""
     torch.set_num_threads(1)
-    # Adam with weight decay drives unused weights into denormal numbers, which a CPU computes with a hundred times slower.
+    # Adam with weight decay drives unused weights into denormal numbers, a hundred times slower on a CPU.
     torch.set_flush_denormal(True)
     data = to_sparse_features(load_dataset(dataset, root, seed=seed), max_density=SPARSE_BELOW)
     torch.manual_seed(seed)

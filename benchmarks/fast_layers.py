@@ -1,7 +1,7 @@
 """PyG's layers with this project's float products, so that two hundred float trainings fit in an hour on one core.
 
-Same parameters, same function, to float rounding (``tests/test_benchmark_models.py``); features may be sparse.  They are
-registered for conversion like the layers they stand for.
+Same parameters, same function, to float rounding (``tests/test_benchmark_models.py``); features may be sparse.  They
+are registered for conversion like the layers they stand for.
 """
 
 from __future__ import annotations

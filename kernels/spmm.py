@@ -142,7 +142,7 @@ def segment_sum(plan: GraphPlan, per_edge: Tensor) -> Tensor:
 
 
 def segment_max(plan: GraphPlan, per_edge: Tensor, empty: float = 0.0) -> Tensor:
-    """Largest per-edge value ``[E, H]`` (CSR order) of each destination, not differentiable; ``empty`` without edges."""
+    """Largest per-edge value ``[E, H]`` (CSR order) of each destination, ``empty`` without edges; no gradient."""
     if per_edge.numel() and _on_cpu(per_edge):
         out = per_edge.new_empty((plan.num_dst, *per_edge.shape[1:]))
         segment_largest(plan.rowptr.numpy(), _rows(per_edge), empty, _rows(out))

@@ -27,7 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train a float model, then its low-bit versions from it")
-    train.add_argument("--dataset", default="demo", help="a data set of PyG, such as Cora or Photo; default the demo graph")
+    train.add_argument("--dataset", default="demo", help="a data set of PyG, such as Photo; default the demo graph")
     train.add_argument("--root", help="folder of the data sets")
     train.add_argument("--model", choices=MODELS, default="GCN")
     train.add_argument("--hidden", type=int, default=64, help="hidden channels")

@@ -44,9 +44,9 @@ class SMPConfig:
     r"""Smoothness-aware message propagation (arXiv 2308.14949, section 4.3), one constraint per layer.
 
     Args:
-        alpha: Bound on the change a layer may make to the similarity of neighbours.  With the default, relative and equal to
-            the square of the largest eigenvalue that a normalized Laplacian can have, a plain averaging layer meets it
-            by itself: only a layer that amplifies differences is corrected.
+        alpha: Bound on the change a layer may make to the similarity of neighbours.  With the default, relative and
+            equal to the square of the largest eigenvalue that a normalized Laplacian can have, a plain averaging layer
+            meets it by itself: only a layer that amplifies differences is corrected.
         bound: ``"relative"``: ``g <= alpha tr(H' L H)``; ``"absolute"``: ``g <= alpha |E|``.
         correction: ``"proximal"``: ``D <- (I + 2 lambda L)^-1 D`` by ``terms`` Jacobi sweeps, stable for every
             multiplier; ``"explicit"``: ``D <- D - 2 eta lambda L D``.
@@ -166,10 +166,10 @@ class QuantConfig:
 
     @classmethod
     def accurate(cls, bits: int = 4, **changes: Any) -> QuantConfig:
-        """The placement of ranges that keeps most accuracy at few bits: a scale per node and half-integer message levels.
+        """The placement of ranges that keeps most accuracy: a scale per node and half-integer message levels.
 
-        Messages of hubs and of leaves differ by orders of magnitude, which one range of four levels cannot hold.  The
-        default, a range per tensor, keeps sums over neighbours in integers and is faster once packed.
+        Messages of hubs and of leaves differ by orders of magnitude, which one range of four levels cannot hold.
+        The default, a range per tensor, keeps sums over neighbours in integers and is faster once packed.
         """
         return cls(**{"bits": bits, "granularity": "node", "message_levels": "half", **changes})
 

@@ -19,8 +19,8 @@ def model_inputs(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[st
 
     A tuple or list is passed as it is, a mapping as keywords.  Of a PyG ``Data`` or ``Batch``, ``x`` and its adjacency
     (``adj_t`` where present, else ``edge_index``) are passed, and whichever of ``edge_weight``, ``edge_attr``,
-    ``edge_type``, ``batch`` and ``pos`` the batch holds and ``model.forward`` names.  Of a ``HeteroData``, ``x_dict`` and
-    ``edge_index_dict`` are passed.
+    ``edge_type``, ``batch`` and ``pos`` the batch holds and ``model.forward`` names.  Of a ``HeteroData``,
+    ``x_dict`` and ``edge_index_dict`` are passed.
 
     Raises:
         TypeError: If the batch is none of these.

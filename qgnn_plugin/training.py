@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .conversion import range_parameters
@@ -13,7 +12,7 @@ __all__ = ["distillation_loss", "parameter_groups"]
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Tensor:
-    r"""Soft cross-entropy :math:`-T^2 \sum_c p_c \log q_c` of two ``[N, C]`` logits at temperature ``T``, mean over nodes.
+    r"""Soft cross-entropy :math:`-T^2 \sum_c p_c \log q_c` of two ``[N, C]`` logits, mean over nodes.
 
     Its gradient is that of the Kullback-Leibler divergence (Hinton et al., 2015); no label enters.
     """

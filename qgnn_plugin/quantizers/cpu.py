@@ -83,7 +83,7 @@ def _sums(grad_x: Any, x: Any, width: int, inverse: Any, lower: Any, sums: Any, 
 
 
 def supports(x: Tensor, scale: Tensor, lower: Tensor) -> bool:
-    """Whether ``x`` is on the CPU, in float32 or float64, and the range is per tensor or per row of its last dimension."""
+    """Whether ``x`` is on the CPU in float32 or float64, and the range is per tensor or per row."""
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or x.numel() == 0:
         return False
     if torch.compiler.is_compiling() or scale.dtype != x.dtype or lower.dtype != x.dtype:

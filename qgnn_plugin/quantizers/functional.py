@@ -20,8 +20,9 @@ from torch.autograd.function import once_differentiable
 
 from . import cpu
 
-__all__ = ["FINE_BITS", "FINE_LEVELS", "levels", "quantize_codes", "truncate"]
+__all__ = ["FINE_BITS", "FINE_LEVELS", "HALF", "levels", "quantize_codes", "truncate"]
 
+HALF = (torch.float16, torch.bfloat16)  # they hold codes, but neither what leads to a code nor sums of codes
 FINE_BITS = 8
 FINE_LEVELS = 2**FINE_BITS - 1
 
@@ -62,7 +63,8 @@ class _QuantizeCodes(torch.autograd.Function):
         else:
             grad_x, grad_scale, grad_lower = _codes_backward(grad, x, scale, lower, ctx.qmax)
         needs = ctx.needs_input_grad
-        return grad_x if needs[0] else None, grad_scale if needs[1] else None, grad_lower if needs[2] else None, None, None
+        gradients = (grad_x, grad_scale, grad_lower)
+        return *(g if needed else None for g, needed in zip(gradients, needs, strict=False)), None, None
 
 
 def _codes(x: Tensor, scale: Tensor, lower: Tensor, qmax: int) -> Tensor:
@@ -87,4 +89,7 @@ def quantize_codes(x: Tensor, scale: Tensor, lower: Tensor, qmax: int, skew: Ten
         qmax: Largest code.
         skew: If given, quantize to 8 bits and truncate with this skewness correction (see :func:`truncate`).
     """
+    if x.dtype in HALF:
+        wide = _QuantizeCodes.apply(x.float(), scale.float(), lower.float(), qmax, skew)
+        return wide.to(x.dtype)
     return _QuantizeCodes.apply(x, scale, lower, qmax, skew)

@@ -1,7 +1,7 @@
 r"""The smoothness constraint of one layer (arXiv 2308.14949, section 4.3; DESIGN section 4).
 
-A layer that turns ``z`` into ``a = P z`` changes its input by ``D = a - z``.  With ``L = I - P``, the change must satisfy
-``g = tr(D' L D) <= bound``; while the multiplier ``lambda`` is positive the change is corrected to
+A layer that turns ``z`` into ``a = P z`` changes its input by ``D = a - z``.  With ``L = I - P``, the change must
+satisfy ``g = tr(D' L D) <= bound``; while the multiplier ``lambda`` is positive the change is corrected to
 ``D <- (I + 2 lambda L)^-1 D``, and ``lambda`` rises with the violation measured on the *realised* change.
 """
 
