@@ -70,7 +70,7 @@ class _Spmm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, Tensor | None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
         plan: GraphPlan = ctx.plan
         x, weight = ctx.saved_tensors
         grad = grad.contiguous()
@@ -132,7 +132,7 @@ class _SegmentSum(torch.autograd.Function):
         return out.index_add_(0, plan.dst, per_edge)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
         return None, grad[ctx.plan.dst]
 
 

@@ -113,7 +113,7 @@ def _sums(  # type: ignore[no-untyped-def]
             else:
                 total = tl.fma(factor, field_floats(fields), total)
     total = isolated_by_feature(total, BITS, ROWS, WORDS)
-    if INTEGER:  # noqa: SIM108 (branches of different types)
+    if INTEGER:
         total = (total >> field_shift(BITS, WORDS).to(tl.uint32)).to(tl.int32)
     else:
         total = unshift(total, BITS, WORDS)

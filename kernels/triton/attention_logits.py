@@ -21,7 +21,7 @@ __all__ = [
 
 
 @triton.jit
-def _leaky(x, slope):  # type: ignore[no-untyped-def]
+def _leaky(x, slope):
     return tl.where(x > 0, x, x * slope)
 
 
@@ -86,7 +86,7 @@ def v2_terms(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def v2_logit(
+def v2_logit(  # type: ignore[no-untyped-def]
     terms,
     word,
     head: tl.constexpr,
@@ -94,7 +94,7 @@ def v2_logit(
     W: tl.constexpr,
     BITS: tl.constexpr,
     HEADS: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+):
     """The logit of one head, ``[ROWS]``."""
     own = _entry_features(word, W, BITS) // (F // HEADS) == head
     return tl.sum(tl.sum(tl.where(own[None, :, :], terms, 0.0), 2), 1)

@@ -102,13 +102,13 @@ def field_shift(bits: tl.constexpr, words: tl.constexpr):  # type: ignore[no-unt
 
 
 @triton.jit
-def field_floats(fields):  # type: ignore[no-untyped-def]
+def field_floats(fields):
     """Fields below 2^23 as float32, exactly and without a conversion instruction."""
     return (fields | MAGIC).to(tl.float32, bitcast=True) - _TWO_23
 
 
 @triton.jit
-def load_words(pointers, mask):  # type: ignore[no-untyped-def]
+def load_words(pointers, mask):
     return tl.load(pointers, mask=mask, other=0).to(tl.uint32, bitcast=True)
 
 
@@ -146,7 +146,7 @@ def pack_features(codes, bits: tl.constexpr, rows: tl.constexpr, words: tl.const
     """Pack a feature tile of int32 codes into a word tile (int32)."""
     parts: tl.constexpr = 8 // bits
     shift = tl.arange(0, parts) * bits
-    if parts > 1:  # noqa: SIM108 (only one branch compiles)
+    if parts > 1:
         lanes = tl.sum(codes << shift[None, :, None], 1)
     else:
         lanes = tl.reshape(codes, [rows, 4 * words])

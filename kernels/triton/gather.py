@@ -85,7 +85,7 @@ def head_tile(  # type: ignore[no-untyped-def]
     if HEADS == 1:
         head = entry
     elif SPAN == 8 // BITS:
-        if width % (4 * W) == 0:  # noqa: SIM108 (a head is whole parts: the same for all words)
+        if width % (4 * W) == 0:
             head = entry // (width // (4 * W))
         else:
             head = (entry * (4 * W) + 4 * column) // width

@@ -32,7 +32,7 @@ def _tile(num_rows, F: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _store_product(a, b, partial):  # type: ignore[no-untyped-def]
+def _store_product(a, b, partial):
     product = a.to(tl.float64) * b.to(tl.float64)
     index = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     tl.store(partial + index, tl.sum(tl.sum(product, 1), 0))

@@ -56,7 +56,7 @@ class _QuantizeCodes(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, lower = ctx.saved_tensors
         if cpu.supports(x, scale, lower):
             grad_x, grad_scale, grad_lower = cpu.codes_backward(grad, x, scale, lower, ctx.qmax)

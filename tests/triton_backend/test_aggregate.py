@@ -54,7 +54,9 @@ def test_largest_codes_do_not_overflow_a_lane(bits: int) -> None:
         assert_same(lambda: aggregate(words, plan, scale, offset, 5, bits))
 
 
-@pytest.mark.parametrize(("bits", "features", "heads"), [(2, 33, 1), (2, 64, 4), (4, 64, 4), (4, 33, 3), (8, 20, 2), (8, 16, 2)])
+@pytest.mark.parametrize(
+    ("bits", "features", "heads"), [(2, 33, 1), (2, 64, 4), (4, 64, 4), (4, 33, 3), (8, 20, 2), (8, 16, 2)]
+)
 def test_weighted(bits: int, features: int, heads: int) -> None:
     plan = plan_of(SMALL["erdos_renyi"]())
     words = packed_rows(plan.num_src, features, bits)
