@@ -13,6 +13,7 @@ from torch import Tensor
 from ..kernels.plan import GraphPlan
 from ..kernels.spmm import segment_sum, spmm
 from ..quantizers import QuantizedTensor
+from ..quantizers.functional import HALF
 
 __all__ = ["aggregate_sum", "linear"]
 
@@ -56,6 +57,9 @@ def linear(x: QuantizedTensor, weight: QuantizedTensor, bias: Tensor | None, exa
     """
     if x.qmax is None and weight.qmax is None and x.pattern is None:
         return F.linear(x.codes, weight.codes, bias)
+    if (dtype := weight.codes.dtype) in HALF:
+        wide = linear(x.to(torch.float32), weight.to(torch.float32), None, exact).to(dtype)
+        return wide if bias is None else wide + bias
     if x.pattern is None and x.scale.dim() == 1 and x.scale.numel() > 1:
         return F.linear(x.dequantize(), weight.dequantize(), bias)
     scale_w, lower_w = weight.scale.reshape(-1), weight.lower.reshape(-1)
@@ -84,6 +88,9 @@ def aggregate_sum(x: QuantizedTensor, plan: GraphPlan, weight: Tensor | None = N
     Returns:
         ``[num_dst, F]`` or ``[num_dst, H, C]``.
     """
+    if (dtype := x.codes.dtype) in HALF and x.qmax is not None:
+        wide_weight = None if weight is None else weight.to(torch.float32)
+        return aggregate_sum(x.to(torch.float32), plan, wide_weight).to(dtype)
     x = x.dense()
     if x.per_node:
         return spmm(plan, x.dequantize(), weight)

@@ -24,7 +24,7 @@ from ..config import OFF
 from ..kernels.plan import GraphPlan
 from ..kernels.spmm import segment_max, segment_sum, spmm
 from ..quantizers import QLRQuantizer, QuantizedTensor
-from ..quantizers.functional import levels
+from ..quantizers.functional import HALF, levels
 from ..smp.constraint import attach_constraint
 from .base import SiteFactory
 from .dropout import dropout
@@ -86,6 +86,9 @@ class _QuantizedAttention(QuantizedConv):
 
     def _attend(self: Any, logits: Tensor, messages: QuantizedTensor, plan: GraphPlan) -> tuple[Tensor, Tensor]:
         """Weighted mean of ``messages`` [N, H, C] under ``logits`` [E, H]; also the attention weights [E, H]."""
+        if (dtype := logits.dtype) in HALF:
+            out, alpha = self._attend(logits.float(), messages.to(torch.float32), plan)
+            return out.to(dtype), alpha.to(dtype)
         peak = segment_max(plan, logits)
         shifted = logits - peak[plan.dst]
         numerator = shifted.exp() if self.attention_bits == OFF else attention_codes(shifted, self.attention_bits)

@@ -136,15 +136,17 @@ def plain_graph(edge_index: Any, size: tuple[int, int], flow: str, weight: Tenso
     return _cached((edge_index, weight), ("plain", size, flow), build)
 
 
-def mean_graph(edge_index: Any, size: tuple[int, int], flow: str) -> NormalizedGraph:
+def mean_graph(
+    edge_index: Any, size: tuple[int, int], flow: str, dtype: torch.dtype = torch.float32
+) -> NormalizedGraph:
     """The graph with ``P`` the mean over neighbours, 0 where there are none; values as in :func:`plain_graph`."""
 
     def build() -> NormalizedGraph:
         graph = plain_graph(edge_index, size, flow)
-        target = (1 / graph.plan.degree.clamp_min(1)).view(-1, 1)
+        target = (1 / graph.plan.degree.to(dtype).clamp_min(1)).view(-1, 1)
         return NormalizedGraph(graph.plan, graph.weight, None, target)
 
-    return _cached((edge_index,), ("mean", size, flow), build)
+    return _cached((edge_index,), ("mean", size, flow, dtype), build)
 
 
 def gcn_graph(

@@ -21,8 +21,8 @@ __all__ = ["QuantizedSAGEConv"]
 class QuantizedSAGEConv(QuantizedConv):
     r"""Quantized :class:`torch_geometric.nn.SAGEConv`.
 
-    A mean or a sum commutes with ``lin_l``: where that does not widen the messages, the layer transforms first and sends
-    quantized ``W_l x``, as GCNConv does.  Otherwise it sends the quantized features and quantizes their aggregate.
+    A mean or a sum commutes with ``lin_l``: where that does not widen the messages, the layer transforms first and
+    sends quantized ``W_l x``, as GCNConv does.  Otherwise it sends the quantized features and quantizes their sum.
     """
 
     units = ("lin_l", "lin_r")
@@ -65,7 +65,7 @@ class QuantizedSAGEConv(QuantizedConv):
 
     def _graph(self: Any, edge_index: Any, size: tuple[int, int]) -> NormalizedGraph:
         if self.aggr == "mean":
-            return mean_graph(edge_index, size, self.flow)
+            return mean_graph(edge_index, size, self.flow, self.lin_l.weight.dtype)
         return plain_graph(edge_index, size, self.flow)
 
     def _transform_first(
@@ -77,7 +77,7 @@ class QuantizedSAGEConv(QuantizedConv):
         if graph.target is not None:
             out = out * graph.target
         if smooth and self.smp is not None and (self.training or self.multiplier_value > 0):
-            smoother = mean_graph(edge_index, size, self.flow)
+            smoother = mean_graph(edge_index, size, self.flow, z.dtype)
             out = self.smooth(z, out, smoother.apply, graph.plan.num_edges)
         return out if self.lin_l.bias is None else out + self.lin_l.bias
 

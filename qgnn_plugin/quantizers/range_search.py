@@ -9,13 +9,14 @@ __all__ = ["Sample", "search_range"]
 
 GRID = 80
 MAX_SAMPLES = 1 << 16
+BLOCK = 1 << 17  # values quantized at once: many ranges of a small tensor, one of a large one
 SMALLEST = 1e-30
 
 
 def _mse(x: Tensor, scale: Tensor, lower: Tensor, qmax: int) -> Tensor:
-    """Mean-squared error per row of ``x`` [R, M]; ``scale`` and ``lower`` are [R, 1]."""
+    """Mean-squared error per row of ``x`` [R, M] for each of G ranges; ``scale`` and ``lower`` are [G, R, 1]."""
     codes = ((x - lower) / scale).add_(0.5).floor_().clamp_(0, qmax)
-    return codes.mul_(scale).add_(lower).sub_(x).square_().mean(1)
+    return codes.mul_(scale).add_(lower).sub_(x).square_().mean(-1)
 
 
 def subsample(x: Tensor) -> Tensor:
@@ -78,14 +79,15 @@ def search_range(x: Tensor, qmax: int, zero_code: float | None) -> tuple[Tensor,
     else:
         below = -low / zero_code if zero_code > 0 else torch.zeros_like(low)
         span = torch.maximum(below, high / (qmax - zero_code)) * qmax
-    best_error = torch.full_like(low.squeeze(1), float("inf"))
+    best_error = torch.full_like(low, float("inf"))
     best_scale, best_lower = torch.ones_like(low), low.clone()
-    for step in range(1, GRID + 1):
-        shrink = step / GRID
-        scale = torch.where(span > 0, shrink / qmax * span, SMALLEST)
-        lower = shrink * low if zero_code is None else -zero_code * scale
-        error = _mse(x, scale, lower, qmax)
-        better = (error < best_error).unsqueeze(1)
+    steps = torch.arange(1, GRID + 1, dtype=torch.float64, device=x.device).view(-1, 1, 1)
+    for shrink in (steps / GRID).split(max(1, BLOCK // x.numel())):
+        scale = torch.where(span > 0, (shrink / qmax).to(x.dtype) * span, SMALLEST)
+        lower = shrink.to(x.dtype) * low if zero_code is None else -zero_code * scale
+        error, index = _mse(x, scale, lower, qmax).unsqueeze(-1).min(0, keepdim=True)
+        error, scale, lower = error[0], scale.gather(0, index)[0], lower.gather(0, index)[0]
+        better = error < best_error
         best_error = torch.minimum(error, best_error)
         best_scale, best_lower = torch.where(better, scale, best_scale), torch.where(better, lower, best_lower)
     if zero_code is None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..kernels.plan import GraphPlan
+from .functional import HALF
 
 __all__ = ["QuantizedTensor"]
 
@@ -58,10 +59,16 @@ class QuantizedTensor:
         codes = self.codes.new_zeros(self.shape).index_put(positions, self.codes)
         return QuantizedTensor(codes, self.scale, self.lower, self.qmax, self.unsigned)
 
+    def to(self, dtype: torch.dtype) -> QuantizedTensor:
+        """The same codes and range in another precision."""
+        return replace(self, codes=self.codes.to(dtype), scale=self.scale.to(dtype), lower=self.lower.to(dtype))
+
     def dequantize(self) -> Tensor:
         r"""The values :math:`c s + l` as a dense tensor."""
         codes = self.dense().codes
         if self.qmax is None:
             return codes
+        if codes.dtype in HALF:
+            return self.dense().to(torch.float32).dequantize().to(codes.dtype)
         values = codes * self.scale
         return values if self.unsigned else values + self.lower
