@@ -11,6 +11,7 @@ import argparse
 import copy
 import dataclasses
 import json
+import math
 import multiprocessing
 import os
 import statistics
@@ -96,8 +97,9 @@ def markdown(cells: list[dict[str, Any]]) -> str:
     for (dataset, model), group in groups.items():
         scores = {c: [100 * cell["results"][c]["test"] for cell in group] for c in COLUMNS}
         means = {c: statistics.mean(values) for c, values in scores.items()}
-        spread = {c: statistics.stdev(values) if len(values) > 1 else 0.0 for c, values in scores.items()}
-        cells_text = " | ".join(f"{means[c]:.1f} ± {spread[c]:.1f}" for c in COLUMNS)
+        spread = {c: statistics.stdev(values) if len(values) > 1 else math.nan for c, values in scores.items()}
+        several = len(group) > 1
+        cells_text = " | ".join(f"{means[c]:.1f}" + (f" ± {spread[c]:.1f}" if several else "") for c in COLUMNS)
         lines.append(f"| {dataset} | {model} | {len(group)} | {cells_text} |")
         for column, (against, points) in AIMS.items():
             loss = means[against] - means[column]

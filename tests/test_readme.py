@@ -11,8 +11,8 @@ README = Path(__file__).parents[1] / "README.md"
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_code_blocks_run_as_printed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(README.parent)
+def test_code_blocks_run_as_printed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)  # the code writes a file
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
     assert len(blocks) >= 3
     namespace: dict[str, object] = {}
