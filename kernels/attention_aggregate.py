@@ -200,9 +200,7 @@ def attention_aggregate(
     if heads < 1 or num_features % heads:
         raise ValueError(f"Expected 'heads' to divide {num_features} features (got {heads})")
     if attention_bits not in (2, 4, 8, FLOAT_BITS):
-        raise ValueError(
-            f"Expected 'attention_bits' to be 2, 4, 8 or {FLOAT_BITS} (got {attention_bits})"
-        )
+        raise ValueError(f"Expected 'attention_bits' to be 2, 4, 8 or {FLOAT_BITS} (got {attention_bits})")
     shapes = {
         "alpha_src": (alpha_src, (plan.num_src, heads)),
         "alpha_dst": (alpha_dst, (plan.num_dst, heads)),
@@ -213,13 +211,11 @@ def attention_aggregate(
     for name, (value, shape) in shapes.items():
         if value is not None and tuple(value.shape) != shape:
             raise ValueError(f"Expected '{name}' of shape {list(shape)} (got {list(value.shape)})")
-    gat, gatv2 = (
-        alpha_src is not None and alpha_dst is not None,
-        att is not None and x_dst is not None,
-    )
-    if gat == gatv2:
+    given = {name for name, (value, _) in shapes.items() if value is not None} - {"alpha_edge"}
+    gatv2 = given == {"att", "x_dst"} and alpha_edge is None
+    if not gatv2 and given != {"alpha_src", "alpha_dst"}:
         raise ValueError(
-            "Expected either 'alpha_src' and 'alpha_dst' (GAT) or 'att' and 'x_dst' (GATv2)"
+            f"Expected either 'alpha_src' and 'alpha_dst' (GAT) or 'att' and 'x_dst' (GATv2) (got {sorted(given)})"
         )
     width = num_features if concat else num_features // heads
     check_output_range(out_scale, out_offset, out_bits, plan.num_dst, width)

@@ -11,7 +11,7 @@ from .epilogue import code_pitch, epilogue, finish_rows, flat
 from .parallel import even_chunks, run_chunks
 from .simd import atomic_add
 
-__all__ = ["quantize_pack"]
+__all__ = ["pack_scaled", "quantize_pack"]
 
 BLOCK_ROWS = 32
 
@@ -30,10 +30,15 @@ def _kernel(x, spec, code_row, bounds, counter):
             finish_rows(x, base, spec.width, nothing, first, count, spec, unpacked)
 
 
-def quantize_pack(x: Tensor, scale: Tensor, offset: Tensor, bits: int) -> Tensor:
+def pack_scaled(x: Tensor, row_factor: Tensor | None, scale: Tensor, offset: Tensor, bits: int) -> Tensor:
+    """Quantize and pack ``row_factor * x``."""
     rows, width = x.shape
-    out, spec = epilogue(rows, width, out_scale=scale, out_offset=offset, out_bits=bits)
+    out, spec = epilogue(rows, width, dst_scale=row_factor, out_scale=scale, out_offset=offset, out_bits=bits)
     if out.numel():
         chunks = even_chunks(rows, 1 + width // 16)
         run_chunks(_kernel, chunks, flat(x), spec, code_pitch(width, bits))
     return out
+
+
+def quantize_pack(x: Tensor, scale: Tensor, offset: Tensor, bits: int) -> Tensor:
+    return pack_scaled(x, None, scale, offset, bits)

@@ -1,0 +1,126 @@
+"""``smp_step`` on the CPU: sums over neighbours, then one elementwise pass for each of them."""
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..smp_step import step_factors
+from . import jit
+from .aggregate import aggregate
+from .epilogue import flat
+from .float_sum import float_sum
+from .memory import empty
+from .parallel import run_chunks
+from .quantize_pack import pack_scaled
+from .simd import atomic_add
+
+__all__ = ["smp_step"]
+
+BLOCK_ROWS = 64  # rows of a partial sum: fixed, so that sums do not depend on the threads
+
+
+@jit.kernel
+def _dot(a, b, c, begin, width):
+    """``<a, b - c>`` over a row, in float64."""
+    total = 0.0
+    for f in range(begin, begin + width):
+        total += np.float64(a[f]) * (b[f] - c[f])
+    return total
+
+
+@jit.kernel
+def _descend(h, x0, neighbours, norm, factors, width, out, change, energy, bounds, counter):
+    """``U`` into ``out`` and, unless it is empty, ``n (U - H)`` into ``change``."""
+    c0, c1, eta = factors
+    while True:
+        block = atomic_add(counter, 0, 1)
+        if block >= bounds.size - 1:
+            break
+        total = 0.0
+        for i in range(bounds[block], bounds[block + 1]):
+            begin = i * width
+            for f in range(begin, begin + width):
+                out[f] = ((c0 * h[f]) + (c1 * neighbours[f])) + (eta * x0[f])
+            if change.size:
+                for f in range(begin, begin + width):
+                    change[f] = (out[f] - h[f]) * norm[i]
+            total += _dot(h, h, neighbours, begin, width)
+        energy[block] = total
+
+
+@jit.kernel
+def _correct(h, sums, norm, c2, width, out, constraint, bounds, counter):
+    """``H' = U - c2 (D - A~ D)`` in place of ``U``; ``sums`` over neighbours of ``n D``."""
+    rough, change = np.empty(width, np.float32), np.empty(width, np.float32)
+    while True:
+        block = atomic_add(counter, 0, 1)
+        if block >= bounds.size - 1:
+            break
+        total = 0.0
+        for i in range(bounds[block], bounds[block + 1]):
+            begin = i * width
+            for f in range(width):
+                change[f] = out[begin + f] - h[begin + f]
+                rough[f] = change[f] - sums[begin + f] * norm[i]
+                out[begin + f] -= c2 * rough[f]
+            for f in range(width):
+                total += np.float64(change[f]) * rough[f]
+        constraint[block] = total
+
+
+def _neighbour_sums(x: Tensor, rowptr: Tensor, col: Tensor) -> Tensor:
+    out = empty(tuple(x.shape), torch.float32)
+    float_sum(rowptr.numpy(), col.numpy(), x.numpy(), out.numpy())
+    return out
+
+
+def smp_step(
+    h: Tensor,
+    x0: Tensor,
+    rowptr: Tensor,
+    col: Tensor,
+    norm: Tensor,
+    eta: float,
+    mu: float,
+    multiplier: float,
+    measure: bool = False,
+    words: Tensor | None = None,
+    scale: Tensor | None = None,
+    offset: Tensor | None = None,
+    bits: int = 0,
+    out_scale: Tensor | None = None,
+    out_offset: Tensor | None = None,
+    out_bits: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    h, x0 = h.detach().contiguous(), x0.detach().contiguous()
+    rows, width = h.shape
+    out = empty((rows, width), torch.float32)
+    packed = torch.empty((0, 0), dtype=torch.int32)
+    stats = np.zeros((2, -(-rows // BLOCK_ROWS)))
+    if out.numel():
+        factor = norm.detach().reshape(-1, 1)
+        if words is None:
+            neighbours = _neighbour_sums(h * factor, rowptr, col) * factor
+        else:
+            neighbours = aggregate(words, rowptr, col, scale, offset, width, bits, dst_scale=norm)
+        bounds = np.append(np.arange(0, rows, BLOCK_ROWS), rows)
+        c0, c1, c2 = step_factors(eta, mu, multiplier)
+        again = measure or multiplier != 0
+        change = empty((rows, width) if again else (0, 0), torch.float32)
+        factors = (np.float32(c0), np.float32(c1), np.float32(eta))
+        run_chunks(
+            _descend, bounds, flat(h), flat(x0), flat(neighbours), flat(norm), factors, width,
+            flat(out), flat(change), stats[1],
+        )  # fmt: skip
+        if again:
+            sums = _neighbour_sums(change, rowptr, col)
+            run_chunks(
+                _correct, bounds, flat(h), flat(sums), flat(norm), np.float32(c2), width,
+                flat(out), stats[0],
+            )  # fmt: skip
+    if out_bits:
+        packed = pack_scaled(out, norm, out_scale, out_offset, out_bits)
+    return out, packed, torch.from_numpy(stats.sum(1)).to(torch.float32)

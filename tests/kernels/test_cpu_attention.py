@@ -1,0 +1,118 @@
+"""``attention_aggregate`` and ``smp_step`` on the CPU against their references."""
+
+from typing import Any
+
+import pytest
+import torch
+from cpu_support import assert_equal, output_range, plan_of, random_range, random_words
+from torch import Tensor
+
+from qgnn_plugin.kernels.attention_aggregate import attention_aggregate
+from qgnn_plugin.kernels.layout import pack_codes, top_code
+from qgnn_plugin.kernels.plan import GraphPlan
+from qgnn_plugin.kernels.smp_step import smp_step
+
+pytestmark = pytest.mark.usefixtures("poison_empty")
+SHAPES = [(1, 7), (4, 16), (8, 8), (3, 5)]
+
+
+def gat(plan: GraphPlan, heads: int) -> dict[str, Any]:
+    source, target = torch.randn(plan.num_src, heads), torch.randn(plan.num_dst, heads)
+    return {"heads": heads, "alpha_src": 2 * source, "alpha_dst": 2 * target}
+
+
+@pytest.mark.parametrize("attention_bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("graph", ["power_law", "isolated_nodes", "no_edges", "star"])
+def test_quantized_numerators_are_exact(graph: str, bits: int, attention_bits: int) -> None:
+    plan = plan_of(graph)
+    for heads, channels in SHAPES[:1] if graph == "star" else SHAPES:
+        width = heads * channels
+        words = random_words(plan.num_src, width, bits)
+        options = gat(plan, heads) | random_range("column", plan.num_src, width)
+        options.update(num_features=width, bits=bits, attention_bits=attention_bits)
+        assert_equal(attention_aggregate, words, plan, **options)
+        packed = output_range("column", plan.num_dst, width, bits, 2.0)
+        bias = torch.randn(width)
+        assert_equal(attention_aggregate, words, plan, **options, **packed, bias=bias, relu=True)
+
+
+@pytest.mark.parametrize(("heads", "channels"), SHAPES)
+@pytest.mark.parametrize("kind", ["tensor", "row"])
+@pytest.mark.parametrize("form", ["gat", "gat with edges", "gatv2"])
+def test_float_numerators(form: str, kind: str, heads: int, channels: int) -> None:
+    plan, width, bits = plan_of("power_law"), heads * channels, 4
+    words = random_words(plan.num_src, width, bits)
+    options: dict[str, Any] = gat(plan, heads)
+    if form == "gat with edges":
+        options["alpha_edge"] = torch.randn(plan.num_edges, heads)
+    if form == "gatv2":
+        att, x_dst = torch.randn(heads, channels) / 2, torch.randn(plan.num_dst, width)
+        options = {"heads": heads, "att": att, "x_dst": x_dst}
+    options |= random_range(kind, plan.num_src, width)
+    for concat in (True, False):
+        assert_equal(
+            attention_aggregate, words, plan, tolerance=1e-5, **options, num_features=width, bits=bits, concat=concat
+        )
+
+
+def test_sums_past_an_int32() -> None:
+    """100,001 equal logits over full 8-bit codes: sum k c is 6.5e9."""
+    degree, width = 100_001, 5
+    words = pack_codes(torch.full((2, width), top_code(8)), 8)
+    col = torch.zeros(degree, dtype=torch.int32)
+    plan = GraphPlan(torch.tensor([0, degree, degree]), col, 2)
+    logits = torch.zeros(2, 1)
+    out = attention_aggregate(
+        words, plan, torch.ones(1), torch.zeros(1), width, 8,
+        attention_bits=8, alpha_src=logits, alpha_dst=logits,
+    )  # fmt: skip
+    torch.testing.assert_close(out, torch.tensor([[255.0], [0.0]]).expand(2, width))
+
+
+def test_attention_errors() -> None:
+    plan = plan_of("erdos_renyi")
+    words, one = random_words(plan.num_src, 40, 2), torch.ones(1)
+    with pytest.raises(ValueError, match="'heads' to divide 40 features"):
+        attention_aggregate(words, plan, one, one, 40, 2, heads=3)
+    with pytest.raises(ValueError, match="'attention_bits' to be 2, 4, 8 or 32"):
+        attention_aggregate(words, plan, one, one, 40, 2, attention_bits=3)
+    with pytest.raises(ValueError, match="either 'alpha_src' and 'alpha_dst'"):
+        attention_aggregate(words, plan, one, one, 40, 2, **gat(plan, 1), att=torch.ones(1, 40))
+    with pytest.raises(ValueError, match=r"'alpha_src' of shape \[60, 4\]"):
+        attention_aggregate(words, plan, one, one, 40, 2, **(gat(plan, 1) | {"heads": 4}))
+
+
+@pytest.mark.parametrize("multiplier", [0.0, 0.3])
+@pytest.mark.parametrize("bits", [0, 2, 4])
+def test_smp_step(bits: int, multiplier: float) -> None:
+    plan, width = plan_of("power_law"), 33
+    h, x0 = torch.randn(2, plan.num_src, width)
+    norm = plan.degree.clamp(min=1).rsqrt()
+    options: dict[str, Any] = {"eta": 0.1, "mu": 9.0, "multiplier": multiplier, "measure": True}
+    if bits:
+        span = random_range("tensor", plan.num_src, width)
+        options |= span | {"words": random_words(plan.num_src, width, bits), "bits": bits}
+
+    def step() -> tuple[Tensor, ...]:
+        return smp_step(h, x0, plan, norm, **options)
+
+    assert_equal(step, tolerance=1e-5)
+    packed = output_range("tensor", plan.num_src, width, 4, 2.0)
+    out, words, _ = smp_step(h, x0, plan, norm, **options, **packed)
+    span = {"scale": packed["out_scale"], "offset": packed["out_offset"]}
+    from qgnn_plugin.kernels.quantize_pack import quantize_pack
+
+    assert torch.equal(words, quantize_pack(out * norm.view(-1, 1), **span, bits=4))
+
+
+def test_smp_step_is_an_appnp_step() -> None:
+    """DESIGN section 4: with mu = 9 and eta = 0.1 the teleport probability is 0.1."""
+    plan = plan_of("self_loops")
+    h, x0 = torch.randn(2, plan.num_src, 8)
+    norm = plan.degree.rsqrt()
+    dense = torch.zeros(plan.num_dst, plan.num_src)
+    dense.index_put_((plan.dst, plan.col.long()), torch.ones(()), accumulate=True)
+    expected = 0.9 * (norm.view(-1, 1) * dense * norm) @ h + 0.1 * x0
+    out, _, _ = smp_step(h, x0, plan, norm, eta=0.1, mu=9.0)
+    torch.testing.assert_close(out, expected)

@@ -1,0 +1,95 @@
+"""Every op under ``opcheck``, ``torch.compile(fullgraph=True)`` and ``torch.export``."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cpu_support import plan_of, random_words
+
+from qgnn_plugin.kernels import (  # noqa: F401
+    aggregate,
+    attention_aggregate,
+    fake_quantize,
+    linear,
+    quantize_pack,
+    smp_step,
+    unpack_dequantize,
+)
+
+WIDTH = 40
+
+
+def _cases() -> dict[str, Callable[[], tuple[Any, ...]]]:
+    one, zero = torch.ones(1), torch.zeros(1)
+    plan = plan_of("erdos_renyi")
+    graph = (plan.rowptr, plan.col)
+
+    def words(rows: int = plan.num_src) -> torch.Tensor:
+        return random_words(rows, WIDTH, 2)
+
+    x, alpha = torch.randn(plan.num_src, WIDTH), torch.randn(plan.num_src, 2)
+    return {
+        "quantize_pack": lambda: (x, one, zero, 2),
+        "unpack_dequantize": lambda: (words(), one, zero, WIDTH, 2),
+        "fake_quantize": lambda: (
+            x.clone().requires_grad_(),
+            one.clone().requires_grad_(),
+            zero.clone().requires_grad_(),
+            2,
+        ),
+        "fake_quantize_backward": lambda: (x, x, one, zero, 2),
+        "aggregate": lambda: (words(), *graph, one, zero, WIDTH, 2),
+        "attention_aggregate": lambda: (
+            words(), *graph, one, zero, WIDTH, 2, 2, 4, 0.2, alpha, alpha,
+        ),
+        "linear": lambda: (words(), words(7), one, zero, one, zero, WIDTH, 2, 2),
+        "smp_step": lambda: (x, x, *graph, alpha[:, 0].abs(), 0.1, 9.0, 0.1, True),
+    }  # fmt: skip
+
+
+OPS = list(_cases())
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck(op: str) -> None:
+    torch.library.opcheck(getattr(torch.ops.qgnn, op).default, _cases()[op]())
+
+
+class _Module(torch.nn.Module):
+    def __init__(self, op: str, constants: tuple[Any, ...]) -> None:
+        super().__init__()
+        self.op, self.constants = getattr(torch.ops.qgnn, op), constants
+
+    def forward(self, *tensors: torch.Tensor) -> Any:
+        return self.op(*tensors, *self.constants)
+
+
+def _module(op: str) -> tuple[_Module, tuple[torch.Tensor, ...]]:
+    args = _cases()[op]()
+    count = next(i for i, value in enumerate(args) if not isinstance(value, torch.Tensor))
+    if any(isinstance(value, torch.Tensor) for value in args[count:]):
+        pytest.skip("arguments alternate")
+    tensors = tuple(value.detach() for value in args[:count])
+    return _Module(op, args[count:]), tensors
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_compiles_without_graph_breaks(op: str) -> None:
+    args = tuple(v.detach() if isinstance(v, torch.Tensor) else v for v in _cases()[op]())
+    function = getattr(torch.ops.qgnn, op)
+    compiled = torch.compile(lambda *a: function(*a), fullgraph=True, backend="aot_eager")
+    for want, got in zip(_flat(function(*args)), _flat(compiled(*args)), strict=True):
+        assert torch.equal(want, got)
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op != "attention_aggregate"])
+def test_exports(op: str) -> None:
+    module, tensors = _module(op)
+    program = torch.export.export(module, tensors)
+    for want, got in zip(_flat(module(*tensors)), _flat(program.module()(*tensors)), strict=True):
+        assert torch.equal(want, got)
+
+
+def _flat(value: Any) -> tuple[torch.Tensor, ...]:
+    return value if isinstance(value, tuple) else (value,)
