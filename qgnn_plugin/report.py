@@ -149,6 +149,7 @@ def _report(name: str, layer: Any) -> LayerReport:
     )
 
 
+@torch.no_grad()
 def _range(quantizer: QLRQuantizer) -> tuple[float, float] | None:
     kind = quantizer.range_kind
     if quantizer.bits == OFF or kind == RangeKind.UNSET or kind >= RangeKind.ONE_BIT_ROWS:
