@@ -1,0 +1,337 @@
+"""Code-space arithmetic against a second path: dense float64 computation on the dequantized tensors."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from core.support import CONVS, NODES, OUT, WIDTH, features, graph, quantized
+from graphs import erdos_renyi, star
+from torch import Tensor, nn
+from torch_geometric.nn import APPNP, GCNConv, SAGEConv
+
+import qgnn_plugin as qgnn
+from qgnn_plugin import QLRQuantizer, QuantConfig
+from qgnn_plugin.kernels.plan import GraphPlan
+from qgnn_plugin.layers.arithmetic import aggregate_sum, linear
+from qgnn_plugin.layers.attention import attention_codes, attention_thresholds
+
+
+def assert_near(actual: Tensor, expected: Tensor, tolerance: float = 2e-6) -> None:
+    """Relative to the largest value."""
+    error = float((actual.detach().double() - expected.detach()).abs().max())
+    largest = float(expected.detach().abs().max())
+    assert error <= tolerance * largest + 1e-12, f"off by {error / largest:.2g} of the largest value"
+
+
+def fitted(x: Tensor, bits: int, **options: Any) -> QLRQuantizer:
+    quantizer = QLRQuantizer(bits, **options)
+    quantizer.set_range(x)
+    return quantizer.eval()
+
+
+# The two sums ########################################################################################
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "node"])
+@pytest.mark.parametrize("levels", ["affine", "unsigned", "half"])
+@pytest.mark.parametrize("weight_granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("weight_levels", ["affine", "symmetric", "half"])
+def test_linear(granularity: str, levels: str, weight_granularity: str, weight_levels: str) -> None:
+    x = torch.randn(30, 70)
+    x = x.abs() if levels == "unsigned" else x
+    weight, bias = torch.randn(9, 70), torch.randn(9)
+    for bits, weight_bits in [(8, 8), (2, 4), (32, 4), (4, 32)]:
+        qx = fitted(x, bits, levels=levels, granularity=granularity, channels=70)(x)
+        options = {"granularity": weight_granularity, "channels": 9, "channel_dim": 0}
+        qw = fitted(weight, weight_bits, levels=weight_levels, **options)(weight)
+        expected = qx.dequantize().double() @ qw.dequantize().double().t() + bias.double()
+        for exact in (True, False):  # sums of offset codes are larger than what they come to
+            assert_near(linear(qx, qw, bias, exact), expected, 1e-5)
+        assert_near(linear(qx, qw, None, True), expected - bias.double(), 1e-5)
+
+
+def test_linear_of_one_and_three_dimensions() -> None:
+    x, weight = torch.randn(5, 4, 12), torch.randn(7, 12)
+    for granularity in ("tensor", "node"):
+        quantizer = fitted(x, 8, granularity=granularity)
+        qw = fitted(weight, 8, levels="half")(weight)
+        expected = quantizer(x).dequantize().double() @ qw.dequantize().double().t()
+        assert_near(linear(quantizer(x), qw, None, True), expected)
+        row = linear(quantizer(x[0, 0]), qw, None, True)
+        torch.testing.assert_close(row, linear(quantizer(x), qw, None, True)[0, 0])
+
+
+@pytest.mark.parametrize("kind", ["one bit", "one bit rows", "non-negative", "signed"])
+@pytest.mark.parametrize("weight_levels", ["affine", "half"])
+def test_linear_on_sparse_features(kind: str, weight_levels: str) -> None:
+    x = (torch.rand(30, 90) < 0.1).float()
+    x = {
+        "one bit": x,
+        "one bit rows": x * torch.rand(30, 1),
+        "non-negative": x * torch.rand(30, 90),
+        "signed": x * torch.randn(30, 90),
+    }[kind]
+    weight = torch.randn(9, 90)
+    qw = fitted(weight, 4, levels=weight_levels, granularity="channel", channels=9, channel_dim=0)(weight)
+    quantizer = QLRQuantizer(4).train()
+    sparse = quantizer(x.to_sparse_csr())
+    expected = sparse.dequantize().double() @ qw.dequantize().double().t()
+    assert_near(linear(sparse, qw, None, True), expected, 1e-5)
+    assert torch.equal(linear(sparse, qw, None, True), linear(quantizer(x), qw, None, True))
+
+
+def test_sums_of_codes_are_exact_integers_in_eval() -> None:
+    """4,096 products of 255 x 255 pass 2^24; the order of the features must still not matter."""
+    x, weight = torch.rand(8, 4096), torch.rand(5, 4096)
+    qx, qw = fitted(x, 8), fitted(weight, 8, levels="unsigned")
+    order = torch.randperm(4096)
+    out = linear(qx(x), qw(weight), None, True)
+    assert torch.equal(out, linear(qx(x[:, order]), qw(weight[:, order]), None, True))
+    codes = (qx(x).codes.long() @ qw(weight).codes.long().t()).double()
+    scale = qw.log_scale.exp().double() * qx.log_scale.exp().double()
+    assert_near(out, codes * scale)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "node"])
+@pytest.mark.parametrize("levels", ["affine", "symmetric", "half"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_aggregate_sum(granularity: str, levels: str, weighted: bool) -> None:
+    plan = GraphPlan.from_edges(*erdos_renyi().edge_index, 60, 60)
+    weight = torch.randn(plan.num_edges) if weighted else None
+    dense = torch.zeros(60, 60, dtype=torch.float64)
+    values = torch.ones(plan.num_edges) if weight is None else weight
+    dense.index_put_((plan.dst, plan.col.long()), values.double(), accumulate=True)
+    for shape in ((60, 10), (60, 3, 4)):
+        x = torch.randn(shape)
+        if len(shape) == 3 and granularity == "channel":
+            continue
+        quantized_x = fitted(x, 4, levels=levels, granularity=granularity, channels=10)(x)
+        expected = torch.einsum("ij,j...->i...", dense, quantized_x.dequantize().double())
+        per_head = weight if weight is None or len(shape) == 2 else weight.unsqueeze(1).expand(-1, 3)
+        out = aggregate_sum(quantized_x, plan, per_head)
+        assert out.shape == shape
+        assert_near(out, expected)
+
+
+def test_hubs_sum_exactly_beyond_two_to_the_24() -> None:
+    leaves = 70_001
+    plan = GraphPlan.from_edges(*star(leaves).edge_index, leaves + 1, leaves + 1)
+    x = torch.full((leaves + 1, 1), 1.0)
+    x[1, 0] = 0.0
+    x[2:, 0] -= torch.arange(leaves - 1) % 2 / 255  # codes 255 and 254 in turn
+    quantizer = fitted(x, 8)
+    with torch.no_grad():
+        quantizer.log_scale.fill_(torch.tensor(1 / 255).log())
+    codes = quantizer(x).codes
+    total = int(codes[1:].long().sum())
+    assert total > 2**24
+    out = aggregate_sum(quantizer(x), plan)
+    scale = quantizer.log_scale.detach().exp()
+    assert out[0, 0] == torch.tensor(float(total)) * scale
+    order = torch.cat([torch.zeros(1, dtype=torch.long), 1 + torch.randperm(leaves)])
+    assert torch.equal(aggregate_sum(quantizer(x[order]), plan)[0], out[0])
+
+
+# Whole layers ########################################################################################
+
+
+class Trace:
+    """What every quantizer of a converted layer was given and made of it, followed step by step.
+
+    A step of the reference must agree with what the layer's quantizer was given; it then goes on from the layer's
+    own codes: near the border of two codes, float64 and float32 may rightly differ.
+    """
+
+    def __init__(self, layer: nn.Module, *args: Any) -> None:
+        self.calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self.sites = qgnn.quantizers(layer)
+        handles = [q.register_forward_hook(self._recorder(name)) for name, q in self.sites.items()]
+        self.out = layer(*args)
+        for handle in handles:
+            handle.remove()
+
+    def _recorder(self, name: str) -> Any:
+        def record(module: nn.Module, args: Any, out: Any) -> None:
+            self.calls.setdefault(name, []).append((args[0].detach(), out.dequantize().double().detach()))
+
+        return record
+
+    def __call__(self, site: str, values: Tensor) -> Tensor:
+        name = f"{site}_quantizer" if "step" not in site else site
+        if name not in self.calls and self.sites[name].bits == 32:
+            return values.double()  # a layer may pass by a site that is off
+        given, made = self.calls[name].pop(0)
+        assert_near(given, values.double())
+        return made
+
+    def linear(self, name: str, layer: Any, x: Tensor, bias: bool = True) -> Tensor:
+        """``x`` in float64 through a converted linear layer."""
+        if layer.input_quantizer is not None:
+            x = self(f"{name}.input", x)
+        out = x @ self(f"{name}.weight", layer.weight).t()
+        return out + layer.bias.detach().double() if bias and layer.bias is not None else out
+
+    def finish(self, expected: Tensor) -> None:
+        """The layer's output is ``expected``, and nothing was quantized that the reference did not follow."""
+        assert_near(self.out, expected)
+        assert not any(self.calls.values()), self.calls
+
+
+def dense_adjacency(edge_index: Tensor, weight: Tensor | None = None) -> Tensor:
+    matrix = torch.zeros(NODES, NODES, dtype=torch.float64)
+    values = torch.ones(edge_index.size(1)) if weight is None else weight
+    return matrix.index_put((edge_index[1], edge_index[0]), values.double(), accumulate=True)
+
+
+def with_loops(adjacency: Tensor) -> Tensor:
+    missing = (adjacency.diagonal() == 0).double()
+    return adjacency + torch.diag(missing)
+
+
+CONFIGS = {
+    "4 bits": QuantConfig(bits=4),
+    "8 bits": QuantConfig(bits=8),
+    "2 bits": QuantConfig(bits=2),
+    "mixed": QuantConfig(bits=4, weight_bits=2, message_bits=8, weight_levels="affine", attention_bits=4),
+    "half messages": QuantConfig(bits=4, message_levels="half", weight_granularity="tensor"),
+    "per node": QuantConfig(bits=4, granularity="node"),
+    "per channel": QuantConfig(bits=4, granularity="channel"),
+    "float weights": QuantConfig(bits=4, weight_bits=32),
+    "float messages": QuantConfig(bits=4, message_bits=32, attention_bits=32),
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_gcn(config: str, weighted: bool) -> None:
+    x, edge_index = features(), graph()
+    weight = torch.rand(edge_index.size(1)) + 0.1 if weighted else None
+    args = (x, edge_index, weight)
+    layer: Any = quantized(GCNConv(WIDTH, OUT), *args, config=CONFIGS[config])
+    matrix = with_loops(dense_adjacency(edge_index, weight))
+    factor = matrix.sum(1).rsqrt().unsqueeze(1)
+    trace = Trace(layer, *args)
+    messages = trace("message", trace.linear("lin", layer.lin, x) * factor)
+    trace.finish(factor * (matrix @ messages) + layer.bias.detach().double())
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("out", [OUT, 2 * WIDTH])
+@pytest.mark.parametrize("aggr", ["mean", "sum"])
+def test_sage(config: str, out: int, aggr: str) -> None:
+    x, edge_index = features(), graph()
+    layer: Any = quantized(SAGEConv(WIDTH, out, aggr=aggr), x, edge_index, config=CONFIGS[config])
+    matrix = dense_adjacency(edge_index)
+    operator = matrix / matrix.sum(1, keepdim=True).clamp_min(1) if aggr == "mean" else matrix
+    trace = Trace(layer, x, edge_index)
+    sent = trace("input", x)
+    bias = layer.lin_l.bias.detach().double()
+    if out <= WIDTH:
+        neighbours = operator @ trace("message", trace.linear("lin_l", layer.lin_l, sent, bias=False))
+    else:
+        neighbours = trace.linear("lin_l", layer.lin_l, operator @ sent, bias=False)
+    trace.finish(neighbours + bias + trace.linear("lin_r", layer.lin_r, sent))
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_gin(config: str) -> None:
+    x, edge_index = features(), graph()
+    conv = CONVS["GINConv"]()
+    conv.eps.data.fill_(0.3)
+    layer: Any = quantized(conv, x, edge_index, config=CONFIGS[config])
+    trace = Trace(layer, x, edge_index)
+    sent = trace("message", x)
+    hidden = dense_adjacency(edge_index) @ sent + 1.3 * sent
+    trace.finish(trace.linear("nn.2", layer.nn[2], trace.linear("nn.0", layer.nn[0], hidden).relu()))
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_appnp(config: str) -> None:
+    x, edge_index = features(), graph()
+    layer: Any = quantized(APPNP(3, 0.2), x, edge_index, config=CONFIGS[config])
+    matrix = with_loops(dense_adjacency(edge_index))
+    factor = matrix.sum(1).rsqrt().unsqueeze(1)
+    trace = Trace(layer, x, edge_index)
+    start = out = trace("input", x)
+    for step in range(3):
+        out = 0.8 * factor * (matrix @ trace(f"step_quantizers.{step}", out * factor)) + 0.2 * start
+    trace.finish(out)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("name", ["GATConv", "GATv2Conv"])
+def test_attention(config: str, name: str) -> None:
+    """Softmax over a dense matrix of logits, its numerators rounded half up to ``Q`` levels."""
+    x, edge_index = features(), graph()
+    layer: Any = quantized(CONVS[name](), x, edge_index, config=CONFIGS[config])
+    shape = (NODES, layer.heads, layer.out_channels)
+    mask = with_loops(dense_adjacency(edge_index)).unsqueeze(-1) > 0
+    trace = Trace(layer, x, edge_index)
+    if name == "GATConv":
+        z = trace.linear("lin", layer.lin, x).view(shape)
+        sent = trace("message", z)
+        logits = (z * layer.att_src.double()).sum(-1) + (z * layer.att_dst.double()).sum(-1).unsqueeze(1)
+        logits = F.leaky_relu(logits, layer.negative_slope)
+    else:
+        sent = trace("message", trace.linear("lin_l", layer.lin_l, x).view(shape))
+        target = trace("target", trace.linear("lin_r", layer.lin_r, x).view(shape))
+        hidden = F.leaky_relu(sent.unsqueeze(0) + target.unsqueeze(1), layer.negative_slope)
+        logits = (hidden * layer.att.double()).sum(-1)
+    logits = logits.detach().masked_fill(~mask, -torch.inf)
+    numerator = (logits - logits.amax(1, keepdim=True)).exp()
+    if layer.attention_bits != 32:
+        numerator = torch.floor(numerator * (2**layer.attention_bits - 1) + 0.5)
+    expected = torch.einsum("ijh,jhc->ihc", numerator, sent) / numerator.sum(1).unsqueeze(-1)
+    trace.finish(expected.flatten(1) + layer.bias.detach().double())
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_linear_layer(config: str) -> None:
+    x = features()
+    layer: Any = quantized(nn.Linear(WIDTH, OUT), x, config=CONFIGS[config])
+    trace = Trace(layer, x)
+    given, _ = trace.calls["input_quantizer"][0]
+    assert torch.equal(given, x)
+    made = trace("input", x) @ trace("weight", layer.weight).t()
+    trace.finish(made + layer.bias.detach().double())
+
+
+# Attention codes #####################################################################################
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_attention_codes_round_the_numerator(bits: int) -> None:
+    qmax = 2**bits - 1
+    shifted = -torch.rand(5000, dtype=torch.float64) * 8
+    expected = torch.floor(shifted.exp() * qmax + 0.5)
+    assert torch.equal(attention_codes(shifted, bits), expected)
+    assert attention_codes(torch.zeros(1), bits).item() == qmax
+    assert attention_codes(torch.tensor([-1e4, -float("inf")]), bits).tolist() == [0, 0]
+    thresholds = attention_thresholds(bits)
+    assert len(thresholds) == qmax
+    assert list(thresholds) == sorted(thresholds)
+
+
+def test_attention_codes_pass_the_gradient_of_the_exponential() -> None:
+    shifted = (-torch.rand(50, dtype=torch.float64) * 4).requires_grad_()
+    attention_codes(shifted, 4).sum().backward()
+    torch.testing.assert_close(shifted.grad, 15 * shifted.detach().exp())
+
+
+def test_attention_gradient_is_that_of_the_float_layer_to_quantization_error() -> None:
+    torch.manual_seed(1)
+    x, edge_index = features(), graph()
+    conv = CONVS["GATConv"]()
+    qconv = qgnn.quantize_model(conv, 8)
+    qgnn.calibrate(qconv, (x, edge_index))
+    grad = torch.randn(NODES, 18)
+    for layer in (conv, qconv):
+        layer.train()(x, edge_index).backward(grad)
+    # Values an ulp beyond a fitted range, such as a row's largest weight, pass no gradient.
+    bounds = {"lin.weight": 0.2}
+    for name, parameter in conv.named_parameters():
+        actual = qconv.get_parameter(name).grad
+        assert actual is not None
+        assert parameter.grad is not None
+        assert (actual - parameter.grad).norm() < bounds.get(name, 0.05) * parameter.grad.norm(), name
