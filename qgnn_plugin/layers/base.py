@@ -112,7 +112,10 @@ def restore_class(layer: Any) -> None:
     for name in _ATTRIBUTES:
         layer.__dict__.pop(name, None)
     layer.__class__ = type(layer).float_class
-    bind_propagate(layer)
+    release_propagate(layer)
+    state: Any = layer
+    if getattr(state, "explain", False) or getattr(state, "decomposed_layers", 1) > 1:
+        state.propagate = type(state)._orig_propagate.__get__(state)
 
 
 _ATTRIBUTES = (
@@ -127,8 +130,8 @@ _ATTRIBUTES = (
 )
 
 
-def bind_propagate(layer: Any) -> None:
-    """Let ``propagate`` be the one that the class of ``layer`` has.
+def release_propagate(layer: Any) -> None:
+    """Let ``propagate`` be the one of the layer's class.
 
     PyG binds a ``propagate`` to the instance when ``explain`` or ``decomposed_layers`` are set; it would outlive a
     change of class.
@@ -136,17 +139,13 @@ def bind_propagate(layer: Any) -> None:
     Raises:
         ValueError: If something else is bound there: conversion would have no effect on it.
     """
-    bound = layer.__dict__.pop("propagate", None)
-    if bound is None:
-        return
-    if getattr(bound, "__func__", bound).__name__ not in ("propagate", "quantized_propagate"):
-        layer.propagate = bound
+    bound = layer.__dict__.get("propagate")
+    if bound is not None and getattr(bound, "__func__", bound).__name__ not in ("propagate", "quantized_propagate"):
         raise ValueError(
             f"Expected the class of a {type(layer).__name__} to define 'propagate' (got one bound to the instance, "
             f"which conversion cannot reach); define it in a subclass"
         )
-    if not isinstance(layer, QuantizedLayer) and (layer.explain or layer.decomposed_layers > 1):
-        layer.propagate = type(layer)._orig_propagate.__get__(layer)
+    layer.__dict__.pop("propagate", None)
 
 
 @dataclass

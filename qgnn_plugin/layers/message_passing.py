@@ -30,13 +30,14 @@ class QuantizedConv(QuantizedLayer, SmoothLayer):
 
         Becomes ``propagate`` of the concrete class (see :func:`~qgnn_plugin.layers.base.quantized_class`).
         """
+        x = kwargs.get("x")
+        pair = isinstance(x, (tuple, list))
+        bipartite = pair and x[1] is not x[0]
         kwargs = self.quantized_arguments(kwargs)
         out = self.float_propagate(edge_index, size, **kwargs)
-        x = kwargs.get("x")
-        if isinstance(x, (tuple, list)):
-            x = x[0]
+        x = kwargs["x"][0] if pair else kwargs.get("x")
         # x may have been quantized; the constraint is on what the layer does to what it propagates.
-        if self.smp is None or not isinstance(x, Tensor) or x.shape != out.shape or not self._is_square(x):
+        if self.smp is None or bipartite or not isinstance(x, Tensor) or x.shape != out.shape or not self._is_square(x):
             return out
         if not (self.training or self.multiplier_value > 0):
             return out

@@ -11,7 +11,7 @@ from torch_geometric.nn import Linear as PyGLinear
 
 from .appnp import QuantizedAPPNP
 from .attention import QuantizedGATConv, QuantizedGATv2Conv
-from .base import QuantizedLayer, SiteFactory, bind_propagate, quantized_class
+from .base import QuantizedLayer, SiteFactory, quantized_class, release_propagate
 from .gcn import QuantizedGCNConv
 from .gin import QuantizedGINConv
 from .linear import QuantizedLinear
@@ -66,7 +66,7 @@ def convert_layer(
     before = _snapshot(layer)
     try:
         if isinstance(layer, MessagePassing):
-            bind_propagate(layer)
+            release_propagate(layer)
         mixin.attach(layer, sites, **options)
         if output:
             layer.output_quantizer = sites.make("output", "output")
