@@ -436,11 +436,15 @@ def vlive(typingctx, count, whole):
     return signature(types.intp, types.intp, whole), lambda context, builder, sig, args: args[0]
 
 
+_LINE_BYTES = 64
+
+
 def _store(name: str, nontemporal: bool):
     def impl(typingctx, array, offset, value):
         def codegen(context, builder, sig, args):
             pointer = _vector_pointer(context, builder, array, args[0], args[1], value)
-            lanes_bytes = _alignment(value) * (value.lanes if nontemporal else 1)
+            size = _alignment(value) * value.lanes
+            lanes_bytes = min(_LINE_BYTES, size) if nontemporal else _alignment(value)
             store = builder.store(args[2], pointer, align=lanes_bytes)
             if nontemporal:
                 node = builder.module.add_metadata([ir.IntType(32)(1)])
@@ -456,7 +460,7 @@ def _store(name: str, nontemporal: bool):
 vstore = _store("vstore", nontemporal=False)
 vstream = _store(
     "vstream", nontemporal=True
-)  # the address must be a multiple of the vector's bytes
+)  # to whole cache lines
 
 
 @intrinsic
