@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
