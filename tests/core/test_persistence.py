@@ -1,0 +1,341 @@
+"""Copies, pickles, state dicts, moves: quantization stays on, for the copy and for the original."""
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from core.support import CONVS, OUT, WIDTH, Plain, assert_same_state, features, graph, quantized, relative, state
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from torch_geometric.nn import GAT, GCN, GIN, GATConv, GCNConv, GraphConv, GraphSAGE, MessagePassing
+
+import qgnn_plugin as qgnn
+from qgnn_plugin import QuantConfig
+from qgnn_plugin.conversion import quantized_layers
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "GCN": lambda: GCN(WIDTH, 8, 2, OUT, norm="batch_norm"),
+    "GAT": lambda: GAT(WIDTH, 8, 2, OUT),
+    "GraphSAGE": lambda: GraphSAGE(WIDTH, 8, 2, OUT),
+    "GIN": lambda: GIN(WIDTH, 8, 2, OUT),
+    "Plain": Plain,
+}
+
+
+def through_pickle(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))
+
+
+def through_torch_save(model: nn.Module) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+COPIES = {"deepcopy": copy.deepcopy, "pickle": through_pickle, "torch.save": through_torch_save, "copy": copy.copy}
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("name", [*MODELS, *(n for n in CONVS if "Conv" in n or n == "APPNP")])
+def test_copies_are_quantized_and_so_is_the_original(name: str, how: str) -> None:
+    """PyG generates a ``propagate`` onto classes that have none of their own, on the first copy."""
+    torch.manual_seed(0)
+    x, edge_index = features(), graph()
+    model = (MODELS.get(name) or CONVS[name])()
+    qmodel = quantized(model, x, edge_index, config=QuantConfig(bits=2, output_bits=8))
+    expected = qmodel(x, edge_index)
+    assert relative(expected, model.eval()(x, edge_index)) > 0.02
+    before = state(qmodel)
+    duplicate = COPIES[how](qmodel)
+    type(model) is GCNConv and GCNConv(3, 3)  # constructing the class again regenerates its own
+    for candidate in (duplicate, qmodel, COPIES[how](duplicate)):
+        assert torch.equal(candidate(x, edge_index), expected)
+        assert_same_state(candidate, before)
+        assert {n: type(m) for n, m in quantized_layers(candidate).items()} == {
+            n: type(m) for n, m in quantized_layers(qmodel).items()
+        }
+    if how != "copy":
+        for a, b in zip(qmodel.parameters(), duplicate.parameters(), strict=True):
+            assert a is not b
+            assert a.requires_grad == b.requires_grad
+
+
+def propagates(layer: Any) -> set[str]:
+    cls = type(layer)
+    return {name for name in ("propagate", "_orig_propagate", "_jinja_propagate") if name in vars(cls)}
+
+
+@pytest.mark.parametrize("make", [GraphConv, GCNConv, GATConv])
+def test_propagate_is_the_classs_own_and_stays_so(make: type) -> None:
+    x, edge_index = features(), graph()
+    qconv: Any = quantized(make(WIDTH, OUT), x, edge_index, bits=2)
+    cls = type(qconv)
+    original = vars(cls)["propagate"]
+    assert propagates(qconv) == {"propagate", "_orig_propagate", "_jinja_propagate"}
+    for step in (
+        lambda: copy.deepcopy(qconv),
+        lambda: through_pickle(qconv),
+        lambda: make(WIDTH, OUT),
+        lambda: cls.__mro__[1].__name__,
+        lambda: quantized(make(WIDTH, OUT), x, edge_index, bits=4),
+        lambda: qgnn.restore_model(qconv),
+    ):
+        step()
+        assert vars(cls)["propagate"] is original
+        assert vars(cls)["_jinja_propagate"] is vars(cls)["_orig_propagate"] is original
+        assert "propagate" not in vars(qconv)
+    assert make.propagate is not original
+
+
+def test_classes_are_made_once() -> None:
+    first, second = (qgnn.quantize_model(GCNConv(3, 3), 4) for _ in range(2))
+    assert type(first) is type(second)
+    assert isinstance(first, GCNConv)
+    assert type(first).__name__ == "QuantizedGCNConv"
+    assert type(first) is not type(qgnn.quantize_model(GCNConv(3, 3), config=QuantConfig(output_bits=4)))
+
+
+def test_pickle_of_a_fresh_process(tmp_path: Any) -> None:
+    """Nothing has been converted there yet, and PyG has generated nothing."""
+    x, edge_index = features(), graph()
+    layers = [quantized(make(WIDTH, OUT), x, edge_index, bits=2) for make in (GraphConv, GCNConv)]
+    expected = [layer(x, edge_index) for layer in layers]
+    torch.save((layers, x, edge_index, expected), tmp_path / "layers.pt")
+    script = textwrap.dedent(f"""
+        import torch
+        layers, x, edge_index, expected = torch.load({str(tmp_path / "layers.pt")!r}, weights_only=False)
+        assert all(torch.equal(m(x, edge_index), y) for m, y in zip(layers, expected))
+        from torch_geometric.nn import GCNConv, GraphConv
+        GCNConv(3, 3), GraphConv(3, 3)
+        assert all(torch.equal(m(x, edge_index), y) for m, y in zip(layers, expected))
+    """)
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+# State dicts #########################################################################################
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_state_dict_round_trip(name: str) -> None:
+    """Into a conversion that has seen no data, of a model with other weights; safe to unpickle."""
+    x, edge_index = features(), graph()
+    config = QuantConfig(bits=4, truncation="sbt", output_bits=8)
+    qmodel = quantized(MODELS[name](), x, edge_index, config=config)
+    for layer in qgnn.smp_layers(qmodel).values():
+        layer.multiplier.fill_(0.7)
+    buffer = io.BytesIO()
+    torch.save(qmodel.state_dict(), buffer)
+    buffer.seek(0)
+    other = qgnn.quantize_model(MODELS[name]().eval(), config=config)
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    assert torch.equal(other(x, edge_index), qmodel(x, edge_index))
+    assert all(float(layer.multiplier) == pytest.approx(0.7) for layer in qgnn.smp_layers(other).values())
+    other.load_state_dict(qmodel.state_dict(), assign=True)
+    assert torch.equal(other(x, edge_index), qmodel(x, edge_index))
+
+
+def test_float_weights_load_into_a_converted_model() -> None:
+    source, qmodel = Plain(), qgnn.quantize_model(Plain(), 4)
+    missing, unexpected = qmodel.load_state_dict(source.state_dict(), strict=False)
+    assert unexpected == []
+    assert {key.rsplit(".", 1)[1] for key in missing} <= {"log_scale", "offset", "kind", "multiplier", "slack"}
+    assert_same_state(qgnn.restore_model(qmodel), state(source))
+
+
+def test_other_settings_do_not_load_silently() -> None:
+    one = qgnn.quantize_model(Plain(), config=QuantConfig(bits=4, granularity="channel"))
+    other = qgnn.quantize_model(Plain(), config=QuantConfig(bits=4, truncation="bt"))
+    with pytest.raises(RuntimeError, match=r"skew|size mismatch"):
+        other.load_state_dict(one.state_dict())
+
+
+@pytest.mark.parametrize("name", ["GCN", "GIN", "GAT", "GraphSAGE"])
+def test_eval_changes_no_state(name: str) -> None:
+    x, edge_index = features(), graph()
+    qmodel = quantized(MODELS[name](), x, edge_index, bits=4)
+    before, attributes = state(qmodel), {n: set(vars(m)) for n, m in qmodel.named_modules()}
+    expected = qmodel(x, edge_index)
+    with torch.inference_mode():
+        qmodel(x * 2, edge_index)
+    qmodel(x.clone().requires_grad_(), edge_index).sum().backward()
+    assert_same_state(qmodel, before)
+    assert {n: set(vars(m)) for n, m in qmodel.named_modules()} == attributes
+    assert torch.equal(qmodel(x, edge_index), expected)
+
+
+# Moves ###############################################################################################
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_moving_precision_and_device(name: str) -> None:
+    x, edge_index = features(), graph()
+    qmodel = quantized(MODELS[name](), x, edge_index)
+    expected = qmodel(x, edge_index)
+    double = copy.deepcopy(qmodel).double()
+    assert {b.dtype for n, b in double.named_buffers() if n.endswith("kind")} == {torch.uint8}
+    assert relative(double(x.double(), edge_index), expected) < 0.01
+    assert torch.equal(double.float()(x, edge_index), expected)
+    values = state(qmodel)
+    meta = copy.deepcopy(qmodel).to("meta")
+    assert all(p.is_meta for p in (*meta.parameters(), *meta.buffers()))
+    meta.to_empty(device="cpu").load_state_dict(values)
+    assert torch.equal(meta(x, edge_index), expected)
+
+
+def test_modes_and_gradients_switch_as_in_any_module() -> None:
+    qmodel = quantized(Plain(), features(), graph())
+    assert not any(m.training for m in qmodel.modules())
+    assert all(m.training for m in qmodel.train().modules())
+    qmodel.requires_grad_(False)
+    out = qmodel.eval()(features(), graph())
+    assert not out.requires_grad
+    qmodel.requires_grad_(True)
+    qmodel(features(), graph()).sum().backward()
+    qmodel.zero_grad()
+    assert all(p.grad is None for p in qmodel.parameters())
+
+
+def test_averaged_models() -> None:
+    x, edge_index = features(), graph()
+    qmodel = qgnn.quantize_model(GCN(WIDTH, 8, 2, OUT), 8)
+    averaged = AveragedModel(qmodel, use_buffers=False)
+    qmodel.train()(x, edge_index)
+    averaged.update_parameters(qmodel)
+    assert torch.equal(averaged.eval()(x, edge_index), qmodel.eval()(x, edge_index))
+
+
+def test_functional_call() -> None:
+    x, edge_index = features(), graph()
+    qmodel = quantized(GCN(WIDTH, 8, 2, OUT), x, edge_index, bits=4)
+    fresh = qgnn.quantize_model(GCN(WIDTH, 8, 2, OUT).eval(), 4)
+    out = torch.func.functional_call(fresh, dict(qmodel.state_dict()), (x, edge_index))
+    assert torch.equal(out, qmodel(x, edge_index))
+
+
+# Hooks ###############################################################################################
+
+
+def test_hooks_are_kept_and_run() -> None:
+    model, seen = Plain(), []
+    model.convs[0].register_forward_hook(lambda m, a, o: seen.append("after"))
+    model.convs[1].register_forward_pre_hook(lambda m, a: seen.append("before"))
+    model.encoder.register_full_backward_hook(lambda m, i, o: seen.append("backward"))
+    model.convs[1].register_propagate_forward_pre_hook(lambda m, i: seen.append("propagate"))
+    model.convs[1].register_message_forward_hook(lambda m, i, o: seen.append("message"))
+    qmodel = qgnn.quantize_model(model, 4).train()
+    qmodel(features(), graph()).sum().backward()
+    assert seen == ["after", "before", "propagate", "message", "backward"]
+    assert isinstance(qmodel.convs[1], MessagePassing)
+    seen.clear()
+    qgnn.restore_model(qmodel)(features(), graph()).sum().backward()
+    assert seen == ["after", "before", "propagate", "message", "backward"]
+
+
+# Explanation #########################################################################################
+
+
+def masked(layer: Any, edges: int, value: float = 1.0) -> None:
+    layer.explain = True
+    layer._edge_mask = torch.full((edges,), value)
+    layer._loop_mask = torch.ones(edges, dtype=torch.bool)
+    layer._apply_sigmoid = False
+
+
+def test_explaining_keeps_the_generic_path_quantized() -> None:
+    """PyG binds another ``propagate`` to the instance while explaining."""
+    x, edge_index = features(), graph()
+    conv = GraphConv(WIDTH, OUT).eval()
+    qconv: Any = quantized(conv, x, edge_index, bits=2)
+    expected = qconv(x, edge_index)
+    masked(qconv, edge_index.size(1))
+    torch.testing.assert_close(qconv(x, edge_index), expected)
+    masked(qconv, edge_index.size(1), 0.5)
+    assert relative(qconv(x, edge_index), expected) > 0.01
+    for candidate in (copy.deepcopy(qconv), through_pickle(qconv)):
+        assert torch.equal(candidate(x, edge_index), qconv(x, edge_index))
+    qconv.explain = False
+    assert torch.equal(qconv(x, edge_index), expected)
+    restored: Any = qgnn.restore_model(qconv)
+    assert torch.equal(restored(x, edge_index), conv(x, edge_index))
+
+
+def test_explaining_before_conversion_and_after_restoring() -> None:
+    x, edge_index = features(), graph()
+    conv: Any = GraphConv(WIDTH, OUT).eval()
+    reference = quantized(conv, x, edge_index, bits=2)(x, edge_index)
+    masked(conv, edge_index.size(1))
+    qconv: Any = quantized(conv, x, edge_index, bits=2)
+    torch.testing.assert_close(qconv(x, edge_index), reference)
+    for candidate in (conv, qconv):
+        candidate._edge_mask.fill_(0.5)
+    expected = conv(x, edge_index)
+    assert relative(qconv(x, edge_index), expected) > 0.01
+    assert relative(qconv(x, edge_index), reference) > 0.01
+    restored = qgnn.restore_model(qconv)
+    assert torch.equal(restored(x, edge_index), expected)
+    qconv.explain = False
+    assert torch.equal(qconv(x, edge_index), reference)
+
+
+@pytest.mark.parametrize("name", ["GCNConv", "GATConv", "GATv2Conv", "SAGEConv", "GINConv", "APPNP"])
+def test_layers_that_do_not_propagate_refuse_to_explain(name: str) -> None:
+    x, edge_index = features(), graph()
+    model = nn.ModuleDict({"conv": CONVS[name]()})
+    qconv: Any = qgnn.quantize_model(model, 4)["conv"]
+    qgnn.calibrate(qconv, (x, edge_index))
+    expected = qconv.eval()(x, edge_index)
+    masked(qconv, edge_index.size(1))
+    with pytest.raises(NotImplementedError, match=r"'conv' not to be in explain mode.*restore_model"):
+        qconv(x, edge_index)
+    qconv.explain = False
+    assert torch.equal(qconv(x, edge_index), expected)
+    off: Any = qgnn.quantize_model(CONVS["GCNConv"](), 32).eval()
+    masked(off, edge_index.size(1))
+    off._loop_mask = edge_index[0] != edge_index[1]
+    off(x, edge_index)
+
+
+# Compilation #########################################################################################
+
+
+@pytest.mark.parametrize(
+    "name", ["GCN", "generic", *(pytest.param(n, marks=pytest.mark.slow) for n in ("GraphSAGE", "GAT", "GIN"))]
+)
+def test_compiled_models_stay_quantized(name: str) -> None:
+    """PyG's generated ``propagate`` skips its hooks while compiling; ours has none to skip."""
+
+    class Generic(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.lin = GraphConv(WIDTH, 8), nn.Linear(8, OUT)
+
+        def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+            return self.lin(self.conv(x, edge_index).relu())
+
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    x, edge_index = features(), graph()
+    model = (MODELS.get(name, Generic))().eval()
+    qmodel = quantized(model, x, edge_index, bits=2)
+    expected = qmodel(x, edge_index)
+    assert relative(expected, model(x, edge_index)) > 0.05
+    compiled = torch.compile(qmodel, backend="eager", fullgraph=False)
+    for _ in range(2):
+        torch.testing.assert_close(compiled(x, edge_index), expected, rtol=1e-4, atol=1e-5)
+    # In training as well: the same loss and the same gradients.
+    losses = []
+    for candidate in (qmodel, torch.compile(qmodel, backend="eager")):
+        qmodel.zero_grad()
+        loss = candidate.train()(x, edge_index).square().mean()
+        loss.backward()
+        losses.append((loss.detach(), [p.grad for p in qmodel.parameters() if p.grad is not None]))
+    for a, b in zip(*losses, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
