@@ -48,8 +48,8 @@ class SMPConfig:
             equal to the square of the largest eigenvalue that a normalized Laplacian can have, a plain averaging layer
             meets it by itself: only a layer that amplifies differences is corrected.
         bound: ``"relative"``: ``g <= alpha tr(H' L H)``; ``"absolute"``: ``g <= alpha |E|``.
-        correction: ``"proximal"``: ``D <- (I + 2 lambda L)^-1 D`` by ``terms`` Jacobi sweeps, stable for every
-            multiplier; ``"explicit"``: ``D <- D - 2 eta lambda L D``.
+        correction: ``"proximal"``: ``D <- (I + 2 lambda L)^-1 D`` by ``terms`` damped Jacobi sweeps, stable for
+            every multiplier; ``"explicit"``: ``D <- D - 2 eta lambda L D``.
         terms: Sweeps of the proximal correction.
         eta: Step size of the propagation.
         mu: Weight of the smoothness term of the propagation.

@@ -124,7 +124,7 @@ class _QuantizedAttention(QuantizedConv):
     def _smoothed(self: Any, z: Tensor, out: Tensor, alpha: Tensor, plan: GraphPlan) -> Tensor:
         if self.smp is None or not (self.training or self.multiplier_value > 0):
             return out
-        return self.smooth(z, out, lambda v: spmm(plan, v, alpha.to(v.dtype)), plan.num_edges)
+        return self.smooth(z, out, lambda v: spmm(plan, v, alpha.to(v.dtype)), plan.num_edges, averaged=True)
 
 
 class QuantizedGATConv(_QuantizedAttention):

@@ -48,5 +48,6 @@ class QuantizedGCNConv(QuantizedConv):
             dtype=self.lin.weight.dtype,
         )
         z = self.lin(x)
-        out = self.smooth(z, propagate_codes(z, graph, self.message_quantizer), graph.apply, graph.plan.num_edges)
+        out = propagate_codes(z, graph, self.message_quantizer)
+        out = self.smooth(z, out, graph.apply, graph.plan.num_edges, averaged=True)
         return out if self.bias is None else out + self.bias

@@ -8,13 +8,20 @@ import torch
 from torch import Tensor
 
 from ..quantizers import QLRQuantizer
-from ..smp.constraint import attach_constraint
+from ..smp.constraint import Operator, attach_constraint
 from .arithmetic import aggregate_sum
 from .base import SiteFactory
-from .graph import num_targets, plain_graph
+from .graph import NormalizedGraph, num_targets, plain_graph
 from .message_passing import QuantizedConv
 
-__all__ = ["QuantizedGINConv"]
+__all__ = ["QuantizedGINConv", "mean_with_self"]
+
+
+def mean_with_self(graph: NormalizedGraph, out: Tensor, own: Tensor | float) -> tuple[Operator, Tensor]:
+    """The mean over neighbours and ``own`` times the node itself, and the total weights ``[N, 1]`` it divides by."""
+    mass = graph.apply(torch.ones_like(out[:, :1])) + own
+    mass = torch.where(mass > 0, mass, torch.ones_like(mass))
+    return lambda v: (graph.apply(v) + own * v) / mass, mass
 
 
 class QuantizedGINConv(QuantizedConv):
@@ -40,10 +47,8 @@ class QuantizedGINConv(QuantizedConv):
             out = out + (1 + self.eps) * own.dequantize()
         if self.smp is not None and x_dst is x_src and (self.training or self.multiplier_value > 0):
             # A sum grows with the degree; the constraint is on the mean that it is a multiple of.
-            mass = graph.apply(torch.ones_like(out[:, :1])) + (1 + self.eps)
+            mean, mass = mean_with_self(graph, out, 1 + self.eps)
             z = own.dequantize()
-            smoothed = self.smooth(
-                z, out / mass, lambda v: (graph.apply(v) + (1 + self.eps) * v) / mass, graph.plan.num_edges
-            )
+            smoothed = self.smooth(z, out / mass, mean, graph.plan.num_edges, averaged=True)
             out = smoothed * mass if self.multiplier_value > 0 else out
         return self.nn(out)

@@ -78,7 +78,7 @@ class QuantizedSAGEConv(QuantizedConv):
             out = out * graph.target
         if smooth and self.smp is not None and (self.training or self.multiplier_value > 0):
             smoother = mean_graph(edge_index, size, self.flow, z.dtype)
-            out = self.smooth(z, out, smoother.apply, graph.plan.num_edges)
+            out = self.smooth(z, out, smoother.apply, graph.plan.num_edges, averaged=self.aggr == "mean")
         return out if self.lin_l.bias is None else out + self.lin_l.bias
 
     def _aggregate(self: Any, sent: QuantizedTensor, edge_index: Any, size: tuple[int, int]) -> Tensor:

@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import OFF
-from ..kernels.spmm import spmm
 from ..layers.appnp import QuantizedAPPNP
 from ..layers.gcn import QuantizedGCNConv
-from ..layers.gin import QuantizedGINConv
+from ..layers.gin import QuantizedGINConv, mean_with_self
 from ..layers.graph import NormalizedGraph, gcn_graph, mean_graph, plain_graph
 from ..layers.sage import QuantizedSAGEConv, _transforms_first
 from ..quantizers import QuantizedTensor
@@ -212,11 +211,8 @@ class PackedGINConv(PackedConv):
         return self.nn(out)
 
     def _smoothed(self, z: Tensor, out: Tensor, graph: NormalizedGraph) -> Tensor:
-        own = 1 + self.eps
-        plan = graph.plan
-        mass = plan.degree.unsqueeze(1) + own
-        mean = self.smooth(z, out / mass, lambda v: (spmm(plan, v) + own * v) / mass, plan.num_edges)
-        return mean * mass
+        mean, mass = mean_with_self(graph, out, 1 + self.eps)
+        return self.smooth(z, out / mass, mean, graph.plan.num_edges) * mass
 
 
 class PackedAPPNP(PackedConv):

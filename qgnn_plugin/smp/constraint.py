@@ -57,8 +57,18 @@ class SmoothLayer:
         constraint = self.constraint
         return None if constraint is None else constraint - 1.0
 
-    def smooth(self, z: Tensor, a: Tensor, operator: Operator, num_edges: int) -> Tensor:
-        """Correct the change from ``z`` to ``a`` (both ``[N, ...]``) and, in training, measure its constraint."""
+    def smooth(
+        self, z: Tensor, a: Tensor, operator: Operator, num_edges: int, *, averaged: bool = False
+    ) -> Tensor:
+        """Correct the change from ``z`` to ``a`` (both ``[N, ...]``) and, in training, measure its constraint.
+
+        Args:
+            z: What the layer starts from.
+            a: What it makes of it.
+            operator: ``P``, of the graph's Laplacian ``I - P``.
+            num_edges: ``|E|`` of an absolute bound.
+            averaged: Whether ``a`` is ``P z``, which then need not be computed again.
+        """
         config = self.smp
         if config is None or z.shape != a.shape:
             return a
@@ -69,8 +79,8 @@ class SmoothLayer:
             with torch.no_grad():
                 energy = dirichlet_energy((a - z).detach(), operator).clamp_min(0)
                 if config.bound == "relative":
-                    # The layer itself has just computed P z.
-                    bound = config.alpha * (z * (z - propagated)).sum().clamp_min(0)
+                    bound = config.alpha * dirichlet_energy(z, lambda v: propagated if averaged else operator(v))
+                    bound = bound.clamp_min(0)
                 else:
                     bound = torch.full_like(energy, config.alpha * num_edges)
                 self.constraint_state = ConstraintState(energy, bound)
@@ -85,10 +95,13 @@ class SmoothLayer:
 def _corrected(change: Tensor, operator: Operator, config: SMPConfig, multiplier: Tensor) -> Tensor:
     if config.correction == "explicit":
         return change - (2 * config.eta * multiplier) * (change - operator(change))
-    weight = 2 * multiplier
+    # Sweeps of I + 4 lambda (I - W) on the lazy walk W = (I + P) / 2: the same solution, but since W has no negative
+    # eigenvalue, any number of sweeps leaves less energy the larger the multiplier.  On P itself a graph with few odd
+    # cycles keeps its alternating part, and the multiplier would climb without end.
+    weight = 4 * multiplier
     corrected = change
     for _ in range(config.terms):
-        corrected = (change + weight * operator(corrected)) / (1 + weight)
+        corrected = (change + weight * (0.5 * (corrected + operator(corrected)))) / (1 + weight)
     return corrected
 
 
