@@ -190,10 +190,9 @@ class QuantConfig:
         """Raise if a pattern of ``overrides`` matches none of ``layer_names``."""
         for pattern in self.overrides:
             if not any(fnmatchcase(name, pattern) for name in layer_names):
-                raise ValueError(
-                    f"The override pattern {pattern!r} matches no layer{_did_you_mean(pattern, layer_names)}. "
-                    f"Layers: {', '.join(layer_names) or 'none'}"
-                )
+                hint = _did_you_mean(pattern, layer_names) or "."
+                layers = ", ".join(layer_names) or "none"
+                raise ValueError(f"The override pattern {pattern!r} matches no layer{hint} Layers: {layers}")
 
     def to_dict(self) -> dict[str, Any]:
         """A plain, JSON-serializable description; :meth:`from_dict` is its inverse."""

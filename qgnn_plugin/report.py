@@ -13,6 +13,7 @@ from .conversion import is_quantized, quantized_layers
 from .packing.model import is_packed, packed_bytes
 from .packing.report import PackedSummary, packed_summary
 from .quantizers import QLRQuantizer, RangeKind
+from .smp import smp_layers
 
 __all__ = ["LayerReport", "Summary", "model_bytes", "summary"]
 
@@ -104,7 +105,7 @@ def _summary(qmodel: nn.Module) -> Summary:
     layers = [_report(name, layer) for name, layer in quantized_layers(qmodel).items()]
     before = sum(layer.float_bytes for layer in layers)
     extra = {id(t) for module in qmodel.modules() if isinstance(module, QLRQuantizer) for t in _tensors(module)}
-    extra |= {id(b) for layer in quantized_layers(qmodel).values() for b in layer.buffers(recurse=False)}
+    extra |= {id(t) for layer in smp_layers(qmodel).values() for t in (layer.multiplier, layer.slack)}
     total = sum(t.numel() * t.element_size() for t in _tensors(qmodel) if id(t) not in extra)
     return Summary(layers, total, total - before + sum(layer.packed_bytes for layer in layers))
 

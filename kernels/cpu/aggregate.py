@@ -15,7 +15,7 @@ from . import jit, weighted
 from .codesum import lane_capacity, neighbour_sum
 from .epilogue import code_pitch, epilogue, finish_rows, flat
 from .parallel import row_chunks, run_chunks
-from .simd import atomic_add, peek, vcast, vlanes, vlive, vstore_parts
+from .simd import atomic_add, keep, peek, poke, raw, vcast, vlanes, vlive, vstore_parts
 
 _MAX_PER_ROW = "Expected one range per tensor or column for reduce='max' (got one per row)"
 BLOCK_FLOATS = 1 << 12  # accumulators of a block of rows: they stay in the first-level cache
@@ -41,30 +41,38 @@ def sum_kernel(bits: int, lanes: int, exact: int):
     @jit.kernel
     def kernel(words, stride, rowptr, col, spec, block, code_row, bounds, counter):
         pitch = 4 * stride * parts
-        acc = np.empty(block * pitch + 4 * lanes, np.float32)
-        coefficient = np.empty(block, np.float32)
-        unpacked = np.zeros(block * code_row, np.uint8)
-        spill = np.empty(codes, np.int32)
+        acc_owner = np.empty(block * pitch + 4 * lanes, np.float32)
+        coefficient_owner = np.empty(block, np.float32)
+        unpacked_owner = np.zeros(block * code_row, np.uint8)
+        spill_owner = np.empty(codes, np.int32)
+        acc, coefficient = raw(acc_owner), raw(coefficient_owner)
+        unpacked, spill = raw(unpacked_owner), raw(spill_owner)
+        source, edges, final = raw(words), raw(col), col.size - 1
         zero, none = vlanes("i32", lanes), vlanes(lane, codes)
         while True:
             chunk = atomic_add(counter, 0, 1)
             if chunk >= bounds.size - 1:
                 break
-            for first in range(bounds[chunk], bounds[chunk + 1], block):
-                last = min(first + block, bounds[chunk + 1])
+            stop = bounds[chunk + 1]
+            for first in range(bounds[chunk], stop, block):
+                last = min(first + block, stop)
                 for tile in range(0, stride, lanes):
                     live = vlive(stride - tile, exact)
                     live_bytes = vlive(4 * (stride - tile), exact)
                     for i in range(first, last):
                         begin, end = peek(rowptr, i), peek(rowptr, i + 1)
                         total = neighbour_sum(
-                            words, stride, tile, lanes, live, col, begin, end,
+                            source, stride, tile, lanes, live, edges, final, begin, end,
                             zero, none, capacity, spill,
                         )  # fmt: skip
                         at = (i - first) * pitch + 4 * tile
                         vstore_parts(acc, at, 4 * stride, vcast(total, "f32"), parts, live_bytes)
-                        coefficient[i - first] = end - begin
+                        poke(coefficient, i - first, end - begin)
                 finish_rows(acc, 0, pitch, coefficient, first, last - first, spec, unpacked)
+        keep(acc_owner)
+        keep(coefficient_owner)
+        keep(unpacked_owner)
+        keep(spill_owner)
 
     return kernel
 

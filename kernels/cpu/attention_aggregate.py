@@ -21,7 +21,7 @@ from ..layout import parts_per_byte
 from . import jit
 from .epilogue import GROUP, code_pitch, epilogue, finish_rows, flat
 from .parallel import row_chunks, run_chunks
-from .simd import atomic_add, vlanes
+from .simd import atomic_add, keep, raw, vlanes
 from .weighted import EDGE_BLOCK, LANES, add_edges, head_table, scale_heads, spread_sums
 
 __all__ = ["attention_aggregate"]
@@ -71,9 +71,7 @@ def gatv2_logits(
                 x[f] = x[f] * scale[f] + offset[f]
         for h in range(heads):
             begin_f, end_f = h * features // heads, (h + 1) * features // heads
-            logits[(e - begin) * heads + h] = _head_dot(
-                x, x_dst, row * features, att, begin_f, end_f, slope
-            )
+            logits[(e - begin) * heads + h] = _head_dot(x, x_dst, row * features, att, begin_f, end_f, slope)
 
 
 @jit.kernel
@@ -137,6 +135,7 @@ def _kernel(bits: int):
         nothing = np.zeros(block, np.float32)
         none = vlanes("u8", codes)
         packed = words.view(np.uint8)
+        source, edges = raw(words), raw(col)
         while True:
             chunk = atomic_add(counter, 0, 1)
             if chunk >= bounds.size - 1:
@@ -164,29 +163,27 @@ def _kernel(bits: int):
                                     ranges, gatv2[0], gatv2[1], x, logits,
                                 )  # fmt: skip
                             else:
-                                gat_logits(
-                                    col, low, high, i, heads, slope, gat[0], gat[1], gat[2], logits
-                                )
+                                gat_logits(col, low, high, i, heads, slope, gat[0], gat[1], gat[2], logits)
                         if step < blocks:
                             raise_peak(logits, high - low, heads, peak)
                             continue
-                        numerators(
-                            logits, col, low, high, heads, peak, thresholds, ranges, share, total
-                        )
+                        numerators(logits, col, low, high, heads, peak, thresholds, ranges, share, total)
                         add_edges(
-                            words, stride, col, low, high, logits, heads, table, lanewise, none,
-                            codes, sums,
+                            source, stride, edges, col.size - 1, low, high, raw(logits), heads,
+                            table, lanewise, none, codes, sums,
                         )  # fmt: skip
                     spread_sums(sums, stride, none, codes, parts, acc, r * pitch)
                     for h in range(heads):
                         divisor[h] = share[h]
                         total[h] = total[h] / divisor[h] if ranges[2].size else np.float32(1.0)
-                    scale_heads(
-                        acc, r * pitch, heads, width, ranges[0], ranges[1], total, divisor
-                    )
+                    scale_heads(acc, r * pitch, heads, width, ranges[0], ranges[1], total, divisor)
                     if not concat:
                         mean_heads(acc, r * pitch, heads, width)
-                finish_rows(acc, 0, pitch, nothing, first, count, spec, unpacked)
+                finish_rows(raw(acc), 0, pitch, raw(nothing), first, count, spec, raw(unpacked))
+        keep(logits)
+        keep(acc)
+        keep(nothing)
+        keep(unpacked)
 
     return kernel
 
@@ -242,9 +239,7 @@ def attention_aggregate(
     return out
 
 
-def _ranges(
-    scale: Tensor, offset: Tensor, num_src: int, num_features: int
-) -> tuple[tuple[np.ndarray, ...], bool]:
+def _ranges(scale: Tensor, offset: Tensor, num_src: int, num_features: int) -> tuple[tuple[np.ndarray, ...], bool]:
     """Range per feature and range per source row, one of them trivial; whether it is the latter."""
     if is_per_row(scale) or is_per_row(offset):
         ones = flat(torch.ones(num_features))

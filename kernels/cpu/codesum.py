@@ -28,7 +28,7 @@ __all__ = ["BLOCK", "lane_capacity", "neighbour_sum", "prefetch_rows"]
 
 BLOCK = 8  # neighbours per tree of full adders
 LINE_WORDS = 16  # words per cache line
-AHEAD = 24  # edges between a prefetch and its use
+AHEAD = 48  # edges between a prefetch and its use
 
 
 def lane_capacity(bits: int, lane_bits: int) -> int:
@@ -37,10 +37,10 @@ def lane_capacity(bits: int, lane_bits: int) -> int:
 
 
 @njit(forceinline=True)
-def prefetch_rows(words, stride, tile, lanes, col, begin, count):
-    """Ask for the tiles of the neighbours ``AHEAD`` of the edges ``[begin, begin + count)``."""
+def prefetch_rows(words, stride, tile, lanes, col, final, begin, count):
+    """Prefetch the tiles ``AHEAD`` of the edges ``[begin, begin + count)``; ``final`` is the last."""
     for e in range(begin, begin + count):
-        source = np.int64(peek(col, min(e + AHEAD, col.size - 1)))
+        source = np.int64(peek(col, min(e + AHEAD, final)))
         for line in range(tile, tile + lanes, LINE_WORDS):
             prefetch(words, source * stride + line)
 
@@ -71,17 +71,18 @@ def _row_if(words, stride, tile, col, e, end, like, lanes):
 
 
 @njit(forceinline=True)
-def neighbour_sum(words, stride, tile, lanes, live, col, begin, end, zero, none, capacity, spill):
+def neighbour_sum(words, stride, tile, lanes, live, col, final, begin, end, zero, none, capacity, spill):
     """Codes of one tile summed over the edges ``[begin, end)``, as int32 lanes.
 
     ``zero`` and ``none`` are zero vectors of a tile's words and of its unpacked codes; ``live`` is
-    the count of words to read, or None for all ``lanes``; ``spill`` holds an int32 per code.
+    the count of words to read, or None for all ``lanes``; ``spill`` holds an int32 per code;
+    ``final`` is the last edge of the graph.  Arrays are :func:`.simd.raw`.
     """
     ones, twos, fours, eights = zero, zero, zero, none
     blocks, spilled = 0, False
     e = begin
     while e + BLOCK <= end:
-        prefetch_rows(words, stride, tile, lanes, col, e, BLOCK)
+        prefetch_rows(words, stride, tile, lanes, col, final, e, BLOCK)
         ones, twos, fours, carry = _add_eight(
             ones,
             twos,
@@ -106,7 +107,7 @@ def neighbour_sum(words, stride, tile, lanes, live, col, begin, end, zero, none,
             blocks, spilled = 0, True
         e += BLOCK
     if e < end:
-        prefetch_rows(words, stride, tile, lanes, col, e, end - e)
+        prefetch_rows(words, stride, tile, lanes, col, final, e, end - e)
         most = min(lanes, stride - tile)
         f, g, h = zero, zero, zero
         if e + 4 < end:

@@ -19,6 +19,7 @@ from . import jit
 from .memory import empty
 from .simd import (
     peek,
+    raw,
     vcast,
     vload,
     vload_first,
@@ -173,10 +174,13 @@ def finish_rows(acc, base, pitch, coefficient, first, count, spec, codes):
     """Turn accumulated rows into the result rows ``[first, first + count)``.
 
     Row ``r`` of ``acc`` (float32) starts at ``base + r * pitch``; ``coefficient`` has one value per
-    row; ``codes`` has :func:`code_pitch` zeroed bytes per row.
+    row; ``codes`` has :func:`code_pitch` zeroed bytes per row.  The three are :func:`.simd.raw`.
     """
     width, bits, flags = spec.width, spec.bits, spec.flags
-    table, stretch = spec.columns, spec.columns.shape[1]
+    table, stretch = raw(spec.columns), spec.columns.shape[1]
+    dst, row_term = raw(spec.dst), raw(spec.row_term)
+    row_inverse, row_low = raw(spec.row_inverse), raw(spec.row_low)
+    out, packed = raw(spec.out), raw(spec.packed)
     floor = vsplat(np.float32(spec.floor), GROUP)
     top = vsplat(np.float32((1 << bits) - 1), GROUP)
     words = (width * bits + 31) // 32
@@ -188,35 +192,36 @@ def finish_rows(acc, base, pitch, coefficient, first, count, spec, codes):
         bias = vload(table, BIAS * stretch + f, GROUP)
         inverse = vload(table, INVERSE * stretch + f, GROUP)
         low = vload(table, LOW * stretch + f, GROUP)
+        whole = width - f >= GROUP
         for r in range(count):
             i = first + r
-            if width - f >= GROUP:
+            if whole:
                 y = vload(acc, base + r * pitch + f, GROUP)
             else:
                 y = vload_first(acc, base + r * pitch + f, GROUP, width - f)
             y = y * scale + vsplat(peek(coefficient, r), GROUP) * offset
             if flags & HAS_DST:
-                y = y * vsplat(peek(spec.dst, i), GROUP)
+                y = y * vsplat(peek(dst, i), GROUP)
             if flags & HAS_TERM:
-                y = y + term * vsplat(peek(spec.row_term, i), GROUP)
+                y = y + term * vsplat(peek(row_term, i), GROUP)
             if flags & HAS_BIAS:
                 y = y + bias
             y = vmax(floor, y)
             if bits:
                 if flags & ROW_RANGE:
-                    inverse = vsplat(peek(spec.row_inverse, i), GROUP)
-                    low = vsplat(peek(spec.row_low, i), GROUP)
+                    inverse = vsplat(peek(row_inverse, i), GROUP)
+                    low = vsplat(peek(row_low, i), GROUP)
                 code = vcast(quantize_group(y, low, inverse, top), "u8")
-                if width - f >= GROUP:
+                if whole:
                     vstore(codes, r * code_row + f, code)
                 else:
                     vstore_first(codes, r * code_row + f, code, width - f)
             elif flags & STREAM:
-                vstream(spec.out, i * width + f, y)
-            elif width - f >= GROUP:
-                vstore(spec.out, i * width + f, y)
+                vstream(out, i * width + f, y)
+            elif whole:
+                vstore(out, i * width + f, y)
             else:
-                vstore_first(spec.out, i * width + f, y, width - f)
+                vstore_first(out, i * width + f, y, width - f)
     if bits:
         for r in range(count):
-            pack_row(codes, r * code_row, spec.packed, (first + r) * words, words, bits)
+            pack_row(codes, r * code_row, packed, (first + r) * words, words, bits)

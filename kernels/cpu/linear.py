@@ -24,7 +24,9 @@ from .epilogue import code_pitch, epilogue, finish_rows, flat
 from .parallel import even_chunks, run_chunks
 from .simd import (
     atomic_add,
+    keep,
     peek,
+    raw,
     vcast,
     vdot,
     vlanes,
@@ -139,7 +141,10 @@ def _kernel(bits: int):
                         vstore_parts(codes, r * pitch + 4 * tile, 4 * stride, row, parts, 4 * live)
                     sums[r] = _row_sum(lanes, r * (pitch // 4), depth) + FEATURES * depth * flip
                 _multiply(lanes, pitch // 4, count, weight, stretch, depth, start, acc)
-                finish_rows(acc, 0, stretch, sums, first, count, spec, unpacked)
+                finish_rows(raw(acc), 0, stretch, raw(sums), first, count, spec, raw(unpacked))
+        keep(acc)
+        keep(sums)
+        keep(unpacked)
 
     return kernel
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from . import jit
 from .epilogue import code_pitch, epilogue, finish_rows, flat
 from .parallel import even_chunks, run_chunks
-from .simd import atomic_add
+from .simd import atomic_add, keep, raw
 
 __all__ = ["pack_scaled", "quantize_pack"]
 
@@ -20,6 +20,7 @@ BLOCK_ROWS = 32
 def _kernel(x, spec, code_row, bounds, counter):
     unpacked = np.zeros(BLOCK_ROWS * code_row, np.uint8)
     nothing = np.zeros(BLOCK_ROWS, np.float32)
+    rows, zeros, codes = raw(x), raw(nothing), raw(unpacked)
     while True:
         chunk = atomic_add(counter, 0, 1)
         if chunk >= bounds.size - 1:
@@ -27,7 +28,9 @@ def _kernel(x, spec, code_row, bounds, counter):
         for first in range(bounds[chunk], bounds[chunk + 1], BLOCK_ROWS):
             count = min(BLOCK_ROWS, bounds[chunk + 1] - first)
             base = first * spec.width
-            finish_rows(x, base, spec.width, nothing, first, count, spec, unpacked)
+            finish_rows(rows, base, spec.width, zeros, first, count, spec, codes)
+    keep(unpacked)
+    keep(nothing)
 
 
 def pack_scaled(x: Tensor, row_factor: Tensor | None, scale: Tensor, offset: Tensor, bits: int) -> Tensor:

@@ -26,8 +26,11 @@ from ..layout import lane_mask
 __all__ = [
     "Vector",
     "atomic_add",
+    "keep",
     "peek",
+    "poke",
     "prefetch",
+    "raw",
     "vcast",
     "vdot",
     "vfma",
@@ -98,6 +101,40 @@ class _VectorModel(models.PrimitiveModel):
         super().__init__(dmm, fe_type, fe_type.llvm)
 
 
+class Raw(types.Type):
+    """The data of an array without its owner: passing it on counts no references."""
+
+    def __init__(self, dtype) -> None:
+        self.dtype = dtype
+        super().__init__(name=f"Raw({dtype})")
+
+
+@register_model(Raw)
+class _RawModel(models.PrimitiveModel):
+    def __init__(self, dmm, fe_type) -> None:
+        super().__init__(dmm, fe_type, dmm.lookup(fe_type.dtype).get_data_type().as_pointer())
+
+
+@intrinsic
+def raw(typingctx, array):
+    """The data of ``array``, which must outlive it; every load and store here takes either.
+
+    numba counts a reference whenever an array enters a function: atomics that a loop over short
+    rows would mostly wait for.
+    """
+
+    def codegen(context, builder, sig, args):
+        return context.make_array(array)(context, builder, args[0]).data
+
+    return signature(Raw(array.dtype), array), codegen
+
+
+@intrinsic
+def keep(typingctx, array):
+    """Do nothing, after the last use of ``raw(array)``: numba frees an array after its own last use."""
+    return signature(types.void, array), lambda context, *_: context.get_dummy_value()
+
+
 def _constant(vector: Vector, value: int | float) -> ir.Constant:
     return ir.Constant(vector.llvm, [value] * vector.lanes)
 
@@ -144,22 +181,14 @@ def _shift(op, name: str) -> None:
     @infer_global(op)
     class _Template(AbstractTemplate):
         def generic(self, args, kws):
-            if (
-                len(args) == 2
-                and isinstance(args[0], Vector)
-                and isinstance(args[1], types.Integer)
-            ):
+            if len(args) == 2 and isinstance(args[0], Vector) and isinstance(args[1], types.Integer):
                 return signature(args[0], args[0], types.int64)
             return None
 
     @lower_builtin(op, Vector, types.Integer)
     def _lower(context, builder, sig, args):
         vector = sig.return_type
-        count = (
-            builder.trunc(args[1], _ELEMENTS[vector.element])
-            if vector.element != "i64"
-            else args[1]
-        )
+        count = builder.trunc(args[1], _ELEMENTS[vector.element]) if vector.element != "i64" else args[1]
         return getattr(builder, name)(args[0], _splat(builder, vector, count))
 
 
@@ -169,9 +198,7 @@ _shift(operator.lshift, "shl")
 
 def _splat(builder, vector: Vector, value):
     seed = builder.insert_element(ir.Constant(vector.llvm, ir.Undefined), value, ir.IntType(32)(0))
-    return builder.shuffle_vector(
-        seed, seed, ir.Constant(ir.VectorType(ir.IntType(32), vector.lanes), None)
-    )
+    return builder.shuffle_vector(seed, seed, ir.Constant(ir.VectorType(ir.IntType(32), vector.lanes), None))
 
 
 @intrinsic(prefer_literal=True)
@@ -365,8 +392,9 @@ def vview(typingctx, a, element):
 
 
 def _pointer(context, builder, array_type, array, offset):
-    data = context.make_array(array_type)(context, builder, array).data
-    return builder.gep(data, [offset])
+    if isinstance(array_type, Raw):
+        return builder.gep(array, [offset])
+    return builder.gep(context.make_array(array_type)(context, builder, array).data, [offset])
 
 
 def _vector_pointer(context, builder, array_type, array, offset, vector: Vector):
@@ -430,9 +458,7 @@ def vload_first(typingctx, array, offset, like, count):
 def vlive(typingctx, count, whole):
     """``count``, or :obj:`None` with the constant ``whole = 1``: what :func:`vload_first` takes."""
     if whole.literal_value:
-        return signature(
-            types.none, types.intp, whole
-        ), lambda context, *_: context.get_dummy_value()
+        return signature(types.none, types.intp, whole), lambda context, *_: context.get_dummy_value()
     return signature(types.intp, types.intp, whole), lambda context, builder, sig, args: args[0]
 
 
@@ -458,9 +484,7 @@ def _store(name: str, nontemporal: bool):
 
 
 vstore = _store("vstore", nontemporal=False)
-vstream = _store(
-    "vstream", nontemporal=True
-)  # to whole cache lines
+vstream = _store("vstream", nontemporal=True)  # to whole cache lines
 
 
 @intrinsic
@@ -483,6 +507,18 @@ def peek(typingctx, array, offset):
         return builder.load(_pointer(context, builder, array, args[0], args[1]))
 
     return signature(array.dtype, array, types.intp), codegen
+
+
+@intrinsic
+def poke(typingctx, array, offset, value):
+    """Set ``array[offset]`` of the flattened array to a number."""
+
+    def codegen(context, builder, sig, args):
+        number = context.cast(builder, args[2], value, array.dtype)
+        builder.store(number, _pointer(context, builder, array, args[0], args[1]))
+        return context.get_dummy_value()
+
+    return signature(types.void, array, types.intp, value), codegen
 
 
 @intrinsic
@@ -522,13 +558,13 @@ def vheads(typingctx, weights, base, heads, shift, like, lanewise):
 
 @intrinsic
 def prefetch(typingctx, array, offset):
-    """Ask for the cache line that holds ``array[offset]``."""
+    """Bring the cache line that holds ``array[offset]`` into the second-level cache."""
 
     def codegen(context, builder, sig, args):
         pointer = _pointer(context, builder, array, args[0], args[1])
         pointer = builder.bitcast(pointer, ir.IntType(8).as_pointer())
         word = ir.IntType(32)
-        _call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, word(0), word(3), word(1)])
+        _call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, word(0), word(2), word(1)])
         return context.get_dummy_value()
 
     return signature(types.void, array, types.intp), codegen

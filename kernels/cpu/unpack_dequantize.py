@@ -14,7 +14,7 @@ from ..layout import parts_per_byte
 from . import jit
 from .epilogue import epilogue, finish_rows, flat
 from .parallel import even_chunks, run_chunks
-from .simd import atomic_add, vcast, vlanes, vload_first, vspread, vstore_parts
+from .simd import atomic_add, keep, raw, vcast, vlanes, vload_first, vspread, vstore_parts
 
 __all__ = ["unpack_dequantize"]
 
@@ -45,14 +45,15 @@ def _kernel(bits: int):
                         row = vspread(vload_first(words, at, zero, live), none)
                         at = r * pitch + 4 * tile
                         vstore_parts(acc, at, 4 * stride, vcast(row, "f32"), parts, 4 * live)
-                finish_rows(acc, 0, pitch, ones, first, count, spec, unused)
+                finish_rows(raw(acc), 0, pitch, raw(ones), first, count, spec, raw(unused))
+        keep(acc)
+        keep(ones)
+        keep(unused)
 
     return kernel
 
 
-def unpack_dequantize(
-    words: Tensor, scale: Tensor, offset: Tensor, num_features: int, bits: int
-) -> Tensor:
+def unpack_dequantize(words: Tensor, scale: Tensor, offset: Tensor, num_features: int, bits: int) -> Tensor:
     rows = words.size(0)
     if is_per_row(scale) or is_per_row(offset):
         # (c * s_i) + (1 * l_i) by the row factors of the epilogue.

@@ -15,7 +15,9 @@ from .codesum import prefetch_rows
 from .epilogue import GROUP, finish_rows
 from .simd import (
     atomic_add,
+    keep,
     peek,
+    raw,
     vcast,
     vfma,
     vheads,
@@ -55,17 +57,18 @@ def head_table(num_features: int, bits: int, heads: int) -> tuple[np.ndarray | N
 
 
 @njit(forceinline=True)
-def add_edges(words, stride, col, begin, end, weight, heads, table, lanewise, none, codes, sums):
+def add_edges(words, stride, col, final, begin, end, weight, heads, table, lanewise, none, codes, sums):
     """Add ``weight * code`` over the edges ``[begin, end)`` to the sums of a row, tile by tile.
 
     Edge ``begin + q`` has its ``heads`` weights at ``weight[q * heads]``; ``none`` is a zero vector
-    of the ``codes`` of a tile; ``sums`` is float32, or int64 to take integer products exactly.
+    of the ``codes`` of a tile; ``sums`` is float32, or int64 to take integer products exactly;
+    ``final`` is the last edge of the graph.  Arrays but ``sums`` may be :func:`.simd.raw`.
     """
     shift = 0
     for tile in range(0, stride, LANES):
         acc = vcast(none, "f32")
         for e in range(begin, end):
-            prefetch_rows(words, stride, tile, LANES, col, e, 1)
+            prefetch_rows(words, stride, tile, LANES, col, final, e, 1)
             row = vload_first(words, peek(col, e) * stride + tile, LANES, stride - tile)
             weights = vheads(weight, (e - begin) * heads, table, shift, acc, lanewise)
             acc = vfma(weights, vcast(vspread(row, none), "f32"), acc)
@@ -123,6 +126,7 @@ def sum_kernel(bits: int):
         total, divisor = np.empty(heads, np.float32), np.ones(heads, np.float32)
         unpacked = np.zeros(block * code_row, np.uint8)
         nothing = np.zeros(block, np.float32)
+        source, edges = raw(words), raw(col)
         none = vlanes("u8", codes)
         while True:
             chunk = atomic_add(counter, 0, 1)
@@ -136,17 +140,19 @@ def sum_kernel(bits: int):
                     end = rowptr[first + r + 1]
                     for begin in range(rowptr[first + r], end, EDGE_BLOCK):
                         stop = min(begin + EDGE_BLOCK, end)
-                        fill_weights(
-                            weight, heads, col, begin, stop, row_scale, row_offset, scratch, total
-                        )
+                        fill_weights(weight, heads, col, begin, stop, row_scale, row_offset, scratch, total)
                         add_edges(
-                            words, stride, col, begin, stop, scratch, heads, table, lanewise,
-                            none, codes, sums,
+                            source, stride, edges, col.size - 1, begin, stop, raw(scratch), heads,
+                            table, lanewise, none, codes, sums,
                         )  # fmt: skip
                     spread_sums(sums, stride, none, codes, parts, acc, r * pitch)
                     width = spec.width // heads
                     scale_heads(acc, r * pitch, heads, width, scale, offset, total, divisor)
-                finish_rows(acc, 0, pitch, nothing, first, count, spec, unpacked)
+                finish_rows(raw(acc), 0, pitch, raw(nothing), first, count, spec, raw(unpacked))
+        keep(scratch)
+        keep(acc)
+        keep(nothing)
+        keep(unpacked)
 
     return kernel
 
@@ -163,6 +169,7 @@ def max_kernel(bits: int):
         acc = np.empty(block * pitch + GROUP, np.float32)
         unpacked = np.zeros(block * code_row, np.uint8)
         coefficient = np.empty(block, np.float32)
+        source, edges, final = raw(words), raw(col), col.size - 1
         none = vlanes("u8", codes)
         while True:
             chunk = atomic_add(counter, 0, 1)
@@ -177,11 +184,15 @@ def max_kernel(bits: int):
                         live = stride - tile
                         top = none
                         for e in range(begin, end):
-                            prefetch_rows(words, stride, tile, LANES, col, e, 1)
-                            row = vload_first(words, peek(col, e) * stride + tile, LANES, live)
+                            prefetch_rows(source, stride, tile, LANES, edges, final, e, 1)
+                            at = peek(edges, e) * stride + tile
+                            row = vload_first(source, at, LANES, live)
                             top = vmax(top, vspread(row, none))
                         at = r * pitch + 4 * tile
                         vstore_parts(acc, at, 4 * stride, vcast(top, "f32"), parts, 4 * live)
-                finish_rows(acc, 0, pitch, coefficient, first, count, spec, unpacked)
+                finish_rows(raw(acc), 0, pitch, raw(coefficient), first, count, spec, raw(unpacked))
+        keep(acc)
+        keep(coefficient)
+        keep(unpacked)
 
     return kernel
