@@ -64,7 +64,7 @@ class Recipe:
     """
 
     float_stage: Stage = field(default_factory=lambda: Stage(evaluate_every=2))
-    quantized_stage: Stage = field(default_factory=lambda: Stage(epochs=150, lr=0.005, cosine=True, evaluate_every=2))
+    quantized_stage: Stage = field(default_factory=lambda: Stage(epochs=150, lr=0.002, cosine=True, evaluate_every=2))
     range_lr: float = 0.005
     distillation: float = 1.0
     temperature: float = 1.0
