@@ -23,7 +23,8 @@ __all__ = ["linear", "linear_reference"]
 SCHEMA = (
     "(Tensor x_words, Tensor w_words, Tensor x_scale, Tensor x_offset, Tensor w_scale, Tensor "
     "w_offset, int in_features, int x_bits, int w_bits, Tensor? bias=None, bool relu=False, "
-    "Tensor? out_scale=None, Tensor? out_offset=None, int out_bits=0) -> Tensor"
+    "Tensor? out_scale=None, Tensor? out_offset=None, int out_bits=0, Tensor? row_scale=None) -> "
+    "Tensor"
 )
 
 
@@ -42,6 +43,7 @@ def linear_reference(
     out_scale: Tensor | None = None,
     out_offset: Tensor | None = None,
     out_bits: int = 0,
+    row_scale: Tensor | None = None,
 ) -> Tensor:
     x = unpack_codes(x_words, in_features, x_bits)
     w = unpack_codes(w_words, in_features, w_bits)
@@ -50,7 +52,7 @@ def linear_reference(
     rowsum = x.sum(1, keepdim=True, dtype=torch.int32).to(torch.float32)
     y = (product * w_scale.reshape(1, -1)) + (rowsum * w_offset.reshape(1, -1))
     y = (y * x_scale) + (linear_colterm(w, w_scale, w_offset) * x_offset)
-    return finish(y, bias, relu, out_scale, out_offset, out_bits)
+    return finish(y, bias, relu, out_scale, out_offset, out_bits, row_scale)
 
 
 def linear_colterm(w_codes: Tensor, w_scale: Tensor, w_offset: Tensor) -> Tensor:
@@ -76,6 +78,7 @@ def _fake(
     out_scale: Tensor | None = None,
     out_offset: Tensor | None = None,
     out_bits: int = 0,
+    row_scale: Tensor | None = None,
 ) -> Tensor:
     return new_output(x_words, x_words.size(0), w_words.size(0), out_bits)
 
@@ -99,8 +102,9 @@ def linear(
     out_scale: Tensor | None = None,
     out_offset: Tensor | None = None,
     out_bits: int = 0,
+    row_scale: Tensor | None = None,
 ) -> Tensor:
-    r"""``y = x^ w^T + b`` on packed codes, exact in int32 up to the affine step.
+    r"""``y_n = r_n (x^ w^T + b)_n`` on packed codes, exact in int32 up to the affine step.
 
     Args:
         x_words: ``[N, row_words(K, x_bits)]`` int32.
@@ -114,6 +118,8 @@ def linear(
         relu: Whether to clamp at 0.
         out_scale, out_offset, out_bits: Range and width of packed output (one element, ``[O]`` or
             ``[N, 1]``).
+        row_scale: ``[N]`` float32 factor of each result row, after bias and ReLU: with the source
+            factor of a normalized adjacency, packed output is what neighbours send.
 
     Returns:
         ``[N, O]`` float32, or ``[N, row_words(O, out_bits)]`` int32 with ``out_bits``.  Bitwise the
@@ -138,8 +144,10 @@ def linear(
                 f"Expected '{name}' of one element or [{num_out}] (got {list(value.shape)})"
             )
     check_range(x_scale, x_offset, num_rows, in_features, "x_")
+    if row_scale is not None and tuple(row_scale.shape) != (num_rows,):
+        raise ValueError(f"Expected 'row_scale' of shape [{num_rows}] (got {list(row_scale.shape)})")
     check_output_range(out_scale, out_offset, out_bits, num_rows, num_out)
     return torch.ops.qgnn.linear(
         x_words, w_words, x_scale, x_offset, w_scale, w_offset, in_features, x_bits, w_bits, bias,
-        relu, out_scale, out_offset, out_bits,
+        relu, out_scale, out_offset, out_bits, row_scale,
     )  # fmt: skip

@@ -47,22 +47,23 @@ PACK_BYTES = 64  # bytes of a packed row per step
 STREAM_BYTES = 1 << 24  # results beyond this size are written past the caches
 
 SCALE, OFFSET, TERM, BIAS, INVERSE, LOW = range(6)  # rows of ``columns``
-HAS_DST, HAS_TERM, HAS_BIAS, ROW_RANGE, STREAM = 1, 2, 4, 8, 16  # bits of ``flags``
+HAS_DST, HAS_TERM, HAS_BIAS, ROW_RANGE, STREAM, HAS_ROW_SCALE = 1, 2, 4, 8, 16, 32  # bits of ``flags``
 
 
 class Epilogue(NamedTuple):
     """What follows an accumulation ``acc`` with a coefficient per row, in the form kernels take.
 
     ``y = acc * scale + coefficient * offset``, ``y *= dst``, ``y += term * row_term``, ``y +=
-    bias``, ``y = max(floor, y)``, then quantization with the inverse step and start of the output
-    range.
+    bias``, ``y = max(floor, y)``, ``y *= row_scale``, then quantization with the inverse step and
+    start of the output range.
     """
 
     columns: np.ndarray  # [6, ceil16(F)] float32
-    dst: np.ndarray  # [N] float32 or empty, as the next three
+    dst: np.ndarray  # [N] float32 or empty, as the next four
     row_term: np.ndarray
     row_inverse: np.ndarray
     row_low: np.ndarray
+    row_scale: np.ndarray
     flags: int
     floor: float
     width: int
@@ -93,6 +94,7 @@ def epilogue(
     out_scale: Tensor | None = None,
     out_offset: Tensor | None = None,
     out_bits: int = 0,
+    row_scale: Tensor | None = None,
 ) -> tuple[Tensor, Epilogue]:
     """Allocate the result and gather its epilogue; without ``scale`` the affine step is skipped."""
     if out_bits:
@@ -102,7 +104,7 @@ def epilogue(
     columns = torch.zeros(6, -(-width // GROUP) * GROUP)
     columns[SCALE, :width] = 1 if scale is None else scale.reshape(-1)
     flags = HAS_DST * (dst_scale is not None) + HAS_TERM * (term is not None)
-    flags += HAS_BIAS * (bias is not None)
+    flags += HAS_BIAS * (bias is not None) + HAS_ROW_SCALE * (row_scale is not None)
     for index, value in ((OFFSET, offset), (TERM, term), (BIAS, bias)):
         if value is not None:
             columns[index, :width] = value.detach().reshape(-1)
@@ -125,6 +127,7 @@ def epilogue(
         flat(row_term),
         flat(row_inverse),
         flat(row_low),
+        flat(row_scale),
         flags,
         0.0 if relu else -np.inf,
         width,
@@ -180,6 +183,7 @@ def finish_rows(acc, base, pitch, coefficient, first, count, spec, codes):
     table, stretch = raw(spec.columns), spec.columns.shape[1]
     dst, row_term = raw(spec.dst), raw(spec.row_term)
     row_inverse, row_low = raw(spec.row_inverse), raw(spec.row_low)
+    row_scale = raw(spec.row_scale)
     out, packed = raw(spec.out), raw(spec.packed)
     floor = vsplat(np.float32(spec.floor), GROUP)
     top = vsplat(np.float32((1 << bits) - 1), GROUP)
@@ -207,6 +211,8 @@ def finish_rows(acc, base, pitch, coefficient, first, count, spec, codes):
             if flags & HAS_BIAS:
                 y = y + bias
             y = vmax(floor, y)
+            if flags & HAS_ROW_SCALE:
+                y = y * vsplat(peek(row_scale, i), GROUP)
             if bits:
                 if flags & ROW_RANGE:
                     inverse = vsplat(peek(row_inverse, i), GROUP)

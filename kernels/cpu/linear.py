@@ -164,6 +164,7 @@ def linear(
     out_scale: Tensor | None = None,
     out_offset: Tensor | None = None,
     out_bits: int = 0,
+    row_scale: Tensor | None = None,
 ) -> Tensor:
     rows, channels = x_words.size(0), w_words.size(0)
     key = (in_features, w_bits, x_bits == 8)
@@ -182,6 +183,7 @@ def linear(
         out_scale=out_scale,
         out_offset=out_offset,
         out_bits=out_bits,
+        row_scale=row_scale,
     )
     if out.numel():
         depth = -(-in_features // FEATURES)

@@ -203,7 +203,8 @@ def linear_cases(grid: str, warp: int) -> Iterator[Case]:
             }  # fmt: skip
             yield Case(
                 "linear", name + " packed", linear_module.linear_kernel,
-                types | PACKED_TYPES | {"out": "*i8"}, constants | packed, config.num_warps,
+                types | PACKED_TYPES | {"out": "*i8", "row_scale": "*fp32"}, constants | packed,
+                config.num_warps,
                 config.num_stages, facts=facts,
             )  # fmt: skip
 

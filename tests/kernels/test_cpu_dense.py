@@ -76,6 +76,21 @@ def test_linear(x_bits: int, w_bits: int) -> None:
             packed = output_range("column", rows, channels, 2, 10.0 * depth)
             bias = torch.randn(channels)
             assert_equal(linear, x, w, **source, **weight, **shape, bias=bias, relu=True, **packed)
+            factor = torch.rand(rows)
+            for out in ({}, packed, output_range("row", rows, channels, 4, 5.0 * depth)):
+                assert_equal(linear, x, w, **source, **weight, **shape, bias=bias, row_scale=factor, **out)
+
+
+def test_row_scale_is_a_product_before_quantization() -> None:
+    """The packed messages of a normalized graph, in one pass or in three."""
+    x, w, one, zero = random_words(50, 40, 4), random_words(24, 40, 2), torch.ones(1), -torch.ones(1)
+    factor, bias = torch.rand(50), torch.randn(24)
+    args = (x, w, one, zero, one, zero, 40, 4, 2)
+    step, low = torch.tensor(9.0), torch.tensor(-50.0)
+    with use_backend("cpu"):
+        fused = linear(*args, bias=bias, relu=True, row_scale=factor, out_scale=step, out_offset=low, out_bits=4)
+        apart = quantize_pack(linear(*args, bias=bias).relu() * factor.view(-1, 1), step, low, 4)
+    assert torch.equal(fused, apart)
 
 
 def test_linear_sees_weights_changed_in_place() -> None:
@@ -90,5 +105,7 @@ def test_linear_errors() -> None:
     x, w, one = random_words(4, 16, 2), random_words(3, 16, 2), torch.ones(1)
     with pytest.raises(ValueError, match=r"'x_scale' of one element or \[4, 1\] \(got \[16\]\)"):
         linear(x, w, torch.ones(16), one, one, one, 16, 2, 2)
+    with pytest.raises(ValueError, match=r"'row_scale' of shape \[4\] \(got \[4, 1\]\)"):
+        linear(x, w, one, one, one, one, 16, 2, 2, row_scale=torch.ones(4, 1))
     with pytest.raises(ValueError, match="Expected 'w_words' of shape"):
         linear(x, w[:, :0], one, one, one, one, 16, 2, 2)

@@ -79,3 +79,6 @@ def test_linear(x_bits: int, w_bits: int, features: int, outputs: int) -> None:
         args = (x, w, *x_range, *w_range, features, x_bits, w_bits)
         assert_same(lambda args=args: linear(*args, bias=bias, relu=True))  # type: ignore[misc]
     assert_same(lambda: linear(x, w, *one, *per_output, features, x_bits, w_bits, **packed))
+    factor = torch.rand(ROWS)
+    assert_same(lambda: linear(x, w, *one, *per_output, features, x_bits, w_bits, row_scale=factor, **packed))
+    assert_same(lambda: linear(x, w, *one, *per_output, features, x_bits, w_bits, row_scale=factor))
