@@ -63,8 +63,8 @@ class Recipe:
         temperature: Softening of both predictions.
     """
 
-    float_stage: Stage = field(default_factory=lambda: Stage(evaluate_every=3))
-    quantized_stage: Stage = field(default_factory=lambda: Stage(epochs=150, lr=0.002, cosine=True, evaluate_every=3))
+    float_stage: Stage = field(default_factory=lambda: Stage(evaluate_every=4))
+    quantized_stage: Stage = field(default_factory=lambda: Stage(epochs=100, lr=0.003, cosine=True, evaluate_every=4))
     range_lr: float = 0.005
     distillation: float = 1.0
     temperature: float = 1.0
