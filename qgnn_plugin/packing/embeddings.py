@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,16 +22,17 @@ __all__ = ["PackedEmbeddings"]
 
 KIND = "embeddings"
 CHUNK = 1 << 22  # codes unpacked at a time
+QUERY_BITS = 8  # of float queries with a range of their own
 
 
 @dataclass(frozen=True, eq=False)
 class PackedEmbeddings:
-    r"""Embeddings ``[N, F]`` as codes of one range, :math:`\hat x = c s + l`.
+    r"""Embeddings ``[N, F]`` as codes, :math:`\hat x = c s + l` with one range or one per node.
 
     Args:
         words: ``[N, row_words(F, bits)]`` int32.
-        scale: Step ``s > 0``, one element, float32.
-        lower: Lower end ``l``, one element, float32.
+        scale: Step ``s > 0``, one element or ``[N, 1]``, float32.
+        lower: Lower end ``l``, of the same shape, float32.
         num_features: ``F``.
         bits: 1, 2, 4 or 8.
     """
@@ -46,8 +47,12 @@ class PackedEmbeddings:
         check_packed(self.words, self.num_features, self.bits)
         for name in ("scale", "lower"):
             value = getattr(self, name)
-            if value.numel() != 1 or value.dtype != torch.float32:
-                raise ValueError(f"Expected '{name}' of one float32 element (got {value.dtype}, {list(value.shape)})")
+            shaped = value.numel() == 1 or value.shape == (len(self), 1)
+            if not shaped or value.dtype != torch.float32 or value.dim() != self.scale.dim():
+                raise ValueError(
+                    f"Expected '{name}' of one float32 element or [{len(self)}, 1], as the other end "
+                    f"(got {value.dtype}, {list(value.shape)})"
+                )
 
     @classmethod
     def from_codes(cls, codes: Tensor, scale: Tensor, lower: Tensor, bits: int) -> PackedEmbeddings:
@@ -55,26 +60,39 @@ class PackedEmbeddings:
         return cls(pack_codes(codes, bits), scale, lower, codes.size(1), bits)
 
     @classmethod
-    def from_float(cls, x: Tensor, bits: int = 8) -> PackedEmbeddings:
-        """Quantize ``x`` ``[N, F]`` to the range of least mean-squared error.
+    def from_float(
+        cls, x: Tensor, bits: int = 8, *, granularity: Literal["node", "tensor"] = "node"
+    ) -> PackedEmbeddings:
+        """Quantize ``x`` ``[N, F]`` to the ranges of least mean-squared error.
+
+        Lengths of embeddings differ widely over the nodes of a graph, and dot products favour the long ones: one range
+        for all of them either cuts these off or leaves the short ones a single code.  A range per node costs 8 bytes
+        a node.
+
+        Args:
+            x: Float matrix; zero and one other value, per row or in all, are held in one bit without loss.
+            bits: 2, 4 or 8.
+            granularity: ``"node"``, a range for every row, or ``"tensor"``, one for all.
 
         Raises:
             ValueError: If ``x`` is not a matrix, is empty, or holds a NaN or an infinity.
         """
         if x.dim() != 2 or not x.is_floating_point() or not x.numel():
             raise ValueError(f"Expected a float matrix [N, F] (got {x.dtype}, {list(x.shape)})")
+        if granularity not in ("node", "tensor"):
+            raise ValueError(f"Expected 'granularity' to be 'node' or 'tensor' (got {granularity!r})")
         x = x.detach().to(torch.float32)
         quantizer = QLRQuantizer(bits, site="embeddings", device=x.device)
         quantizer.set_range(x)
+        if not quantizer.is_one_bit and granularity == "node":
+            return cls(*_quantized_rows(x, bits), x.size(1), bits)
         site = PackedRange(SiteSpec.of(quantizer), "embeddings", device=x.device)
         site.fill(quantizer)
         packed = site(x)
-        if packed.scale.numel() != 1:  # one-bit rows: a scale per row does not serve dot products
-            scale, lower = search_range(x.reshape(1, -1), top_code(bits), 0.0)
-            scale, lower = (t.reshape(()).to(torch.float32) for t in (scale, lower))
-            return cls(quantize_pack(x, scale, lower, bits), scale, lower, x.size(1), bits)
-        lower = packed.lower.detach().reshape(())
-        return cls(packed.words, packed.scale.detach().reshape(()), lower, x.size(1), packed.bits)
+        scale, lower = packed.scale.detach(), packed.lower.detach()
+        if scale.numel() == 1:
+            scale, lower = scale.reshape(()), lower.reshape(())
+        return cls(packed.words, scale, lower, x.size(1), packed.bits)
 
     @classmethod
     def from_model(cls, model: nn.Module, *args: Any, **kwargs: Any) -> PackedEmbeddings:
@@ -98,12 +116,17 @@ class PackedEmbeddings:
     def __len__(self) -> int:
         return self.words.size(0)
 
+    def __getitem__(self, index: Tensor | slice) -> PackedEmbeddings:
+        """Some of the rows: ``index`` int64 ``[M]``, boolean ``[N]``, or a slice."""
+        scale, lower = (t[index] if t.dim() == 2 else t for t in (self.scale, self.lower))
+        return PackedEmbeddings(self.words[index], scale, lower, self.num_features, self.bits)
+
     def __repr__(self) -> str:
         return f"PackedEmbeddings({len(self)} x {self.num_features}, bits={self.bits}, {self.nbytes:,} bytes)"
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes and range."""
+        """Bytes of codes and ranges."""
         return sum(t.numel() * t.element_size() for t in (self.words, self.scale, self.lower))
 
     def dequantize(self) -> Tensor:
@@ -118,13 +141,14 @@ class PackedEmbeddings:
     def topk(self, query: Tensor | PackedEmbeddings, k: int, *, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
         r"""The ``k`` largest dot products of each query with the embeddings.
 
-        With query codes ``a`` (a float query is quantized to the range of the embeddings) and codes ``c``,
+        With query codes ``a`` of the range ``s_a, l_a`` and codes ``c``,
 
         .. math:: \langle \hat q, \hat x \rangle
-            = s^2 \sum a c + s l \big(\sum a + \sum c\big) + F l^2
+            = s_a s_c \sum a c + s_a l_c \sum a + l_a s_c \sum c + F l_a l_c.
 
-        (for a packed query with its own range on the left).  Sums are exact integers; one affine step in float64
-        follows.  Among equal products the lower index comes first.
+        Sums are exact integers; one affine step in float64 follows.  A float query is quantized to the range of the
+        embeddings if they share one, and otherwise to 8 bits with a range of its own.  Among equal products the lower
+        index comes first.
 
         Args:
             query: ``[M, F]`` or ``[F]`` float32, or packed embeddings of the same width.
@@ -142,7 +166,7 @@ class PackedEmbeddings:
         packed = self._packed_query(query)
         width = max(1, self.num_features)
         rows = max(1, chunk // width)
-        parts = [self._topk(packed, slice(begin, begin + rows), k, rows) for begin in range(0, len(packed), rows)]
+        parts = [self._topk(packed[begin : begin + rows], k, rows) for begin in range(0, len(packed), rows)]
         if not parts:
             parts = [self._empty(k)]
         scores, index = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -162,18 +186,18 @@ class PackedEmbeddings:
         rows = query.detach().reshape(-1, features).to(torch.float32)
         if not bool(rows.isfinite().all()):
             raise ValueError("Expected finite queries (got NaN or infinity)")
+        if self.scale.dim() == 2:
+            return PackedEmbeddings(*_quantized_rows(rows, QUERY_BITS), features, QUERY_BITS)
         words = quantize_pack(rows, self.scale, self.lower, self.bits)
         return PackedEmbeddings(words, self.scale, self.lower, features, self.bits)
 
-    def _topk(self, query: PackedEmbeddings, queries: slice, k: int, rows: int) -> tuple[Tensor, Tensor]:
-        asked = unpack_codes(query.words[queries], self.num_features, query.bits)
+    def _topk(self, query: PackedEmbeddings, k: int, rows: int) -> tuple[Tensor, Tensor]:
         best: tuple[Tensor, Tensor] | None = None
         # A block of products is as large as a block of codes.
-        rows = max(1, min(rows, rows * self.num_features // max(1, asked.size(0))))
+        rows = max(1, min(rows, rows * self.num_features // max(1, len(query))))
         for begin in range(0, len(self), rows):
-            codes = unpack_codes(self.words[begin : begin + rows], self.num_features, self.bits)
-            scores = self._products(query, asked, codes)
-            index = torch.arange(begin, begin + codes.size(0), device=codes.device).expand_as(scores)
+            scores = query._products(self[begin : begin + rows])
+            index = torch.arange(begin, begin + scores.size(1), device=scores.device).expand_as(scores)
             if best is not None:
                 scores, index = torch.cat([best[0], scores], 1), torch.cat([best[1], index], 1)
             # Stable, over candidates in ascending order of index among equals: ties are deterministic.
@@ -182,13 +206,13 @@ class PackedEmbeddings:
         assert best is not None
         return best
 
-    def _products(self, query: PackedEmbeddings, asked: Tensor, codes: Tensor) -> Tensor:
-        """Dot products ``[M, n]`` float64 of a block: the sums below are integers, exact up to ``2^53``."""
-        a, c = asked.double(), codes.double()
-        s_a, l_a = query.scale.double(), query.lower.double()
-        s_c, l_c = self.scale.double(), self.lower.double()
+    def _products(self, other: PackedEmbeddings) -> Tensor:
+        """Dot products ``[M, N]`` float64 with ``other``: the sums of codes are integers, exact up to ``2^53``."""
+        a, c = (unpack_codes(e.words, e.num_features, e.bits).double() for e in (self, other))
+        s_a, l_a = (t.double().reshape(-1, 1) for t in (self.scale, self.lower))
+        s_c, l_c = (t.double().reshape(1, -1) for t in (other.scale, other.lower))
         total = (a @ c.t()) * (s_a * s_c)
-        total += a.sum(1, keepdim=True) * (s_a * l_c) + c.sum(1) * (s_c * l_a)
+        total += a.sum(1, keepdim=True) * (s_a * l_c) + c.sum(1) * (l_a * s_c)
         return total + self.num_features * (l_a * l_c)
 
     def save(self, path: container.PathLike) -> None:
@@ -207,6 +231,16 @@ class PackedEmbeddings:
         tensors, description = container.read(path, KIND, verify=verify)
         fields: Mapping[str, Any] = description
         return cls(**tensors, num_features=fields["num_features"], bits=fields["bits"])
+
+
+def _quantized_rows(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Words, scale and lower end (``[N, 1]``) of the least mean-squared error for every row of finite ``x``."""
+    if not x.size(0):
+        ends = x.new_zeros((0, 1))
+        return quantize_pack(x, ends, ends, bits), ends, ends
+    parts = [search_range(rows, top_code(bits), None) for rows in x.split(max(1, CHUNK // x.size(1)))]
+    scale, lower = (torch.cat(ends).unsqueeze(1) for ends in zip(*parts, strict=True))
+    return quantize_pack(x, scale, lower, bits), scale, lower
 
 
 def _output_site(model: nn.Module) -> PackedRange:

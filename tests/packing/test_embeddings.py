@@ -25,6 +25,26 @@ def brute_force(query: PackedEmbeddings, table: PackedEmbeddings) -> Tensor:
     return values(query) @ values(table).t()
 
 
+def test_a_range_per_node_keeps_short_rows_apart() -> None:
+    x = torch.randn(50, 16) * torch.logspace(-4, 4, 50).unsqueeze(1) + 0.3
+    for bits in (2, 4, 8):
+        table = PackedEmbeddings.from_float(x, bits)
+        assert table.scale.shape == table.lower.shape == (50, 1)
+        error = (table.dequantize() - x).abs()
+        span = x.amax(1, keepdim=True) - x.amin(1, keepdim=True)
+        # Half a step inside the range, and the best range costs no more than the whole one does.
+        worst = (span / (2**bits - 1) / 2).square() * 16
+        assert (error.square().sum(1, keepdim=True) <= worst * 1.01).all()
+    # A float query has 8 bits of its own: its products are those of the float row but for half a step.
+    table = PackedEmbeddings.from_float(x, 2)
+    scores, index = table.topk(x[:7], 5)
+    exact = x[:7].double() @ table.dequantize().double().t()
+    assert torch.equal(index, exact.topk(5).indices)
+    torch.testing.assert_close(scores, exact.gather(1, index), rtol=1e-2, atol=0)
+    some = torch.tensor([4, 0, 4])
+    assert torch.equal(table[some].dequantize(), table.dequantize()[some])
+
+
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     nodes=st.integers(1, 60),
@@ -32,12 +52,15 @@ def brute_force(query: PackedEmbeddings, table: PackedEmbeddings) -> Tensor:
     bits=st.sampled_from([2, 4, 8]),
     queries=st.integers(1, 9),
     chunk=st.sampled_from([1, 64, 1 << 22]),
+    granularity=st.sampled_from(["node", "tensor"]),
     data=st.data(),
 )
-def test_topk(nodes: int, width: int, bits: int, queries: int, chunk: int, data: st.DataObject) -> None:
+def test_topk(
+    nodes: int, width: int, bits: int, queries: int, chunk: int, granularity: str, data: st.DataObject
+) -> None:
     k = data.draw(st.integers(1, nodes))
-    table = PackedEmbeddings.from_float(torch.randn(nodes, width) + 0.5, bits)
-    query = PackedEmbeddings.from_float(torch.randn(queries, width), bits)
+    table = PackedEmbeddings.from_float(torch.randn(nodes, width) + 0.5, bits, granularity=granularity)
+    query = PackedEmbeddings.from_float(torch.randn(queries, width), bits, granularity=granularity)
     scores, index = table.topk(query, k, chunk=chunk)
     products = brute_force(query, table)
     torch.testing.assert_close(scores, products.gather(1, index), rtol=1e-12, atol=1e-9)
@@ -60,7 +83,8 @@ def test_ties_take_the_lower_index() -> None:
 
 def test_float_queries_are_quantized_to_the_range() -> None:
     x = torch.nn.functional.normalize(torch.randn(30, 16))
-    table = PackedEmbeddings.from_float(x, 8)
+    table = PackedEmbeddings.from_float(x, 8, granularity="tensor")
+    assert table.scale.numel() == 1
     _, index = table.topk(x[:5], 3)
     assert index[:, 0].tolist() == list(range(5))
     assert torch.equal(table.topk(x[0], 3)[1], index[0])
@@ -97,7 +121,10 @@ def test_one_bit_data() -> None:
     assert PackedEmbeddings.from_float(binary).bits == 1
     assert torch.equal(PackedEmbeddings.from_float(binary).dequantize(), binary)
     rows = binary * torch.rand(20, 1)
-    assert PackedEmbeddings.from_float(rows).bits == 8
+    for granularity in ("node", "tensor"):
+        table = PackedEmbeddings.from_float(rows, granularity=granularity)
+        assert table.bits == 1
+        assert torch.equal(table.dequantize(), rows)
 
 
 def test_errors() -> None:
@@ -109,6 +136,10 @@ def test_errors() -> None:
         table.topk(torch.randn(4), 1)
     with pytest.raises(ValueError, match="finite"):
         table.topk(torch.full((3,), float("nan")), 1)
+    with pytest.raises(ValueError, match="'node' or 'tensor'"):
+        PackedEmbeddings.from_float(torch.randn(3, 3), granularity="channel")
+    with pytest.raises(ValueError, match=r"\[5, 1\]"):
+        PackedEmbeddings(table.words, table.scale[:4], table.lower, 3, 8)
     with pytest.raises(ValueError, match="float matrix"):
         PackedEmbeddings.from_float(torch.randn(3))
     with pytest.raises(ValueError, match="output_bits"):

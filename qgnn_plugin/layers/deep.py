@@ -1,0 +1,121 @@
+r"""Converted convolutions of a deep stack (see :mod:`qgnn_plugin.smp.deep`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..quantizers import QLRQuantizer
+from ..smp.constraint import attach_constraint
+from ..smp.deep import DeepLayer, StackPlace
+from .attention import QuantizedGATConv, QuantizedGATv2Conv
+from .base import QuantizedLayer, SiteFactory
+from .gcn import QuantizedGCNConv, propagate_codes
+from .gin import QuantizedGINConv
+from .graph import gcn_graph
+from .message_passing import QuantizedConv, QuantizedMessagePassing
+from .sage import QuantizedSAGEConv
+
+__all__ = ["DeepConv", "DeepGCNConv", "conv_widths", "deep_mixin"]
+
+
+class DeepGCNConv(DeepLayer, QuantizedGCNConv):
+    r"""GCNConv in a deep stack, exactly GCNII's layer: aggregate the quantized features, then map their residual sum."""
+
+    @classmethod
+    def attach(cls, layer: Any, sites: SiteFactory, place: StackPlace) -> None:  # type: ignore[override]
+        layer.deep_place = place
+        # What is sent are the features themselves, mostly non-negative: the level placement of messages is not for them.
+        if sites.first[0]:
+            layer.message_quantizer = sites.features("message", layer.in_channels)
+        else:
+            layer.message_quantizer = sites.make("message", "message", channels=layer.in_channels)
+        attach_constraint(layer, sites.config.smp, sites.device)
+
+    def forward(self: Any, x: Tensor, edge_index: Any, edge_weight: Tensor | None = None) -> Tensor:
+        self.refuse_explain()
+        initial = self.initial_features(x)
+        graph = self.normalized(edge_index, edge_weight, x.size(0))
+        out = propagate_codes(x, graph, self.message_quantizer)
+        out = self.smooth(x, out, graph.apply, graph.plan.num_edges, averaged=True)
+        support = self.with_initial(out, initial)
+        out = self.identity_mapped(support, self.lin(support))
+        return out if self.bias is None else out + self.bias
+
+
+class DeepConv(DeepLayer, QuantizedConv):
+    r"""Any other convolution ``C`` in a deep stack.
+
+    .. math:: H' = (1 - b_l) \big((1 - a) P H + a H_0\big) + b_l\, C\big((1 - a) H + a H_0\big)
+
+    with ``P`` the normalized adjacency of GCN: ``C`` need not be linear, nor say which operator it propagates with.
+    """
+
+    support_quantizer: QLRQuantizer
+
+    @classmethod
+    def attach(cls, layer: Any, sites: SiteFactory, place: StackPlace) -> None:  # type: ignore[override]
+        layer.deep_place = place
+        super().attach(layer, sites)
+        widths = conv_widths(layer)
+        layer.support_quantizer = sites.make("message", "support", channels=widths and widths[0])
+
+    def forward(self: Any, x: Tensor, edge_index: Any, *args: Any, **kwargs: Any) -> Any:
+        initial = self.initial_features(x)
+        mixed = self.with_initial(x, initial)
+        out = super().forward(mixed, edge_index, *args, **kwargs)  # type: ignore[misc]
+        if self.identity_strength == 1:
+            return out
+        graph = gcn_graph(edge_index, None, x.size(0), flow=self.flow, dtype=x.dtype)
+        support = self.with_initial(propagate_codes(x, graph, self.support_quantizer), initial)
+        if isinstance(out, tuple):  # with attention weights
+            return (self.identity_mapped(support, out[0]), *out[1:])
+        return self.identity_mapped(support, out)
+
+
+class DeepSAGEConv(DeepConv, QuantizedSAGEConv):
+    """SAGEConv in a deep stack."""
+
+
+class DeepGINConv(DeepConv, QuantizedGINConv):
+    """GINConv in a deep stack."""
+
+
+class DeepGATConv(DeepConv, QuantizedGATConv):
+    """GATConv in a deep stack."""
+
+
+class DeepGATv2Conv(DeepConv, QuantizedGATv2Conv):
+    """GATv2Conv in a deep stack."""
+
+
+class DeepMessagePassing(DeepConv, QuantizedMessagePassing):
+    """Any other ``MessagePassing`` in a deep stack."""
+
+
+_DEEP: dict[type[QuantizedLayer], type[QuantizedLayer]] = {
+    QuantizedGCNConv: DeepGCNConv,
+    QuantizedSAGEConv: DeepSAGEConv,
+    QuantizedGINConv: DeepGINConv,
+    QuantizedGATConv: DeepGATConv,
+    QuantizedGATv2Conv: DeepGATv2Conv,
+    QuantizedMessagePassing: DeepMessagePassing,
+}
+
+
+def deep_mixin(mixin: type[QuantizedLayer] | None) -> type[QuantizedLayer] | None:
+    """The mixin of a layer in a deep stack that ``mixin`` converts outside of one; :obj:`None` where there is none."""
+    return None if mixin is None else _DEEP.get(mixin)
+
+
+def conv_widths(conv: Any) -> tuple[int, int] | None:
+    """Input and output width of a convolution, :obj:`None` where it does not tell."""
+    if isinstance(inner := getattr(conv, "nn", None), nn.Module):
+        maps = [m.weight for m in inner.modules() if isinstance(getattr(m, "weight", None), Tensor)]
+        maps = [weight for weight in maps if weight.dim() == 2]
+        return (maps[0].size(1), maps[-1].size(0)) if maps else None
+    width, out = getattr(conv, "in_channels", None), getattr(conv, "out_channels", None)
+    if not (isinstance(width, int) and isinstance(out, int)):
+        return None
+    return width, out * conv.heads if getattr(conv, "concat", False) else out
