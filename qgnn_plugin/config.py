@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
@@ -59,6 +60,11 @@ class SMPConfig:
         slack: Initial slack.
         damping: Damping coefficient of the modified method (0: the basic method of Platt and Barr, 1987).
         max_multiplier: Upper end of the projection of the multiplier.
+        initial_residual: Of deep stacks, in [0, 1): consecutive convolutions of equal width take this share of the
+            stack's input instead of their own aggregation (``alpha`` of GCNII, which uses 0.1).
+        identity_map: Of deep stacks, in (0, e - 1]: layer ``l`` blends its weights into the identity with strength
+            ``log(identity_map / l + 1)`` (``theta`` of GCNII, which uses 0.5).  With neither, stacks stay as they are;
+            with either, the model is another one: train it anew.
     """
 
     alpha: float = 4.0
@@ -73,6 +79,8 @@ class SMPConfig:
     slack: float = 0.0
     damping: float = 0.0
     max_multiplier: float = 100.0
+    initial_residual: float | None = None
+    identity_map: float | None = None
 
     def __post_init__(self) -> None:
         _one_of("bound", self.bound, ("relative", "absolute"))
@@ -85,6 +93,17 @@ class SMPConfig:
         for name in ("mu", "eta_slack", "multiplier", "damping"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"Expected {name!r} >= 0 (got {getattr(self, name)})")
+        if self.initial_residual is not None and not 0 <= self.initial_residual < 1:
+            raise ValueError(f"Expected 'initial_residual' in [0, 1) (got {self.initial_residual})")
+        if self.identity_map is not None and not 0 < self.identity_map <= math.e - 1:
+            raise ValueError(
+                f"Expected 'identity_map' in (0, e - 1], for strengths of at most 1 (got {self.identity_map})"
+            )
+
+    @property
+    def deep(self) -> bool:
+        """Whether stacks of equal-width convolutions are rewritten."""
+        return self.initial_residual is not None or self.identity_map is not None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -14,8 +14,11 @@ from torch.nn.parameter import UninitializedParameter
 
 from .config import OFF, QuantConfig
 from .layers.base import QuantizedLayer, SiteFactory, restore_class
+from .layers.deep import conv_widths, deep_mixin
+from .layers.message_passing import QuantizedConv
 from .layers.registry import convert_layer, mixin_for
 from .quantizers import QLRQuantizer
+from .smp.deep import StackPlace, close_scopes, connect_stacks, find_stacks
 
 __all__ = ["is_quantized", "quantize_model", "quantized_layers", "quantizers", "range_parameters", "restore_model"]
 
@@ -34,7 +37,7 @@ def quantize_model(
     """Convert a model so that it trains and runs in low bit widths.
 
     Layers are swapped for subclasses that keep ``forward``, the ``Parameter`` objects, hooks and state-dict keys.  At
-    32 bits the result computes exactly what the original does.
+    32 bits the result computes exactly what the original does, unless ``config.smp`` rewrites deep stacks.
 
     Args:
         model: Any module with ``Linear`` or ``MessagePassing`` layers; it is untouched unless ``inplace``.
@@ -48,8 +51,8 @@ def quantize_model(
         The converted model, on the same device, in the same dtype and mode.
 
     Raises:
-        ValueError: If nothing matches, a layer is lazy and not yet initialized, the model is already converted, or an
-            override names no layer.
+        ValueError: If nothing matches, a layer is lazy and not yet initialized, the model is already converted, an
+            override names no layer, or deep stacks are asked for and there is none.
     """
     if config is None:
         config = QuantConfig(bits=bits)
@@ -62,11 +65,13 @@ def quantize_model(
     config.check_overrides([name for name, _ in chosen])
     _check_materialized(chosen)
     _check_units(chosen)
+    places = _stack_places(chosen, config)
     if not inplace:
         model = copy.deepcopy(model)
     names = [name for name, _ in chosen]
     try:
-        _convert(model, names, config)
+        _convert(model, names, config, places)
+        connect_stacks(model, places)
     except Exception:
         for layer in model.modules():
             if isinstance(layer, QuantizedLayer):
@@ -75,7 +80,30 @@ def quantize_model(
     return model
 
 
-def _convert(model: nn.Module, names: list[str], config: QuantConfig) -> None:
+def _stack_places(chosen: list[tuple[str, nn.Module]], config: QuantConfig) -> dict[str, StackPlace]:
+    """The deep stacks among the layers to be converted."""
+    convs = {name: layer for name, layer in chosen if issubclass(mixin_for(type(layer)) or object, QuantizedConv)}
+    deep = {name for name in convs if (smp := config.for_layer(name).smp) is not None and smp.deep}
+    if not deep:
+        return {}
+    widths = {name: conv_widths(conv) for name, conv in convs.items()}
+    places = find_stacks(
+        {name: width if _can_stack(convs[name], name in deep) else None for name, width in widths.items()}
+    )
+    if not places:
+        listed = ", ".join(f"{name} ({' to '.join(map(str, w)) if w else '?'})" for name, w in widths.items())
+        raise ValueError(
+            f"Expected a deep stack for 'initial_residual' and 'identity_map': two or more consecutive convolutions of "
+            f"equal width, in a list or numbered (got {listed})"
+        )
+    return places
+
+
+def _can_stack(conv: nn.Module, deep: bool) -> bool:
+    return deep and deep_mixin(mixin_for(type(conv))) is not None
+
+
+def _convert(model: nn.Module, names: list[str], config: QuantConfig, places: dict[str, StackPlace]) -> None:
     layers = dict(model.named_modules())
     first = [True]
     last = _output_layer(names)
@@ -83,13 +111,15 @@ def _convert(model: nn.Module, names: list[str], config: QuantConfig) -> None:
         layer = layers[name]
         if isinstance(layer, QuantizedLayer):
             continue  # converted together with the layer around it
-        mixin = mixin_for(type(layer))
+        mixin, options = mixin_for(type(layer)), {}
+        if name in places:
+            mixin, options = deep_mixin(mixin), {"place": places[name]}
         assert mixin is not None
         device, dtype = _placement(layer, model)
         settings = config.for_layer(name)
         output = name == last and settings.bits_for("output") != OFF
         sites = SiteFactory(name, settings, device, dtype, first, config.for_layer)
-        convert_layer(layer, mixin, sites, output=output)
+        convert_layer(layer, mixin, sites, output=output, **options)
 
 
 def _output_layer(names: list[str]) -> str:
@@ -207,6 +237,7 @@ def restore_model(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     for layer in list(model.modules()):
         if isinstance(layer, QuantizedLayer):
             restore_class(layer)
+    close_scopes(model)
     return model
 
 

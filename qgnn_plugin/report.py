@@ -14,6 +14,7 @@ from .packing.model import is_packed, packed_bytes
 from .packing.report import PackedSummary, packed_summary
 from .quantizers import QLRQuantizer, RangeKind
 from .smp import smp_layers
+from .smp.deep import StackPlace
 
 __all__ = ["LayerReport", "Summary", "model_bytes", "summary"]
 
@@ -34,6 +35,7 @@ class LayerReport:
         weight_error: ``||Q(W) - W|| / ||W||``, :obj:`None` without a set weight range.
         constraint: ``g`` over its bound in the last training forward.
         multiplier: Multiplier of the smoothness constraint.
+        deep_place: Where it stands in a deep stack, :obj:`None` outside of one.
     """
 
     name: str
@@ -45,6 +47,7 @@ class LayerReport:
     weight_error: float | None
     constraint: float | None
     multiplier: float | None
+    deep_place: StackPlace | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def _cells(layer: LayerReport) -> tuple[str, ...]:
 
     return (
         layer.name or "(model)",
-        layer.type,
+        layer.type if layer.deep_place is None else f"{layer.type} ({layer.deep_place})",
         " ".join(f"{site}:{bits}" for site, bits in layer.bits.items()),
         f"{layer.float_bytes:,}",
         f"{layer.packed_bytes:,}",
@@ -147,6 +150,7 @@ def _report(name: str, layer: Any) -> LayerReport:
         error,
         layer.constraint if smooth else None,
         layer.multiplier_value if smooth else None,
+        getattr(layer, "deep_place", None),
     )
 
 

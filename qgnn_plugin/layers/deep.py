@@ -21,12 +21,12 @@ __all__ = ["DeepConv", "DeepGCNConv", "conv_widths", "deep_mixin"]
 
 
 class DeepGCNConv(DeepLayer, QuantizedGCNConv):
-    r"""GCNConv in a deep stack, exactly GCNII's layer: aggregate the quantized features, then map their residual sum."""
+    r"""GCNConv in a deep stack, GCNII's own layer: aggregate the quantized features, then map their residual sum."""
 
     @classmethod
     def attach(cls, layer: Any, sites: SiteFactory, place: StackPlace) -> None:  # type: ignore[override]
-        layer.deep_place = place
-        # What is sent are the features themselves, mostly non-negative: the level placement of messages is not for them.
+        layer.deep_place, layer.deep_config = place, sites.config.smp
+        # What is sent are the features themselves, often non-negative: levels of messages are not for them.
         if sites.first[0]:
             layer.message_quantizer = sites.features("message", layer.in_channels)
         else:
@@ -56,7 +56,7 @@ class DeepConv(DeepLayer, QuantizedConv):
 
     @classmethod
     def attach(cls, layer: Any, sites: SiteFactory, place: StackPlace) -> None:  # type: ignore[override]
-        layer.deep_place = place
+        layer.deep_place, layer.deep_config = place, sites.config.smp
         super().attach(layer, sites)
         widths = conv_widths(layer)
         layer.support_quantizer = sites.make("message", "support", channels=widths and widths[0])

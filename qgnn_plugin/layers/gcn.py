@@ -37,17 +37,21 @@ class QuantizedGCNConv(QuantizedConv):
         if self.is_off or isinstance(x, (tuple, list)):
             return super().forward(x, edge_index, edge_weight)  # type: ignore[misc]
         self.refuse_explain()
-        graph = gcn_graph(
+        graph = self.normalized(edge_index, edge_weight, x.size(0))
+        z = self.lin(x)
+        out = propagate_codes(z, graph, self.message_quantizer)
+        out = self.smooth(z, out, graph.apply, graph.plan.num_edges, averaged=True)
+        return out if self.bias is None else out + self.bias
+
+    def normalized(self: Any, edge_index: Any, edge_weight: Tensor | None, num_nodes: int) -> NormalizedGraph:
+        """The operator of this layer."""
+        return gcn_graph(
             edge_index,
             edge_weight,
-            x.size(0),
+            num_nodes,
             improved=self.improved,
             add_self_loops=self.add_self_loops,
             normalize=self.normalize,
             flow=self.flow,
             dtype=self.lin.weight.dtype,
         )
-        z = self.lin(x)
-        out = propagate_codes(z, graph, self.message_quantizer)
-        out = self.smooth(z, out, graph.apply, graph.plan.num_edges, averaged=True)
-        return out if self.bias is None else out + self.bias

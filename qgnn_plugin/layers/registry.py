@@ -82,7 +82,18 @@ def convert_layer(
         quantizer.train(layer.training)
 
 
-_RESERVED = ("quant_config", "layer_name", "multiplier", "slack", "smp", "constraint_state", "output_quantizer")
+_RESERVED = (
+    "quant_config",
+    "layer_name",
+    "multiplier",
+    "slack",
+    "smp",
+    "constraint_state",
+    "deep_place",
+    "deep_config",
+    "deep_stack",
+    "output_quantizer",
+)
 _OWN = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 

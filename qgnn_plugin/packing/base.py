@@ -19,6 +19,7 @@ from ..layers.base import QuantizedLayer
 from ..layers.graph import NormalizedGraph
 from ..quantizers import QuantizedTensor
 from ..smp.constraint import SmoothLayer
+from ..smp.deep import StackPlace
 from .ranges import UNSET, PackedRange, PackedTensor, SiteSpec
 
 __all__ = ["LayerSpec", "PackedConv", "PackedLayer", "inference", "packed_class", "register_packed"]
@@ -46,6 +47,7 @@ class LayerSpec:
         output: Whether its result is quantized.
         attention_bits: Width of attention numerators, 32 for float.
         check: Whether its input is the model's: NaN and infinity are refused there.
+        deep_place: Where it stands in a deep stack, :obj:`None` outside of one.
     """
 
     name: str
@@ -57,6 +59,7 @@ class LayerSpec:
     output: bool = False
     attention_bits: int = OFF
     check: bool = False
+    deep_place: StackPlace | None = None
 
     @classmethod
     def of(cls, name: str, layer: Any, reason: str | None) -> LayerSpec:
@@ -74,6 +77,7 @@ class LayerSpec:
             getattr(layer, "smp", None) is not None and layer.multiplier_value > 0,
             type(layer).quantizes_output,
             getattr(layer, "attention_bits", OFF),
+            deep_place=getattr(layer, "deep_place", None),
         )
 
 

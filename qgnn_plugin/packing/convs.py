@@ -10,16 +10,18 @@ from torch import Tensor
 
 from ..config import OFF
 from ..layers.appnp import QuantizedAPPNP
+from ..layers.deep import DeepGCNConv
 from ..layers.gcn import QuantizedGCNConv
 from ..layers.gin import QuantizedGINConv, mean_with_self
 from ..layers.graph import NormalizedGraph, gcn_graph, mean_graph, plain_graph
 from ..layers.sage import QuantizedSAGEConv, _transforms_first
 from ..quantizers import QuantizedTensor
+from ..smp.deep import DeepLayer
 from .base import Activation, LayerSpec, PackedConv, inference, packed_dense, register_packed
 from .linear import PackedLinear
 from .ranges import PackedRange, PackedTensor
 
-__all__ = ["PackedAPPNP", "PackedGCNConv", "PackedGINConv", "PackedSAGEConv"]
+__all__ = ["PackedAPPNP", "PackedDeepGCNConv", "PackedGCNConv", "PackedGINConv", "PackedSAGEConv"]
 
 SUMS = ("mean", "add", "sum")
 
@@ -50,21 +52,25 @@ class PackedGCNConv(PackedConv):
     @inference
     def forward(self, x: Tensor, edge_index: Any, edge_weight: Tensor | None = None) -> Tensor:
         """``[N, in_channels]`` to ``[N, out_channels]``, as :class:`torch_geometric.nn.GCNConv`."""
-        graph = gcn_graph(
+        graph = self.normalized(edge_index, edge_weight, x.size(0))
+        sent, z = self._messages(x, graph)
+        if z is None or self.smp is None:
+            return self.aggregated(sent, graph, bias=self.bias)
+        out = self.smooth(z, self.aggregated(sent, graph), graph.apply, graph.plan.num_edges)
+        return out if self.bias is None else out + self.bias
+
+    def normalized(self, edge_index: Any, edge_weight: Tensor | None, num_nodes: int) -> NormalizedGraph:
+        """The operator of this layer."""
+        return gcn_graph(
             edge_index,
             edge_weight,
-            x.size(0),
+            num_nodes,
             improved=self.improved,
             add_self_loops=self.add_self_loops,
             normalize=self.normalize,
             flow=self.flow,
             dtype=torch.float32,
         )
-        sent, z = self._messages(x, graph)
-        if z is None or self.smp is None:
-            return self.aggregated(sent, graph, bias=self.bias)
-        out = self.smooth(z, self.aggregated(sent, graph), graph.apply, graph.plan.num_edges)
-        return out if self.bias is None else out + self.bias
 
     def _messages(self, x: Tensor, graph: NormalizedGraph) -> tuple[Activation, Tensor | None]:
         """What neighbours send, and the transformed features where they were written."""
@@ -75,6 +81,29 @@ class PackedGCNConv(PackedConv):
                 return fused, None
         z = lin(x)
         return self.message_quantizer(z if graph.source is None else z * graph.source), z
+
+
+class PackedDeepGCNConv(DeepLayer, PackedGCNConv):
+    """Packed GCNConv in a deep stack: a sum of packed features, then the integer product of their residual sum."""
+
+    entry = "message_quantizer"
+
+    def __init__(self, layer: Any, spec: LayerSpec, memo: dict[int, Any]) -> None:
+        super().__init__(layer, spec, memo)
+        assert spec.deep_place is not None
+        self.deep_place, self.deep_config, self.layer_name = spec.deep_place, spec.config.smp, spec.name
+
+    @inference
+    def forward(self, x: Tensor, edge_index: Any, edge_weight: Tensor | None = None) -> Tensor:
+        """``[N, F]`` to ``[N, F]``."""
+        initial = self.initial_features(x)
+        graph = self.normalized(edge_index, edge_weight, x.size(0))
+        out = self.aggregated(self.message_quantizer(x if graph.source is None else x * graph.source), graph)
+        if self.smp is not None:
+            out = self.smooth(x, out, graph.apply, graph.plan.num_edges)
+        support = self.with_initial(out, initial)
+        out = self.identity_mapped(support, self.lin(support))
+        return out if self.bias is None else out + self.bias
 
 
 class PackedSAGEConv(PackedConv):
@@ -268,6 +297,7 @@ def _refusal(layer: Any, message: Any) -> str | None:
 
 for _mixin, _packed in {
     QuantizedGCNConv: PackedGCNConv,
+    DeepGCNConv: PackedDeepGCNConv,
     QuantizedSAGEConv: PackedSAGEConv,
     QuantizedGINConv: PackedGINConv,
     QuantizedAPPNP: PackedAPPNP,

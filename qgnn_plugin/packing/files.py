@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,10 +11,11 @@ from torch import Tensor, nn
 from ..config import QuantConfig
 from ..conversion import is_quantized
 from ..layers.base import QuantizedLayer, SiteFactory, restore_class
-from ..layers.registry import convert_layer, mixin_for
+from ..layers.registry import convert_layer
+from ..smp.deep import StackPlace, connect_stacks
 from . import container
 from .base import LayerSpec
-from .model import assemble, is_packed, specs_of
+from .model import assemble, is_packed, layer_mixin, specs_of, stack_places
 from .ranges import SiteSpec
 
 __all__ = ["load_packed", "save_packed"]
@@ -82,6 +84,8 @@ def _describe(specs: list[LayerSpec]) -> dict[str, Any]:
         entry: dict[str, Any] = {"name": spec.name, "type": spec.type, "config": configs.index(config)}
         entry["sites"] = {site: s.to_dict() for site, s in spec.sites.items()}
         entry |= {k: getattr(spec, k) for k, v in _PLAIN.items() if getattr(spec, k) != v}
+        if spec.deep_place is not None:
+            entry["deep_place"] = asdict(spec.deep_place)
         layers.append(entry)
     return {"configs": configs, "layers": layers}
 
@@ -93,6 +97,8 @@ def _specs(description: Mapping[str, Any]) -> list[LayerSpec]:
         fields = dict(entry)
         fields["config"] = configs[fields["config"]]
         fields["sites"] = {k: SiteSpec.from_dict(v) for k, v in fields["sites"].items()}
+        if "deep_place" in fields:
+            fields["deep_place"] = StackPlace(**fields["deep_place"])
         specs.append(LayerSpec(**fields))
     return specs
 
@@ -114,6 +120,7 @@ def _convert_rest(packed: nn.Module, specs: list[LayerSpec], keys: set[str]) -> 
             continue
         if not any(_converted(layer, spec, keys, configs, first) for first in (False, True)):
             raise ValueError(f"Expected the sites of layer '{spec.name}' as saved (got others)")
+    connect_stacks(packed, stack_places(specs))
     packed.eval()
     for parameter in packed.parameters():
         parameter.requires_grad_(False)
@@ -123,13 +130,14 @@ def _converted(
     layer: nn.Module, spec: LayerSpec, keys: set[str], configs: Mapping[str, QuantConfig], first: bool
 ) -> bool:
     """Convert ``layer`` as the first or a later one of its model; undo it where that is not what was saved."""
-    mixin = mixin_for(type(layer))
+    mixin = layer_mixin(layer, spec)
     if mixin is None:
         raise ValueError(f"Expected a layer that can be converted at '{spec.name}' (got a {spec.type})")
     floats = [t for t in (*layer.parameters(), *layer.buffers()) if t.is_floating_point()]
     device, dtype = (floats[0].device, floats[0].dtype) if floats else (None, None)
     factory = SiteFactory(spec.name, spec.config, device, dtype, [first], lambda name: configs.get(name, spec.config))
-    convert_layer(layer, mixin, factory, output=spec.output)
+    options = {} if spec.deep_place is None else {"place": spec.deep_place}
+    convert_layer(layer, mixin, factory, output=spec.output, **options)
     own: Any = layer
     sites = {name: SiteSpec.outline(quantizer) for name, quantizer in own.own_quantizers()}
     prefix = f"{spec.name}." if spec.name else ""

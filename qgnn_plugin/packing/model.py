@@ -12,9 +12,11 @@ from torch import nn
 
 from ..conversion import is_quantized, quantized_layers
 from ..layers.base import QuantizedLayer
+from ..layers.deep import deep_mixin
 from ..layers.registry import mixin_for
 from ..layers.sage import QuantizedSAGEConv
 from ..quantizers import QLRQuantizer
+from ..smp.deep import DeepLayer, StackPlace, connect_stacks
 from .base import LayerSpec, PackedLayer, packed_class
 from .ranges import PackedRange
 
@@ -78,16 +80,30 @@ def assemble(model: nn.Module, layers: Mapping[str, Any], specs: Iterable[LayerS
     for spec in reversed(specs):  # inner layers first: the memo hands them to the layer around them
         layer = layers[spec.name]
         if spec.reason is None:
-            memo[id(layer)] = _packed_class(layer)(layer, spec, memo)
+            memo[id(layer)] = _packed_class(layer, spec)(layer, spec, memo)
     packed = copy.deepcopy(model, memo)
     for parameter in packed.parameters():
         parameter.requires_grad_(False)
     setattr(packed, SPECS, specs)
+    connect_stacks(packed, stack_places(specs))
     return packed.eval()
 
 
-def _packed_class(layer: Any) -> type[PackedLayer]:
-    mixin = type(layer).mixin if isinstance(layer, QuantizedLayer) else mixin_for(type(layer))
+def stack_places(specs: Iterable[LayerSpec]) -> dict[str, StackPlace]:
+    """The deep stacks that the layers form."""
+    return {spec.name: spec.deep_place for spec in specs if spec.deep_place is not None}
+
+
+def layer_mixin(layer: Any, spec: LayerSpec) -> type[QuantizedLayer] | None:
+    """What converts, or has converted, ``layer``, a float layer or a converted one."""
+    if isinstance(layer, QuantizedLayer):
+        return type(layer).mixin
+    mixin = mixin_for(type(layer))
+    return mixin if spec.deep_place is None else deep_mixin(mixin)
+
+
+def _packed_class(layer: Any, spec: LayerSpec) -> type[PackedLayer]:
+    mixin = layer_mixin(layer, spec)
     cls = None if mixin is None else packed_class(mixin)
     assert cls is not None
     return cls
@@ -102,7 +118,8 @@ def _describe(layers: Mapping[str, Any]) -> list[LayerSpec]:
         if id(layer) in decided:
             reason = decided[id(layer)]
         elif cls is None:
-            reason = f"no packed {type(layer).float_class.__name__}"
+            deep = " in a deep stack" if isinstance(layer, DeepLayer) else ""
+            reason = f"no packed {type(layer).float_class.__name__}{deep}"
         else:
             reason = cls.refuses(layer)
         if isinstance(layer, QuantizedSAGEConv):

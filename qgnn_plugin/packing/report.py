@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..smp.deep import StackPlace
 from .base import LayerSpec, PackedLayer
 from .model import PackedBytes, packed_bytes, packed_layers, specs_of
 from .ranges import PackedRange
@@ -25,6 +26,7 @@ class PackedLayerReport:
         reason: Why it runs its quantized-float path, :obj:`None` where it is packed.
         bits: Width of stored codes per site.
         bytes: Its own tensors, without the layers inside it.
+        deep_place: Where it stands in a deep stack, :obj:`None` outside of one.
     """
 
     name: str
@@ -32,6 +34,7 @@ class PackedLayerReport:
     reason: str | None
     bits: dict[str, int]
     bytes: PackedBytes
+    deep_place: StackPlace | None = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class PackedSummary:
 def _cells(layer: PackedLayerReport) -> tuple[str, ...]:
     return (
         layer.name or "(model)",
-        layer.type,
+        layer.type if layer.deep_place is None else f"{layer.type} ({layer.deep_place})",
         "packed" if layer.reason is None else f"float: {layer.reason}",
         " ".join(f"{site}:{bits}" for site, bits in layer.bits.items()),
         f"{layer.bytes.float:,}",
@@ -79,10 +82,10 @@ def _report(spec: LayerSpec, layer: PackedLayer | None, packed: nn.Module) -> Pa
     if layer is None:
         own = packed.get_submodule(spec.name).parameters(recurse=False)
         size = sum(p.numel() * p.element_size() for p in own)
-        return PackedLayerReport(spec.name, spec.type, spec.reason, bits, PackedBytes(size, size))
+        return PackedLayerReport(spec.name, spec.type, spec.reason, bits, PackedBytes(size, size), spec.deep_place)
     tensors = list(layer.buffers(recurse=False))
     for site in spec.sites:
         owner = layer.get_submodule(site) if site != "weight_quantizer" else None
         tensors += list(owner.buffers()) if isinstance(owner, PackedRange) else []
     size = sum(t.numel() * t.element_size() for t in tensors)
-    return PackedLayerReport(spec.name, spec.type, None, bits, PackedBytes(layer.float_bytes, size))
+    return PackedLayerReport(spec.name, spec.type, None, bits, PackedBytes(layer.float_bytes, size), spec.deep_place)

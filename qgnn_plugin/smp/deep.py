@@ -73,20 +73,18 @@ class DeepLayer:
 
     deep_place: StackPlace
     deep_stack: DeepStack
+    deep_config: SMPConfig
     layer_name: str
-    smp: SMPConfig | None
 
     @property
     def initial_residual(self) -> float:
         """``a``."""
-        assert self.smp is not None
-        return self.smp.initial_residual or 0.0
+        return self.deep_config.initial_residual or 0.0
 
     @property
     def identity_strength(self) -> float:
         """``b_l``: the weight of the layer's own map against the identity."""
-        assert self.smp is not None
-        theta = self.smp.identity_map
+        theta = self.deep_config.identity_map
         return 1.0 if theta is None else math.log(theta / self.deep_place.depth + 1)
 
     def initial_features(self, x: Tensor) -> Tensor | None:
@@ -234,7 +232,9 @@ def connect_stacks(model: nn.Module, places: Mapping[str, StackPlace]) -> None:
     stacks: dict[str, DeepStack] = {}
     for name, place in places.items():
         layer: Any = model.get_submodule(name)
-        layer.deep_stack = stacks.setdefault(place.stack, DeepStack())
+        stack = stacks.setdefault(place.stack, DeepStack())
+        if isinstance(layer, DeepLayer):  # or not converted yet
+            layer.deep_stack = stack
     for first, stack in stacks.items():
         around: Any = _module_around(model, [name for name, place in places.items() if place.stack == first])
         if around is None:
