@@ -11,7 +11,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 import qgnn_plugin as qgnn
-from qgnn_plugin.smp import ConstraintState, MultiplierState
+from qgnn_plugin.smp import ConstraintState, MultiplierState, SmoothLayer
 
 
 class DifferentialMultiplier(pl.Callback):
@@ -23,14 +23,15 @@ class DifferentialMultiplier(pl.Callback):
         \lambda \leftarrow \max(0, \lambda + \eta_\lambda (g / b + s^2 - 1)),
 
     on the constraint :math:`g \le b` that its training forward measured; :math:`g` and :math:`b`
-    are averaged over accumulated batches and over ranks, as gradients are, so the update is that of
-    the joint batch (:func:`qgnn_plugin.differential_multiplier_step`; Platt and Barr, 1987; arXiv
-    2308.14949).
+    are averaged over accumulated batches and over ranks (in one reduction for all layers), as
+    gradients are, so the update is that of the joint batch
+    (:func:`qgnn_plugin.differential_multiplier_step`; Platt and Barr, 1987; arXiv 2308.14949).
     Works with any LightningModule that holds a quantized model. Multiplier and slack are buffers of
     the layers, so checkpoints hold them and a resumed run goes on where it stopped.
 
-    Logs ``qgnn/lambda/<layer>`` and ``qgnn/violation/<layer>`` with each step, and warns once per
-    layer when its multiplier saturates, which says that the bound cannot be met.
+    Logs ``qgnn/lambda/<layer>`` and ``qgnn/violation/<layer>`` with each step.  Warns once per
+    layer when its multiplier has passed half of ``SMPConfig.max_multiplier`` without meeting the
+    bound: it is about to saturate, and the bound cannot be met.
 
     Args:
         log: Whether to log.
@@ -93,21 +94,22 @@ class DifferentialMultiplier(pl.Callback):
             if self.log:
                 pl_module.log(f"qgnn/lambda/{name}", state.multiplier)
                 pl_module.log(f"qgnn/violation/{name}", state.violation)
-            if state.saturated and name not in self._saturated:
-                self._warn_saturated(name, state)
+            if (state.saturating or state.saturated) and name not in self._saturated:
+                self._warn_saturated(name, state, layers[name])
         if layers and not states and not self._silent:
             self._silent = True
             rank_zero_warn(
                 f"{type(self).__name__} moves nothing: no constraint was measured in a training "
-                "step. Layers measure it in training mode, uncompiled."
+                "step. Layers measure it in training mode."
             )
 
-    def _warn_saturated(self, name: str, state: MultiplierState) -> None:
+    def _warn_saturated(self, name: str, state: MultiplierState, layer: SmoothLayer) -> None:
         self._saturated.add(name)
+        assert layer.smp is not None
         rank_zero_warn(
-            f"The smoothness multiplier of {name!r} saturates at {state.multiplier:.3g} with a "
-            f"violation of {state.violation:.3g}: the layer cannot meet its bound. Raise "
-            "SMPConfig(alpha=...) or lower SMPConfig(eta_lambda=...)."
+            f"The smoothness multiplier of {name!r} saturates: {state.multiplier:.3g} of at most "
+            f"{layer.smp.max_multiplier:.3g}, with a violation of {state.violation:.3g}. The layer "
+            "cannot meet its bound: raise SMPConfig(alpha=...) or lower SMPConfig(eta_lambda=...)."
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -121,6 +123,6 @@ def _mean(states: list[ConstraintState]) -> ConstraintState:
     if len(states) == 1:
         return states[0]
     return ConstraintState(
-        torch.stack([state.energy for state in states]).mean(),
-        torch.stack([state.bound for state in states]).mean(),
+        torch.stack([state.energy for state in states]).mean(0),
+        torch.stack([state.bound for state in states]).mean(0),
     )

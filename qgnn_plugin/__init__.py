@@ -22,11 +22,13 @@ from .packing import (
 )
 from .quantizers import QLRQuantizer, QuantizedTensor
 from .report import Summary, summary
-from .smp import MultiplierState, differential_multiplier_step, smp_layers
+from .smp import MultiplierState, SMPropagation, differential_multiplier_step, smp_layers
+from .smp.error import ErrorReport, error_report
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ErrorReport",
     "MultiplierState",
     "PackedBytes",
     "PackedEmbeddings",
@@ -36,9 +38,11 @@ __all__ = [
     "QuantizedLayer",
     "QuantizedTensor",
     "SMPConfig",
+    "SMPropagation",
     "Summary",
     "calibrate",
     "differential_multiplier_step",
+    "error_report",
     "is_packed",
     "is_quantized",
     "load_packed",

@@ -44,6 +44,8 @@ def _from_dict(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
 class SMPConfig:
     r"""Smoothness-aware message propagation (arXiv 2308.14949, section 4.3), one constraint per layer.
 
+    The equations are in docs/smoothness.md.
+
     Args:
         alpha: Bound on the change a layer may make to the similarity of neighbours.  With the default, relative and
             equal to the square of the largest eigenvalue that a normalized Laplacian can have, a plain averaging layer
@@ -55,11 +57,20 @@ class SMPConfig:
         eta: Step size of the propagation.
         mu: Weight of the smoothness term of the propagation.
         eta_lambda: Ascent rate of the multiplier.
-        eta_slack: Descent rate of the slack.
+        eta_slack: Descent rate of the slack; a slack of 0 stays 0 and leaves the plain inequality.
         multiplier: Initial multiplier, >= 0.  At 0 a layer is the original one.
         slack: Initial slack.
-        damping: Damping coefficient of the modified method (0: the basic method of Platt and Barr, 1987).
+        damping: ``c`` of the modified method: the penalty ``c/2 h^2`` on the violation ``h`` adds ``c h`` to the
+            multiplier that acts.  0 is the basic method (Platt and Barr, 1987).
         max_multiplier: Upper end of the projection of the multiplier.
+        schedule: ``"step"``: :func:`qgnn_plugin.differential_multiplier_step`, or the Lightning callback, moves the
+            multiplier once per optimizer step; ``"inner"``: it moves with every step of a propagation layer, within
+            the forward pass, in training and in inference.  Convolutions take one step and know ``"step"`` only.
+        carry: Whether an inner schedule starts where the last training forward ended, instead of at ``multiplier``.
+        algorithm: ``"smp"``, or ``"reference"``: the update of the authors' code, see :meth:`reference`.
+        state_bits: Width of the state between two steps of a quantized propagation (its messages have their own).
+        gap_bits: Width of the gap messages, the changes that neighbours exchange for the correction; default the
+            width of messages.
         initial_residual: Of deep stacks, in [0, 1): consecutive convolutions of equal width take this share of the
             stack's input instead of their own aggregation (``alpha`` of GCNII, which uses 0.1).
         identity_map: Of deep stacks, in (0, e - 1]: layer ``l`` blends its weights into the identity with strength
@@ -79,12 +90,21 @@ class SMPConfig:
     slack: float = 0.0
     damping: float = 0.0
     max_multiplier: float = 100.0
+    schedule: Literal["step", "inner"] = "step"
+    carry: bool = False
+    algorithm: Literal["smp", "reference"] = "smp"
+    state_bits: int = OFF
+    gap_bits: int | None = None
     initial_residual: float | None = None
     identity_map: float | None = None
 
     def __post_init__(self) -> None:
         _one_of("bound", self.bound, ("relative", "absolute"))
         _one_of("correction", self.correction, ("proximal", "explicit"))
+        _one_of("schedule", self.schedule, ("step", "inner"))
+        _one_of("algorithm", self.algorithm, ("smp", "reference"))
+        for name, widths in (("state_bits", BITS), ("gap_bits", (None, *BITS))):
+            _one_of(name, getattr(self, name), widths)
         if self.terms < 1:
             raise ValueError(f"Expected 'terms' >= 1 (got {self.terms})")
         for name in ("alpha", "eta", "eta_lambda", "max_multiplier"):
@@ -93,6 +113,7 @@ class SMPConfig:
         for name in ("mu", "eta_slack", "multiplier", "damping"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"Expected {name!r} >= 0 (got {getattr(self, name)})")
+        self._check_algorithm()
         if self.initial_residual is not None and not 0 <= self.initial_residual < 1:
             raise ValueError(f"Expected 'initial_residual' in [0, 1) (got {self.initial_residual})")
         if self.identity_map is not None and not 0 < self.identity_map <= math.e - 1:
@@ -104,6 +125,44 @@ class SMPConfig:
     def deep(self) -> bool:
         """Whether stacks of equal-width convolutions are rewritten."""
         return self.initial_residual is not None or self.identity_map is not None
+
+    def _check_algorithm(self) -> None:
+        if self.algorithm == "smp":
+            return
+        fixed = {"bound": "absolute", "correction": "explicit", "schedule": "inner", "carry": False, "damping": 0.0}
+        for name, value in fixed.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"Expected {name!r} = {value!r} for the reference algorithm (got {getattr(self, name)!r}); "
+                    f"start from SMPConfig.reference()"
+                )
+
+    @classmethod
+    def reference(cls, **changes: Any) -> SMPConfig:
+        r"""The update of the authors' code, for comparison; of propagation layers only.
+
+        With ``D = U - H`` before the correction, in every step of every forward pass anew from
+        ``lambda = s = 1e-3``,
+
+        .. math::
+            H \leftarrow U + 2 \eta \lambda \tilde A D \qquad
+            s \leftarrow s + 2 \eta_s \lambda s \qquad
+            \lambda \leftarrow \lambda + \eta_\lambda (\alpha\, \mathrm{nnz}(\tilde A) - s^2 - g)
+
+        ``lambda`` grows while the bound is met, and the correction does not smooth: no multiplier enforces the bound.
+        """
+        settings: dict[str, Any] = {
+            "algorithm": "reference",
+            "alpha": 0.1,
+            "bound": "absolute",
+            "correction": "explicit",
+            "schedule": "inner",
+            "eta_lambda": 1e-5,
+            "eta_slack": 1e-5,
+            "multiplier": 1e-3,
+            "slack": 1e-3,
+        }
+        return cls(**{**settings, **changes})
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

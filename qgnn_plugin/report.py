@@ -108,7 +108,7 @@ def _summary(qmodel: nn.Module) -> Summary:
     layers = [_report(name, layer) for name, layer in quantized_layers(qmodel).items()]
     before = sum(layer.float_bytes for layer in layers)
     extra = {id(t) for module in qmodel.modules() if isinstance(module, QLRQuantizer) for t in _tensors(module)}
-    extra |= {id(t) for layer in smp_layers(qmodel).values() for t in (layer.multiplier, layer.slack)}
+    extra |= {id(t) for layer in smp_layers(qmodel).values() for t in layer.constraint_buffers}
     total = sum(t.numel() * t.element_size() for t in _tensors(qmodel) if id(t) not in extra)
     return Summary(layers, total, total - before + sum(layer.packed_bytes for layer in layers))
 

@@ -1,39 +1,125 @@
-"""APPNP: K steps of quantized propagation, a range of its own for every step."""
+"""APPNP and SMPropagation: K steps of quantized propagation, a range of its own for every step."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
+from ..config import OFF, SMPConfig
 from ..quantizers import QLRQuantizer
 from ..smp.constraint import attach_constraint
+from ..smp.propagation import Descent, Meter, PropagationLayer, StepOperator, dropped_edges
 from .base import QuantizerDict, SiteFactory
 from .gcn import propagate_codes
 from .graph import NormalizedGraph, gcn_graph
 from .message_passing import QuantizedConv
 
-__all__ = ["QuantizedAPPNP"]
+__all__ = ["QuantizedAPPNP", "QuantizedPropagation", "QuantizedSMPropagation"]
 
 
-class QuantizedAPPNP(QuantizedConv):
-    r"""Quantized :class:`torch_geometric.nn.APPNP`: :math:`x \leftarrow (1 - \alpha) \hat A Q_k(x) + \alpha Q(h)`."""
+class QuantizedPropagation(PropagationLayer, QuantizedConv):
+    r"""Base of quantized propagations, :math:`U = c_0 H + c_1 \tilde A Q_k(H) + \eta Q(X_0)`, and their correction.
+
+    Sites: ``input`` (``X0``), ``step.k`` (messages), ``gap`` (the changes that neighbours exchange while the
+    multiplier is positive, relative to each node's own largest change, so that it fits every step) and, where
+    ``SMPConfig.state_bits`` asks for it, ``state.k``.
+    """
 
     input_quantizer: QLRQuantizer
     step_quantizers: QuantizerDict
+    gap_quantizer: QLRQuantizer | None
+    state_quantizers: QuantizerDict | None
 
     @classmethod
     def attach(cls, layer: Any, sites: SiteFactory) -> None:
         layer.input_quantizer = sites.features("input")
         layer.step_quantizers = QuantizerDict({str(k): sites.message(f"step{k}") for k in range(layer.K)})
-        attach_constraint(layer, sites.config.smp, sites.device)
+        smp = cls.settings(layer, sites)
+        layer.gap_quantizer = None if smp is None else _gap_site(sites, smp)
+        layer.state_quantizers = None
+        if smp is not None and smp.state_bits != OFF:
+            stored = replace(sites, config=replace(sites.config, message_bits=smp.state_bits))
+            names = {str(k): stored.make("message", f"state{k}") for k in range(1, layer.K)}
+            layer.state_quantizers = QuantizerDict(names)
+
+    @classmethod
+    def settings(cls, layer: Any, sites: SiteFactory) -> SMPConfig | None:
+        """The constraint that the converted layer will have."""
+        return sites.config.smp
 
     def forward(self: Any, x: Tensor, edge_index: Any, edge_weight: Tensor | None = None) -> Tensor:
-        if self.is_off:
-            return super().forward(x, edge_index, edge_weight)  # type: ignore[misc]
+        if self.is_off and not (self.smp is not None and (self.is_smoothing or self.moves_itself)):
+            return self.unquantized(x, edge_index, edge_weight)
         self.refuse_explain()
-        graph = gcn_graph(
+        graph = self.normalized(x, edge_index, edge_weight)
+        exact = self.is_off and not (self.training and self.dropout > 0)
+        x0 = self.input_quantizer(x).dequantize()
+        return self.propagate_steps(x0, graph, self.averages(graph), self.gaps(graph), exact=exact)
+
+    def unquantized(self: Any, x: Tensor, edge_index: Any, edge_weight: Tensor | None) -> Tensor:
+        """The layer's own forward, where nothing is quantized and nothing corrected."""
+        return super().forward(x, edge_index, edge_weight)  # type: ignore[misc]
+
+    def stored(self, k: int, h: Tensor) -> Tensor:
+        states = self.state_quantizers
+        return h if k == 0 or states is None else states[str(k)](h).dequantize()
+
+    def averages(self: Any, graph: NormalizedGraph) -> StepOperator:
+        r"""``A~ Q_k(H)``, by step."""
+
+        def average(k: int, h: Tensor) -> Tensor:
+            step = dropped_edges(graph, self.dropout, self.training)
+            return propagate_codes(h, step, self.step_quantizers[str(k)])
+
+        return average
+
+    def gaps(self, graph: NormalizedGraph) -> StepOperator:
+        r"""``A~ Q(D)``, by step."""
+        quantizer = self.gap_quantizer
+
+        def gap(k: int, change: Tensor) -> Tensor:
+            return graph.apply(change) if quantizer is None else propagate_codes(change, graph, quantizer)
+
+        return gap
+
+    def proposed(self, h: Tensor, u: Tensor, graph: NormalizedGraph) -> None:
+        """Show the gap site what would pass it, so that its range is known before the multiplier first rises."""
+        quantizer = self.gap_quantizer
+        if quantizer is not None and (quantizer.is_observing or (self.training and not quantizer.is_set)):
+            with torch.no_grad():
+                change = u - h
+                quantizer(change if graph.source is None else change * graph.source)
+
+
+def _gap_site(sites: SiteFactory, smp: SMPConfig) -> QLRQuantizer:
+    """Zero is a level, so no change stays no change; the range does not learn, as it may long be out of use."""
+    width = sites.config.bits_for("message") if smp.gap_bits is None else smp.gap_bits
+    fixed = replace(sites, config=replace(sites.config, message_bits=width, learn_ranges=False, truncation=None))
+    return fixed.make("message", "gap", levels="symmetric", granularity="node")
+
+
+class QuantizedAPPNP(QuantizedPropagation):
+    r"""Quantized :class:`torch_geometric.nn.APPNP`: :math:`x \leftarrow (1 - \alpha) \hat A Q_k(x) + \alpha Q(h)`."""
+
+    alpha: float
+    step_meter: Meter | None
+
+    @classmethod
+    def attach(cls, layer: Any, sites: SiteFactory) -> None:
+        super().attach(layer, sites)
+        attach_constraint(layer, sites.config.smp, sites.device)
+        layer.step_meter = None
+
+    @property
+    def descent(self) -> Descent:
+        return Descent(0.0, 1 - self.alpha, self.alpha)
+
+    def normalized(self: Any, x: Tensor, edge_index: Any, edge_weight: Tensor | None) -> NormalizedGraph:
+        r"""``A~``."""
+        return gcn_graph(
             edge_index,
             edge_weight,
             x.size(0),
@@ -42,16 +128,30 @@ class QuantizedAPPNP(QuantizedConv):
             flow=self.flow,
             dtype=x.dtype,
         )
-        h = self.input_quantizer(x).dequantize()
-        out = h
-        for quantizer in self.step_quantizers.values():
-            step = self._dropped(graph)
-            out = propagate_codes(out, step, quantizer) * (1 - self.alpha) + h * self.alpha
-        return self.smooth(h, out, graph.apply, graph.plan.num_edges)
 
-    def _dropped(self: Any, graph: NormalizedGraph) -> NormalizedGraph:
-        """Drop edges in training, as APPNP's ``dropout`` does."""
-        if not (self.dropout > 0 and self.training):
-            return graph
-        weight = graph.weight if graph.weight is not None else graph.plan.degree.new_ones(graph.plan.num_edges)
-        return NormalizedGraph(graph.plan, F.dropout(weight, p=self.dropout), graph.source, graph.target)
+    def unquantized(self: Any, x: Tensor, edge_index: Any, edge_weight: Tensor | None) -> Tensor:
+        if not self.training or self.smp is None or x.dim() != 2:
+            return super().unquantized(x, edge_index, edge_weight)
+        graph = self.normalized(x, edge_index, edge_weight)
+        self.step_meter = meter = Meter(self.smp, graph.apply, graph.plan.num_edges)
+        try:
+            out = super().unquantized(x, edge_index, edge_weight)
+        finally:
+            self.step_meter = None
+        meter.observe(out)
+        self.constraint_state = meter.state()
+        return out
+
+    def quantized_propagate(self: Any, edge_index: Any, size: Any = None, **kwargs: Any) -> Tensor:
+        """One step of PyG's own loop."""
+        if self.step_meter is not None:
+            self.step_meter.observe(kwargs["x"])
+        return self.float_propagate(edge_index, size, **kwargs)
+
+
+class QuantizedSMPropagation(QuantizedPropagation):
+    r"""Quantized :class:`qgnn_plugin.SMPropagation`, which keeps its own constraint, multiplier and slack."""
+
+    @classmethod
+    def settings(cls, layer: Any, sites: SiteFactory) -> SMPConfig | None:
+        return layer.smp

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..config import OFF, Granularity, Levels, QuantConfig, Site
 from ..quantizers import QLRQuantizer
+from ..smp.constraint import SmoothLayer, detach_constraint
 
 __all__ = ["QuantizedLayer", "SiteFactory", "quantized_class", "restore_class"]
 
@@ -106,9 +107,8 @@ def restore_class(layer: Any) -> None:
     for name, child in list(layer.named_children()):
         if isinstance(child, (QLRQuantizer, QuantizerDict)):
             delattr(layer, name)
-    for name in ("multiplier", "slack"):
-        layer._buffers.pop(name, None)
-        layer._non_persistent_buffers_set.discard(name)
+    if not issubclass(type(layer).float_class, SmoothLayer):
+        detach_constraint(layer)
     for name in _ATTRIBUTES:
         layer.__dict__.pop(name, None)
     layer.__class__ = type(layer).float_class
@@ -121,8 +121,9 @@ def restore_class(layer: Any) -> None:
 _ATTRIBUTES = (
     "quant_config",
     "layer_name",
-    "constraint_state",
-    "smp",
+    "gap_quantizer",
+    "state_quantizers",
+    "step_meter",
     "deep_place",
     "deep_config",
     "deep_stack",

@@ -9,7 +9,9 @@ from torch import nn
 from torch_geometric.nn import APPNP, GATConv, GATv2Conv, GCNConv, GINConv, MessagePassing, SAGEConv
 from torch_geometric.nn import Linear as PyGLinear
 
-from .appnp import QuantizedAPPNP
+from ..smp.constraint import BUFFERS, SmoothLayer
+from ..smp.propagation import SMPropagation
+from .appnp import QuantizedAPPNP, QuantizedSMPropagation
 from .attention import QuantizedGATConv, QuantizedGATv2Conv
 from .base import QuantizedLayer, SiteFactory, quantized_class, release_propagate
 from .gcn import QuantizedGCNConv
@@ -57,7 +59,8 @@ def convert_layer(
     Raises:
         ValueError: If ``layer`` has attributes of its own under names that are needed, or a ``propagate`` of its own.
     """
-    taken = [name for name in _RESERVED if hasattr(layer, name)]
+    constrained = isinstance(layer, SmoothLayer)  # by itself: it keeps what it has
+    taken = [name for name in _RESERVED if hasattr(layer, name) and not (constrained and name in _CONSTRAINT)]
     if taken:
         raise ValueError(
             f"Expected the names {', '.join(taken)} to be free on '{sites.name}', a {type(layer).__name__}; rename "
@@ -72,7 +75,7 @@ def convert_layer(
             layer.output_quantizer = sites.make("output", "output")
         state: Any = layer
         state.quant_config, state.layer_name = sites.config, sites.name
-        if issubclass(mixin, QuantizedConv):
+        if issubclass(mixin, QuantizedConv) and not constrained:
             state.smp = sites.config.smp
         layer.__class__ = quantized_class(mixin, type(layer), output)
     except Exception:
@@ -82,13 +85,11 @@ def convert_layer(
         quantizer.train(layer.training)
 
 
+_CONSTRAINT = (*BUFFERS, "smp", "constraint_state")
 _RESERVED = (
     "quant_config",
     "layer_name",
-    "multiplier",
-    "slack",
-    "smp",
-    "constraint_state",
+    *_CONSTRAINT,
     "deep_place",
     "deep_config",
     "deep_stack",
@@ -115,5 +116,6 @@ for _layer, _mixin in {
     SAGEConv: QuantizedSAGEConv,
     GINConv: QuantizedGINConv,
     APPNP: QuantizedAPPNP,
+    SMPropagation: QuantizedSMPropagation,
 }.items():
     register_layer(_layer, _mixin)

@@ -268,6 +268,11 @@ class QLRQuantizer(nn.Module):
 
     # Calibration ######################################################################################################
 
+    @property
+    def is_observing(self) -> bool:
+        """Whether values pass through unquantized."""
+        return self._observed is not None
+
     def observe(self) -> None:
         """Pass values through unquantized and remember a sample of them until :meth:`finish`."""
         self._observed, self._observed_kind = Sample(), RangeKind.ONE_BIT

@@ -2,10 +2,12 @@
 
 from .constraint import ConstraintState, SmoothLayer, dirichlet_energy
 from .multiplier import MultiplierState, differential_multiplier_step, smp_layers
+from .propagation import SMPropagation
 
 __all__ = [
     "ConstraintState",
     "MultiplierState",
+    "SMPropagation",
     "SmoothLayer",
     "differential_multiplier_step",
     "dirichlet_energy",

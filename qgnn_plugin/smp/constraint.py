@@ -1,4 +1,4 @@
-r"""The smoothness constraint of one layer (arXiv 2308.14949, section 4.3; DESIGN section 4).
+r"""The smoothness constraint of one layer (arXiv 2308.14949, section 4.3; DESIGN section 4; docs/smoothness.md).
 
 A layer that turns ``z`` into ``a = P z`` changes its input by ``D = a - z``.  With ``L = I - P``, the change must
 satisfy ``g = tr(D' L D) <= bound``; while the multiplier ``lambda`` is positive the change is corrected to
@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import SMPConfig
 
-__all__ = ["ConstraintState", "SmoothLayer", "attach_constraint", "dirichlet_energy"]
+__all__ = ["ConstraintState", "SmoothLayer", "attach_constraint", "corrected", "dirichlet_energy"]
 
 Operator = Callable[[Tensor], Tensor]
+BUFFERS = ("multiplier", "slack", "penalty")
 
 
 def dirichlet_energy(x: Tensor, operator: Operator) -> Tensor:
@@ -28,28 +29,57 @@ def dirichlet_energy(x: Tensor, operator: Operator) -> Tensor:
 
 @dataclass
 class ConstraintState:
-    """What the last training forward measured, plain tensors detached from the graph."""
+    """What the last training forward measured, plain tensors detached from the graph: one value, or one per step.
 
-    energy: Tensor  # g, of the realised change
-    bound: Tensor  # what g may be at most
+    Args:
+        energy: ``g`` of the realised change.
+        bound: What ``g`` may be at most.
+    """
+
+    energy: Tensor
+    bound: Tensor
+
+    @property
+    def ratio(self) -> Tensor:
+        """``g`` over its bound, of several steps the largest: at most 1 where every step meets its bound."""
+        return constraint_ratio(self.energy, self.bound).max()
+
+
+def constraint_ratio(energy: Tensor, bound: Tensor) -> Tensor:
+    """``g`` over its bound; no change at all meets any bound."""
+    ratio = energy / bound.clamp_min(torch.finfo(bound.dtype).tiny)
+    return torch.where(energy > 0, ratio, torch.zeros_like(ratio))
 
 
 class SmoothLayer:
-    """Mixin of layers with a smoothness constraint: buffers ``multiplier`` (>= 0) and ``slack``."""
+    """Mixin of layers with a smoothness constraint: buffers ``multiplier`` and ``slack``, and with damping ``penalty``.
+
+    ``penalty`` is ``c h`` of the last update, so that a saved model goes on as it was.
+    """
 
     multiplier: Tensor
     slack: Tensor
     smp: SMPConfig | None
     training: bool
     constraint_state: ConstraintState | None
+    _buffers: dict[str, Any]
+    _acts: tuple[Any, bool] = (None, False)  # versions of the buffers, and what they said
+
+    @property
+    def num_constraints(self) -> int:
+        """How many changes are bounded: one, or one per step of a propagation."""
+        return 1
+
+    @property
+    def moves_itself(self) -> bool:
+        """Whether the multiplier moves within the forward pass."""
+        return False
 
     @property
     def constraint(self) -> float | None:
         """``g`` over its bound, from the last training forward: at most 1 when met; :obj:`None` before any."""
         state = self.constraint_state
-        if state is None:
-            return None
-        return float(state.energy / state.bound.clamp_min(torch.finfo(state.bound.dtype).tiny))
+        return None if state is None else float(state.ratio)
 
     @property
     def violation(self) -> float | None:
@@ -57,9 +87,37 @@ class SmoothLayer:
         constraint = self.constraint
         return None if constraint is None else constraint - 1.0
 
-    def smooth(
-        self, z: Tensor, a: Tensor, operator: Operator, num_edges: int, *, averaged: bool = False
-    ) -> Tensor:
+    @property
+    def constraint_buffers(self) -> list[Tensor]:
+        """Multiplier, slack and, with damping, penalty."""
+        return [self._buffers[name] for name in BUFFERS if name in self._buffers]
+
+    @property
+    def force(self) -> Tensor:
+        """The multiplier that acts: ``max(0, lambda + c h)``, which without damping is ``lambda`` itself."""
+        penalty = self._buffers.get("penalty")
+        return self.multiplier if penalty is None else (self.multiplier + penalty).clamp_min(0)
+
+    @property
+    def multiplier_value(self) -> float:
+        """The multiplier that acts, as a number."""
+        return float(self.force)
+
+    @property
+    def is_smoothing(self) -> bool:
+        """Whether the correction acts.
+
+        A mirror on the host of the buffers, read anew whenever they were written: a forward pass need not wait for
+        the device, and compiled code branches on a constant.  Code compiled before a multiplier rose from zero
+        follows at the next eager update, such as :func:`qgnn_plugin.differential_multiplier_step`.
+        """
+        if not torch.compiler.is_compiling() and not self.multiplier.is_meta:
+            written = tuple(_version(self._buffers.get(name)) for name in ("multiplier", "penalty"))
+            if written != self._acts[0]:
+                self._acts = (written, self.multiplier_value > 0)
+        return self._acts[1]
+
+    def smooth(self, z: Tensor, a: Tensor, operator: Operator, num_edges: int, *, averaged: bool = False) -> Tensor:
         """Correct the change from ``z`` to ``a`` (both ``[N, ...]``) and, in training, measure its constraint.
 
         Args:
@@ -73,9 +131,9 @@ class SmoothLayer:
         if config is None or z.shape != a.shape:
             return a
         propagated = a
-        if self.multiplier_value > 0:
-            a = z + _corrected(a - z, operator, config, self.multiplier)
-        if self.training and not torch.compiler.is_compiling():
+        if self.is_smoothing:
+            a = z + corrected(a - z, operator, config, self.force)
+        if self.training:
             with torch.no_grad():
                 energy = dirichlet_energy((a - z).detach(), operator).clamp_min(0)
                 if config.bound == "relative":
@@ -86,29 +144,61 @@ class SmoothLayer:
                 self.constraint_state = ConstraintState(energy, bound)
         return a
 
-    @property
-    def multiplier_value(self) -> float:
-        """The multiplier as a number."""
-        return float(self.multiplier)
+
+def _version(buffer: Tensor | None) -> tuple[int, float] | None:
+    if buffer is None:
+        return None
+    # Inference tensors count no versions; NaN differs from everything, itself included.
+    return id(buffer), float("nan") if buffer.is_inference() else buffer._version
 
 
-def _corrected(change: Tensor, operator: Operator, config: SMPConfig, multiplier: Tensor) -> Tensor:
+def corrected(
+    change: Tensor, operator: Operator, config: SMPConfig, multiplier: Tensor, eta: float | None = None
+) -> Tensor:
+    """The change that remains under ``multiplier``.
+
+    Args:
+        change: ``D`` [N, ...], proposed.
+        operator: ``P``; with quantized gap messages, ``P Q(.)``.
+        config: Which correction.
+        multiplier: ``lambda``, a scalar.
+        eta: Step size of the explicit correction, default that of ``config``.
+    """
     if config.correction == "explicit":
-        return change - (2 * config.eta * multiplier) * (change - operator(change))
+        return change - (2 * (config.eta if eta is None else eta) * multiplier) * (change - operator(change))
     # Sweeps of I + 4 lambda (I - W) on the lazy walk W = (I + P) / 2: the same solution, but since W has no negative
     # eigenvalue, any number of sweeps leaves less energy the larger the multiplier.  On P itself a graph with few odd
     # cycles keeps its alternating part, and the multiplier would climb without end.
     weight = 4 * multiplier
-    corrected = change
+    result = change
     for _ in range(config.terms):
-        corrected = (change + weight * (0.5 * (corrected + operator(corrected)))) / (1 + weight)
-    return corrected
+        result = (change + weight * (0.5 * (result + operator(result)))) / (1 + weight)
+    return result
 
 
 def attach_constraint(layer: Any, config: SMPConfig | None, device: torch.device | None) -> None:
-    """Give a layer its multiplier and slack."""
+    """Give a layer its multiplier and slack.
+
+    Raises:
+        ValueError: If ``config`` is the authors' algorithm and the layer is no propagation.
+    """
     layer.constraint_state = None
     if config is None:
         return
-    layer.register_buffer("multiplier", torch.tensor(config.multiplier, device=device))
-    layer.register_buffer("slack", torch.tensor(config.slack, device=device))
+    if config.algorithm == "reference" and not hasattr(layer, "K"):
+        raise ValueError(
+            f"Expected a propagation layer (SMPropagation, APPNP) for the reference algorithm (got a "
+            f"{type(layer).__name__}); give other layers an SMPConfig of their own, or None, by 'overrides'"
+        )
+    for name, value in zip(BUFFERS, (config.multiplier, config.slack, 0.0), strict=True):
+        if name != "penalty" or config.damping > 0:
+            layer.register_buffer(name, torch.tensor(value, device=device))
+
+
+def detach_constraint(layer: nn.Module) -> None:
+    """Undo :func:`attach_constraint`."""
+    for name in BUFFERS:
+        layer._buffers.pop(name, None)
+        layer._non_persistent_buffers_set.discard(name)
+    for name in ("constraint_state", "smp", "_acts"):
+        layer.__dict__.pop(name, None)

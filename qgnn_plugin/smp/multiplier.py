@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .constraint import SmoothLayer
+from ..config import SMPConfig
+from .constraint import ConstraintState, SmoothLayer, constraint_ratio
 
-__all__ = ["MultiplierState", "differential_multiplier_step", "smp_layers"]
+__all__ = ["MultiplierState", "Update", "ascend", "differential_multiplier_step", "smp_layers"]
 
 
 @dataclass(frozen=True)
@@ -20,9 +22,11 @@ class MultiplierState:
     Args:
         multiplier: ``lambda``.
         slack: ``s``.
-        constraint: ``g`` over its bound.
+        constraint: ``g`` over its bound; of a propagation, that of its worst step.
         violation: ``constraint - 1``.
         saturated: Whether the multiplier is at its upper end: the bound cannot be met.
+        saturating: Whether it is past half of that and the bound is still not met.
+        force: The multiplier that acts, ``max(0, lambda + c h)``.
     """
 
     multiplier: float
@@ -30,6 +34,35 @@ class MultiplierState:
     constraint: float
     violation: float
     saturated: bool
+    saturating: bool = False
+    force: float = 0.0
+
+
+class Update(NamedTuple):
+    """Multiplier, slack and penalty ``c h`` after one update."""
+
+    multiplier: Tensor
+    slack: Tensor
+    penalty: Tensor
+
+
+def ascend(config: SMPConfig, multiplier: Tensor, slack: Tensor, ratio: Tensor) -> Update:
+    r"""One step of the modified differential multiplier method (Platt and Barr, 1987, eqs. 9 and 19).
+
+    With the violation :math:`h = g/b - 1 + s^2` and the acting multiplier :math:`\hat\lambda = \lambda + c h`,
+
+    .. math::
+        s \leftarrow s - 2 \eta_s \hat\lambda s \qquad
+        \lambda \leftarrow \mathrm{clip}(\lambda + \eta_\lambda h, 0, \lambda_{max})
+    """
+    h = ratio - 1 + slack.square()
+    penalty = config.damping * h if config.damping else torch.zeros_like(h)
+    force = (multiplier + penalty).clamp(0, config.max_multiplier)
+    return Update(
+        (multiplier + config.eta_lambda * h).clamp(0, config.max_multiplier),
+        slack - 2 * config.eta_slack * force * slack,
+        penalty.clamp(max=config.max_multiplier),
+    )
 
 
 def smp_layers(model: nn.Module) -> dict[str, SmoothLayer]:
@@ -45,35 +78,58 @@ def smp_layers(model: nn.Module) -> dict[str, SmoothLayer]:
 def differential_multiplier_step(
     model: nn.Module, *, reduce: Callable[[Tensor], Tensor] | None = None
 ) -> dict[str, MultiplierState]:
-    r"""Update every multiplier and slack once, from the last training forward.
+    r"""Update every multiplier and slack once, from the last training forward (see :func:`ascend`).
 
-    With the violation :math:`h = g/b - 1 + s^2`, :math:`s \leftarrow s - 2 \eta_s \lambda s` and
-    :math:`\lambda \leftarrow \mathrm{clip}(\lambda + \eta_\lambda (1 + c) h, 0, \lambda_{max})`, ``c`` the damping.
+    A layer whose multiplier moves within its forward pass (``schedule="inner"``) is reported and left alone.
 
     Args:
-        model: A converted model.
-        reduce: Averages a measured tensor over processes, for distributed training.
+        model: A converted model, or one that holds :class:`qgnn_plugin.SMPropagation` layers.
+        reduce: Averages a tensor over processes, for distributed training.  It is called once, with the measurements
+            of all layers, ``[rows, 3]`` float64: energy, bound, and 1 where they were measured.
 
     Returns:
-        The new state of each layer that has measured its constraint.
+        The new state of each layer that has measured its constraint, in any process.
     """
+    layers = smp_layers(model)
+    if not layers:
+        return {}
+    rows = [_measurements(layer) for layer in layers.values()]
+    sizes = [len(part) for part in rows]
+    table = torch.cat([part.to(rows[0].device) for part in rows])
+    if reduce is not None:
+        table = reduce(table)
     states = {}
-    for name, layer in smp_layers(model).items():
-        measured = layer.constraint_state
-        if measured is None:
-            continue
-        config = layer.smp
-        assert config is not None
-        pair = torch.stack([measured.energy, measured.bound]).double()
-        if reduce is not None:
-            pair = reduce(pair)
-        constraint = float(pair[0] / pair[1].clamp_min(1e-300)) if float(pair[0]) > 0 else 0.0
-        multiplier, slack = float(layer.multiplier), float(layer.slack)
-        slack_new = slack - 2 * config.eta_slack * multiplier * slack
-        violation = constraint - 1.0
-        step = config.eta_lambda * (1 + config.damping) * (violation + slack**2)
-        new = min(max(0.0, multiplier + step), config.max_multiplier)
-        layer.multiplier.fill_(new)
-        layer.slack.fill_(slack_new)
-        states[name] = MultiplierState(new, slack_new, constraint, violation, new >= config.max_multiplier)
+    for (name, layer), part in zip(layers.items(), table.split(sizes), strict=True):
+        if bool((part[:, 2] > 0).any()):
+            states[name] = _update(layer, constraint_ratio(part[:, 0], part[:, 1]).max().cpu())
     return states
+
+
+def _measurements(layer: SmoothLayer) -> Tensor:
+    """Energy, bound and a one for each step of ``layer``; zeros where it measured nothing."""
+    state: ConstraintState | None = layer.constraint_state
+    if state is None:
+        return torch.zeros(layer.num_constraints, 3, dtype=torch.float64, device=layer.multiplier.device)
+    pair = torch.stack([state.energy.reshape(-1), state.bound.reshape(-1)], 1).double()
+    return torch.cat([pair, torch.ones_like(pair[:, :1])], 1)
+
+
+def _update(layer: SmoothLayer, ratio: Tensor) -> MultiplierState:
+    config = layer.smp
+    assert config is not None
+    if not layer.moves_itself:
+        new = ascend(config, layer.multiplier.double().cpu(), layer.slack.double().cpu(), ratio)
+        for name, value in new._asdict().items():
+            if name in layer._buffers:
+                layer._buffers[name].copy_(value)
+    multiplier, constraint = float(layer.multiplier), float(ratio)
+    high = config.max_multiplier
+    return MultiplierState(
+        multiplier,
+        float(layer.slack),
+        constraint,
+        constraint - 1.0,
+        saturated=multiplier >= high,
+        saturating=multiplier >= high / 2 and constraint > 1,
+        force=layer.multiplier_value,
+    )

@@ -1,0 +1,334 @@
+r"""Smoothness-aware propagation: K steps of constrained gradient descent (DESIGN section 4; docs/smoothness.md).
+
+With ``A~`` the normalized adjacency and ``X0`` the input, every step descends in
+``1/2 ||H - X0||^2 + mu/2 tr(H' L H)``, corrects its change ``D = U - H`` by the multiplier, and bounds what is realised
+of it:
+
+.. math::
+    U = (1 - (1 + \mu) \eta) H + \mu \eta \tilde A H + \eta X_0 \qquad
+    H \leftarrow H + (I + 2 \lambda L)^{-1} (U - H)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch_geometric.nn import MessagePassing
+
+from ..config import SMPConfig
+from ..kernels.smp_step import step_factors
+from ..layers.graph import NormalizedGraph, gcn_graph
+from .constraint import ConstraintState, Operator, SmoothLayer, attach_constraint, constraint_ratio, corrected
+from .multiplier import ascend
+
+__all__ = ["Descent", "Meter", "PropagationLayer", "SMPropagation", "dropped_edges"]
+
+StepOperator = Callable[[int, Tensor], Tensor]
+
+
+class Descent(NamedTuple):
+    """The factors of one step, ``U = keep H + average A~ H + fidelity X0``."""
+
+    keep: float
+    average: float
+    fidelity: float
+
+    @classmethod
+    def of(cls, config: SMPConfig) -> Descent:
+        """Those of step size ``eta`` and smoothness weight ``mu``."""
+        keep, average, _ = step_factors(config.eta, config.mu, 0.0)
+        return cls(keep, average, config.eta)
+
+    @property
+    def contraction(self) -> float:
+        r"""Factor by which one step shrinks a difference at most, where ``||A~|| <= 1``."""
+        return abs(self.keep) + abs(self.average)
+
+    def __call__(self, h: Tensor, averaged: Tensor, source: Tensor) -> Tensor:
+        """``U`` from ``H``, ``A~ H`` and ``fidelity X0``, in the order of the ``smp_step`` kernel."""
+        moved = averaged * self.average
+        return (moved if self.keep == 0 else h * self.keep + moved) + source
+
+
+class Meter:
+    r"""Measures the constraint of every step from its states.
+
+    One product per state is enough, :math:`\tilde A D_k = \tilde A H_{k+1} - \tilde A H_k`.
+    """
+
+    def __init__(self, config: SMPConfig, operator: Operator, num_edges: int) -> None:
+        self.config, self.operator, self.num_edges = config, operator, num_edges
+        self.last: tuple[Tensor, Tensor] | None = None
+        self.energies: list[Tensor] = []
+        self.bounds: list[Tensor] = []
+
+    @torch.no_grad()
+    def observe(self, h: Tensor, averaged: Tensor | None = None) -> None:
+        """Take the next state, and ``A~ H`` where it is known."""
+        h = h.detach()
+        averaged = self.operator(h) if averaged is None else averaged.detach()
+        if self.last is not None:
+            before, averaged_before = self.last
+            change = h - before
+            self.energies.append((change * (change - (averaged - averaged_before))).sum().clamp_min(0))
+            if self.config.bound == "relative":
+                self.bounds.append((before * (before - averaged_before)).sum().clamp_min(0) * self.config.alpha)
+            else:
+                self.bounds.append(torch.full_like(self.energies[-1], self.config.alpha * self.num_edges))
+        self.last = (h, averaged)
+
+    @property
+    def ratio(self) -> Tensor:
+        """``g`` over its bound of the last step."""
+        return constraint_ratio(self.energies[-1], self.bounds[-1])
+
+    def state(self) -> ConstraintState | None:
+        """The constraint of every step so far."""
+        return ConstraintState(torch.stack(self.energies), torch.stack(self.bounds)) if self.energies else None
+
+
+class PropagationLayer(SmoothLayer):
+    """What every K-step propagation shares: the loop over its steps, one constraint for each, one multiplier for all.
+
+    The multiplier follows the step that exceeds its bound the most.
+    """
+
+    K: int
+
+    @property
+    def num_constraints(self) -> int:
+        return self.K
+
+    @property
+    def moves_itself(self) -> bool:
+        return self.smp is not None and self.smp.schedule == "inner"
+
+    @property
+    def descent(self) -> Descent:
+        """The factors of a step."""
+        assert self.smp is not None
+        return Descent.of(self.smp)
+
+    def stored(self, k: int, h: Tensor) -> Tensor:
+        """The state as step ``k`` finds it."""
+        return h
+
+    def proposed(self, h: Tensor, u: Tensor, graph: NormalizedGraph) -> None:
+        """Take note of a change that is not corrected."""
+
+    def propagate_steps(
+        self, x0: Tensor, graph: NormalizedGraph, average: StepOperator, gap: StepOperator, *, exact: bool
+    ) -> Tensor:
+        r"""All steps from ``x0`` [N, F].
+
+        Args:
+            x0: ``X0``, where the propagation starts.
+            graph: ``A~``.
+            average: ``A~ H_k`` of step ``k``, quantized where messages are.
+            gap: ``A~ D`` for the correction, quantized where gap messages are.
+            exact: Whether ``average`` is ``A~`` itself, so that measuring may use its results.
+        """
+        config = self.smp
+        descent, source = self.descent, x0 * self.descent.fidelity
+        meter = None
+        if config is not None and (self.training or self.moves_itself):
+            meter = Meter(config, graph.apply, graph.plan.num_edges)
+        if config is not None and config.algorithm == "reference":
+            return self._reference_steps(x0, descent, source, average, gap, meter)
+        multiplier = _Multiplier(self) if config is not None and (self.moves_itself or self.is_smoothing) else None
+        h = x0
+        for k in range(self.K):
+            h = self.stored(k, h)
+            averaged = average(k, h)
+            if meter is not None:
+                meter.observe(h, averaged if exact else None)
+                if k > 0 and multiplier is not None:
+                    multiplier.follow(meter)
+            u = descent(h, averaged, source)
+            if multiplier is None:
+                self.proposed(h, u, graph)
+            else:
+                assert config is not None
+                u = h + corrected(u - h, lambda d, k=k: gap(k, d), config, multiplier.force, descent.fidelity)
+            h = u
+        if self.training and meter is not None:
+            meter.observe(h)
+            if multiplier is not None and meter.energies:
+                multiplier.follow(meter)
+                multiplier.store(self)
+            self.constraint_state = meter.state()
+        return h
+
+    def _reference_steps(
+        self, x0: Tensor, descent: Descent, source: Tensor, average: StepOperator, gap: StepOperator, meter: Any
+    ) -> Tensor:
+        """The authors' update (see :meth:`SMPConfig.reference`); gradients flow through the multiplier, as there."""
+        config = self.smp
+        assert config is not None
+        h, multiplier, slack = x0, x0.new_tensor(config.multiplier), x0.new_tensor(config.slack)
+        for k in range(self.K):
+            h = self.stored(k, h)
+            if self.training:
+                meter.observe(h)
+            u = descent(h, average(k, h), source)
+            change = u - h
+            h = u + (2 * config.eta * multiplier) * gap(k, change)
+            slack = slack + 2 * config.eta_slack * multiplier * slack
+            energy = (change * (change - meter.operator(change))).sum()
+            multiplier = multiplier + config.eta_lambda * (config.alpha * meter.num_edges - slack.square() - energy)
+        if self.training:
+            meter.observe(h)
+            self.constraint_state = meter.state()
+            with torch.no_grad():
+                self.multiplier.copy_(multiplier)
+                self.slack.copy_(slack)
+        return h
+
+
+class _Multiplier:
+    """The multiplier of one forward pass: constant, or moving with its steps (``schedule="inner"``)."""
+
+    def __init__(self, layer: PropagationLayer) -> None:
+        assert layer.smp is not None
+        self.config, self.moves, self.force = layer.smp, layer.moves_itself, layer.force.detach()
+        if self.moves:
+            start = self.config
+            self.value = layer.multiplier if start.carry else torch.full_like(layer.multiplier, start.multiplier)
+            self.slack = layer.slack if start.carry else torch.full_like(layer.slack, start.slack)
+            self.penalty = layer._buffers.get("penalty") if start.carry else None
+            self._act()
+
+    def _act(self) -> None:
+        self.force = self.value if self.penalty is None else (self.value + self.penalty).clamp_min(0)
+
+    @torch.no_grad()
+    def follow(self, meter: Meter) -> None:
+        """Move with the violation of the last step."""
+        if self.moves:
+            ratio = meter.ratio.to(self.value.dtype)
+            self.value, self.slack, self.penalty = ascend(self.config, self.value, self.slack, ratio)
+            self._act()
+
+    @torch.no_grad()
+    def store(self, layer: PropagationLayer) -> None:
+        """Leave the last values in the layer's buffers: to be carried on, or only to be read."""
+        if self.moves:
+            for name in ("multiplier", "slack", "penalty"):
+                if name in layer._buffers:
+                    layer._buffers[name].copy_(self.value if name == "multiplier" else getattr(self, name))
+
+
+def dropped_edges(graph: NormalizedGraph, p: float, training: bool) -> NormalizedGraph:
+    """Drop edges in training, as APPNP's ``dropout`` does."""
+    if not (p > 0 and training):
+        return graph
+    weight = graph.weight if graph.weight is not None else graph.plan.degree.new_ones(graph.plan.num_edges)
+    return NormalizedGraph(graph.plan, F.dropout(weight, p=p), graph.source, graph.target)
+
+
+class SMPropagation(PropagationLayer, MessagePassing):
+    r"""K steps of smoothness-aware propagation (arXiv 2308.14949, section 4.3); takes the place of
+    :class:`torch_geometric.nn.APPNP`, with its arguments, its call and no weights.
+
+    .. math::
+        U = (1 - (1 + \mu) \eta) H + \mu \eta \tilde A H + \eta X_0 \qquad D = U - H \qquad
+        H \leftarrow H + (I + 2 \lambda (I - \tilde A))^{-1} D
+
+    With the multiplier :math:`\lambda = 0` this is APPNP with teleport :math:`\eta` where :math:`(1 + \mu) \eta = 1`.
+    In training mode every step's realised change is measured against ``smp``'s bound;
+    :func:`qgnn_plugin.differential_multiplier_step` or the Lightning callback raises the multiplier until it is met.
+
+    Args:
+        K: Number of steps.
+        alpha: Teleport probability in (0, 1], as APPNP's: sets ``eta = alpha`` and ``mu = 1 / alpha - 1``; default
+            those of ``smp``.
+        dropout: Dropout probability of edges during training.
+        cached: Whether to keep the normalized graph of the first call for all later ones.
+        add_self_loops: Whether to add self-loops before normalizing.
+        normalize: Whether to add self-loops and normalize symmetrically.
+        smp: The constraint; default :class:`SMPConfig`.  A converted layer keeps it, whatever the model's
+            configuration says.
+        **kwargs: Of :class:`torch_geometric.nn.conv.MessagePassing`, such as ``flow``.
+
+    Shapes:
+        - **input:** node features ``[N, F]``; edge indices ``[2, E]``, or a sparse adjacency; edge weights ``[E]``
+          (optional)
+        - **output:** ``[N, F]``
+
+    Memory is ``O(N F + E)`` in inference; training keeps the ``K`` states for the backward pass.
+    """
+
+    smp: SMPConfig
+
+    def __init__(
+        self,
+        K: int,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        cached: bool = False,
+        add_self_loops: bool = True,
+        normalize: bool = True,
+        *,
+        smp: SMPConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if kwargs.setdefault("aggr", "add") not in ("add", "sum"):
+            raise ValueError(f"Expected the aggregation 'add' (got {kwargs['aggr']!r}): A~ H is a sum")
+        super().__init__(**kwargs)
+        smp = SMPConfig() if smp is None else smp
+        if alpha is not None:
+            if not 0 < alpha <= 1:
+                raise ValueError(f"Expected a teleport probability 'alpha' in (0, 1] (got {alpha})")
+            smp = replace(smp, eta=alpha, mu=1 / alpha - 1)
+        self.K, self.dropout, self.cached = K, dropout, cached
+        self.add_self_loops, self.normalize = add_self_loops, normalize
+        self._cached_graph: NormalizedGraph | None = None
+        self.smp = smp
+        attach_constraint(self, smp, None)
+
+    def reset_parameters(self) -> None:
+        """Back to the initial multiplier and slack; forgets a cached graph."""
+        super().reset_parameters()
+        self._cached_graph = None
+        attach_constraint(self, self.smp, self.multiplier.device)
+
+    def forward(self, x: Tensor, edge_index: Any, edge_weight: Tensor | None = None) -> Tensor:
+        if self.explain:
+            raise NotImplementedError("Expected SMPropagation not to be in explain mode; explain APPNP instead")
+        graph = self.normalized(x, edge_index, edge_weight)
+
+        def average(k: int, h: Tensor) -> Tensor:
+            return dropped_edges(graph, self.dropout, self.training).apply(h)
+
+        exact = not (self.training and self.dropout > 0)
+        return self.propagate_steps(x, graph, average, lambda k, d: graph.apply(d), exact=exact)
+
+    def normalized(self, x: Tensor, edge_index: Any, edge_weight: Tensor | None) -> NormalizedGraph:
+        r"""``A~``, cached by the identity of its arguments; with ``cached``, that of the first call."""
+        if x.dim() != 2:
+            raise ValueError(f"Expected node features of shape [N, F] (got {list(x.shape)})")
+        if self._cached_graph is not None:
+            return self._cached_graph
+        graph = gcn_graph(
+            edge_index,
+            edge_weight,
+            x.size(0),
+            add_self_loops=self.add_self_loops,
+            normalize=self.normalize,
+            flow=self.flow,
+            dtype=x.dtype,
+        )
+        if self.cached:
+            self._cached_graph = graph
+        return graph
+
+    def message(self, x_j: Tensor, edge_weight: Tensor | None) -> Tensor:
+        return x_j if edge_weight is None else edge_weight.view(-1, 1) * x_j
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(K={self.K}, eta={self.smp.eta:.4g}, mu={self.smp.mu:.4g})"
