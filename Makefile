@@ -51,6 +51,11 @@ demo: $(STAMP) $(CORA)
 bench-accuracy: $(STAMP) $(CORA)
 	$(BIN)/python -m benchmarks.accuracy $(ARGS)
 
+# Kernels, inference, memory, files, growth and recall; finished sections are kept (ARGS=--fresh measures again).
+.PHONY: bench-cpu
+bench-cpu: $(STAMP)
+	$(BIN)/python -m benchmarks.cpu $(ARGS)
+
 # Registers, load widths and instruction mix of the Triton kernels; needs no GPU.
 .PHONY: kernel-report bench-gpu
 kernel-report: $(STAMP)

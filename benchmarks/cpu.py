@@ -1,81 +1,119 @@
-"""CPU benchmark, ``make bench-cpu``: every side interleaved in one run, medians of ratios.
+"""CPU benchmark, ``make bench-cpu``: kernels, inference, memory, files, growth and recall.
 
-Real graphs are read from files: ``--csr ego-Twitter=PATH.npz`` with arrays ``rowptr`` and ``col``.
+All sides of a comparison are interleaved in one run.  Each section is written to ``cpu.json`` and ``cpu.md`` when it is
+finished and kept by later runs with the same machine, versions, code and settings.  Real graphs are read from files:
+``--csr ego-Twitter=PATH.npz`` with arrays ``rowptr`` and ``col``.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import time
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-import torch
+import qgnn_plugin
+from qgnn_plugin import kernels
 
-from .cpu_graphs import graphs
-from .cpu_kernels import aggregate_rows
+from . import cpu_files, cpu_growth, cpu_inference, cpu_kernels, cpu_memory, cpu_recall
+from .cpu_report import target_table
 from .environment import environment, write_atomically
-from .timing import copy_bandwidth
+from .stacks import WIDTHS
 
 RESULTS = Path(__file__).parent / "results"
-FEATURES = 256
-COLUMNS = (
-    "graph", "threads", "side", "ms", "over torch.sparse", "over own float32", "GB/s",
-    "processor ms",
-)  # fmt: skip
+NODES, EDGES = 170_000, 2_000_000
+GROWTH_SIZES = (10_000, 30_000, 100_000, 300_000, 1_000_000, 2_000_000)
 
-NOTES = """\
-Medians over interleaved rounds; a ratio is the median of the rounds' own ratios.  `torch.sparse` is
-the faster of its CSR products with int64 and int32 indices, `own float32` the fastest of our vector
-kernels with prefetching and streaming stores.  `GB/s` are bytes that must move over the time taken:
-rows that stay in a cache are counted as often as they are read, so it can pass the copy bandwidth.
-"""
+# Each has settings(args), measure(args), markdown(section) and targets(data).
+SECTIONS: dict[str, ModuleType] = {
+    "kernels": cpu_kernels,
+    "inference": cpu_inference,
+    "memory": cpu_memory,
+    "files": cpu_files,
+    "growth": cpu_growth,
+    "recall": cpu_recall,
+}
+
+
+def code_digest() -> str:
+    """A digest of the library's sources: figures belong to the code that they were measured on."""
+    digest = hashlib.sha256()
+    for package in (qgnn_plugin, kernels):
+        folder = Path(str(package.__file__)).parent
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def markdown(document: dict[str, Any]) -> str:
-    machine = document["environment"]
-    lines = [
-        "# CPU benchmark",
-        "",
-        f"{machine['processor']}, {machine['cores']} cores.  Copy bandwidth "
-        + ", ".join(f"{v / 1e9:.1f} GB/s on {k} threads" for k, v in document["copy"].items())
-        + ".",
-        "",
-        NOTES,
-        f"## `aggregate`, {FEATURES} features",
-        "",
-        "| " + " | ".join(COLUMNS) + " |",
-        "|" + " --- |" * len(COLUMNS),
-    ]
-    for row in document["aggregate"]:
-        cells = (row[name] for name in COLUMNS)
-        text = (f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells)
-        lines.append("| " + " | ".join(text) + " |")
-    return "\n".join([*lines, ""])
+    """The report of the sections that are there: targets first, then every section's tables."""
+    finished = {name: document[name] for name in SECTIONS if name in document}
+    targets = [target for name, section in finished.items() for target in SECTIONS[name].targets(section["data"])]
+    lines = ["# CPU benchmark", ""]
+    machines: dict[str, list[str]] = {}
+    for name, section in finished.items():
+        machines.setdefault(_machine_line(section["environment"]), []).append(name)
+    for line, own in machines.items():
+        lines += [line if len(machines) == 1 else f"{', '.join(own)}: {line}", ""]
+    met = sum(target.is_met for target in targets)
+    lines += [f"{met} of {len(targets)} targets met.", "", *target_table(targets)]
+    for name, section in finished.items():
+        lines += SECTIONS[name].markdown(section)
+    taken = ", ".join(f"{name} {section['seconds']:.0f} s" for name, section in finished.items())
+    return "\n".join([*lines, f"Measuring took: {taken}.", ""])
+
+
+def _machine_line(machine: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
+    return (
+        f"{machine['processor']}, {machine['cores']} cores, {machine['system']}, Python {machine['python']}, "
+        f"{versions}; at most {machine['threads']} threads; code {machine['code']}."
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, prog="python -m benchmarks.cpu", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sections", nargs="+", default=list(SECTIONS), choices=list(SECTIONS))
+    parser.add_argument("--fresh", action="store_true", help="measure again what is finished")
+    parser.add_argument("--csr", action="append", default=[], metavar="NAME=FILE.npz")
+    parser.add_argument("--root", default="data", help="folder of the data sets")
+    parser.add_argument("--datasets", nargs="+", default=["Cora", "PubMed"])
+    parser.add_argument("--nodes", type=int, default=NODES)
+    parser.add_argument("--edges", type=int, default=EDGES)
+    parser.add_argument("--widths", type=int, nargs="+", default=list(WIDTHS), help="of the models")
+    parser.add_argument("--features", type=int, default=cpu_kernels.FEATURES, help="of the kernels")
+    parser.add_argument("--growth-sizes", type=int, nargs="+", default=list(GROWTH_SIZES), metavar="NODES")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--slow-rounds", type=int, default=2, help="of sides that take seconds a call")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, prog="python -m benchmarks.cpu")
-    parser.add_argument("--csr", action="append", default=[], metavar="NAME=FILE.npz")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    args = parser.parse_args(argv)
-    torch.manual_seed(0)
-    document: dict[str, Any] = {"environment": environment(max(args.threads)), "copy": {}}
-    document["aggregate"] = []
-    for count in args.threads:
-        torch.set_num_threads(count)
-        document["copy"][str(count)] = copy_bandwidth()
-    for name, plan in graphs(args.csr):
-        for count in args.threads:
-            torch.set_num_threads(count)
-            rows = aggregate_rows(name, plan, FEATURES, args.rounds, count)
-            document["aggregate"] += rows
-            for row in rows:
-                print({key: round(v, 2) if isinstance(v, float) else v for key, v in row.items()})
-            write_atomically(args.results / "cpu.json", json.dumps(document, indent=1) + "\n")
-            write_atomically(args.results / "cpu.md", markdown(document))
+    args = _parser().parse_args(argv)
+    path = args.results / "cpu.json"
+    document: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    machine = environment(max(args.threads)) | {"code": code_digest()}
+    for name in args.sections:
+        settings = json.loads(json.dumps(SECTIONS[name].settings(args)))  # as it will be read back
+        earlier = document.get(name, {})
+        if not args.fresh and earlier.get("environment") == machine and earlier.get("settings") == settings:
+            print(f"{name}: kept", flush=True)
+            continue
+        begin = time.perf_counter()
+        data = SECTIONS[name].measure(args)
+        seconds = time.perf_counter() - begin
+        document[name] = {"environment": machine, "settings": settings, "seconds": round(seconds, 1), "data": data}
+        print(f"{name}: {seconds:.0f} s", flush=True)
+        write_atomically(path, json.dumps(document, indent=1) + "\n")
+        write_atomically(args.results / "cpu.md", markdown(document))
+    print(markdown(document))
 
 
 if __name__ == "__main__":

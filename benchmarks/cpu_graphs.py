@@ -13,7 +13,6 @@ from qgnn_plugin.kernels.plan import GraphPlan
 __all__ = ["graphs", "power_law"]
 
 EXPONENT = 0.5  # of the weight of a node in its rank
-GENERATED = {"power-law 170k/2M": (170_000, 2_000_000)}
 
 
 def power_law(num_nodes: int, num_edges: int, seed: int = 0) -> GraphPlan:
@@ -32,13 +31,19 @@ def power_law(num_nodes: int, num_edges: int, seed: int = 0) -> GraphPlan:
     return GraphPlan.from_edges(endpoints(), endpoints(), num_nodes, num_nodes)
 
 
-def graphs(files: list[str]) -> Iterator[tuple[str, GraphPlan]]:
-    """The generated graphs, then ``name=file.npz`` with arrays ``rowptr`` and ``col``."""
-    for name, sizes in GENERATED.items():
-        yield name, power_law(*sizes)
+def graphs(num_nodes: int, num_edges: int, files: list[str]) -> Iterator[tuple[str, GraphPlan]]:
+    """The generated graph, then ``name=file.npz`` with arrays ``rowptr`` and ``col``."""
+    yield f"power-law {_short(num_nodes)}/{_short(num_edges)}", power_law(num_nodes, num_edges)
     for file in files:
         name, path = file.split("=", 1)
         arrays = np.load(Path(path))
         rowptr = torch.from_numpy(arrays["rowptr"].astype(np.int64))
         col = torch.from_numpy(arrays["col"].astype(np.int32))
         yield name, GraphPlan(rowptr, col, rowptr.numel() - 1)
+
+
+def _short(count: int) -> str:
+    for unit, letter in ((1_000_000, "M"), (1_000, "k")):
+        if count >= unit:
+            return f"{count / unit:g}{letter}"
+    return str(count)

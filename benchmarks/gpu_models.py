@@ -4,51 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu_timing import median_ms, peak_bytes
+from benchmarks.stacks import STACKS, WIDTHS, build_stack
 from qgnn_plugin.kernels.plan import GraphPlan
 
 __all__ = ["inference_rows", "training_rows"]
-
-WIDTHS = (128, 256, 256, 40)
-HEADS = 4
-
-
-class Stack(nn.Module):
-    """Three convolutions with ReLU between them."""
-
-    def __init__(self, convs: list[nn.Module]) -> None:
-        super().__init__()
-        self.convs = nn.ModuleList(convs)
-
-    def forward(self, x: Tensor, edge_index: Any) -> Tensor:
-        for i, conv in enumerate(self.convs):
-            x = conv(x, edge_index)
-            if i + 1 < len(self.convs):
-                x = x.relu()
-        return x
-
-
-def _models(widths: tuple[int, ...]) -> dict[str, Callable[[], Stack]]:
-    from torch_geometric.nn import GATConv, GCNConv, SAGEConv
-
-    pairs = list(pairwise(widths))
-    last = len(pairs) - 1
-
-    def gat(i: int, a: int, b: int) -> nn.Module:
-        out = b if i == last else b // HEADS
-        return GATConv(a, out, heads=1 if i == last else HEADS)
-
-    return {
-        "GCN": lambda: Stack([GCNConv(a, b, cached=True) for a, b in pairs]),
-        "GraphSAGE": lambda: Stack([SAGEConv(a, b) for a, b in pairs]),
-        "GAT": lambda: Stack([gat(i, a, b) for i, (a, b) in enumerate(pairs)]),
-    }
 
 
 def _graphed(run: Callable[[], Any]) -> Callable[[], Any]:
@@ -92,9 +57,10 @@ def inference_rows(plan: GraphPlan, widths: tuple[int, ...] = WIDTHS, repeats: i
     device = plan.device
     x = torch.randn(plan.num_src, widths[0], device=device)
     edge_index = _edge_index(plan)
-    for model_name, make in _models(widths).items():
-        torch.manual_seed(0)
-        model = make().to(device).eval()
+    for model_name in STACKS:
+        # An edge list is normalized once, as a sparse adjacency would be beforehand.
+        options = {"cached": True} if model_name == "GCN" else {}
+        model = build_stack(model_name, widths, **options).to(device)
 
         def plain(model: nn.Module = model, edges: Any = edge_index) -> Callable[[], Any]:
             return torch.inference_mode()(lambda: model(x, edges))
@@ -136,7 +102,7 @@ def training_rows(plan: GraphPlan, widths: tuple[int, ...] = WIDTHS, repeats: in
     edge_index = _edge_index(plan)
 
     def step(bits: int | None) -> Callable[[], Any]:
-        model: nn.Module = _models(widths)["GCN"]().to(device)
+        model: nn.Module = build_stack("GCN", widths, cached=True).to(device)
         if bits is not None:
             import qgnn_plugin as qgnn
 

@@ -4,49 +4,72 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numba
 import torch
 
-__all__ = ["Timing", "copy_bandwidth", "interleaved"]
+__all__ = ["Timing", "copy_bandwidth", "interleaved", "set_threads"]
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of each round: wall clock, and processor time of the whole process."""
+    """Seconds by round: wall clock, and processor time of the whole process."""
 
-    wall: list[float]
-    processor: list[float]
+    wall: dict[int, float]
+    processor: dict[int, float]
 
     @property
     def median(self) -> float:
-        return statistics.median(self.wall)
+        return statistics.median(self.wall.values())
+
+    @property
+    def processor_median(self) -> float:
+        return statistics.median(self.processor.values())
 
     def over(self, other: Timing) -> float:
-        """How many times ``other``'s time is this one's: the median of the rounds' own ratios."""
-        pairs = zip(other.wall, self.wall, strict=True)
-        return statistics.median(theirs / mine for theirs, mine in pairs)
+        """How many times ``other``'s time is this one's: the median ratio of the rounds that both ran in."""
+        shared = self.wall.keys() & other.wall.keys()
+        return statistics.median(other.wall[i] / self.wall[i] for i in shared)
 
 
-def interleaved(sides: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Timing]:
+def interleaved(
+    sides: Mapping[str, Callable[[], Any]], rounds: int, slow: Mapping[str, int] | None = None
+) -> dict[str, Timing]:
     """Time every side once per round, after one call each that is not counted.
 
     Results are dropped before the next call: no side pays for freeing another's.
+
+    Args:
+        sides: The calls, by name.
+        rounds: How many rounds.
+        slow: Sides that take part in fewer rounds, evenly spread, and how many; they get no call beforehand.
     """
-    for run in sides.values():
-        run()
-    wall: dict[str, list[float]] = {name: [] for name in sides}
-    processor: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(rounds):
+    slow = slow or {}
+    if not all(1 <= count <= rounds for count in slow.values()):
+        raise ValueError(f"Expected slow sides in 1 to {rounds} rounds (got {dict(slow)})")
+    turns = {name: {i * rounds // slow.get(name, rounds) for i in range(slow.get(name, rounds))} for name in sides}
+    for name, run in sides.items():
+        if name not in slow:
+            run()
+    timings = {name: Timing({}, {}) for name in sides}
+    for i in range(rounds):
         for name, run in sides.items():
-            begin, begin_processor = time.perf_counter(), time.process_time()
-            result = run()
-            wall[name].append(time.perf_counter() - begin)
-            processor[name].append(time.process_time() - begin_processor)
-            del result
-    return {name: Timing(wall[name], processor[name]) for name in sides}
+            if i in turns[name]:
+                begin, begin_processor = time.perf_counter(), time.process_time()
+                result = run()
+                timings[name].wall[i] = time.perf_counter() - begin
+                timings[name].processor[i] = time.process_time() - begin_processor
+                del result
+    return timings
+
+
+def set_threads(count: int) -> None:
+    """Threads of torch (and with it of our kernels, MKL and oneDNN), and of numba's own loops."""
+    torch.set_num_threads(count)
+    numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
 
 
 def copy_bandwidth(num_bytes: int = 1 << 28, rounds: int = 7) -> float:
@@ -54,4 +77,4 @@ def copy_bandwidth(num_bytes: int = 1 << 28, rounds: int = 7) -> float:
     source = torch.zeros(num_bytes // 4)
     target = torch.zeros_like(source)
     timing = interleaved({"copy": lambda: target.copy_(source)}, rounds)["copy"]
-    return 2 * num_bytes / min(timing.wall)
+    return 2 * num_bytes / min(timing.wall.values())

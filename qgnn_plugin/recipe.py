@@ -18,13 +18,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .calibration import calibrate
-from .config import QuantConfig
-from .conversion import quantize_model
+from .config import OFF, QuantConfig
+from .conversion import is_quantized, quantize_model, restore_model
 from .inputs import model_inputs
 from .smp import differential_multiplier_step
 from .training import distillation_loss, parameter_groups
 
-__all__ = ["Recipe", "RecipeResult", "Stage", "StageResult", "distil", "fit_float", "fit_quantized", "run_recipe"]
+__all__ = [
+    "Recipe",
+    "RecipeResult",
+    "Stage",
+    "StageResult",
+    "distil",
+    "fit_float",
+    "fit_quantized",
+    "float_form",
+    "run_recipe",
+]
 
 
 @dataclass(frozen=True)
@@ -154,10 +164,12 @@ def fit_quantized(
 ) -> StageResult:
     """Convert a trained ``float_model`` (untouched), set its ranges, and train it at low bit width.
 
-    The default ``config`` is :meth:`QuantConfig.accurate`.
+    The default ``config`` is :meth:`QuantConfig.accurate`.  A float model whose deep stacks are rewritten, a converted
+    one at 32 bits, is converted anew with the weights it has.
     """
     config = QuantConfig.accurate(bits) if config is None else replace(config, bits=bits)
-    qmodel = calibrate(quantize_model(float_model, config=config), data)
+    plain = restore_model(float_model) if is_quantized(float_model) else float_model
+    qmodel = calibrate(quantize_model(plain, config=config), data)
     return distil(qmodel, float_model, data, recipe)
 
 
@@ -175,12 +187,21 @@ def run_recipe(
     """The whole recipe in one call: train ``model`` (in place) in float, convert it, train it at low bit width.
 
     Args:
-        model: An untrained PyG model for node classification.
+        model: An untrained PyG model for node classification; where ``config`` rewrites deep stacks, a copy is trained.
         data: Full-batch ``Data`` with ``x``, ``edge_index``, ``y`` [N] and boolean ``train_mask``, ``val_mask`` and
             ``test_mask`` [N].
         bits: 2, 4 or 8.
         config: Everything else about the conversion.
         recipe: Settings of the training.
     """
-    trained = fit_float(model, data, recipe)
-    return RecipeResult(trained, fit_quantized(model, data, bits, config=config, recipe=recipe))
+    trained = fit_float(float_form(model, config), data, recipe)
+    return RecipeResult(trained, fit_quantized(trained.model, data, bits, config=config, recipe=recipe))
+
+
+def float_form(model: nn.Module, config: QuantConfig | None) -> nn.Module:
+    """The float model that ``config`` stands for: ``model`` itself, or a copy with its deep stacks rewritten."""
+    smp = None if config is None else config.smp
+    if config is None or smp is None or not smp.deep:
+        return model
+    overrides = {pattern: {"smp": o["smp"]} for pattern, o in config.overrides.items() if "smp" in o}
+    return quantize_model(model, config=QuantConfig(bits=OFF, smp=smp, overrides=overrides))

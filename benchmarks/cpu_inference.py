@@ -1,0 +1,206 @@
+"""Inference of three-layer models: PyG's paths, and the packed models at every width."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import qgnn_plugin as qgnn
+from qgnn_plugin.kernels.plan import plan_cache
+from qgnn_plugin.packing.model import specs_of
+
+from .cpu_graphs import power_law
+from .cpu_paths import EDGE_INDEX, PACKED_GRAPH, edge_list, pyg_paths, quantized_stack
+from .cpu_probe import Job, probe
+from .cpu_report import Target, per_threads, table
+from .stacks import STACKS
+from .timing import interleaved, set_threads
+
+BITS = (2, 4, 8)
+COMPILED_BITS = 4  # the width whose compilation is timed
+ATTENTION = ("GAT",)
+LONG_CALL = 4.0  # seconds: a call that takes longer is not repeated to choose a path
+TARGETS = {  # model: (column, least by bits)
+    "GCN": (("over best PyG", {2: 8.0, 4: 6.5}), (f"over {EDGE_INDEX}", {2: 30.0, 4: 25.0})),
+    "GraphSAGE": (("over best PyG", {2: 5.11, 4: 4.70}),),
+    "GAT": (("over best PyG", {2: 5.11, 4: 4.70}),),
+}
+
+NOTES = """\
+Whole forward passes on the generated graph.  `best PyG` is the fastest of all PyG paths of the model, each with
+everything computed beforehand that PyG lets one compute: all were tried once, the fastest other one and `edge_index`
+take part in the rounds.  Packed models are calibrated on the same graph, with the default configuration (a range per
+tensor) and every layer packed; before timing, their outputs are compared with `qmodel.eval()`: `error` is the largest
+difference over the largest output, `agree` the share of equal predictions.
+"""
+
+STAGE_NOTES = f"""\
+Once per model or graph, apart from inference (ms, {{threads}} threads): packing a quantized model, converting an edge
+list for the packed model and for PyG's fastest path, and the first call of an INT{COMPILED_BITS} model in a new process
+on a graph of 1,000 nodes, with nothing compiled yet and with kernels that an earlier process has left on disk.
+"""
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("nodes", "edges", "widths", "threads", "rounds", "slow_rounds")
+    return {name: getattr(args, name) for name in names}
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+def _median_ms(run: Callable[[], Any], repeats: int = 3) -> float:
+    return 1e3 * statistics.median(_seconds(run) for _ in range(repeats))
+
+
+def _converting(name: str, edge_index: Tensor, num_nodes: int) -> Callable[[], Any]:
+    def run() -> Any:
+        plan_cache.clear()
+        return PACKED_GRAPH[name](edge_index, num_nodes)
+
+    return run
+
+
+def compare(name: str, qmodel: nn.Module, packed: nn.Module, x: Tensor, edge_index: Tensor) -> dict[str, float]:
+    """Difference of a packed model from ``qmodel.eval()``.
+
+    Raises:
+        AssertionError: If a layer is not packed or an output is not what it has to be: nothing wrong is timed.
+    """
+    reasons = {spec.name: spec.reason for spec in specs_of(packed) if spec.reason is not None}
+    assert not reasons, f"Expected every layer of the {name} packed (got {reasons})"
+    expected, out = qmodel(x, edge_index), packed(x, edge_index)
+    error = float((out - expected).abs().max() / expected.abs().max())
+    agree = float((out.argmax(1) == expected.argmax(1)).float().mean())
+    # Attention weights are sums in another order: a code on the edge of two may fall to the other side.
+    right = agree >= 0.999 if name in ATTENTION else agree == 1 and error <= 1e-5
+    assert right, f"Expected the outputs of the quantized {name} (got error {error:.2g}, agreement {agree:.5f})"
+    return {"error": error, "agree": agree}
+
+
+def _pyg_sides(
+    name: str, args: argparse.Namespace, x: Tensor, edge_index: Tensor
+) -> tuple[dict[str, Callable[[], Any]], dict[str, float], dict[str, float]]:
+    """The sides that take part, the seconds of all that were tried, and what converting the graph took."""
+    expected = None
+    calls: dict[str, Callable[[], Any]] = {}
+    tried: dict[str, float] = {}
+    converted: dict[str, float] = {}
+    for label, path in pyg_paths(name, args.widths).items():
+        graph = path.convert(edge_index, args.nodes)
+        converted[label] = _median_ms(lambda path=path: path.convert(edge_index, args.nodes))
+        calls[label] = lambda path=path, graph=graph: path.model(x, graph)
+        begin = time.perf_counter()
+        out = calls[label]()
+        tried[label] = time.perf_counter() - begin
+        if tried[label] < LONG_CALL:
+            tried[label] = min(tried[label], _seconds(calls[label]))
+        expected = out if expected is None else expected
+        torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+    fastest = min((label for label in calls if label != EDGE_INDEX), key=lambda label: tried[label])
+    return {label: calls[label] for label in (EDGE_INDEX, fastest)}, tried, {"PyG": converted[fastest]}
+
+
+def _rows(name: str, count: int, timings: Mapping[str, Any], checks: Mapping[str, Any]) -> list[dict[str, Any]]:
+    pyg = [side for side in timings if side not in checks]
+    best = min(pyg, key=lambda side: timings[side].median)
+    return [
+        {
+            "model": name,
+            "threads": count,
+            "side": side,
+            "ms": 1e3 * timing.median,
+            "over best PyG": timing.over(timings[best]),
+            f"over {EDGE_INDEX}": timing.over(timings[EDGE_INDEX]),
+            "processor ms": 1e3 * timing.processor_median,
+            "rounds": len(timing.wall),
+            **checks.get(side, {}),
+        }
+        for side, timing in timings.items()
+    ]
+
+
+def _model_rows(name: str, args: argparse.Namespace, x: Tensor, edge_index: Tensor) -> dict[str, Any]:
+    set_threads(max(args.threads))
+    sides, tried, converted = _pyg_sides(name, args, x, edge_index)
+    slow = {side: min(args.slow_rounds, args.rounds) for side in sides if tried[side] > LONG_CALL}
+    stages = {"model": name, "graph": _median_ms(_converting(name, edge_index, args.nodes))}
+    stages["graph, PyG"] = converted["PyG"]
+    checks = {}
+    for bits in BITS:
+        qmodel = quantized_stack(name, bits, args.widths, (x, edge_index))
+        stages[f"packing INT{bits}"] = _median_ms(lambda qmodel=qmodel: qgnn.pack_model(qmodel))
+        packed = qgnn.pack_model(qmodel)
+        checks[f"INT{bits}"] = compare(name, qmodel, packed, x, edge_index)
+        sides[f"INT{bits}"] = lambda packed=packed: packed(x, edge_index)
+    rows = []
+    for count in args.threads:
+        set_threads(count)
+        rows += _rows(name, count, interleaved(sides, args.rounds, slow), checks)
+    return {"rows": rows, "tried": tried, "stages": stages | _compilation(name, args)}
+
+
+def _compilation(name: str, args: argparse.Namespace) -> dict[str, float]:
+    """Milliseconds of the first call in a new process, without compiled kernels on disk and with them."""
+    job = Job(name, 1_000, 12_000, args.widths, max(args.threads), bits=(COMPILED_BITS,))
+    with tempfile.TemporaryDirectory() as folder:
+        found = [probe(job, {"NUMBA_CACHE_DIR": folder})[f"INT{COMPILED_BITS}"]["first_ms"] for _ in range(2)]
+    return dict(zip(("first call, compiling", "first call, from disk"), found, strict=True))
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    edge_index = edge_list(power_law(args.nodes, args.edges))
+    torch.manual_seed(0)
+    x = torch.randn(args.nodes, args.widths[0])
+    data: dict[str, Any] = {"rows": [], "stages": [], "tried": {}}
+    with torch.no_grad():
+        for name in STACKS:
+            found = _model_rows(name, args, x, edge_index)
+            data["rows"] += found["rows"]
+            data["stages"].append(found["stages"])
+            data["tried"][name] = found["tried"]
+    return data
+
+
+def markdown(section: Mapping[str, Any]) -> list[str]:
+    data, used = section["data"], section["settings"]
+    widths = "-".join(str(width) for width in used["widths"])
+    columns = ("model", "threads", "side", "ms", "over best PyG", f"over {EDGE_INDEX}", "processor ms", "rounds")
+    stages = list(data["stages"][0])
+    return [
+        f"## Inference, {widths}, {used['nodes']:,} nodes, {used['edges']:,} edges",
+        "",
+        NOTES,
+        *table((*columns, "error", "agree"), data["rows"]),
+        "Tried once, in seconds: "
+        + "; ".join(
+            f"{name}: " + ", ".join(f"{label} {seconds:.2f}" for label, seconds in tried.items())
+            for name, tried in data["tried"].items()
+        )
+        + ".",
+        "",
+        STAGE_NOTES.format(threads=max(used["threads"])),
+        *table(stages, data["stages"]),
+    ]
+
+
+def targets(data: Mapping[str, Any]) -> list[Target]:
+    return [
+        Target(
+            f"{name} inference, INT{bits}, {column}", least,
+            per_threads(data["rows"], column, model=name, side=f"INT{bits}"),
+        )
+        for name, columns in TARGETS.items()
+        for column, aims in columns
+        for bits, least in aims.items()
+    ]  # fmt: skip

@@ -1,0 +1,221 @@
+"""The CPU benchmark measures what it says: rounds, memory, resuming, and paths that compute one function."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import cpu, cpu_inference, cpu_kernels, cpu_recall
+from benchmarks.cpu_graphs import power_law
+from benchmarks.cpu_growth import slope
+from benchmarks.cpu_inference import compare
+from benchmarks.cpu_paths import EDGE_INDEX, FAST_PATH, edge_list, pyg_paths, quantized_stack
+from benchmarks.cpu_probe import RESET, Job, peak_bytes, probe
+from benchmarks.cpu_report import Target, per_threads, target_table
+from benchmarks.stacks import STACKS
+from benchmarks.timing import Timing, interleaved
+from qgnn_plugin import pack_model
+from qgnn_plugin.kernels.backend import use_backend
+from qgnn_plugin.kernels.cpu.memory import empty
+
+WIDTHS = (8, 16, 16, 5)
+TINY = ["--nodes", "300", "--edges", "1500", "--widths", "8", "16", "16", "5", "--features", "64", "--rounds", "2",
+        "--threads", "1"]  # fmt: skip
+
+
+def test_rounds_interleave_and_slow_sides_sit_out() -> None:
+    calls: list[str] = []
+    sides = {name: lambda name=name: calls.append(name) for name in "abc"}
+    timings = interleaved(sides, rounds=4, slow={"b": 2})
+    assert "".join(calls) == "ac" + "abc" + "ac" + "abc" + "ac"
+    assert sorted(timings["b"].wall) == [0, 2]
+    with pytest.raises(ValueError, match="1 to 4 rounds"):
+        interleaved(sides, rounds=4, slow={"b": 5})
+
+
+def test_ratios_compare_within_the_round() -> None:
+    # The machine is ten times slower in round 1: medians of times would hide the ratio.
+    fast, slow = Timing({0: 1.0, 1: 10.0, 2: 1.0}, {}), Timing({1: 40.0, 2: 4.0}, {})
+    assert fast.over(slow) == 4.0
+    assert slow.over(fast) == 0.25
+
+
+@pytest.mark.skipif(not RESET.exists(), reason="the peak of the resident set is read from Linux' /proc")
+@pytest.mark.parametrize("allocate", ["torch", "numpy", "pool"])
+def test_peak_memory_counts_every_allocator(allocate: str) -> None:
+    size = 96 << 20
+
+    def run() -> None:
+        if allocate == "torch":
+            torch.zeros(size // 4)
+        elif allocate == "numpy":
+            np.ones(size // 8)
+        else:
+            empty((size // 4,), torch.float32).fill_(1)
+
+    run()  # what it leaves idle must not hide the next call
+    assert 0.95 * size <= peak_bytes(run) <= 1.2 * size
+    assert peak_bytes(lambda: None) < size / 20
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_pyg_paths_compute_one_function(name: str) -> None:
+    plan = power_law(120, 900)  # with duplicates and self-loops
+    edge_index, x = edge_list(plan), torch.randn(120, WIDTHS[0])
+    with torch.no_grad():
+        paths = pyg_paths(name, WIDTHS)
+        outs = {label: path.model(x, path.convert(edge_index, 120)) for label, path in paths.items()}
+    assert FAST_PATH[name] in outs
+    assert len(outs) >= 3
+    for label, out in outs.items():
+        torch.testing.assert_close(out, outs[EDGE_INDEX], rtol=1e-4, atol=1e-5, msg=lambda m, k=label: f"{k}: {m}")
+
+
+def test_a_wrong_packed_model_is_not_timed() -> None:
+    plan = power_law(100, 600)
+    x, edge_index = torch.randn(100, WIDTHS[0]), edge_list(plan)
+    qmodel = quantized_stack("GCN", 4, WIDTHS)
+    with torch.no_grad(), use_backend("torch"):
+        packed: Any = pack_model(qmodel)
+        assert compare("GCN", qmodel, packed, x, edge_index) == {"error": 0.0, "agree": 1.0}
+        packed.convs[0].bias += 0.5
+        with pytest.raises(AssertionError, match="outputs of the quantized GCN"):
+            compare("GCN", qmodel, packed, x, edge_index)
+
+
+def fake_section(log: list[str], name: str) -> Any:
+    def measure(args: Any) -> dict[str, Any]:
+        log.append(name)
+        return {"figure": args.rounds}
+
+    return SimpleNamespace(
+        settings=lambda args: {"rounds": args.rounds, "threads": tuple(args.threads)},
+        measure=measure,
+        markdown=lambda section: [f"## {name}: {section['data']['figure']}"],
+        targets=lambda data: [Target(name, 3.0, {"": data["figure"]})],
+    )
+
+
+def test_finished_sections_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    monkeypatch.setattr(cpu, "SECTIONS", {name: fake_section(log, name) for name in ("one", "two")})
+
+    def run(*argv: str) -> dict[str, Any]:
+        log.clear()
+        cpu.main(["--results", str(tmp_path), *argv])
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["cpu.json", "cpu.md"]
+        return json.loads((tmp_path / "cpu.json").read_text())
+
+    first = run("--sections", "one", "--rounds", "2")
+    assert log == ["one"]
+    both = run("--rounds", "2")
+    assert log == ["two"]
+    assert both["one"] == first["one"]
+    assert "0 of 2 targets met" in (tmp_path / "cpu.md").read_text()
+    assert run("--rounds", "2") == both
+    assert log == []
+    # Other settings, other code or --fresh: measured again, and only what was asked for.
+    assert run("--sections", "two", "--rounds", "4")["one"] == first["one"]
+    assert log == ["two"]
+    assert "1 of 2 targets met" in (tmp_path / "cpu.md").read_text()
+    run("--sections", "one", "--rounds", "2", "--fresh")
+    assert log == ["one"]
+    monkeypatch.setattr(cpu, "code_digest", lambda: "another")
+    run("--sections", "one", "--rounds", "2")
+    assert log == ["one"]
+    assert "code another" in (tmp_path / "cpu.md").read_text()
+
+
+def test_a_failing_section_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sections = {name: fake_section([], name) for name in ("one", "two")}
+    monkeypatch.setattr(cpu, "SECTIONS", sections)
+    sections["two"].measure = lambda args: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        cpu.main(["--results", str(tmp_path)])
+    document = json.loads((tmp_path / "cpu.json").read_text())
+    assert list(document) == ["one"]
+
+
+def test_sections_at_a_tiny_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fake_probe(job: Job, variables: Any = None) -> dict[str, dict[str, float]]:
+        float_side = {label: {"bytes": 80.0 * job.nodes, "ms": 1.0 * job.nodes, "first_ms": 5.0} for label in job.pyg}
+        return float_side | {
+            f"INT{b}": {"bytes": 1.0 * b * job.nodes, "ms": 0.1 * job.nodes, "first_ms": 7.0} for b in job.bits
+        }
+
+    for module in (cpu_inference, cpu.cpu_memory, cpu.cpu_growth):
+        monkeypatch.setattr(module, "probe", fake_probe)
+    monkeypatch.setattr(cpu_kernels, "FLOAT_KERNELS", ((64, 16),))
+    csr = tmp_path / "ring.npz"
+    np.savez(csr, rowptr=np.arange(9), col=np.roll(np.arange(8), 1))
+    with use_backend("torch"):
+        sections = ["--sections", "kernels", "inference", "memory", "files", "growth"]
+        cpu.main(["--results", str(tmp_path), *TINY, "--csr", f"ring={csr}", "--growth-sizes", "10", "40", *sections])
+    document = json.loads((tmp_path / "cpu.json").read_text())
+    text = (tmp_path / "cpu.md").read_text()
+    kernels, inference = document["kernels"]["data"]["rows"], document["inference"]["data"]["rows"]
+    assert {row["graph"] for row in kernels} == {"power-law 300/1.5k", "ring"}
+    assert len(kernels) == 2 * (3 + 2 * 3)
+    assert {(row["model"], row["side"]) for row in inference if row["side"].startswith("INT")} == {
+        (name, f"INT{bits}") for name in STACKS for bits in (2, 4, 8)
+    }
+    for rows, column in ((kernels, "over torch.sparse"), (inference, "over best PyG")):
+        assert min(abs(row[column] - 1) for row in rows) == 0  # the baseline against itself
+    slopes = document["growth"]["data"]["slopes"]
+    assert all(abs(row["slope of time"] - 1) < 1e-9 and abs(row["slope of memory"] - 1) < 1e-9 for row in slopes)
+    memory = {(row["model"], row["side"]): row["PyG's over this"] for row in document["memory"]["data"]["rows"]}
+    assert memory["GAT", "INT2"] == 40
+    assert "| peak memory, GAT, PyG's over INT4's | at least 5 | 20 | met |" in text
+    assert text.count("aggregate, INT2, packed, ring, over torch.sparse | at least 20 |") == 1
+    assert str(tmp_path) not in text + json.dumps(document)
+
+
+def test_targets() -> None:
+    rows = [{"threads": t, "side": s, "x": v} for t, s, v in ((1, "a", 3.0), (2, "a", 1.5), (1, "b", 9.0))]
+    measured = per_threads(rows, "x", side="a")
+    assert measured == {"(1 thread)": 3.0, "(2 threads)": 1.5}
+    assert not Target("a", 2, measured).is_met
+    assert Target("a", 1.5, measured).is_met
+    assert not Target("a", 2, {}).is_met
+    assert not Target("slope", 1.1, {"": 1.2}, at_most=True).is_met
+    assert (
+        target_table([Target("a", 2, measured)])[2] == "| a | at least 2 | 3 (1 thread), 1.5 (2 threads) | **missed** |"
+    )
+
+
+def test_slope_of_a_power() -> None:
+    assert slope([1, 10, 1000], [2 * n**1.5 for n in (1, 10, 1000)]) == pytest.approx(1.5)
+
+
+def test_recall_leaves_the_query_out() -> None:
+    index = torch.tensor([[7, 3, 5], [1, 2, 4]])
+    own = torch.tensor([3, 9])
+    kept = cpu_recall._without(index, own, 2)
+    assert kept.tolist() == [[7, 5], [1, 2]]
+    assert cpu_recall.recall(kept, torch.tensor([[5, 7], [2, 0]])) == 0.75
+
+
+def test_recall_grows_with_bits() -> None:
+    x = torch.randn(80, 24) * torch.rand(80, 1)
+    rows = [row for row in cpu_recall.similarity_rows(x) if row["range"] == "node"]
+    found = [row["recall@10, packed queries"] for row in rows]
+    assert [row["bits"] for row in rows] == [2, 4, 8]
+    assert found == sorted(found)
+    assert found[-1] > 0.95
+    assert rows[0]["bytes"] < rows[-1]["bytes"] < rows[0]["float bytes"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not RESET.exists(), reason="the peak of the resident set is read from Linux' /proc")
+def test_probe_in_a_process_of_its_own() -> None:
+    found = probe(Job("GCN", 3_000, 20_000, WIDTHS, pyg=(FAST_PATH["GCN"],), bits=(4,), rounds=2))
+    assert set(found) == {FAST_PATH["GCN"], "INT4"}
+    assert all(figures["ms"] > 0 and figures["first_ms"] > 0 and figures["bytes"] >= 0 for figures in found.values())
+    with pytest.raises(RuntimeError, match="failed"):
+        probe(Job("GCN", 3_000, 20_000, WIDTHS, pyg=("no such path",)))
