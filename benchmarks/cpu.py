@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import sys
 import time
+import traceback
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -100,6 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     path = args.results / "cpu.json"
     document: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     machine = environment(max(args.threads)) | {"code": code_digest()}
+    failed: list[str] = []
     for name in args.sections:
         settings = json.loads(json.dumps(SECTIONS[name].settings(args)))  # as it will be read back
         earlier = document.get(name, {})
@@ -107,13 +110,20 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{name}: kept", flush=True)
             continue
         begin = time.perf_counter()
-        data = SECTIONS[name].measure(args)
+        try:
+            data = SECTIONS[name].measure(args)
+        except Exception:  # the other sections stand for themselves
+            traceback.print_exc()
+            failed.append(name)
+            continue
         seconds = time.perf_counter() - begin
         document[name] = {"environment": machine, "settings": settings, "seconds": round(seconds, 1), "data": data}
         print(f"{name}: {seconds:.0f} s", flush=True)
         write_atomically(path, json.dumps(document, indent=1) + "\n")
         write_atomically(args.results / "cpu.md", markdown(document))
     print(markdown(document))
+    if failed:
+        sys.exit(f"Sections that failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

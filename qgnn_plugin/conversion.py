@@ -18,7 +18,7 @@ from .layers.deep import conv_widths, deep_mixin
 from .layers.message_passing import QuantizedConv
 from .layers.registry import convert_layer, mixin_for
 from .quantizers import QLRQuantizer
-from .smp.deep import StackPlace, close_scopes, connect_stacks, find_stacks
+from .smp.deep import DeepLayer, StackPlace, close_scopes, connect_stacks, find_stacks
 
 __all__ = ["is_quantized", "quantize_model", "quantized_layers", "quantizers", "range_parameters", "restore_model"]
 
@@ -239,6 +239,16 @@ def restore_model(model: nn.Module, *, inplace: bool = False) -> nn.Module:
             restore_class(layer)
     close_scopes(model)
     return model
+
+
+def unquantized(qmodel: nn.Module) -> nn.Module:
+    """The float model that ``qmodel`` stands for: plain, or at 32 bits where its deep stacks are rewritten."""
+    plain = restore_model(qmodel)
+    deep = {n: layer for n, layer in quantized_layers(qmodel).items() if isinstance(layer, DeepLayer)}
+    if not deep:
+        return plain
+    overrides = {name: {"smp": layer.deep_config} for name, layer in deep.items()}
+    return quantize_model(plain, config=QuantConfig(bits=OFF, smp=None, overrides=overrides))
 
 
 def is_quantized(model: nn.Module) -> bool:

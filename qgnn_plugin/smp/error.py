@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..conversion import is_quantized, quantized_layers, restore_model
+from ..conversion import is_quantized, quantized_layers, unquantized
 from ..inputs import model_inputs
 from ..kernels.plan import GraphPlan
 from ..layers.appnp import QuantizedPropagation
@@ -25,6 +25,7 @@ from ..layers.sage import QuantizedSAGEConv
 from ..quantizers import QLRQuantizer, QuantizedTensor
 from ..quantizers.functional import FINE_LEVELS
 from .constraint import dirichlet_energy
+from .deep import DeepLayer
 from .operators import Correction, OperatorBound, operator_bound, operator_of
 
 __all__ = ["ErrorReport", "LayerError", "StepError", "error_report"]
@@ -102,7 +103,8 @@ def error_report(qmodel: nn.Module, data: Any, *, float_model: nn.Module | None 
     Args:
         qmodel: A converted model whose ranges are set; it is left untouched.
         data: A ``Data``, a tuple of arguments or a dict of keywords (:func:`qgnn_plugin.inputs.model_inputs`).
-        float_model: What energies are compared with; default ``restore_model(qmodel)``.
+        float_model: What energies are compared with; default the model that ``qmodel`` was converted from, with its
+            deep stacks rewritten.
 
     Raises:
         ValueError: If ``qmodel`` is plain.
@@ -110,7 +112,7 @@ def error_report(qmodel: nn.Module, data: Any, *, float_model: nn.Module | None 
     if not is_quantized(qmodel):
         raise ValueError(f"Expected a model made by quantize_model (got a plain {type(qmodel).__name__})")
     model = copy.deepcopy(qmodel).double().eval()
-    plain = restore_model(qmodel) if float_model is None else copy.deepcopy(float_model)
+    plain = unquantized(qmodel) if float_model is None else copy.deepcopy(float_model)
     args, kwargs = model_inputs(model, data)
     args, kwargs = _double(args), _double(kwargs)
     calls = _calls(model, args, kwargs)
@@ -120,7 +122,8 @@ def error_report(qmodel: nn.Module, data: Any, *, float_model: nn.Module | None 
     reports = []
     for name, layer in quantized_layers(model).items():
         if name in calls and isinstance(layer, QuantizedConv):
-            error = _layer_error(name, layer, calls[name])
+            start = calls[layer.deep_place.stack] if isinstance(layer, DeepLayer) else None
+            error = _layer_error(name, layer, calls[name], start)
             fields = {**vars(error), "energy": energies[name], "float_energy": reference.get(name)}
             reports.append(LayerError(**fields))
     return ErrorReport(reports)
@@ -136,6 +139,10 @@ class _Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     out: Any
+
+    @property
+    def features(self) -> Any:
+        return self.args[0] if self.args else self.kwargs.get("x")
 
     @property
     def edge_index(self) -> Any:
@@ -164,7 +171,7 @@ def _energies(calls: dict[str, _Call]) -> dict[str, float | None]:
 
 
 def _energy(call: _Call) -> float | None:
-    x = call.args[0] if call.args else call.kwargs.get("x")
+    x = call.features
     if not (isinstance(x, Tensor) and isinstance(call.out, Tensor) and call.out.size(0) == x.size(0)):
         return None
     graph = gcn_graph(call.edge_index, None, x.size(0), dtype=torch.float64)
@@ -240,7 +247,8 @@ def _injection(quantizer: QLRQuantizer, passed: tuple[Tensor, QuantizedTensor], 
 # Layers ###############################################################################################################
 
 
-def _layer_error(name: str, layer: Any, call: _Call) -> LayerError:
+def _layer_error(name: str, layer: Any, call: _Call, start: _Call | None) -> LayerError:
+    """The error of a layer by itself; ``start`` is the call of its deep stack's first layer."""
     kind = type(layer).float_class.__name__
     if layer.is_off:
         return LayerError(name, kind, 0.0, 0.0, 0.0, 0.0)
@@ -252,10 +260,18 @@ def _layer_error(name: str, layer: Any, call: _Call) -> LayerError:
     if found is not None:
         error, carried, bound, out = found
         return LayerError(name, kind, error, carried, bound, _ratio(carried, out))
+
+    def run() -> Tensor:
+        if start is not None:
+            layer.deep_stack.initial = start.features
+        return _tensor(layer(*call.args, **call.kwargs))
+
     with _watched(*quantizers) as seen:
-        out = _tensor(layer(*call.args, **call.kwargs))
+        out = run()
     with _off(*quantizers):
-        exact = _tensor(layer(*call.args, **call.kwargs))
+        exact = run()
+    if start is not None:
+        layer.deep_stack.initial = None
     errors = [_injection(q, p, None).error for q, site in zip(quantizers, seen, strict=True) for p in site]
     carried = float((out - exact).norm())
     return LayerError(name, kind, max(errors, default=0.0), carried, None, _ratio(carried, exact))
