@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -154,7 +155,7 @@ class PropagationLayer(SmoothLayer):
                 self.proposed(h, u, graph)
             else:
                 assert config is not None
-                u = h + corrected(u - h, lambda d, k=k: gap(k, d), config, multiplier.force, descent.fidelity)
+                u = h + corrected(u - h, partial(gap, k), config, multiplier.force, descent.fidelity)
             h = u
         if self.training and meter is not None:
             meter.observe(h)

@@ -1,0 +1,240 @@
+"""Measured quantization errors stay within their bounds, and the bounds are what they claim to be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from core.support import NODES, WIDTH, features, graph
+from graphs import GRAPHS, erdos_renyi
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch_geometric.data import Data
+from torch_geometric.nn import APPNP, GATConv, GCNConv, GINConv, GraphConv, SAGEConv
+from torch_geometric.utils import to_undirected
+
+import qgnn_plugin as qgnn
+from qgnn_plugin import QuantConfig, SMPConfig, SMPropagation
+from qgnn_plugin.kernels.plan import GraphPlan
+from qgnn_plugin.layers.graph import gcn_graph
+from qgnn_plugin.smp.error import LayerError
+from qgnn_plugin.smp.operators import Correction, operator_bound, operator_of
+from qgnn_plugin.smp.propagation import Descent
+
+ROUNDING = 1e-9
+
+
+def holds(layer: LayerError) -> None:
+    pairs = [(step.carried, step.bound) for step in layer.steps] or [(layer.carried, layer.bound)]
+    for k, (carried, bound) in enumerate(pairs):
+        assert bound is not None
+        assert carried <= bound * (1 + ROUNDING) + ROUNDING, f"step {k}: {carried} > {bound}"
+
+
+def report(layer: nn.Module, args: tuple[Any, ...], config: QuantConfig, shift: float = 0.0) -> LayerError:
+    """The report of one layer; ranges are moved by a factor of ``exp(shift)``, so that some values are clipped."""
+    qlayer = qgnn.calibrate(qgnn.quantize_model(layer, config=config), args).eval()
+    with torch.no_grad():
+        for name, parameter in qlayer.named_parameters():
+            if name.endswith("log_scale"):
+                parameter.add_(shift)
+    return qgnn.error_report(qlayer, args).layers[0]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    steps=st.sampled_from([1, 2, 7, 16, 64]),
+    eta=st.sampled_from([0.05, 0.1, 0.3, 0.9]),
+    mu=st.sampled_from([0.0, 1.0, 9.0, 19.0]),
+    bits=st.sampled_from([2, 4, 8]),
+    granularity=st.sampled_from(["tensor", "node"]),
+    levels=st.sampled_from(["affine", "half"]),
+    truncation=st.sampled_from([None, "bt", "sbt"]),
+    shift=st.sampled_from([-1.0, 0.0, 0.7]),
+    multiplier=st.sampled_from([0.0, 0.3, 5.0]),
+    correction=st.sampled_from(["proximal", "explicit"]),
+    state_bits=st.sampled_from([32, 8, 4]),
+    directed=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_propagation_stays_within_its_bound(
+    steps: int, eta: float, mu: float, bits: int, granularity: Any, levels: Any, truncation: Any, shift: float,
+    multiplier: float, correction: Any, state_bits: int, directed: bool, seed: int,
+) -> None:  # fmt: skip
+    torch.manual_seed(seed)
+    edge_index = erdos_renyi(30, 90, seed).edge_index
+    edge_index = edge_index if directed else to_undirected(edge_index)
+    smp = SMPConfig(eta=eta, mu=mu, multiplier=multiplier, correction=correction, state_bits=state_bits)
+    config = QuantConfig(bits=bits, granularity=granularity, message_levels=levels, truncation=truncation)
+    layer = report(SMPropagation(steps, smp=smp), (torch.randn(30, 5), edge_index), config, shift)
+    assert len(layer.steps) == steps + 1
+    assert layer.carried > 0
+    holds(layer)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("teleport", [0.05, 0.1, 0.5])
+def test_bound_of_appnp_is_the_geometric_series(teleport: float, bits: int) -> None:
+    r"""With equal steps s, :math:`e \le q (1 - a) / a + ...`: what the recursion sums to, from the step sizes alone."""
+    x, edge_index = features(), to_undirected(graph(self_loops=False))
+    qlayer: Any = qgnn.calibrate(qgnn.quantize_model(APPNP(64, teleport), bits), (x, edge_index)).eval()
+    layer = qgnn.error_report(qlayer, (x, edge_index)).layers[0]
+    holds(layer)
+    assert layer.steps[-1].bound == layer.bound
+    # No value lies outside: the ranges are wide enough for what they were calibrated on, up to the clipping they chose.
+    with torch.no_grad():
+        for quantizer in (qlayer.input_quantizer, *qlayer.step_quantizers.values()):
+            quantizer.log_scale.fill_(1.0)
+            quantizer.offset.fill_(-(2**bits - 1) / 2)
+    layer = qgnn.error_report(qlayer, (x, edge_index)).layers[0]
+    holds(layer)
+    half = torch.tensor(1.0).exp().item() / 2
+    pairs = edge_index.size(1) + NODES  # entries of A + I: the sum of d_i
+    entered, sent = half * (NODES * WIDTH) ** 0.5, half * (WIDTH * pairs) ** 0.5
+    rest = (1 - teleport) ** 64
+    expected = rest * entered + (1 - rest) / teleport * ((1 - teleport) * sent + teleport * entered)
+    assert layer.bound == pytest.approx(expected, rel=1e-5)
+
+
+LAYERS = {
+    "GCNConv": lambda: GCNConv(WIDTH, 6),
+    "GCNConv without loops": lambda: GCNConv(WIDTH, 6, add_self_loops=False),
+    "GCNConv not normalized": lambda: GCNConv(WIDTH, 6, normalize=False),
+    "SAGEConv": lambda: SAGEConv(WIDTH, 6),
+    "SAGEConv sum": lambda: SAGEConv(WIDTH, 6, aggr="sum"),
+    "GINConv": lambda: GINConv(nn.Linear(WIDTH, 6), eps=0.3),
+    "GATConv": lambda: GATConv(WIDTH, 6, heads=3),
+    "GATConv mean": lambda: GATConv(WIDTH, 6, heads=2, concat=False),
+}
+
+
+@pytest.mark.parametrize("multiplier", [0.0, 0.8])
+@pytest.mark.parametrize("directed", [True, False])
+@pytest.mark.parametrize("name", LAYERS)
+def test_convolutions_stay_within_their_bound(name: str, directed: bool, multiplier: float) -> None:
+    edge_index = graph() if directed else to_undirected(graph())
+    for bits, shift in ((2, 0.0), (4, -0.8), (8, 0.4)):
+        smp = SMPConfig(multiplier=0.0 if "GIN" in name else multiplier)
+        layer = report(LAYERS[name](), (features(), edge_index), QuantConfig(bits=bits, smp=smp), shift)
+        assert layer.carried > 0
+        assert layer.error > 0
+        holds(layer)
+
+
+def test_weighted_edges_stay_within_their_bound() -> None:
+    edge_index = graph()
+    args = (features(), edge_index, torch.rand(edge_index.size(1)))
+    for layer in (GCNConv(WIDTH, 6), APPNP(16, 0.1)):
+        holds(report(layer, args, QuantConfig(bits=2)))
+
+
+def test_layers_without_a_bound_are_still_measured() -> None:
+    layer = report(GraphConv(WIDTH, 6), (features(), graph()), QuantConfig(bits=2))
+    assert layer.bound is None
+    assert 0 < layer.carried < 10 * layer.error
+    inner = SMPConfig(schedule="inner", alpha=0.1)
+    layer = report(SMPropagation(4, smp=inner), (features(), graph()), QuantConfig(bits=2))
+    assert layer.bound is None
+    assert layer.carried > 0
+
+
+def test_full_precision_has_no_error() -> None:
+    layer = report(GCNConv(WIDTH, 6), (features(), graph()), QuantConfig(bits=32))
+    assert (layer.error, layer.carried, layer.bound) == (0, 0, 0)
+
+
+def test_report_of_a_model() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.lin, self.prop = GCNConv(WIDTH, 8), nn.Linear(8, 4), SMPropagation(5)
+
+        def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+            return self.prop(self.lin(self.conv(x, edge_index).relu()), edge_index)
+
+    data = Data(x=features(), edge_index=to_undirected(graph()))
+    model = Net()
+    qmodel = qgnn.calibrate(qgnn.quantize_model(model, 8), data).train()
+    before = {name: value.clone() for name, value in qmodel.state_dict().items()}
+    found = qgnn.error_report(qmodel, data)
+    assert [layer.name for layer in found.layers] == ["conv", "prop"]
+    operator = gcn_graph(data.edge_index, None, NODES, dtype=torch.float64)
+    with torch.no_grad():
+        out = model.double()(data.x.double(), data.edge_index)
+    expected = float((out * (out - operator.apply(out))).sum())
+    assert found.layers[1].float_energy == pytest.approx(expected, rel=1e-6)
+    assert found.layers[1].energy == pytest.approx(expected, rel=0.2)
+    assert "prop" in str(found)
+    assert qmodel.training
+    for name, value in qmodel.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    with pytest.raises(ValueError, match="quantize_model"):
+        qgnn.error_report(model, data)
+
+
+# Norms ################################################################################################
+
+
+@pytest.mark.parametrize("name", [name for name in GRAPHS if name not in ("star", "no_nodes")])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_operator_bound_is_one_and_is_tight(name: str, weighted: bool) -> None:
+    edge_index, nodes = GRAPHS[name]()
+    values = (
+        torch.rand(edge_index.size(1), dtype=torch.float64) - 0.3
+        if weighted
+        else torch.ones(edge_index.size(1)).double()
+    )
+    plan = GraphPlan.from_edges(edge_index[0], edge_index[1], nodes, nodes)
+    dense = torch.zeros(nodes, nodes, dtype=torch.float64).index_put_(
+        (plan.dst, plan.col.long()), plan.sort(values), accumulate=True
+    )
+    bound = operator_bound(plan, plan.sort(values))
+    exact = float(torch.linalg.matrix_norm(dense, 2))
+    assert exact <= bound.norm * (1 + ROUNDING)
+    if not weighted:  # of non-negative entries; signs may cancel
+        assert bound.norm <= 1.1 * exact + ROUNDING
+    assert bound.symmetric == torch.allclose(dense, dense.t())
+
+
+def test_a_normalized_undirected_graph_is_a_walk() -> None:
+    for directed in (False, True):
+        edge_index = graph() if directed else to_undirected(graph())
+        normalized = gcn_graph(edge_index, None, NODES, dtype=torch.float64)
+        bound = operator_bound(normalized.plan, operator_of(normalized))
+        assert bound.is_walk is not directed
+        if not directed:
+            assert bound.norm == pytest.approx(1.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("directed", [False, True])
+@pytest.mark.parametrize("correction", ["proximal", "explicit"])
+@pytest.mark.parametrize("multiplier", [0.0, 0.2, 1.0, 10.0])
+def test_correction_does_what_is_claimed(multiplier: float, correction: Any, directed: bool) -> None:
+    """Norms of the dense matrices: of C, of I - C, and of the whole step."""
+    edge_index = graph() if directed else to_undirected(graph())
+    normalized = gcn_graph(edge_index, None, NODES, dtype=torch.float64)
+    bound = operator_bound(normalized.plan, operator_of(normalized))
+    identity = torch.eye(NODES, dtype=torch.float64)
+    operator = normalized.apply(identity)
+    config = SMPConfig(correction=correction, terms=3)
+    dense = identity
+    if correction == "explicit":
+        dense = identity - 2 * 0.1 * multiplier * (identity - operator)
+    else:
+        for _ in range(3):
+            dense = (identity + 4 * multiplier * (dense + operator @ dense) / 2) / (1 + 4 * multiplier)
+    claimed = Correction.of(config, multiplier, 0.1, bound)
+
+    def norm(matrix: Tensor) -> float:
+        return float(torch.linalg.matrix_norm(matrix, 2))
+
+    assert norm(dense) <= claimed.norm + ROUNDING
+    assert norm(identity - dense) <= claimed.drift + ROUNDING
+    for descent in (Descent(0.0, 0.9, 0.1), Descent(0.5, 0.4, 0.1), Descent(-0.8, 1.5, 0.3)):
+        step = identity - dense + dense @ (descent.keep * identity + descent.average * operator)
+        assert norm(step) <= claimed.contraction(descent, bound) + ROUNDING
+    if not directed and correction == "proximal":
+        assert claimed.norm <= 1
+        assert claimed.contraction(Descent(0.0, 0.9, 0.1), bound) == pytest.approx(1 - 0.1 / (1 + 4 * multiplier))
