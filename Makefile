@@ -51,6 +51,11 @@ demo: $(STAMP) $(CORA)
 bench-accuracy: $(STAMP) $(CORA)
 	$(BIN)/python -m benchmarks.accuracy $(ARGS)
 
+# Whether the smoothness constraint is met, what it is good for, and what it costs; about an hour on one core.
+.PHONY: bench-smp
+bench-smp: $(STAMP) $(CORA)
+	$(BIN)/python -m benchmarks.smp $(ARGS)
+
 # Kernels, inference, memory, files, growth and recall; finished sections are kept (ARGS=--fresh measures again).
 .PHONY: bench-cpu
 bench-cpu: $(STAMP)

@@ -1,0 +1,399 @@
+"""What ``make bench-smp`` trains and measures: one function per part, one result per cell.
+
+Settings were chosen on validation accuracy, on the first seed of Cora.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch_geometric.data import Data
+from torch_geometric.nn import GCN, GCN2Conv, GCNConv, Linear, SGConv
+
+import qgnn_plugin as qgnn
+from qgnn_plugin import QuantConfig, SMPConfig
+from qgnn_plugin.config import OFF
+from qgnn_plugin.data import load_dataset, to_sparse_features
+from qgnn_plugin.inputs import model_inputs
+from qgnn_plugin.layers.graph import gcn_graph
+from qgnn_plugin.recipe import Recipe, Stage, StageResult, fit_float, fit_quantized
+from qgnn_plugin.smp import SMPropagation, dirichlet_energy, smp_layers
+from qgnn_plugin.smp.error import error_report
+from qgnn_plugin.training import distillation_loss, parameter_groups
+
+from .fast_layers import speed_up
+from .models import Propagation, TwoLayer, build_model, dropout
+from .timing import interleaved
+
+__all__ = ["PARTS", "WIDTHS", "Settings", "cells", "run_cell"]
+
+PARTS = ("constraint", "depth", "propagation", "baseline", "shallow", "cost")
+WIDTHS = {"FP32": OFF, "INT4": 4, "INT2": 2}
+BASELINES = ("GCNII", "GCN", "SGC")
+TELEPORT = 0.1
+SPARSE_BELOW = 0.5
+SYNTHETIC = "synthetic"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes of everything.
+
+    Args:
+        seeds: Of every accuracy.
+        datasets: Of the constraint; the first one is that of all other parts.
+        depth: Layers of the deep GCN.
+        steps: Propagation depths ``K``.
+        alpha: A bound that binds, relative to the energy of a layer's input.
+        float_epochs: Full-batch steps of a float model, ended early after ``patience`` evaluations.
+        quantized_epochs: Those of a quantized model.
+        deep_epochs: Those of a deep float model.
+        evaluate_every: Epochs between evaluations.
+        patience: Evaluations without improvement before a float model stops.
+        constraint_steps: Steps over which multipliers are watched.
+        rounds: Of the timings.
+    """
+
+    seeds: int = 10
+    datasets: tuple[str, ...] = ("Cora", "PubMed")
+    depth: int = 32
+    steps: tuple[int, ...] = (8, 16, 32, 64)
+    alpha: float = 0.1
+    float_epochs: int = 120
+    quantized_epochs: int = 60
+    deep_epochs: int = 150
+    evaluate_every: int = 3
+    patience: int = 15
+    constraint_steps: int = 300
+    rounds: int = 15
+
+    @classmethod
+    def tiny(cls) -> Settings:
+        """Seconds, on a made-up graph: to see that everything runs."""
+        return cls(
+            seeds=2, datasets=(SYNTHETIC,), depth=5, steps=(2, 3), float_epochs=4, quantized_epochs=4, deep_epochs=4,
+            constraint_steps=6, rounds=2,
+        )  # fmt: skip
+
+    @property
+    def recipe(self) -> Recipe:
+        base = Recipe()
+        return replace(
+            base,
+            float_stage=Stage(self.float_epochs, evaluate_every=self.evaluate_every, patience=self.patience),
+            quantized_stage=replace(
+                base.quantized_stage, epochs=self.quantized_epochs, evaluate_every=self.evaluate_every
+            ),
+        )
+
+    @property
+    def deep_recipe(self) -> Recipe:
+        """As GCNII is trained: more dropout and weight decay."""
+        stage = Stage(self.deep_epochs, 0.01, 1e-2, evaluate_every=self.evaluate_every, patience=self.patience)
+        return replace(self.recipe, float_stage=stage)
+
+
+def cells(settings: Settings, parts: tuple[str, ...] = PARTS) -> Iterator[tuple[Any, ...]]:
+    """``(part, *what, seed)`` of every run, seed by seed."""
+    for seed in range(settings.seeds):
+        if seed == 0 and "constraint" in parts:
+            yield from (("constraint", dataset, seed) for dataset in settings.datasets)
+        if seed == 0 and "cost" in parts:
+            yield "cost", seed
+        if "depth" in parts:
+            yield "depth", seed
+        if "shallow" in parts:
+            yield "shallow", seed
+        for part in ("propagation", "baseline"):
+            if part in parts:
+                yield from ((part, steps, seed) for steps in settings.steps)
+
+
+def run_cell(cell: tuple[Any, ...], settings: Settings, root: str) -> dict[str, Any]:
+    """Everything measured in one cell, as plain data."""
+    torch.set_num_threads(1)
+    # Adam with weight decay drives unused weights into denormal numbers, a hundred times slower on a CPU.
+    torch.set_flush_denormal(True)
+    part, *what, seed = cell
+    name = what[0] if part == "constraint" else settings.datasets[0]
+    data = _synthetic() if name == SYNTHETIC else load_dataset(name, root, seed=seed)
+    data = to_sparse_features(data, max_density=SPARSE_BELOW)
+    start = time.perf_counter()
+    results = _RUNS[part](data, settings, seed, *what)
+    seconds = round(time.perf_counter() - start, 1)
+    return {"part": part, "what": what, "seed": seed, "seconds": seconds, "results": results}
+
+
+def _synthetic(nodes: int = 90, classes: int = 3, features: int = 20) -> Data:
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(nodes) % classes
+    pairs = torch.randint(nodes, (2, 40 * nodes), generator=generator)
+    pairs = pairs[:, y[pairs[0]] == y[pairs[1]]][:, : 2 * nodes]
+    edges = torch.unique(torch.cat([pairs, pairs.flip(0)], 1), dim=1)
+    x = torch.rand(nodes, features, generator=generator) < 0.1 + 0.5 * (torch.arange(features) % classes == y[:, None])
+    third = torch.arange(nodes) // classes % 3
+    masks = {f"{name}_mask": third == i for i, name in enumerate(("train", "val", "test"))}
+    return Data(x=x.float(), edge_index=edges, y=y, **masks)
+
+
+# Measuring ############################################################################################################
+
+
+def _scores(result: StageResult) -> dict[str, Any]:
+    return {"val": result.val_accuracy, "test": result.test_accuracy, "epoch": result.epoch}
+
+
+@torch.no_grad()
+def layer_energies(model: nn.Module, data: Any, layers: list[nn.Module]) -> list[float]:
+    """``tr(H' (I - A~) H) / ||H||^2`` of every layer's result, in [0, 2]: 0 where neighbours no longer differ."""
+    energies: list[float] = []
+    graph = gcn_graph(data.edge_index, None, data.num_nodes)
+
+    def note(_: Any, __: Any, out: Tensor) -> None:
+        energies.append(float(dirichlet_energy(out, graph.apply) / out.square().sum().clamp_min(1e-30)))
+
+    handles = [layer.register_forward_hook(note) for layer in layers]
+    args, kwargs = model_inputs(model, data)
+    model.eval()(*args, **kwargs)
+    for handle in handles:
+        handle.remove()
+    return energies
+
+
+def _constraints(model: nn.Module) -> dict[str, dict[str, float | None]]:
+    layers = smp_layers(model)
+    return {n: {"constraint": x.constraint, "multiplier": x.multiplier_value} for n, x in layers.items()}
+
+
+def _fitted(result: StageResult, data: Any, last: str) -> dict[str, Any]:
+    """Scores of a model, with energy, quantization error and constraint of its layer ``last``."""
+    model = result.model
+    layer = model.get_submodule(last)
+    found = {**_scores(result), "energy": layer_energies(model, data, [layer])[0], **_constraints(model).get(last, {})}
+    if qgnn.is_quantized(model) and not getattr(layer, "is_off", True):
+        error = next(x for x in error_report(model, _dense(data)).layers if x.name == last)
+        found |= {"error": error.relative, "carried": error.carried, "bound": error.bound}
+    return found
+
+
+def _dense(data: Any) -> Any:
+    x = data.x if data.x.layout == torch.strided else data.x.to_dense()
+    return Data(x=x, edge_index=data.edge_index)
+
+
+def _sizes(data: Any) -> tuple[int, int]:
+    return data.x.size(1), int(data.y.max()) + 1
+
+
+# Parts ################################################################################################################
+
+
+def _constraint(data: Any, settings: Settings, seed: int, dataset: str) -> dict[str, Any]:
+    """Multipliers and ``g`` over its bound in every step of quantized training, and at its end.
+
+    Dropout is off, as noise would move the constraint from one step to the next.
+    """
+    smp = SMPConfig(alpha=settings.alpha)
+    results = {}
+    for name in ("GCN-64", "Propagation"):
+        torch.manual_seed(seed)
+        model = build_model(name, *_sizes(data))
+        if name == "Propagation":
+            model.prop = SMPropagation(10, TELEPORT, smp=smp)
+        fit_float(model, data, settings.recipe)
+        config = replace(QuantConfig.accurate(4), smp=smp)
+        qmodel = qgnn.calibrate(qgnn.quantize_model(model, config=config), data)
+        results[name] = _watch(qmodel, model, data, settings)
+    return results
+
+
+def _watch(student: nn.Module, teacher: nn.Module, data: Any, settings: Settings) -> dict[str, Any]:
+    recipe = settings.recipe
+    stage = recipe.quantized_stage
+    args, kwargs = model_inputs(teacher, data)
+    with torch.no_grad():
+        soft = teacher.eval()(*args, **kwargs)
+    student.train()
+    student.rate = 0.0
+    optimizer = torch.optim.Adam(parameter_groups(student, stage.lr, stage.weight_decay, recipe.range_lr))
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    paths: dict[str, dict[str, list[float]]] = {n: {"constraint": [], "multiplier": []} for n in smp_layers(student)}
+    for step in range(settings.constraint_steps):
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * 0.5 * (1 + math.cos(math.pi * step / settings.constraint_steps))
+        optimizer.zero_grad()
+        distillation_loss(student(*args, **kwargs), soft).backward()
+        optimizer.step()
+        for name, state in qgnn.differential_multiplier_step(student).items():
+            paths[name]["constraint"].append(round(state.constraint, 5))
+            paths[name]["multiplier"].append(round(state.multiplier, 5))
+    student(*args, **kwargs)
+    return {"final": _constraints(student), "paths": paths}
+
+
+def _depth(data: Any, settings: Settings, seed: int) -> dict[str, Any]:
+    """PyG's GCN with many layers: as it is, with deep stacks in float, and in INT4."""
+    smp = SMPConfig(initial_residual=0.1, identity_map=0.5)
+    inputs, classes = _sizes(data)
+    torch.manual_seed(seed)
+    plain = speed_up(GCN(inputs, 64, settings.depth, classes, dropout=0.6))
+    deep = qgnn.quantize_model(plain, config=QuantConfig(bits=OFF, smp=smp))
+    recipe = settings.deep_recipe
+    fits: dict[str, Callable[[], StageResult]] = {
+        "plain FP32": lambda: fit_float(plain, data, recipe),
+        "deep FP32": lambda: fit_float(deep, data, recipe),
+        "deep INT4": lambda: fit_quantized(deep, data, 4, config=QuantConfig.accurate(4, smp=smp), recipe=recipe),
+    }
+    results = {}
+    for name, fit in fits.items():
+        torch.manual_seed(seed)
+        start = time.perf_counter()
+        result = fit()
+        seconds = round(time.perf_counter() - start, 1)
+        energies = layer_energies(result.model, data, list(result.model.convs))
+        results[name] = {**_scores(result), "seconds": seconds, "energies": energies}
+    return results
+
+
+def _propagation(data: Any, settings: Settings, seed: int, steps: int) -> dict[str, Any]:
+    """An MLP and K steps: APPNP (off), and the same constrained (on)."""
+    inputs, classes = _sizes(data)
+    results = {}
+    for state in ("off", "on"):
+        torch.manual_seed(seed)
+        model: Any = speed_up(Propagation(inputs, 64, classes, steps, TELEPORT, 0.5))
+        smp = None
+        if state == "on":
+            smp = SMPConfig(alpha=settings.alpha)
+            model.prop = SMPropagation(steps, TELEPORT, smp=smp)
+        for width, result in _at_every_width(model, data, smp, settings, seed):
+            results[f"{width} {state}"] = _fitted(result, data, "prop")
+    return results
+
+
+def _shallow(data: Any, settings: Settings, seed: int) -> dict[str, Any]:
+    """A GCN of two layers: without a constraint, with the default one, and with one that binds."""
+    inputs, classes = _sizes(data)
+    states = {"off": None, "on": SMPConfig(), "binding": SMPConfig(alpha=settings.alpha)}
+    results = {}
+    for state, smp in states.items():
+        torch.manual_seed(seed)
+        model: nn.Module = speed_up(TwoLayer(GCNConv(inputs, 64), GCNConv(64, classes), 0.5))
+        if smp is not None:
+            model = qgnn.quantize_model(model, config=QuantConfig(bits=OFF, smp=smp))
+        for width, result in _at_every_width(model, data, smp, settings, seed):
+            results[f"{width} {state}"] = _fitted(result, data, "conv1")
+    return results
+
+
+def _at_every_width(
+    model: nn.Module, data: Any, smp: SMPConfig | None, settings: Settings, seed: int
+) -> Iterator[tuple[str, StageResult]]:
+    for width, bits in WIDTHS.items():
+        torch.manual_seed(seed)
+        if bits == OFF:
+            yield width, fit_float(model, data, settings.recipe)
+        else:
+            config = QuantConfig.accurate(bits, smp=smp)
+            yield width, fit_quantized(copy.deepcopy(model), data, bits, config=config, recipe=settings.recipe)
+
+
+class GCNII(nn.Module):
+    """PyG's GCN2Conv between two linear maps."""
+
+    def __init__(self, inputs: int, hidden: int, classes: int, steps: int, rate: float) -> None:
+        super().__init__()
+        self.first, self.last, self.rate = Linear(inputs, hidden), Linear(hidden, classes), rate
+        self.convs = nn.ModuleList(GCN2Conv(hidden, 0.1, 0.5, depth) for depth in range(1, steps + 1))
+
+    def forward(self, x: Tensor, edge_index: Any) -> Tensor:
+        x = initial = self.first(dropout(x, self.rate, self.training)).relu()
+        for conv in self.convs:
+            x = conv(F.dropout(x, self.rate, self.training), initial, edge_index).relu()
+        return self.last(F.dropout(x, self.rate, self.training))
+
+
+class SGC(nn.Module):
+    """SGConv: K plain steps of a linear model."""
+
+    def __init__(self, inputs: int, classes: int, steps: int) -> None:
+        super().__init__()
+        self.conv = SGConv(inputs, classes, steps, cached=True)
+
+    def forward(self, x: Tensor, edge_index: Any) -> Tensor:
+        return self.conv(x if x.layout == torch.strided else x.to_dense(), edge_index)
+
+
+def _baseline(data: Any, settings: Settings, seed: int, steps: int) -> dict[str, Any]:
+    """Other float models of the same depth."""
+    inputs, classes = _sizes(data)
+    builds: dict[str, tuple[Callable[[], nn.Module], Recipe, str]] = {
+        "GCNII": (lambda: GCNII(inputs, 64, classes, steps, 0.6), settings.deep_recipe, f"convs.{steps - 1}"),
+        "GCN": (lambda: GCN(inputs, 64, steps, classes, dropout=0.5), settings.recipe, f"convs.{steps - 1}"),
+        "SGC": (lambda: SGC(inputs, classes, steps), settings.recipe, "conv"),
+    }
+    results = {}
+    for name, (build, recipe, last) in builds.items():
+        torch.manual_seed(seed)
+        results[name] = _fitted(fit_float(speed_up(build()), data, recipe), data, last)
+    return results
+
+
+def _cost(data: Any, settings: Settings, seed: int) -> dict[str, Any]:
+    """Seconds of a training step and of packed inference: off, on while the multiplier is 0, and on while it acts."""
+    inputs, classes = _sizes(data)
+    smp = SMPConfig(alpha=settings.alpha)
+    states = {"off": None, "on, multiplier 0": smp, "on, multiplier 1": replace(smp, multiplier=1.0)}
+    builds = {
+        "GCN-64": lambda smp: build_model("GCN-64", inputs, classes),
+        "Propagation": lambda smp: _with_propagation(build_model("Propagation", inputs, classes), smp),
+    }
+    results: dict[str, Any] = {}
+    for name, build in builds.items():
+        training, inference = {}, {}
+        for state, constraint in states.items():
+            torch.manual_seed(seed)
+            config = QuantConfig.accurate(4, smp=constraint)
+            qmodel = qgnn.calibrate(qgnn.quantize_model(build(constraint), config=config), data)
+            packed = qgnn.pack_model(qmodel)
+            training[state] = partial(_training_step, qmodel.train(), data)
+            inference[state] = partial(packed, data.x, data.edge_index)
+        timings = {"training step": training, "packed inference": inference}
+        results[name] = {what: _medians(interleaved(sides, settings.rounds)) for what, sides in timings.items()}
+    return results
+
+
+def _with_propagation(model: Any, smp: SMPConfig | None) -> nn.Module:
+    if smp is not None:
+        model.prop = SMPropagation(model.prop.K, model.prop.alpha, smp=smp)
+    return model
+
+
+def _training_step(model: nn.Module, data: Any) -> None:
+    model.zero_grad()
+    F.cross_entropy(model(data.x, data.edge_index)[data.train_mask], data.y[data.train_mask]).backward()
+
+
+def _medians(timings: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Seconds, and how many times those without a constraint."""
+    off = timings["off"]
+    return {state: {"seconds": t.median, "over off": 1 / t.over(off)} for state, t in timings.items()}
+
+
+_RUNS: dict[str, Callable[..., dict[str, Any]]] = {
+    "constraint": _constraint,
+    "depth": _depth,
+    "propagation": _propagation,
+    "baseline": _baseline,
+    "shallow": _shallow,
+    "cost": _cost,
+}
