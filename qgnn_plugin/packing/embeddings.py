@@ -200,8 +200,8 @@ class PackedEmbeddings:
             index = torch.arange(begin, begin + scores.size(1), device=scores.device).expand_as(scores)
             if best is not None:
                 scores, index = torch.cat([best[0], scores], 1), torch.cat([best[1], index], 1)
-            # Stable, over candidates in ascending order of index among equals: ties are deterministic.
-            order = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
+            # Candidates are in ascending order of index among equals: ties are deterministic.
+            order = _largest(scores, k)
             best = scores.gather(1, order), index.gather(1, order)
         assert best is not None
         return best
@@ -241,6 +241,20 @@ def _quantized_rows(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     parts = [search_range(rows, top_code(bits), None) for rows in x.split(max(1, CHUNK // x.size(1)))]
     scale, lower = (torch.cat(ends).unsqueeze(1) for ends in zip(*parts, strict=True))
     return quantize_pack(x, scale, lower, bits), scale, lower
+
+
+def _largest(scores: Tensor, k: int) -> Tensor:
+    """Positions ``[M, k]`` of the ``k`` largest of each row ``[M, n]``, descending; among equals the first.
+
+    As a stable sort of whole rows would have it, at the cost of a few passes; all ``n`` where there are fewer.
+    """
+    k = min(k, scores.size(1))
+    threshold = scores.topk(k, dim=1).values[:, -1:]
+    above, equal = scores > threshold, scores == threshold
+    kept = above | (equal & (equal.cumsum(1) <= k - above.sum(1, keepdim=True)))
+    position = kept.nonzero()[:, 1].view(-1, k)
+    order = scores.gather(1, position).sort(dim=1, descending=True, stable=True).indices
+    return position.gather(1, order)
 
 
 def _output_site(model: nn.Module) -> PackedRange:

@@ -76,9 +76,10 @@ def test_ties_take_the_lower_index() -> None:
         torch.tensor([[1, 2], [3, 0], [1, 2], [3, 0]]), torch.tensor(0.5), torch.tensor(0.0), 2
     )
     for chunk in (1, 4, 1000):
-        scores, index = table.topk(torch.tensor([1.0, 0.0]), 4, chunk=chunk)
-        assert index.tolist() == [1, 3, 0, 2]
-        assert scores.tolist() == [1.5, 1.5, 0.5, 0.5]
+        for k in (1, 2, 3, 4):
+            scores, index = table.topk(torch.tensor([1.0, 0.0]), k, chunk=chunk)
+            assert index.tolist() == [1, 3, 0, 2][:k]
+            assert scores.tolist() == [1.5, 1.5, 0.5, 0.5][:k]
 
 
 def test_float_queries_are_quantized_to_the_range() -> None:
