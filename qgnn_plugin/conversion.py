@@ -111,15 +111,14 @@ def _convert(model: nn.Module, names: list[str], config: QuantConfig, places: di
         layer = layers[name]
         if isinstance(layer, QuantizedLayer):
             continue  # converted together with the layer around it
-        mixin, options = mixin_for(type(layer)), {}
-        if name in places:
-            mixin, options = deep_mixin(mixin), {"place": places[name]}
+        place = places.get(name)
+        mixin = mixin_for(type(layer)) if place is None else deep_mixin(mixin_for(type(layer)))
         assert mixin is not None
         device, dtype = _placement(layer, model)
         settings = config.for_layer(name)
         output = name == last and settings.bits_for("output") != OFF
-        sites = SiteFactory(name, settings, device, dtype, first, config.for_layer)
-        convert_layer(layer, mixin, sites, output=output, **options)
+        sites = SiteFactory(name, settings, device, dtype, first, config.for_layer, place)
+        convert_layer(layer, mixin, sites, output=output)
 
 
 def _output_layer(names: list[str]) -> str:

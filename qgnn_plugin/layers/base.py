@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..config import OFF, Granularity, Levels, QuantConfig, Site
 from ..quantizers import QLRQuantizer
 from ..smp.constraint import SmoothLayer, detach_constraint
+from ..smp.deep import StackPlace
 
 __all__ = ["QuantizedLayer", "SiteFactory", "quantized_class", "restore_class"]
 
@@ -162,6 +163,7 @@ class SiteFactory:
     dtype: torch.dtype | None
     first: list[bool] = field(default_factory=lambda: [True])
     configs: Callable[[str], QuantConfig] | None = None  # of inner layers, by name; default this layer's own
+    place: StackPlace | None = None  # in a deep stack
 
     def make(
         self,
@@ -215,4 +217,4 @@ class SiteFactory:
         """The factory of a child layer."""
         name = f"{self.name}.{child}" if self.name else child
         config = self.config if self.configs is None else self.configs(name)
-        return replace(self, name=name, config=config)
+        return replace(self, name=name, config=config, place=None)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..quantizers import QLRQuantizer
 from ..smp.constraint import attach_constraint
-from ..smp.deep import DeepLayer, StackPlace
+from ..smp.deep import DeepLayer
 from .attention import QuantizedGATConv, QuantizedGATv2Conv
 from .base import QuantizedLayer, SiteFactory
 from .gcn import QuantizedGCNConv, propagate_codes
@@ -24,8 +24,8 @@ class DeepGCNConv(DeepLayer, QuantizedGCNConv):
     r"""GCNConv in a deep stack, GCNII's own layer: aggregate the quantized features, then map their residual sum."""
 
     @classmethod
-    def attach(cls, layer: Any, sites: SiteFactory, place: StackPlace) -> None:  # type: ignore[override]
-        layer.deep_place, layer.deep_config = place, sites.config.smp
+    def attach(cls, layer: Any, sites: SiteFactory) -> None:
+        layer.deep_place, layer.deep_config = sites.place, sites.config.smp
         # What is sent are the features themselves, often non-negative: levels of messages are not for them.
         if sites.first[0]:
             layer.message_quantizer = sites.features("message", layer.in_channels)
@@ -55,8 +55,8 @@ class DeepConv(DeepLayer, QuantizedConv):
     support_quantizer: QLRQuantizer
 
     @classmethod
-    def attach(cls, layer: Any, sites: SiteFactory, place: StackPlace) -> None:  # type: ignore[override]
-        layer.deep_place, layer.deep_config = place, sites.config.smp
+    def attach(cls, layer: Any, sites: SiteFactory) -> None:
+        layer.deep_place, layer.deep_config = sites.place, sites.config.smp
         super().attach(layer, sites)
         widths = conv_widths(layer)
         layer.support_quantizer = sites.make("message", "support", channels=widths and widths[0])
@@ -112,7 +112,7 @@ def deep_mixin(mixin: type[QuantizedLayer] | None) -> type[QuantizedLayer] | Non
 def conv_widths(conv: Any) -> tuple[int, int] | None:
     """Input and output width of a convolution, :obj:`None` where it does not tell."""
     if isinstance(inner := getattr(conv, "nn", None), nn.Module):
-        maps = [m.weight for m in inner.modules() if isinstance(getattr(m, "weight", None), Tensor)]
+        maps = [weight for m in inner.modules() if isinstance(weight := getattr(m, "weight", None), Tensor)]
         maps = [weight for weight in maps if weight.dim() == 2]
         return (maps[0].size(1), maps[-1].size(0)) if maps else None
     width, out = getattr(conv, "in_channels", None), getattr(conv, "out_channels", None)

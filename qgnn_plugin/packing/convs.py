@@ -96,6 +96,7 @@ class PackedDeepGCNConv(DeepLayer, PackedGCNConv):
     @inference
     def forward(self, x: Tensor, edge_index: Any, edge_weight: Tensor | None = None) -> Tensor:
         """``[N, F]`` to ``[N, F]``."""
+        assert spec.config.smp is not None
         initial = self.initial_features(x)
         graph = self.normalized(edge_index, edge_weight, x.size(0))
         out = self.aggregated(self.message_quantizer(x if graph.source is None else x * graph.source), graph)

@@ -135,9 +135,10 @@ def _converted(
         raise ValueError(f"Expected a layer that can be converted at '{spec.name}' (got a {spec.type})")
     floats = [t for t in (*layer.parameters(), *layer.buffers()) if t.is_floating_point()]
     device, dtype = (floats[0].device, floats[0].dtype) if floats else (None, None)
-    factory = SiteFactory(spec.name, spec.config, device, dtype, [first], lambda name: configs.get(name, spec.config))
-    options = {} if spec.deep_place is None else {"place": spec.deep_place}
-    convert_layer(layer, mixin, factory, output=spec.output, **options)
+    factory = SiteFactory(
+        spec.name, spec.config, device, dtype, [first], lambda name: configs.get(name, spec.config), spec.deep_place
+    )
+    convert_layer(layer, mixin, factory, output=spec.output)
     own: Any = layer
     sites = {name: SiteSpec.outline(quantizer) for name, quantizer in own.own_quantizers()}
     prefix = f"{spec.name}." if spec.name else ""

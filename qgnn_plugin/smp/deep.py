@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from torch_geometric.nn import MessagePassing
 
 from ..config import SMPConfig
 
@@ -197,10 +198,18 @@ class StackScope:
         return _rebuild_scope, (type(self).float_class,), self.__dict__.copy()
 
 
-@functools.cache
+_SCOPES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def _scope_class(float_class: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of ``(StackScope, float_class)``, under the same name."""
-    inner = float_class.forward
+    """The subclass of ``(StackScope, float_class)``, made once, under the same name."""
+    if float_class not in _SCOPES:
+        _SCOPES[float_class] = _make_scope_class(float_class)
+    return _SCOPES[float_class]
+
+
+def _make_scope_class(float_class: type[nn.Module]) -> type[nn.Module]:
+    inner: Any = float_class.forward
 
     @functools.wraps(inner)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -247,10 +256,10 @@ def connect_stacks(model: nn.Module, places: Mapping[str, StackPlace]) -> None:
 
 def close_scopes(model: nn.Module) -> None:
     """Give the modules around stacks their own classes back; in place."""
-    for module in model.modules():
-        if isinstance(module, StackScope):
-            del module.deep_stacks
-            module.__class__ = type(module).float_class
+    scopes: list[Any] = [module for module in model.modules() if isinstance(module, StackScope)]
+    for module in scopes:
+        del module.deep_stacks
+        module.__class__ = type(module).float_class
 
 
 def _module_around(model: nn.Module, names: list[str]) -> nn.Module | None:
@@ -259,6 +268,6 @@ def _module_around(model: nn.Module, names: list[str]) -> nn.Module | None:
     common = next(i for i in range(min(map(len, paths)), -1, -1) if len({tuple(path[:i]) for path in paths}) == 1)
     for length in range(common, -1, -1):
         module = model.get_submodule(".".join(paths[0][:length]))
-        if type(module).forward is not nn.Module.forward:
+        if type(module).forward is not nn.Module.forward and not isinstance(module, MessagePassing):
             return module
     return None
