@@ -97,8 +97,8 @@ class Settings:
 
     @property
     def deep_recipe(self) -> Recipe:
-        """As GCNII is trained: more dropout and weight decay."""
-        stage = Stage(self.deep_epochs, 0.01, 1e-2, evaluate_every=self.evaluate_every, patience=self.patience)
+        """As GCNII is trained: more weight decay, and longer."""
+        stage = Stage(self.deep_epochs, 0.01, 1e-2, evaluate_every=self.evaluate_every, patience=2 * self.patience)
         return replace(self.recipe, float_stage=stage)
 
 
