@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .backend import backend_for
 from .cpu.float_sum import edge_dots, float_sum, float_sum_weighted, segment_largest
 from .plan import GraphPlan
 
-__all__ = ["segment_max", "segment_sum", "spmm"]
+__all__ = ["edge_products", "segment_max", "segment_sum", "spmm"]
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:
@@ -29,7 +30,12 @@ def _rows(tensor: Tensor) -> np.ndarray:
 
 
 def _on_cpu(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.dtype == torch.float32
+    return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and not _on_triton(tensor)
+
+
+def _on_triton(tensor: Tensor) -> bool:
+    """Whether the requested backend is Triton's, on the device or interpreted."""
+    return tensor.dtype == torch.float32 and backend_for(tensor.device) in ("triton", "interpret")
 
 
 def _edge_ids(plan: GraphPlan) -> Tensor:
@@ -45,6 +51,11 @@ def _forward(plan: GraphPlan, x: Tensor, weight: Tensor | None, edge: Tensor | N
     out = x.new_empty((plan.num_dst, *x.shape[1:]))
     if out.numel() == 0:
         return out
+    if _on_triton(x):
+        from .triton.float_sum import float_sum as triton_sum
+
+        rows = x.reshape(x.size(0), -1)
+        return triton_sum(rows, plan.rowptr, plan.col, weight=weight, edge=edge).view(out.shape)
     if not _on_cpu(x):
         gathered = x[plan.col.long()]
         if weight is not None:
@@ -79,12 +90,29 @@ class _Spmm(torch.autograd.Function):
             edge = None if weight is None else _edge_ids(plan.transpose)
             grad_x = _forward(plan.transpose, grad, weight, edge)
         if weight is not None and ctx.needs_input_grad[2]:
-            grad_weight = torch.empty_like(weight)
-            if _on_cpu(grad) and grad_weight.numel():
-                edge_dots(plan.rowptr.numpy(), plan.col.numpy(), _numpy(grad), _numpy(x), grad_weight.numpy())
-            elif grad_weight.numel():
-                grad_weight = (grad[plan.dst] * x[plan.col.long()]).sum(-1)
+            grad_weight = edge_products(plan, grad, x)
         return None, grad_x, grad_weight
+
+
+def edge_products(plan: GraphPlan, a: Tensor, b: Tensor) -> Tensor:
+    """Inner products ``<a_i, b_j>`` per edge and head, ``[E, H]`` in CSR order.
+
+    Args:
+        plan: The graph.
+        a: ``[num_dst, H, C]``.
+        b: ``[num_src, H, C]``.
+    """
+    if _on_triton(a):
+        from .triton.float_sum import edge_dots as triton_dots
+
+        heads, rows = a.size(1), (v.reshape(v.size(0), -1) for v in (a, b))
+        return triton_dots(*rows, plan.rowptr, plan.col, heads)
+    out = a.new_empty((plan.num_edges, a.size(1)))
+    if _on_cpu(a) and out.numel():
+        edge_dots(plan.rowptr.numpy(), plan.col.numpy(), _numpy(a), _numpy(b), out.numpy())
+    elif out.numel():
+        out = (a[plan.dst] * b[plan.col.long()]).sum(-1)
+    return out
 
 
 def _identity_edges(plan: GraphPlan) -> Tensor:
@@ -129,6 +157,11 @@ class _SegmentSum(torch.autograd.Function):
             source = _identity_edges(plan).to(torch.int32)
             float_sum(plan.rowptr.numpy(), source.numpy(), _rows(per_edge), _rows(out))
             return out
+        if out.numel() and per_edge.numel() and _on_triton(per_edge):
+            from .triton.float_sum import float_sum as triton_sum
+
+            rows = per_edge.reshape(per_edge.size(0), -1)
+            return triton_sum(rows, plan.rowptr, _identity_edges(plan).to(torch.int32)).view(out.shape)
         return out.index_add_(0, plan.dst, per_edge)
 
     @staticmethod

@@ -21,6 +21,7 @@ from .packing import (
     save_packed,
 )
 from .quantizers import QLRQuantizer, QuantizedTensor
+from .quantizers.compressed import compressed_activations
 from .report import Summary, summary
 from .smp import MultiplierState, SMPropagation, differential_multiplier_step, smp_layers
 from .smp.error import ErrorReport, error_report
@@ -41,6 +42,7 @@ __all__ = [
     "SMPropagation",
     "Summary",
     "calibrate",
+    "compressed_activations",
     "differential_multiplier_step",
     "error_report",
     "is_packed",

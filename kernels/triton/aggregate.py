@@ -10,60 +10,67 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import parts_per_byte, row_words
-from .bits import ROW, feature_tile, field_shift, finish, load_range
-from .gather import max_codes, sum_codes, sum_weighted
-from .launch import check_devices, check_graph, config_for, launch, warp_size, word_tile
+from .bits import ROW, finish, isolated_part, load_range, part_features, part_sums, power_of_two, store_words
+from .gather import heads_part, max_codes, spread_heads, sum_codes, sum_slots, sum_weighted
+from .launch import MAGIC_BITS, check_devices, check_graph, config_for, launch, next_power_of_two, warp_size, word_tile
 from .ranges import range_kind
 from .schedule import Schedule, schedule_for
 
-__all__ = ["aggregate", "aggregate_kernel", "head_span", "hub_kernel", "unshift"]
-
-
-@triton.jit
-def unshift(total, BITS: tl.constexpr, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Undo ``field_shift`` on float32 sums: an exact power of two."""
-    exponent = (127 - field_shift(BITS, WORDS)) << 23
-    return total * exponent.to(tl.float32, bitcast=True)
+__all__ = ["aggregate", "aggregate_kernel", "heads_aligned", "hub_kernel"]
 
 
 @triton.jit
 def _affine(  # type: ignore[no-untyped-def]
-    total, offsets, degree, scale, offset, first,
-    MODE: tl.constexpr, F: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr,
+    total, mass, degree, scale, offset, first, part: tl.constexpr,
+    MODE: tl.constexpr, F: tl.constexpr, W: tl.constexpr, WORDS: tl.constexpr,
     SCALE: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """The affine step after a reduction over codes; ``degree`` is ``[ROWS]`` int32."""
-    feature, feature_ok = feature_tile(first, F, W, BITS, WORDS)
+    """The affine step after a reduction over codes, of a part tile; ``degree`` is ``[ROWS]`` int32."""
+    feature, feature_ok = part_features(first, part, F, W, WORDS)
     if MODE == "weighted":
-        y = unshift(total, BITS, WORDS)
-        if SCALE != ROW:
-            y = y * load_range(scale, SCALE, 0, True, feature, feature_ok)
+        if SCALE == ROW:
+            y = total
+        else:
+            y = total * load_range(scale, SCALE, 0, True, feature, feature_ok)
         if OFFSET != ROW:
-            offsets = offsets * load_range(offset, OFFSET, 0, True, feature, feature_ok)
-        y = y + offsets
+            mass = mass * load_range(offset, OFFSET, 0, True, feature, feature_ok)
+        y = y + mass
     else:
         s = load_range(scale, SCALE, 0, True, feature, feature_ok)
         start = load_range(offset, OFFSET, 0, True, feature, feature_ok)
         if MODE == "sum":
-            y = total.to(tl.float32) * s + degree.to(tl.float32)[:, None, None] * start
+            y = total.to(tl.float32) * s + degree.to(tl.float32)[:, None] * start
         else:
-            codes = total >> field_shift(BITS, WORDS)
-            y = codes.to(tl.float32) * s + start
-            y = tl.where((degree > 0)[:, None, None], y, 0.0)
+            y = tl.where((degree > 0)[:, None], total.to(tl.float32) * s + start, 0.0)
     return y
+
+
+@triton.jit
+def _part(total, part: tl.constexpr, MODE: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One part of an accumulator as a part tile: int32 sums or codes, or float32 weighted sums."""
+    if MODE == "sum":
+        tile = part_sums(total, part, BITS, ROWS, WORDS)
+    elif MODE == "max":
+        fields, shift = isolated_part(total, part, BITS, ROWS, WORDS)
+        tile = fields.to(tl.int32) >> shift
+    else:
+        fields, shift = isolated_part(total, part, BITS, ROWS, WORDS)
+        tile = fields * power_of_two(-shift)  # exact
+    return tile
 
 
 @triton.jit
 def aggregate_kernel(  # type: ignore[no-untyped-def]
     words, col, row_of, begin_of, length_of, slot_of, weight, scale, offset, dst_scale, bias,
-    out_scale, out_offset, out, partial, num_items, num_partial,
+    out_scale, out_offset, out, partial, num_items, num_partial, magic,
     MODE: tl.constexpr, F: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr,
-    WORDS: tl.constexpr, UNROLL: tl.constexpr, HEADS: tl.constexpr, SPAN: tl.constexpr,
-    SCALE: tl.constexpr, OFFSET: tl.constexpr, RELU: tl.constexpr, PACK: tl.constexpr,
-    OUT_SCALE: tl.constexpr, OUT_OFFSET: tl.constexpr,
+    WORDS: tl.constexpr, UNROLL: tl.constexpr, HEADS: tl.constexpr, HEAD_TILE: tl.constexpr,
+    ALIGNED: tl.constexpr, SCALE: tl.constexpr, OFFSET: tl.constexpr, RELU: tl.constexpr,
+    PACK: tl.constexpr, OUT_SCALE: tl.constexpr, OUT_OFFSET: tl.constexpr,
 ):  # fmt: skip
     r"""``y_i = (s sum_j w_ij c_j + l sum_j w_ij) d_i + b``, or the largest ``c_j`` in place of the
-    sum.  Segments of hubs leave their partial results in ``partial``.
+    sum.  Segments of hubs leave their partial results in ``partial``: ``[slots, F]``, then the sums
+    of weights ``[slots, HEADS]``.
     """
     item = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     item_ok = item < num_items
@@ -75,31 +82,46 @@ def aggregate_kernel(  # type: ignore[no-untyped-def]
     word = first + tl.arange(0, WORDS)
     edge = col + begin
     if MODE == "weighted":
-        total, offsets = sum_weighted(
-            words, edge, begin, length, longest, word, weight, scale, offset,
-            F, W, BITS, ROWS, WORDS, UNROLL, HEADS, SPAN, SCALE == ROW, OFFSET == ROW,
+        total, mass = sum_weighted(
+            words, edge, begin, length, longest, word, weight, scale, offset, magic,
+            F, W, BITS, ROWS, WORDS, UNROLL, HEADS, HEAD_TILE, ALIGNED, SCALE == ROW, OFFSET == ROW,
         )  # fmt: skip
     elif MODE == "sum":
         total = sum_codes(words, edge, length, longest, word, W, BITS, ROWS, WORDS, UNROLL)
-        offsets = total
+        mass = tl.zeros([ROWS, HEAD_TILE], tl.float32)
     else:
         total = max_codes(words, edge, length, longest, word, W, BITS, ROWS, WORDS, UNROLL)
-        offsets = total
+        mass = tl.zeros([ROWS, HEAD_TILE], tl.float32)
+    parts: tl.constexpr = 8 // BITS
     if tl.program_id(0) * ROWS < num_partial:
         slot = tl.load(slot_of + item).to(tl.int64)
-        feature, _ = feature_tile(first, F, W, BITS, WORDS)
-        width: tl.constexpr = 32 // BITS * W
-        ok = (length > 0)[:, None, None] & (first * 4 + tl.arange(0, 4 * WORDS) < 4 * W)[None, None]
-        target = partial + slot[:, None, None] * width + feature[None, :, :]
-        tl.store(target, total, mask=ok)
+        width: tl.constexpr = 4 * parts * W
+        byte = 4 * first + tl.arange(0, 4 * WORDS)
+        ok = (length > 0)[:, None] & (byte < 4 * W)[None, :]
+        for part in tl.static_range(parts):
+            target = partial + (slot * width)[:, None] + (part * 4 * W + byte)[None, :]
+            tl.store(target, _part(total, part, MODE, BITS, ROWS, WORDS), mask=ok)
         if MODE == "weighted":
-            tl.store(target + tl.cast(num_partial, tl.int64) * width, offsets, mask=ok)
+            head = tl.arange(0, HEAD_TILE)[None, :]
+            target = partial + tl.cast(num_partial, tl.int64) * width + (slot * HEADS)[:, None] + head
+            tl.store(target, mass, mask=(length > 0)[:, None] & (head < HEADS))
     else:
-        y = _affine(total, offsets, length, scale, offset, first, MODE, F, W, BITS, WORDS, SCALE, OFFSET)
-        finish(
-            y, out, row, item_ok, first, dst_scale, bias, out_scale, out_offset,
-            F, W, BITS, ROWS, WORDS, RELU, PACK, OUT_SCALE, OUT_OFFSET,
-        )  # fmt: skip
+        masses = spread_heads(mass, word, F, W, BITS, ROWS, WORDS, HEADS, ALIGNED)
+        factor = dst_scale
+        if dst_scale is not None:
+            factor = tl.load(dst_scale + row, mask=item_ok, other=0.0)
+        packed = tl.zeros([ROWS, WORDS], tl.int32)
+        for part in tl.static_range(parts):
+            y = _affine(
+                _part(total, part, MODE, BITS, ROWS, WORDS), heads_part(masses, part, BITS, ROWS, WORDS),
+                length, scale, offset, first, part, MODE, F, W, WORDS, SCALE, OFFSET,
+            )  # fmt: skip
+            packed |= finish(
+                y, out, row, item_ok, first, factor, bias, out_scale, out_offset, part,
+                F, W, BITS, ROWS, WORDS, RELU, PACK, OUT_SCALE, OUT_OFFSET,
+            )  # fmt: skip
+        if PACK:
+            store_words(out, packed, row, item_ok, first, W, WORDS)
 
 
 @triton.jit
@@ -107,7 +129,8 @@ def hub_kernel(  # type: ignore[no-untyped-def]
     partial, rowptr, hub_row, hub_first, hub_count, scale, offset, dst_scale, bias, out_scale,
     out_offset, out, num_partial,
     MODE: tl.constexpr, F: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, SLOTS: tl.constexpr,
-    WORDS: tl.constexpr, SCALE: tl.constexpr, OFFSET: tl.constexpr, RELU: tl.constexpr,
+    WORDS: tl.constexpr, HEADS: tl.constexpr, HEAD_TILE: tl.constexpr, ALIGNED: tl.constexpr,
+    SCALE: tl.constexpr, OFFSET: tl.constexpr, RELU: tl.constexpr,
     PACK: tl.constexpr, OUT_SCALE: tl.constexpr, OUT_OFFSET: tl.constexpr,
 ):  # fmt: skip
     """Second stage of hubs: reduce the partial results of one row in the order of their slots."""
@@ -116,54 +139,61 @@ def hub_kernel(  # type: ignore[no-untyped-def]
     count = tl.load(hub_count + hub)
     first_slot = tl.load(hub_first + hub).to(tl.int64)
     first = tl.program_id(1) * WORDS
-    feature, _ = feature_tile(first, F, W, BITS, WORDS)
-    in_row = (first * 4 + tl.arange(0, 4 * WORDS) < 4 * W)[None, None, :]
+    word = first + tl.arange(0, WORDS)
+    byte = 4 * first + tl.arange(0, 4 * WORDS)
     width: tl.constexpr = 32 // BITS * W
-    source = partial + first_slot * width + feature[None, :, :]
     kind: tl.constexpr = tl.float32 if MODE == "weighted" else tl.int32
-    total = tl.zeros([SLOTS, 8 // BITS, 4 * WORDS], kind)
-    offsets = tl.zeros([SLOTS, 8 // BITS, 4 * WORDS], kind)
-    for begin in range(0, count, SLOTS):
-        slot = begin + tl.arange(0, SLOTS)
-        ok = (slot < count)[:, None, None] & in_row
-        pointers = source + slot.to(tl.int64)[:, None, None] * width
-        value = tl.load(pointers, mask=ok, other=0)
-        if MODE == "max":
-            total = tl.maximum(total, value)
-        else:
-            total += value
-        if MODE == "weighted":
-            offsets += tl.load(pointers + tl.cast(num_partial, tl.int64) * width, mask=ok, other=0)
-    total = tl.max(total, 0) if MODE == "max" else tl.sum(total, 0)
     degree = (tl.load(rowptr + row + 1) - tl.load(rowptr + row)).to(tl.int32)
-    y = _affine(
-        total[None, :, :], tl.sum(offsets, 0)[None, :, :], degree, scale, offset, first,
-        MODE, F, W, BITS, WORDS, SCALE, OFFSET,
-    )  # fmt: skip
-    finish(
-        y, out, row, row >= 0, first, dst_scale, bias, out_scale, out_offset,
-        F, W, BITS, 1, WORDS, RELU, PACK, OUT_SCALE, OUT_OFFSET,
-    )  # fmt: skip
+    mass = tl.zeros([1, HEAD_TILE], tl.float32)
+    if MODE == "weighted":
+        sums = partial + tl.cast(num_partial, tl.int64) * width + first_slot * HEADS
+        mass = sum_slots(sums, count, HEADS, tl.float32, SLOTS, HEADS, HEAD_TILE)
+    masses = spread_heads(mass, word, F, W, BITS, 1, WORDS, HEADS, ALIGNED)
+    factor = dst_scale
+    if dst_scale is not None:
+        factor = tl.load(dst_scale + row)
+    packed = tl.zeros([1, WORDS], tl.int32)
+    for part in tl.static_range(8 // BITS):
+        total = tl.zeros([SLOTS, 4 * WORDS], kind)
+        source = partial + first_slot * width + (part * 4 * W + byte)[None, :]
+        for begin in range(0, count, SLOTS):
+            slot = begin + tl.arange(0, SLOTS)
+            ok = (slot < count)[:, None] & (byte < 4 * W)[None, :]
+            value = tl.load(source + (slot.to(tl.int64) * width)[:, None], mask=ok, other=0)
+            if MODE == "max":
+                total = tl.maximum(total, value)
+            else:
+                total += value
+        total = tl.max(total, 0) if MODE == "max" else tl.sum(total, 0)
+        y = _affine(
+            total[None, :], heads_part(masses, part, BITS, 1, WORDS), degree, scale, offset, first, part,
+            MODE, F, W, WORDS, SCALE, OFFSET,
+        )  # fmt: skip
+        packed |= finish(
+            y, out, row, row >= 0, first, factor, bias, out_scale, out_offset, part,
+            F, W, BITS, 1, WORDS, RELU, PACK, OUT_SCALE, OUT_OFFSET,
+        )  # fmt: skip
+    if PACK:
+        store_words(out, packed, row, row >= 0, first, W, WORDS)
 
 
-def head_span(num_features: int, heads: int, bits: int) -> int:
-    """How many weights a word of codes needs (``SPAN`` of :func:`.gather.head_tile`)."""
-    if heads == 1:
-        return 1
-    whole_words = num_features // heads % 4 == 0
-    return parts_per_byte(bits) if whole_words else 4 * parts_per_byte(bits)
+def heads_aligned(num_features: int, heads: int, bits: int, tile_words: int) -> bool:
+    """Whether heads map to parts and words by reshaping (``ALIGNED`` of :func:`.gather.spread_heads`)."""
+    parts, words = parts_per_byte(bits), row_words(num_features, bits)
+    whole = words == tile_words and num_features == 4 * words * parts and heads & (heads - 1) == 0
+    return whole and words % max(1, heads // parts) == 0
 
 
 def _launch(
     device: torch.device, tensors: dict[str, Tensor | None], out: Tensor, rowptr: Tensor,
-    schedule: Schedule, mode: str, unroll: int, heads: int, meta: dict[str, Any],
+    schedule: Schedule, mode: str, unroll: int, meta: dict[str, Any],
     rows: int, num_warps: int,
 ) -> None:  # fmt: skip
     words, bits = meta["W"], meta["BITS"]
-    planes = 2 if mode == "weighted" else 1
+    weighted = mode == "weighted"
     partial = out.new_empty(
-        (planes, schedule.num_partial, 32 // bits * words),
-        dtype=torch.float32 if mode == "weighted" else torch.int32,
+        schedule.num_partial * (32 // bits * words + (meta["HEADS"] if weighted else 0)),
+        dtype=torch.float32 if weighted else torch.int32,
     )
     tail = [tensors[k] for k in ("scale", "offset", "dst_scale", "bias", "out_scale", "out_offset")]
     tiles = triton.cdiv(words, meta["WORDS"])
@@ -171,8 +201,7 @@ def _launch(
         aggregate_kernel, (triton.cdiv(schedule.num_items, rows), tiles), device,
         tensors["words"], tensors["col"], schedule.row, schedule.begin, schedule.length,
         schedule.slot, tensors["edge_weight"], *tail, out, partial, schedule.num_items,
-        schedule.num_partial, MODE=mode, ROWS=rows, UNROLL=unroll, HEADS=heads,
-        SPAN=head_span(meta["F"], heads, bits), num_warps=num_warps, **meta,
+        schedule.num_partial, MAGIC_BITS, MODE=mode, ROWS=rows, UNROLL=unroll, num_warps=num_warps, **meta,
     )  # fmt: skip
     launch(
         hub_kernel, (schedule.num_hubs, tiles), device,
@@ -226,15 +255,16 @@ def aggregate(
     out = words.new_empty((rowptr.numel() - 1, width), dtype=torch.int32 if out_bits else torch.float32)
     config = config_for(f"aggregate_{mode}", device, num_words)
     rows, tile = word_tile(config, num_words, warp_size())
+    heads = edge_weight.size(1) if edge_weight is not None and edge_weight.dim() == 2 else 1
     meta = {
-        "F": num_features, "W": num_words, "BITS": bits, "WORDS": tile,
+        "F": num_features, "W": num_words, "BITS": bits, "WORDS": tile, "HEADS": heads,
+        "HEAD_TILE": next_power_of_two(heads), "ALIGNED": heads_aligned(num_features, heads, bits, tile),
         "SCALE": range_kind(scale), "OFFSET": range_kind(offset), "RELU": relu,
         "PACK": out_bits != 0, "OUT_SCALE": range_kind(out_scale),
         "OUT_OFFSET": range_kind(out_offset),
     }  # fmt: skip
-    heads = edge_weight.size(1) if edge_weight is not None and edge_weight.dim() == 2 else 1
     _launch(
         device, tensors, out, rowptr, schedule_for(rowptr, config.segment), mode, config.unroll,
-        heads, meta, rows, config.num_warps,
+        meta, rows, config.num_warps,
     )  # fmt: skip
     return out

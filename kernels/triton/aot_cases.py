@@ -16,7 +16,7 @@ from . import quantize_pack as quantize_module
 from . import smp_step as smp_module
 from . import unpack_dequantize as unpack_module
 from .aot import Case
-from .launch import Config, load_table, next_power_of_two, word_tile
+from .launch import Config, load_table, next_power_of_two, whole_row_tile, word_tile
 
 __all__ = ["BUILDERS", "shapes"]
 
@@ -63,7 +63,7 @@ def _without(constants: dict[str, Any], *names: str) -> dict[str, Any]:
 AGGREGATE_TYPES = {
     "words": "*i32", "col": "*i32", "row_of": "*i32", "begin_of": "*i64", "length_of": "*i32",
     "slot_of": "*i32", "scale": "*fp32", "offset": "*fp32", "dst_scale": "*fp32", "bias": "*fp32",
-    "out": "*fp32", "num_items": "i32", "num_partial": "i32", "partial": "*i32",
+    "out": "*fp32", "num_items": "i32", "num_partial": "i32", "partial": "*i32", "magic": "i32",
 }  # fmt: skip
 HUB_TYPES = {
     "partial": "*i32", "rowptr": "*i64", "hub_row": "*i32", "hub_first": "*i32",
@@ -80,8 +80,8 @@ def aggregate_cases(grid: str, warp: int) -> Iterator[Case]:
             config = _config(f"aggregate_{mode}", words, warp)
             constants = _tile_constants(features, bits, config, warp)
             constants |= {
-                "MODE": mode, "UNROLL": config.unroll, "HEADS": 1, "SPAN": 1, "SCALE": ONE,
-                "OFFSET": ONE, "RELU": True, "PACK": False, "OUT_SCALE": ONE, "OUT_OFFSET": ONE,
+                "MODE": mode, "UNROLL": config.unroll, "HEADS": 1, "HEAD_TILE": 1, "ALIGNED": True,
+                "SCALE": ONE, "OFFSET": ONE, "RELU": True, "PACK": False, "OUT_SCALE": ONE, "OUT_OFFSET": ONE,
             }  # fmt: skip
             types = dict(AGGREGATE_TYPES)
             if mode == "weighted":
@@ -98,7 +98,7 @@ def aggregate_cases(grid: str, warp: int) -> Iterator[Case]:
                     types | PACKED_TYPES if pack else types, constants | {"PACK": pack},
                     config.num_warps, codes_per_iteration=codes, facts=facts,
                 )  # fmt: skip
-            hub = _without(constants, "ROWS", "UNROLL", "HEADS", "SPAN")
+            hub = _without(constants, "ROWS", "UNROLL")
             yield Case(
                 "aggregate", f"{mode} int{bits} F={features} hubs", aggregate_module.hub_kernel,
                 HUB_TYPES | ({"partial": "*fp32"} if mode == "weighted" else {}),
@@ -132,7 +132,7 @@ def pack_cases(grid: str, warp: int) -> Iterator[Case]:
 ATTENTION_TYPES = {
     "words": "*i32", "col": "*i32", "row_of": "*i32", "begin_of": "*i64", "length_of": "*i32",
     "slot_of": "*i32", "scale": "*fp32", "offset": "*fp32", "out": "*fp32", "partial": "*fp32",
-    "slope": "fp32", "num_items": "i32", "num_partial": "i32",
+    "slope": "fp32", "num_items": "i32", "num_partial": "i32", "magic": "i32",
 }  # fmt: skip
 GAT_TYPES = {"alpha_src": "*fp32", "alpha_dst": "*fp32"}
 V2_TYPES = {"att": "*fp32", "x_dst": "*fp32"}
@@ -145,22 +145,22 @@ def attention_cases(grid: str, warp: int) -> Iterator[Case]:
         words = row_words(features, bits)
         for v2 in (False, True):
             config = _config("attention_v2" if v2 else "attention", words, warp)
-            constants = _tile_constants(features, bits, config, warp)
-            if v2:
-                width = next_power_of_two(words)
-                constants |= {"ROWS": max(1, constants["ROWS"] * constants["WORDS"] // width)}
-                constants |= {"WORDS": width}
-            constants |= {"HEADS": heads, "V2": v2, "SCALE": ONE, "OFFSET": ONE}
+            rows, tile = whole_row_tile(config, words, warp)
+            constants = {
+                "F": features, "W": words, "BITS": bits, "ROWS": rows, "WORDS": tile, "HEADS": heads,
+                "HEAD_TILE": next_power_of_two(heads),
+                "ALIGNED": aggregate_module.heads_aligned(features, heads, bits, tile),
+                "V2": v2, "SCALE": ONE, "OFFSET": ONE,
+            }  # fmt: skip
             types = ATTENTION_TYPES | (V2_TYPES if v2 else GAT_TYPES)
             name = f"{'v2' if v2 else 'gat'} int{bits} F={features} H={heads}"
             facts = {"bits": bits, "features": features, "row_bytes": 4 * words, "heads": heads}
             yield Case(
                 "attention_aggregate", name + " peak", logits_module.peak_kernel, types,
-                constants | {"HEAD_TILE": next_power_of_two(heads)}, config.num_warps,
-                facts=facts,
+                constants, config.num_warps, facts=facts,
             )  # fmt: skip
             constants |= {
-                "UNROLL": config.unroll, "SPAN": aggregate_module.head_span(features, heads, bits),
+                "UNROLL": config.unroll,
                 "RELU": False, "PACK": False, "OUT_SCALE": ONE, "OUT_OFFSET": ONE,
             }  # fmt: skip
             for attention_bits in (4, 32):
@@ -170,7 +170,11 @@ def attention_cases(grid: str, warp: int) -> Iterator[Case]:
                     attention_module.attention_kernel,
                     types | {"peak": "*fp32", "bias": "*fp32"}
                     | ({"thresholds": "*fp32", "partial": "*i32"} if quantized else {}),
-                    constants | {"INTEGER": quantized, "TOP": 15 if quantized else 0},
+                    constants | {
+                        "INTEGER": quantized, "TOP": 15 if quantized else 0,
+                        "PAIRED": quantized and attention_module.fits_pairs(4, bits)
+                        and (constants["ALIGNED"] or heads == 1),
+                    },
                     config.num_warps, codes_per_iteration=_codes_per_turn(constants, config, warp),
                     facts=facts,
                 )  # fmt: skip
@@ -244,12 +248,27 @@ def smp_cases(grid: str, warp: int) -> Iterator[Case]:
                    facts=facts)  # fmt: skip
         config = _config("float_sum", features, warp)
         rows, columns = word_tile(config, features, warp)
-        types = _without(AGGREGATE_TYPES, "words", "scale", "offset", "bias")
+        types = _without(AGGREGATE_TYPES, "words", "scale", "offset", "bias", "magic")
         yield Case(
             "smp_step", f"float sum F={features}", float_module.float_sum_kernel,
             types | {"x": "*fp32", "dst_scale": "*fp32", "partial": "*fp32"},
-            {"F": features, "ROWS": rows, "COLUMNS": columns, "UNROLL": config.unroll},
+            {"F": features, "HEADS": 1, "ROWS": rows, "COLUMNS": columns, "UNROLL": config.unroll},
             config.num_warps, facts=facts | {"row_bytes": 4 * features},
+        )  # fmt: skip
+        yield Case(
+            "spmm", f"weighted sum F={features}", float_module.float_sum_kernel,
+            _without(types, "dst_scale")
+            | {"x": "*fp32", "partial": "*fp32", "weight": "*fp32", "edge_of": "*i64"},
+            {"F": features, "HEADS": 1, "ROWS": rows, "COLUMNS": columns, "UNROLL": config.unroll},
+            config.num_warps, facts=facts | {"row_bytes": 4 * features},
+        )  # fmt: skip
+        rows, columns = whole_row_tile(config, features, warp)
+        yield Case(
+            "spmm", f"edge products F={features}", float_module.edge_dots_kernel,
+            {n: AGGREGATE_TYPES[n] for n in ("col", "row_of", "begin_of", "length_of", "out", "num_items")}
+            | {"a": "*fp32", "b": "*fp32"},
+            {"F": features, "HEADS": 1, "ROWS": rows, "COLUMNS": columns}, config.num_warps,
+            facts=facts | {"row_bytes": 4 * features},
         )  # fmt: skip
 
 

@@ -20,22 +20,36 @@ from torch import Tensor
 from ..arithmetic import attention_thresholds
 from ..arithmetic import finish as finish_rows
 from ..layout import row_words, top_code
-from .aggregate import head_span, unshift
-from .attention_logits import gat_logit, numerator, peaks, v2_inputs, v2_logit, v2_terms
+from .aggregate import heads_aligned
+from .attention_logits import gat_logits, load_heads, numerator, peaks, v2_inputs, v2_logits
 from .bits import (
+    HEAD,
     ROW,
-    feature_tile,
     field_floats,
-    field_shift,
     finish,
     isolate,
-    isolated_by_feature,
+    isolated_part,
     load_range,
+    part_features,
+    part_sums,
+    power_of_two,
+    spread,
+    store_words,
+    sums_by_part,
 )
-from .gather import gather_words, head_tile, per_code, select_head
-from .launch import check_devices, check_graph, config_for, launch, warp_size, word_tile
+from .gather import gather_words, heads_part, per_code, spread_heads, sum_slots
+from .launch import (
+    MAGIC_BITS,
+    check_devices,
+    check_graph,
+    config_for,
+    launch,
+    next_power_of_two,
+    warp_size,
+    whole_row_tile,
+)
 from .ranges import range_kind
-from .schedule import Schedule, schedule_for
+from .schedule import MAX_SEGMENT, Schedule, schedule_for
 
 __all__ = ["attention_aggregate", "attention_hub_kernel", "attention_kernel"]
 
@@ -44,18 +58,18 @@ FLOAT_BITS = 32
 
 @triton.jit
 def _normalize(  # type: ignore[no-untyped-def]
-    total, share, offsets, scale, offset, first,
-    F: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr,
-    INTEGER: tl.constexpr, SCALE: tl.constexpr, OFFSET: tl.constexpr,
+    total, share, offsets, scale, offset, first, part: tl.constexpr,
+    F: tl.constexpr, W: tl.constexpr, WORDS: tl.constexpr, SCALE: tl.constexpr,
+    OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """``(s total) / share + l``; 0 where ``share`` is 0."""
-    feature, feature_ok = feature_tile(first, F, W, BITS, WORDS)
+    """``(s total) / share + l`` of a part tile; 0 where ``share`` is 0."""
+    feature, feature_ok = part_features(first, part, F, W, WORDS)
     total = total.to(tl.float32)
     share = share.to(tl.float32)
     divisor = tl.where(share > 0, share, 1.0)
-    if SCALE != ROW:
+    if SCALE < ROW:
         total = total * load_range(scale, SCALE, 0, True, feature, feature_ok)
-    if OFFSET == ROW:
+    if OFFSET >= ROW:
         y = tl.div_rn(total + offsets, divisor)
     else:
         start = load_range(offset, OFFSET, 0, True, feature, feature_ok)
@@ -64,106 +78,151 @@ def _normalize(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _load_source_heads(ptr, kind: tl.constexpr, source, ok, head, HEADS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A range per source row, or per row and head, for ``[ROWS, HEAD_TILE]``."""
+    if kind == HEAD:
+        value = load_heads(ptr, source, ok, head, HEADS)
+    else:
+        value = tl.load(ptr + source, mask=ok, other=0.0)[:, None]
+    return value
+
+
+@triton.jit
 def _sums(  # type: ignore[no-untyped-def]
     words, col, row, begin, length, longest, word, scale, offset, alpha_src, alpha_dst, alpha_edge,
-    att, x_dst, peak, thresholds, slope,
+    att, x_dst, peak, thresholds, slope, magic,
     F: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
-    UNROLL: tl.constexpr, HEADS: tl.constexpr, SPAN: tl.constexpr, TOP: tl.constexpr,
-    V2: tl.constexpr, INTEGER: tl.constexpr, SCALE: tl.constexpr, OFFSET: tl.constexpr,
+    UNROLL: tl.constexpr, HEADS: tl.constexpr, HEAD_TILE: tl.constexpr, ALIGNED: tl.constexpr,
+    TOP: tl.constexpr, V2: tl.constexpr, INTEGER: tl.constexpr, PAIRED: tl.constexpr,
+    SCALE: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """Weighted sums of codes, sums of numerators and of weighted offsets: three feature tiles."""
-    codes: tl.constexpr = 32 // BITS
+    """Weighted sums of codes (``PAIRED``: in the form of ``sums_by_part``, else of ``isolate``), and
+    sums of numerators and of weighted offsets per head.
+    """
     kind: tl.constexpr = tl.uint32 if INTEGER else tl.float32
-    head_of = head_tile(word, F, W, BITS, WORDS, HEADS, SPAN)
-    total = tl.zeros([ROWS, WORDS, codes], kind)
-    share = tl.zeros([ROWS, head_of.shape[1], SPAN], kind)
-    offsets = tl.zeros([ROWS, head_of.shape[1], SPAN], tl.float32)
+    parts: tl.constexpr = 8 // BITS
+    head = tl.arange(0, HEAD_TILE)[None, :]
+    exists = length > 0
+    if PAIRED:
+        total = tl.zeros([ROWS, 2 * WORDS, parts], kind)
+    else:
+        total = tl.zeros([ROWS, WORDS, 4 * parts], kind)
+    share = tl.zeros([ROWS, HEAD_TILE], kind)
+    offsets = tl.zeros([ROWS, HEAD_TILE], tl.float32)
     if V2:
-        weights, target = v2_inputs(att, x_dst, row, length > 0, word, F, W, BITS)
+        weights, target = v2_inputs(att, x_dst, row, exists, word, F, W, BITS)
+    else:
+        target = load_heads(alpha_dst, row, exists, head, HEADS)
+    highest = load_heads(peak, row, exists, head, HEADS)
     for k in range(0, longest, UNROLL):
         for u in tl.static_range(UNROLL):
             ok = k + u < length
             source = tl.load(col + begin + (k + u), mask=ok, other=0)
-            fields = isolate(gather_words(words, source, ok, word, W), BITS, ROWS, WORDS)
+            tile = gather_words(words, source, ok, word, W)
             if V2:
-                terms = v2_terms(
-                    fields, weights, target, scale, offset, source, ok, word, slope,
-                    F, W, BITS, SCALE, OFFSET,
+                e = v2_logits(
+                    isolate(tile, BITS, ROWS, WORDS), weights, target, scale, offset, source, ok, word, head,
+                    slope, magic, F, W, BITS, ROWS, WORDS, HEADS, HEAD_TILE, ALIGNED, SCALE, OFFSET,
                 )  # fmt: skip
-            factor = tl.zeros([ROWS, head_of.shape[1], SPAN], kind)
-            for h in tl.static_range(HEADS):
-                if V2:
-                    e = v2_logit(terms, word, h, F, W, BITS, HEADS)
-                else:
-                    e = gat_logit(
-                        alpha_src, alpha_dst, alpha_edge, source, row, begin + (k + u), ok, h,
-                        slope, HEADS,
-                    )  # fmt: skip
-                e = e - tl.load(peak + row.to(tl.int64) * HEADS + h, mask=ok, other=0.0)
-                weight = numerator(e, ok, thresholds, TOP).to(kind)
-                factor = select_head(factor, head_of, h, weight, HEADS)
-            share += factor
-            if OFFSET == ROW:
-                offsets += factor * tl.load(offset + source, mask=ok, other=0.0)[:, None, None]
-            if SCALE == ROW:
-                factor = factor * tl.load(scale + source, mask=ok, other=0.0)[:, None, None]
-            factor = per_code(factor, BITS, ROWS, WORDS, SPAN)
-            if INTEGER:
-                total += factor * fields
             else:
-                total = tl.fma(factor, field_floats(fields), total)
-    total = isolated_by_feature(total, BITS, ROWS, WORDS)
-    if INTEGER:
-        total = (total >> field_shift(BITS, WORDS).to(tl.uint32)).to(tl.int32)
-    else:
-        total = unshift(total, BITS, WORDS)
-    share = isolated_by_feature(per_code(share, BITS, ROWS, WORDS, SPAN), BITS, ROWS, WORDS)
-    offsets = isolated_by_feature(per_code(offsets, BITS, ROWS, WORDS, SPAN), BITS, ROWS, WORDS)
-    if INTEGER:
-        share = share.to(tl.int32)
+                e = gat_logits(alpha_src, target, alpha_edge, source, begin + (k + u), ok, head, slope, HEADS)
+            factor = numerator(e - highest, ok[:, None] & (head < HEADS), thresholds, TOP).to(kind)
+            share += factor
+            if OFFSET >= ROW:
+                offsets += factor * _load_source_heads(offset, OFFSET, source, ok, head, HEADS)
+            if SCALE >= ROW:
+                factor = factor * _load_source_heads(scale, SCALE, source, ok, head, HEADS)
+            factor = spread_heads(factor, word, F, W, BITS, ROWS, WORDS, HEADS, ALIGNED)
+            if PAIRED:
+                if factor.shape[1] > 1:  # both halves of a word
+                    factor = tl.broadcast_to(factor[:, :, None, :], [ROWS, WORDS, 2, parts])
+                    factor = tl.reshape(factor, [ROWS, 2 * WORDS, parts])
+                total += factor * sums_by_part(spread(tile, BITS, 16), BITS, ROWS, WORDS)
+            else:
+                fields = isolate(tile, BITS, ROWS, WORDS)
+                factor = per_code(factor, BITS, ROWS, WORDS)
+                if INTEGER:
+                    total += factor * fields
+                else:
+                    total = tl.fma(factor, field_floats(fields, magic), total)
     return total, share, offsets
+
+
+@triton.jit
+def _part(  # type: ignore[no-untyped-def]
+    total, part: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
+    INTEGER: tl.constexpr, PAIRED: tl.constexpr,
+):  # fmt: skip
+    """One part of the weighted sums as a part tile of int32 or float32."""
+    if PAIRED:
+        tile = part_sums(total, part, BITS, ROWS, WORDS)
+    else:
+        fields, shift = isolated_part(total, part, BITS, ROWS, WORDS)
+        if INTEGER:
+            tile = (fields >> shift.to(tl.uint32)).to(tl.int32)
+        else:
+            tile = fields * power_of_two(-shift)  # exact
+    return tile
 
 
 @triton.jit
 def attention_kernel(  # type: ignore[no-untyped-def]
     words, col, row_of, begin_of, length_of, slot_of, scale, offset, alpha_src, alpha_dst,
     alpha_edge, att, x_dst, peak, thresholds, bias, out_scale, out_offset, out, partial, slope,
-    num_items, num_partial,
+    num_items, num_partial, magic,
     F: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
-    UNROLL: tl.constexpr, HEADS: tl.constexpr, SPAN: tl.constexpr, TOP: tl.constexpr,
-    V2: tl.constexpr, INTEGER: tl.constexpr, SCALE: tl.constexpr, OFFSET: tl.constexpr,
-    RELU: tl.constexpr, PACK: tl.constexpr, OUT_SCALE: tl.constexpr, OUT_OFFSET: tl.constexpr,
+    UNROLL: tl.constexpr, HEADS: tl.constexpr, HEAD_TILE: tl.constexpr, ALIGNED: tl.constexpr,
+    TOP: tl.constexpr, V2: tl.constexpr, INTEGER: tl.constexpr, PAIRED: tl.constexpr,
+    SCALE: tl.constexpr, OFFSET: tl.constexpr, RELU: tl.constexpr, PACK: tl.constexpr,
+    OUT_SCALE: tl.constexpr, OUT_OFFSET: tl.constexpr,
 ):  # fmt: skip
-    r"""``y_i = (s sum_j k_ij c_j) / sum_j k_ij + l`` per head."""
+    r"""``y_i = (s sum_j k_ij c_j) / sum_j k_ij + l`` per head.  Segments of hubs leave their sums in
+    ``partial``: ``[slots, F]``, then those of numerators and of offsets, ``[slots, HEADS]`` each.
+    """
     item = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     item_ok = item < num_items
     row = tl.load(row_of + item, mask=item_ok, other=0)
     begin = tl.load(begin_of + item, mask=item_ok, other=0)
     length = tl.load(length_of + item, mask=item_ok, other=0)
     longest = tl.load(length_of + tl.program_id(0) * ROWS)
-    first = tl.program_id(1) * WORDS
+    word = tl.arange(0, WORDS)
     total, share, offsets = _sums(
-        words, col, row, begin, length, longest, first + tl.arange(0, WORDS), scale, offset,
-        alpha_src, alpha_dst, alpha_edge, att, x_dst, peak, thresholds, slope,
-        F, W, BITS, ROWS, WORDS, UNROLL, HEADS, SPAN, TOP, V2, INTEGER, SCALE, OFFSET,
+        words, col, row, begin, length, longest, word, scale, offset, alpha_src, alpha_dst, alpha_edge,
+        att, x_dst, peak, thresholds, slope, magic, F, W, BITS, ROWS, WORDS, UNROLL, HEADS, HEAD_TILE,
+        ALIGNED, TOP, V2, INTEGER, PAIRED, SCALE, OFFSET,
     )  # fmt: skip
+    parts: tl.constexpr = 8 // BITS
     if tl.program_id(0) * ROWS < num_partial:
         slot = tl.load(slot_of + item).to(tl.int64)
-        feature, _ = feature_tile(first, F, W, BITS, WORDS)
-        width: tl.constexpr = 32 // BITS * W
-        plane = tl.cast(num_partial, tl.int64) * width
-        ok = (length > 0)[:, None, None] & (first * 4 + tl.arange(0, 4 * WORDS) < 4 * W)[None, None]
-        at = partial + slot[:, None, None] * width + feature[None, :, :]
-        tl.store(at, total, mask=ok)
-        tl.store(at + plane, share, mask=ok)
-        if OFFSET == ROW:
-            tl.store(at + 2 * plane, offsets, mask=ok)
+        width: tl.constexpr = 4 * parts * W
+        byte = tl.arange(0, 4 * WORDS)
+        exists = (length > 0)[:, None]
+        for part in tl.static_range(parts):
+            target = partial + (slot * width)[:, None] + (part * 4 * W + byte)[None, :]
+            tile = _part(total, part, BITS, ROWS, WORDS, INTEGER, PAIRED)
+            tl.store(target, tile, mask=exists & (byte < 4 * W)[None, :])
+        head = tl.arange(0, HEAD_TILE)[None, :]
+        target = partial + tl.cast(num_partial, tl.int64) * width + (slot * HEADS)[:, None] + head
+        ok = exists & (head < HEADS)
+        tl.store(target, share.to(tl.int32) if INTEGER else share, mask=ok)
+        if OFFSET >= ROW:
+            tl.store(target + tl.cast(num_partial, tl.int64) * HEADS, offsets, mask=ok)
     else:
-        y = _normalize(total, share, offsets, scale, offset, first, F, W, BITS, WORDS, INTEGER, SCALE, OFFSET)
-        finish(
-            y, out, row, item_ok, first, None, bias, out_scale, out_offset,
-            F, W, BITS, ROWS, WORDS, RELU, PACK, OUT_SCALE, OUT_OFFSET,
-        )  # fmt: skip
+        shares = spread_heads(share, word, F, W, BITS, ROWS, WORDS, HEADS, ALIGNED)
+        starts = spread_heads(offsets, word, F, W, BITS, ROWS, WORDS, HEADS, ALIGNED)
+        packed = tl.zeros([ROWS, WORDS], tl.int32)
+        for part in tl.static_range(parts):
+            y = _normalize(
+                _part(total, part, BITS, ROWS, WORDS, INTEGER, PAIRED),
+                heads_part(shares, part, BITS, ROWS, WORDS), heads_part(starts, part, BITS, ROWS, WORDS),
+                scale, offset, 0, part, F, W, WORDS, SCALE, OFFSET,
+            )  # fmt: skip
+            packed |= finish(
+                y, out, row, item_ok, 0, None, bias, out_scale, out_offset, part,
+                F, W, BITS, ROWS, WORDS, RELU, PACK, OUT_SCALE, OUT_OFFSET,
+            )  # fmt: skip
+        if PACK:
+            store_words(out, packed, row, item_ok, 0, W, WORDS)
 
 
 @triton.jit
@@ -171,44 +230,50 @@ def attention_hub_kernel(  # type: ignore[no-untyped-def]
     partial, hub_row, hub_first, hub_count, scale, offset, bias, out_scale, out_offset, out,
     num_partial,
     F: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, SLOTS: tl.constexpr,
-    WORDS: tl.constexpr, INTEGER: tl.constexpr, SCALE: tl.constexpr, OFFSET: tl.constexpr,
-    RELU: tl.constexpr, PACK: tl.constexpr, OUT_SCALE: tl.constexpr, OUT_OFFSET: tl.constexpr,
+    WORDS: tl.constexpr, HEADS: tl.constexpr, HEAD_TILE: tl.constexpr, ALIGNED: tl.constexpr,
+    INTEGER: tl.constexpr, SCALE: tl.constexpr, OFFSET: tl.constexpr, RELU: tl.constexpr,
+    PACK: tl.constexpr, OUT_SCALE: tl.constexpr, OUT_OFFSET: tl.constexpr,
 ):  # fmt: skip
     """Second stage of hubs: add up the partial sums of one row in the order of their slots."""
     hub = tl.program_id(0)
     row = tl.load(hub_row + hub + tl.arange(0, 1))
     count = tl.load(hub_count + hub)
     first_slot = tl.load(hub_first + hub).to(tl.int64)
-    first = tl.program_id(1) * WORDS
-    feature, _ = feature_tile(first, F, W, BITS, WORDS)
-    in_row = (first * 4 + tl.arange(0, 4 * WORDS) < 4 * W)[None, None, :]
+    word = tl.arange(0, WORDS)
     width: tl.constexpr = 32 // BITS * W
-    plane = tl.cast(num_partial, tl.int64) * width
     kind: tl.constexpr = tl.int32 if INTEGER else tl.float32
-    total = tl.zeros([SLOTS, 8 // BITS, 4 * WORDS], kind)
-    share = tl.zeros([SLOTS, 8 // BITS, 4 * WORDS], kind)
-    offsets = tl.zeros([SLOTS, 8 // BITS, 4 * WORDS], tl.float32)
-    for begin in range(0, count, SLOTS):
-        slot = begin + tl.arange(0, SLOTS)
-        ok = (slot < count)[:, None, None] & in_row
-        at = partial + (first_slot + slot)[:, None, None] * width + feature[None, :, :]
-        total += tl.load(at, mask=ok, other=0)
-        share += tl.load(at + plane, mask=ok, other=0)
-        if OFFSET == ROW:
-            offsets += tl.load(at + 2 * plane, mask=ok, other=0)
-    y = _normalize(
-        tl.sum(total, 0)[None, :, :], tl.sum(share, 0)[None, :, :], tl.sum(offsets, 0)[None, :, :],
-        scale, offset, first, F, W, BITS, WORDS, INTEGER, SCALE, OFFSET,
-    )  # fmt: skip
-    finish(
-        y, out, row, row >= 0, first, None, bias, out_scale, out_offset,
-        F, W, BITS, 1, WORDS, RELU, PACK, OUT_SCALE, OUT_OFFSET,
-    )  # fmt: skip
+    slots = tl.cast(num_partial, tl.int64)
+    sums = partial + slots * width + first_slot * HEADS
+    share = sum_slots(sums, count, HEADS, kind, SLOTS, HEADS, HEAD_TILE)
+    offsets = tl.zeros([1, HEAD_TILE], tl.float32)
+    if OFFSET >= ROW:
+        offsets = sum_slots(sums + slots * HEADS, count, HEADS, kind, SLOTS, HEADS, HEAD_TILE)
+    shares = spread_heads(share, word, F, W, BITS, 1, WORDS, HEADS, ALIGNED)
+    starts = spread_heads(offsets, word, F, W, BITS, 1, WORDS, HEADS, ALIGNED)
+    packed = tl.zeros([1, WORDS], tl.int32)
+    for part in tl.static_range(8 // BITS):
+        source = partial + first_slot * width + part * 4 * W
+        y = _normalize(
+            sum_slots(source, count, width, kind, SLOTS, 4 * W, 4 * WORDS),
+            heads_part(shares, part, BITS, 1, WORDS), heads_part(starts, part, BITS, 1, WORDS),
+            scale, offset, 0, part, F, W, WORDS, SCALE, OFFSET,
+        )  # fmt: skip
+        packed |= finish(
+            y, out, row, row >= 0, 0, None, bias, out_scale, out_offset, part,
+            F, W, BITS, 1, WORDS, RELU, PACK, OUT_SCALE, OUT_OFFSET,
+        )  # fmt: skip
+    if PACK:
+        store_words(out, packed, row, row >= 0, 0, W, WORDS)
 
 
 @cache
 def _thresholds(bits: int, device: torch.device) -> Tensor:
     return attention_thresholds(bits).to(device)
+
+
+def fits_pairs(attention_bits: int, bits: int) -> bool:
+    """Whether the weighted sums of a segment fit 16 bits, so that one product serves two codes."""
+    return top_code(attention_bits) * top_code(bits) * MAX_SEGMENT < 1 << 16
 
 
 def _launch(
@@ -217,29 +282,30 @@ def _launch(
     num_warps: int,
 ) -> None:  # fmt: skip
     quantized = attention_bits != FLOAT_BITS
-    integer = quantized and ROW.value not in (meta["SCALE"], meta["OFFSET"])
+    per_row = (ROW.value, HEAD.value)
+    integer = quantized and meta["SCALE"] not in per_row and meta["OFFSET"] not in per_row
+    paired = integer and (meta["ALIGNED"] or meta["HEADS"] == 1) and fits_pairs(attention_bits, meta["BITS"])
     peak = peaks(device, tensors, schedule, out.size(0), slope, meta, num_warps)
-    features, words, bits, heads = meta["F"], meta["W"], meta["BITS"], meta["HEADS"]
-    planes = 3 if meta["OFFSET"] == ROW.value else 2
+    words, bits, heads = meta["W"], meta["BITS"], meta["HEADS"]
+    planes = 2 if meta["OFFSET"] in per_row else 1
     partial = out.new_empty(
-        (planes, schedule.num_partial, 32 // bits * words),
+        schedule.num_partial * (32 // bits * words + planes * heads),
         dtype=torch.int32 if integer else torch.float32,
     )
     names = ("scale", "offset", "alpha_src", "alpha_dst", "alpha_edge", "att", "x_dst")
     tail = [tensors[name] for name in ("bias", "out_scale", "out_offset")]
     thresholds = _thresholds(attention_bits, device) if quantized else None
-    tiles = triton.cdiv(words, meta["WORDS"])
     launch(
-        attention_kernel, (triton.cdiv(schedule.num_items, meta["ROWS"]), tiles), device,
+        attention_kernel, (triton.cdiv(schedule.num_items, meta["ROWS"]),), device,
         tensors["words"], tensors["col"], schedule.row, schedule.begin, schedule.length,
         schedule.slot, *(tensors[name] for name in names), peak, thresholds, *tail, out, partial,
-        slope, schedule.num_items, schedule.num_partial, UNROLL=unroll,
-        SPAN=head_span(features, heads, bits), TOP=top_code(attention_bits) if quantized else 0,
-        INTEGER=integer, num_warps=num_warps, **meta, **epilogue,
+        slope, schedule.num_items, schedule.num_partial, MAGIC_BITS, UNROLL=unroll,
+        TOP=top_code(attention_bits) if quantized else 0, INTEGER=integer, PAIRED=paired,
+        num_warps=num_warps, **meta, **epilogue,
     )  # fmt: skip
-    hub = {k: meta[k] for k in ("F", "W", "BITS", "WORDS", "SCALE", "OFFSET")}
+    hub = {k: v for k, v in meta.items() if k not in ("ROWS", "V2")}
     launch(
-        attention_hub_kernel, (schedule.num_hubs, tiles), device,
+        attention_hub_kernel, (schedule.num_hubs,), device,
         partial, schedule.hub_row, schedule.hub_first, schedule.hub_count, tensors["scale"],
         tensors["offset"], *tail, out, schedule.num_partial, SLOTS=4, INTEGER=integer,
         num_warps=4, **hub, **epilogue,
@@ -293,13 +359,12 @@ def attention_aggregate(
         dtype=torch.int32 if out_bits else torch.float32,
     )
     config = config_for("attention" if att is None else "attention_v2", device, num_words)
-    rows, tile = word_tile(config, num_words, warp_size())
-    if att is not None:  # a logit needs the whole row in one tile
-        rows, tile = max(1, rows * tile // _width(num_words)), _width(num_words)
+    rows, tile = whole_row_tile(config, num_words, warp_size())  # heads are computed once per edge
     meta = {
         "F": num_features, "W": num_words, "BITS": bits, "ROWS": rows, "WORDS": tile,
-        "HEADS": heads, "V2": att is not None, "SCALE": range_kind(scale),
-        "OFFSET": range_kind(offset),
+        "HEADS": heads, "HEAD_TILE": next_power_of_two(heads),
+        "ALIGNED": heads_aligned(num_features, heads, bits, tile), "V2": att is not None,
+        "SCALE": range_kind(scale), "OFFSET": range_kind(offset),
     }  # fmt: skip
     epilogue = {
         "RELU": relu, "PACK": out_bits != 0, "OUT_SCALE": range_kind(out_scale),
@@ -310,7 +375,3 @@ def attention_aggregate(
         config.unroll, meta, epilogue, config.num_warps,
     )  # fmt: skip
     return out
-
-
-def _width(words: int) -> int:
-    return 1 << max(0, words - 1).bit_length()

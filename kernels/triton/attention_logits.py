@@ -9,14 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .bits import COLUMN, ONE, isolate
-from .gather import gather_words
-from .launch import launch, next_power_of_two
+from .bits import COLUMN, HEAD, ONE, field_floats, isolate, power_of_two
+from .gather import entry_features, gather_words, per_code, spread_heads, sum_heads
+from .launch import MAGIC_BITS, launch
 from .schedule import Schedule
 
 __all__ = [
-    "gat_logit", "hub_peak_kernel", "numerator", "peak_kernel", "peaks", "v2_inputs", "v2_logit",
-    "v2_terms",
+    "gat_logits", "hub_peak_kernel", "load_heads", "numerator", "peak_kernel", "peaks", "v2_inputs",
+    "v2_logits",
 ]  # fmt: skip
 
 
@@ -26,20 +26,21 @@ def _leaky(x, slope):
 
 
 @triton.jit
-def gat_logit(alpha_src, alpha_dst, alpha_edge, source, row, edge, ok, head, slope, HEADS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """``LeakyReLU(alpha_src[j] + alpha_dst[i] (+ alpha_edge[e]))``; indices and mask broadcast."""
-    e = tl.load(alpha_src + source.to(tl.int64) * HEADS + head, mask=ok, other=0.0)
-    e = e + tl.load(alpha_dst + row.to(tl.int64) * HEADS + head, mask=ok, other=0.0)
-    if alpha_edge is not None:
-        e = e + tl.load(alpha_edge + edge * HEADS + head, mask=ok, other=0.0)
-    return _leaky(e, slope)
+def load_heads(ptr, node, ok, head, HEADS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Values per node and head, ``[ROWS, HEAD_TILE]``; ``head`` is ``[1, HEAD_TILE]``."""
+    mask = ok[:, None] & (head < HEADS)
+    return tl.load(ptr + (node.to(tl.int64) * HEADS)[:, None] + head, mask=mask, other=0.0)
 
 
 @triton.jit
-def _entry_features(word, W: tl.constexpr, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Feature of each entry of ``isolate``, ``[WORDS, 32 / BITS]``."""
-    entry = tl.arange(0, 32 // BITS)[None, :]
-    return entry // 4 * (4 * W) + 4 * word[:, None] + entry % 4
+def gat_logits(alpha_src, target, alpha_edge, source, edge, ok, head, slope, HEADS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """``LeakyReLU(alpha_src[j] + alpha_dst[i] (+ alpha_edge[e]))``, ``[ROWS, HEAD_TILE]``; ``target``
+    is ``alpha_dst[i]``.
+    """
+    e = load_heads(alpha_src, source, ok, head, HEADS) + target
+    if alpha_edge is not None:
+        e = e + load_heads(alpha_edge, edge, ok, head, HEADS)
+    return _leaky(e, slope)
 
 
 @triton.jit
@@ -47,7 +48,7 @@ def v2_inputs(att, x_dst, row, row_ok, word, F: tl.constexpr, W: tl.constexpr, B
     """What GATv2 logits need of the destinations: ``att`` and ``x_dst`` in the order of
     ``isolate``.
     """
-    feature = _entry_features(word, W, BITS)
+    feature = entry_features(word, W, BITS)
     ok = (word < W)[:, None] & (feature < F)
     weights = tl.load(att + feature, mask=ok, other=0.0)[None, :, :]
     target = tl.load(
@@ -58,46 +59,43 @@ def v2_inputs(att, x_dst, row, row_ok, word, F: tl.constexpr, W: tl.constexpr, B
 
 
 @triton.jit
-def _source_range(ptr, kind: tl.constexpr, source, ok, feature, feature_ok):  # type: ignore[no-untyped-def]
+def _source_range(  # type: ignore[no-untyped-def]
+    ptr, kind: tl.constexpr, source, ok, word, head,
+    F: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
+    HEADS: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """A range tensor of the sources, broadcast to ``[ROWS, WORDS, 32 / BITS]``."""
     if kind == ONE:
         value = tl.load(ptr)
     elif kind == COLUMN:
+        feature = entry_features(word, W, BITS)
+        feature_ok = (word < W)[:, None] & (feature < F)
         value = tl.load(ptr + feature, mask=feature_ok, other=0.0)[None, :, :]
+    elif kind == HEAD:
+        value = spread_heads(load_heads(ptr, source, ok, head, HEADS), word, F, W, BITS, ROWS, WORDS, HEADS, ALIGNED)
+        value = per_code(value, BITS, ROWS, WORDS)
     else:
         value = tl.load(ptr + source, mask=ok, other=0.0)[:, None, None]
     return value
 
 
 @triton.jit
-def v2_terms(  # type: ignore[no-untyped-def]
-    fields, weights, target, scale, offset, source, ok, word, slope,
-    F: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, SCALE: tl.constexpr,
+def v2_logits(  # type: ignore[no-untyped-def]
+    fields, weights, target, scale, offset, source, ok, word, head, slope, magic,
+    F: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
+    HEADS: tl.constexpr, HEAD_TILE: tl.constexpr, ALIGNED: tl.constexpr, SCALE: tl.constexpr,
     OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """``att * LeakyReLU(x^_j + x_dst[i])`` per code, ``[ROWS, WORDS, 32 / BITS]``."""
+    """``<att, LeakyReLU(x^_j + x_dst[i])>`` per head, ``[ROWS, HEAD_TILE]``; ``fields`` as
+    ``isolate`` gives them.
+    """
     entry = tl.arange(0, 32 // BITS)
-    shift = entry // 4 * BITS + entry % 2 * 8
-    codes = (fields >> shift[None, None, :]).to(tl.float32)
-    feature = _entry_features(word, W, BITS)
-    feature_ok = (word < W)[:, None] & (feature < F)
-    s = _source_range(scale, SCALE, source, ok, feature, feature_ok)
-    start = _source_range(offset, OFFSET, source, ok, feature, feature_ok)
-    return _leaky(codes * s + start + target, slope) * weights
-
-
-@triton.jit
-def v2_logit(  # type: ignore[no-untyped-def]
-    terms,
-    word,
-    head: tl.constexpr,
-    F: tl.constexpr,
-    W: tl.constexpr,
-    BITS: tl.constexpr,
-    HEADS: tl.constexpr,
-):
-    """The logit of one head, ``[ROWS]``."""
-    own = _entry_features(word, W, BITS) // (F // HEADS) == head
-    return tl.sum(tl.sum(tl.where(own[None, :, :], terms, 0.0), 2), 1)
+    shift = (entry // 4 * BITS + entry % 2 * 8)[None, None, :]
+    codes = field_floats(fields, magic) * power_of_two(-shift)  # exact
+    s = _source_range(scale, SCALE, source, ok, word, head, F, W, BITS, ROWS, WORDS, HEADS, ALIGNED)
+    start = _source_range(offset, OFFSET, source, ok, word, head, F, W, BITS, ROWS, WORDS, HEADS, ALIGNED)
+    terms = _leaky(codes * s + start + target, slope) * weights
+    return sum_heads(terms, word, F, W, BITS, ROWS, WORDS, HEADS, HEAD_TILE, ALIGNED)
 
 
 @triton.jit
@@ -122,10 +120,10 @@ def numerator(e, ok, thresholds, TOP: tl.constexpr):  # type: ignore[no-untyped-
 @triton.jit
 def peak_kernel(  # type: ignore[no-untyped-def]
     words, col, row_of, begin_of, length_of, slot_of, scale, offset, alpha_src, alpha_dst,
-    alpha_edge, att, x_dst, out, partial, slope, num_items, num_partial,
+    alpha_edge, att, x_dst, out, partial, slope, num_items, num_partial, magic,
     F: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
-    HEADS: tl.constexpr, HEAD_TILE: tl.constexpr, V2: tl.constexpr, SCALE: tl.constexpr,
-    OFFSET: tl.constexpr,
+    HEADS: tl.constexpr, HEAD_TILE: tl.constexpr, ALIGNED: tl.constexpr, V2: tl.constexpr,
+    SCALE: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     """``m_i = max_j e_ij`` per head; 0 for rows without edges."""
     item = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -139,24 +137,19 @@ def peak_kernel(  # type: ignore[no-untyped-def]
     word = tl.arange(0, WORDS)
     if V2:
         weights, target = v2_inputs(att, x_dst, row, item_ok, word, F, W, BITS)
+    else:
+        target = load_heads(alpha_dst, row, item_ok, head, HEADS)
     for k in range(longest):
         ok = k < length
         source = tl.load(col + begin + k, mask=ok, other=0)
         if V2:
-            tile = gather_words(words, source, ok, word, W)
-            terms = v2_terms(
-                isolate(tile, BITS, ROWS, WORDS), weights, target, scale, offset, source, ok,
-                word, slope, F, W, BITS, SCALE, OFFSET,
+            fields = isolate(gather_words(words, source, ok, word, W), BITS, ROWS, WORDS)
+            e = v2_logits(
+                fields, weights, target, scale, offset, source, ok, word, head, slope, magic,
+                F, W, BITS, ROWS, WORDS, HEADS, HEAD_TILE, ALIGNED, SCALE, OFFSET,
             )  # fmt: skip
-            e = tl.full([ROWS, HEAD_TILE], float("-inf"), tl.float32)
-            for h in tl.static_range(HEADS):
-                logit = v2_logit(terms, word, h, F, W, BITS, HEADS)
-                e = tl.where(head == h, logit[:, None], e)
         else:
-            e = gat_logit(
-                alpha_src, alpha_dst, alpha_edge, source[:, None], row[:, None],
-                (begin + k)[:, None], ok[:, None] & (head < HEADS), head, slope, HEADS,
-            )  # fmt: skip
+            e = gat_logits(alpha_src, target, alpha_edge, source, begin + k, ok, head, slope, HEADS)
         best = tl.where(ok[:, None] & (e > best), e, best)
     if tl.program_id(0) * ROWS < num_partial:
         slot = tl.load(slot_of + item).to(tl.int64)[:, None]
@@ -199,16 +192,15 @@ def peaks(
     names = (
         "scale", "offset", "alpha_src", "alpha_dst", "alpha_edge", "att", "x_dst",
     )  # fmt: skip
-    head_tile = next_power_of_two(heads)
     launch(
         peak_kernel, (triton.cdiv(schedule.num_items, meta["ROWS"]),), device,
         tensors["words"], tensors["col"], schedule.row, schedule.begin, schedule.length,
         schedule.slot, *(tensors[name] for name in names), out, partial, slope,
-        schedule.num_items, schedule.num_partial, HEAD_TILE=head_tile, num_warps=num_warps, **meta,
+        schedule.num_items, schedule.num_partial, MAGIC_BITS, num_warps=num_warps, **meta,
     )  # fmt: skip
     launch(
         hub_peak_kernel, (schedule.num_hubs,), device,
         partial, schedule.hub_row, schedule.hub_first, schedule.hub_count, out,
-        HEADS=heads, HEAD_TILE=head_tile, SLOTS=32, num_warps=1,
+        HEADS=heads, HEAD_TILE=meta["HEAD_TILE"], SLOTS=32, num_warps=1,
     )  # fmt: skip
     return out

@@ -2,7 +2,9 @@
 
 A *word tile* is ``[ROWS, WORDS]`` uint32.  A *feature tile* is ``[ROWS, PARTS, 4 * WORDS]``: entry
 ``(r, p, j)`` is feature ``p B + 4 w_0 + j`` of a row of ``B`` bytes (:mod:`..layout`).  Codes of
-one word stay in one thread, so unpacking never crosses threads.
+one word stay in one thread, so unpacking never crosses threads.  Epilogues take one part at a time,
+a *part tile* ``[ROWS, 4 * WORDS]``: a whole feature tile in float32 would be what decides how many
+registers a kernel needs.
 """
 
 from __future__ import annotations
@@ -11,17 +13,17 @@ import triton
 import triton.language as tl
 
 __all__ = [
-    "COLUMN", "MAGIC", "ONE", "ROW", "by_feature", "feature_tile", "field_shift", "finish",
-    "isolate", "isolated_by_feature", "load_range", "load_words", "pack_features", "quantize",
-    "spread",
+    "COLUMN", "HEAD", "ONE", "ROW", "by_feature", "feature_tile", "field_floats", "finish",
+    "isolate", "isolated_part", "load_range", "load_words", "pack_features", "part_features",
+    "part_sums", "power_of_two", "quantize", "select_part", "spread", "store_words", "sums_by_part",
 ]  # fmt: skip
 
 # Kinds of range tensors: one element, one per column, one per row.
 ONE = tl.constexpr(0)
 COLUMN = tl.constexpr(1)
 ROW = tl.constexpr(2)
+HEAD = tl.constexpr(3)  # one per row and head
 
-MAGIC = tl.constexpr(0x4B000000)  # the bits of 2^23 as float32: integers fit its mantissa exactly
 _TWO_23 = tl.constexpr(8388608.0)
 
 
@@ -87,24 +89,68 @@ def isolate(x, bits: tl.constexpr, rows: tl.constexpr, words: tl.constexpr):  # 
 
 
 @triton.jit
-def isolated_by_feature(x, bits: tl.constexpr, rows: tl.constexpr, words: tl.constexpr):  # type: ignore[no-untyped-def]
-    """``[rows, words, 32 / bits]`` in the order of :func:`isolate` as a feature tile."""
-    x = tl.reshape(x, [rows, words, 8 // bits, 4])
-    return tl.reshape(tl.permute(x, (0, 2, 1, 3)), [rows, 8 // bits, 4 * words])
+def select_part(x, part: tl.constexpr, parts: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Part ``part`` of ``[ROWS, N, PARTS]``, ``[ROWS, N]``; the other parts cost nothing."""
+    if parts == 8:
+        low, high = tl.split(tl.reshape(x, [x.shape[0], x.shape[1], 4, 2]))
+        x = high if part % 2 == 1 else low
+    if parts >= 4:
+        low, high = tl.split(tl.reshape(x, [x.shape[0], x.shape[1], 2, 2]))
+        x = high if part // (parts // 4) % 2 == 1 else low
+    if parts >= 2:
+        low, high = tl.split(x)
+        x = high if part // (parts // 2) == 1 else low
+    else:
+        x = tl.reshape(x, [x.shape[0], x.shape[1]])
+    return x
 
 
 @triton.jit
-def field_shift(bits: tl.constexpr, words: tl.constexpr):  # type: ignore[no-untyped-def]
-    """``[1, PARTS, 4 * words]``: how far :func:`isolate` leaves each code from bit 0."""
-    part = tl.arange(0, 8 // bits)
-    byte = tl.arange(0, 4 * words)
-    return (part[:, None] * bits + (byte[None, :] % 2) * 8)[None, :, :]
+def sums_by_part(x, bits: tl.constexpr, rows: tl.constexpr, words: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Words spread to 16 bits, ``[ROWS, WORDS, 2, ...]``, as ``[ROWS, 2 * WORDS, PARTS]``."""
+    if bits == 1:
+        x = tl.permute(x, (0, 1, 5, 4, 3, 2))
+    elif bits == 2:
+        x = tl.permute(x, (0, 1, 4, 3, 2))
+    elif bits == 4:
+        x = tl.permute(x, (0, 1, 3, 2))
+    return tl.reshape(x, [rows, 2 * words, 8 // bits])
 
 
 @triton.jit
-def field_floats(fields):
-    """Fields below 2^23 as float32, exactly and without a conversion instruction."""
-    return (fields | MAGIC).to(tl.float32, bitcast=True) - _TWO_23
+def part_sums(total, part: tl.constexpr, bits: tl.constexpr, rows: tl.constexpr, words: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One part of :func:`sums_by_part` as a part tile of int32."""
+    pairs = select_part(total, part, 8 // bits)
+    pairs = tl.reshape(tl.join(pairs & 0xFFFF, pairs >> 16), [rows, words, 2, 2])
+    return tl.reshape(tl.permute(pairs, (0, 1, 3, 2)), [rows, 4 * words]).to(tl.int32)
+
+
+@triton.jit
+def isolated_part(x, part: tl.constexpr, bits: tl.constexpr, rows: tl.constexpr, words: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One part of ``[ROWS, WORDS, 32 / BITS]`` in the order of :func:`isolate` as a part tile, and
+    how far :func:`isolate` left its fields from bit 0, ``[1, 4 * WORDS]``.
+    """
+    parts: tl.constexpr = 8 // bits
+    x = tl.permute(tl.reshape(x, [rows, words, parts, 4]), (0, 1, 3, 2))
+    tile = select_part(tl.reshape(x, [rows, 4 * words, parts]), part, parts)
+    return tile, (part * bits + tl.arange(0, 4 * words) % 2 * 8)[None, :]
+
+
+@triton.jit
+def power_of_two(exponent):
+    """``2^exponent`` in float32."""
+    return ((127 + exponent) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def field_floats(fields, magic):
+    """Fields below 2^23 as float32, exactly and without a conversion instruction.
+
+    ``magic`` is ``MAGIC_BITS`` of :mod:`.launch`, the bits of 2^23, from a kernel's argument: of a mask
+    and a constant only one fits an instruction, so with a constant that the compiler knew every code
+    would take one more.
+    """
+    return (fields | magic).to(tl.float32, bitcast=True) - _TWO_23
 
 
 @triton.jit
@@ -122,13 +168,15 @@ def feature_tile(first, F: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, WO
 
 @triton.jit
 def load_range(ptr, kind: tl.constexpr, row, row_ok, feature, feature_ok):  # type: ignore[no-untyped-def]
-    """A range tensor broadcast to feature tiles."""
+    """A range tensor broadcast over rows and ``feature`` (a part ``[N]``, or several, ``[P, N]``)."""
     if kind == ONE:
         value = tl.load(ptr)
     elif kind == COLUMN:
-        value = tl.load(ptr + feature, mask=feature_ok, other=1.0)[None, :, :]
+        value = tl.expand_dims(tl.load(ptr + feature, mask=feature_ok, other=1.0), 0)
     else:
-        value = tl.load(ptr + row, mask=row_ok, other=1.0)[:, None, None]
+        value = tl.load(ptr + row, mask=row_ok, other=1.0)[:, None]
+        if len(feature.shape) == 2:
+            value = value[:, :, None]
     return value
 
 
@@ -155,37 +203,47 @@ def pack_features(codes, bits: tl.constexpr, rows: tl.constexpr, words: tl.const
 
 
 @triton.jit
+def part_features(first, part, F: tl.constexpr, W: tl.constexpr, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Feature numbers ``[4 * WORDS]`` of one part of the words from ``first`` on, and which exist."""
+    byte = 4 * first + tl.arange(0, 4 * WORDS)
+    feature = part * (4 * W) + byte
+    return feature, (byte < 4 * W) & (feature < F)
+
+
+@triton.jit
+def store_words(out, tile, row, row_ok, first, W: tl.constexpr, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Store a word tile (int32)."""
+    word = first + tl.arange(0, WORDS)
+    target = out + (row.to(tl.int64) * W)[:, None] + word[None, :]
+    tl.store(target, tile, mask=row_ok[:, None] & (word < W)[None, :])
+
+
+@triton.jit
 def finish(  # type: ignore[no-untyped-def]
-    y, out, row, row_ok, first, dst_scale, bias, out_scale, out_offset,
+    y, out, row, row_ok, first, dst_scale, bias, out_scale, out_offset, part: tl.constexpr,
     F: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
     RELU: tl.constexpr, PACK: tl.constexpr, OUT_SCALE: tl.constexpr, OUT_OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """The canonical epilogue of a feature tile: destination factor, bias, ReLU, requantize, store.
+    """The canonical epilogue of a part tile: destination factor (``[ROWS]``), bias, ReLU.
 
-    Packed output has the width of the tile's own layout, so that packing stays inside a thread.
+    Floats are stored and 0 is returned; codes are returned where they lie in their words, so that
+    the bitwise or over the parts is what :func:`store_words` stores.
     """
-    feature, feature_ok = feature_tile(first, F, W, BITS, WORDS)
+    feature, feature_ok = part_features(first, part, F, W, WORDS)
     if dst_scale is not None:
-        y = y * tl.load(dst_scale + row, mask=row_ok, other=0.0)[:, None, None]
+        y = y * dst_scale[:, None]
     if bias is not None:
-        y = y + tl.load(bias + feature, mask=feature_ok, other=0.0)[None, :, :]
+        y = y + tl.load(bias + feature, mask=feature_ok, other=0.0)[None, :]
     if RELU:
         y = tl.where(y < 0, 0.0, y)  # keeps NaN, as torch does
-    row64 = row.to(tl.int64)
     if PACK:
         scale = load_range(out_scale, OUT_SCALE, row, row_ok, feature, feature_ok)
         offset = load_range(out_offset, OUT_OFFSET, row, row_ok, feature, feature_ok)
-        codes = quantize(y, scale, offset, BITS).to(tl.int32)
-        codes = tl.where(feature_ok[None, :, :], codes, 0)
-        word = first + tl.arange(0, WORDS)
-        tl.store(
-            out + row64[:, None] * W + word[None, :],
-            pack_features(codes, BITS, ROWS, WORDS),
-            mask=row_ok[:, None] & (word < W)[None, :],
-        )
+        codes = tl.where(feature_ok[None, :], quantize(y, scale, offset, BITS).to(tl.int32), 0)
+        lanes = tl.reshape(codes, [ROWS, WORDS, 4]) << (8 * tl.arange(0, 4))[None, None, :]
+        tile = tl.sum(lanes, 2) << (part * BITS)
     else:
-        tl.store(
-            out + row64[:, None, None] * F + feature[None, :, :],
-            y,
-            mask=row_ok[:, None, None] & feature_ok[None, :, :],
-        )
+        target = out + (row.to(tl.int64) * F)[:, None] + feature[None, :]
+        tl.store(target, y, mask=row_ok[:, None] & feature_ok[None, :])
+        tile = tl.zeros([ROWS, WORDS], tl.int32)
+    return tile

@@ -1,4 +1,6 @@
-"""Sums of float rows over neighbours, for the steps of propagation that are not quantized."""
+"""Sums of float rows over neighbours, and their gradients: for the steps of propagation that are not quantized and for
+training, where the backward pass is the same sum over the transposed graph.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +9,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import config_for, launch, warp_size, word_tile
+from .launch import check_devices, check_graph, config_for, launch, warp_size, whole_row_tile, word_tile
 from .schedule import schedule_for
 
-__all__ = ["float_sum", "float_sum_hub_kernel", "float_sum_kernel"]
+__all__ = ["edge_dots", "edge_dots_kernel", "float_sum", "float_sum_hub_kernel", "float_sum_kernel"]
 
 
 @triton.jit
 def float_sum_kernel(  # type: ignore[no-untyped-def]
-    x, col, row_of, begin_of, length_of, slot_of, src_scale, dst_scale, out, partial, num_items,
-    num_partial,
-    F: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr,
+    x, col, row_of, begin_of, length_of, slot_of, src_scale, dst_scale, weight, edge_of, out, partial,
+    num_items, num_partial,
+    F: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """``y_i = d_i sum_j s_j x_j`` in float32, in the order of the edges."""
+    """``y_i = d_i sum_e w_e s_j x_j`` in float32, in the order of the edges.
+
+    ``weight`` is ``[E, HEADS]``, read at ``edge_of`` where the graph's edges are numbered otherwise.
+    """
     item = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     item_ok = item < num_items
     row = tl.load(row_of + item, mask=item_ok, other=0)
@@ -28,6 +34,7 @@ def float_sum_kernel(  # type: ignore[no-untyped-def]
     longest = tl.load(length_of + tl.program_id(0) * ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     column_ok = (column < F)[None, :]
+    head = column // (F // HEADS)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for k in range(0, longest, UNROLL):
         for u in tl.static_range(UNROLL):
@@ -37,13 +44,20 @@ def float_sum_kernel(  # type: ignore[no-untyped-def]
             value = tl.load(pointers, mask=ok[:, None] & column_ok, other=0.0)
             if src_scale is not None:
                 value = value * tl.load(src_scale + source, mask=ok, other=0.0)[:, None]
+            if weight is not None:
+                edge = begin + (k + u)
+                if edge_of is not None:
+                    edge = tl.load(edge_of + edge, mask=ok, other=0)
+                at = weight + (edge * HEADS)[:, None] + head[None, :]
+                value = value * tl.load(at, mask=ok[:, None] & column_ok, other=0.0)
             total += value
     if tl.program_id(0) * ROWS < num_partial:
         slot = tl.load(slot_of + item).to(tl.int64)
         ok = (length > 0)[:, None] & column_ok
         tl.store(partial + (slot * F)[:, None] + column[None, :], total, mask=ok)
     else:
-        total = total * tl.load(dst_scale + row, mask=item_ok, other=0.0)[:, None]
+        if dst_scale is not None:
+            total = total * tl.load(dst_scale + row, mask=item_ok, other=0.0)[:, None]
         ok = item_ok[:, None] & column_ok
         tl.store(out + (row.to(tl.int64) * F)[:, None] + column[None, :], total, mask=ok)
 
@@ -64,13 +78,81 @@ def float_sum_hub_kernel(  # type: ignore[no-untyped-def]
         slot = begin + tl.arange(0, SLOTS)
         ok = (slot < count)[:, None] & (column < F)[None, :]
         total += tl.load(partial + (first + slot)[:, None] * F + column[None, :], mask=ok, other=0)
-    y = tl.sum(total, 0) * tl.load(dst_scale + row)
+    y = tl.sum(total, 0)
+    if dst_scale is not None:
+        y = y * tl.load(dst_scale + row)
     tl.store(out + row * F + column, y, mask=column < F)
 
 
-def float_sum(x: Tensor, rowptr: Tensor, col: Tensor, dst_scale: Tensor, src_scale: Tensor | None = None) -> Tensor:
-    """``dst_scale_i * sum_j src_scale_j x_j`` over the edges, ``[num_dst, F]`` float32."""
-    device, features = x.device, x.size(1)
+@triton.jit
+def edge_dots_kernel(  # type: ignore[no-untyped-def]
+    a, b, col, row_of, begin_of, length_of, out, num_items,
+    F: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """``<a_i, b_j>`` per edge and head, ``[E, HEADS]``: one head per program of the second axis."""
+    item = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    item_ok = item < num_items
+    row = tl.load(row_of + item, mask=item_ok, other=0).to(tl.int64)
+    begin = tl.load(begin_of + item, mask=item_ok, other=0)
+    length = tl.load(length_of + item, mask=item_ok, other=0)
+    longest = tl.load(length_of + tl.program_id(0) * ROWS)
+    head = tl.program_id(1)
+    width: tl.constexpr = F // HEADS
+    offset = tl.arange(0, COLUMNS)
+    column = (head * width + offset)[None, :]
+    column_ok = (offset < width)[None, :]
+    own = tl.load(a + (row * F)[:, None] + column, mask=item_ok[:, None] & column_ok, other=0.0)
+    for k in range(longest):
+        ok = k < length
+        source = tl.load(col + begin + k, mask=ok, other=0).to(tl.int64)
+        other = tl.load(b + (source * F)[:, None] + column, mask=ok[:, None] & column_ok, other=0.0)
+        tl.store(out + (begin + k) * HEADS + head, tl.sum(own * other, 1), mask=ok)
+
+
+def _checked(rowptr: Tensor, col: Tensor, x: Tensor, *others: Tensor | None) -> torch.device:
+    device = check_devices(x, rowptr, col, *others)
+    check_graph(rowptr, col, x.size(0))
+    return device
+
+
+def edge_dots(a: Tensor, b: Tensor, rowptr: Tensor, col: Tensor, heads: int = 1) -> Tensor:
+    """``<a_i, b_j>`` per edge and head, ``[E, heads]``, of ``a`` ``[num_dst, F]`` and ``b`` ``[num_src, F]``."""
+    device = _checked(rowptr, col, b, a)
+    features = a.size(1)
+    out = a.new_empty((col.numel(), heads))
+    if features == 0:
+        return out.zero_()
+    config = config_for("float_sum", device, features // heads)
+    rows, columns = whole_row_tile(config, features // heads, warp_size())
+    schedule = schedule_for(rowptr, config.segment)
+    launch(
+        edge_dots_kernel, (triton.cdiv(schedule.num_items, rows), heads), device,
+        a.contiguous(), b.contiguous(), col, schedule.row, schedule.begin, schedule.length, out,
+        schedule.num_items, F=features, HEADS=heads, ROWS=rows, COLUMNS=columns, num_warps=config.num_warps,
+    )  # fmt: skip
+    return out
+
+
+def float_sum(
+    x: Tensor,
+    rowptr: Tensor,
+    col: Tensor,
+    dst_scale: Tensor | None = None,
+    src_scale: Tensor | None = None,
+    weight: Tensor | None = None,
+    edge: Tensor | None = None,
+) -> Tensor:
+    """``dst_scale_i * sum_e weight_e src_scale_j x_j`` over the edges, ``[num_dst, F]`` float32.
+
+    Args:
+        x: ``[num_src, F]`` float32.
+        rowptr, col: The graph, by destination.
+        dst_scale, src_scale: ``[num_dst]`` and ``[num_src]`` float32, or ones.
+        weight: ``[E, H]`` float32, head ``h`` covering the features ``[h F / H, (h + 1) F / H)``, or ones.
+        edge: ``[E]`` int64, the row of ``weight`` of each edge; default its position.
+    """
+    device = _checked(rowptr, col, x, dst_scale, src_scale, weight, edge)
+    x, features = x.contiguous(), x.size(1)
     out = x.new_empty((rowptr.numel() - 1, features))
     if features == 0:
         return out
@@ -82,7 +164,8 @@ def float_sum(x: Tensor, rowptr: Tensor, col: Tensor, dst_scale: Tensor, src_sca
     launch(
         float_sum_kernel, (triton.cdiv(schedule.num_items, rows), tiles), device,
         x, col, schedule.row, schedule.begin, schedule.length, schedule.slot, src_scale, dst_scale,
-        out, partial, schedule.num_items, schedule.num_partial, F=features, ROWS=rows,
+        None if weight is None else weight.contiguous(), edge, out, partial, schedule.num_items,
+        schedule.num_partial, F=features, HEADS=1 if weight is None else weight.size(1), ROWS=rows,
         COLUMNS=columns, UNROLL=config.unroll, num_warps=config.num_warps,
     )  # fmt: skip
     launch(

@@ -9,9 +9,27 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .bits import by_feature, field_floats, isolate, isolated_by_feature, load_words, spread
+from .bits import (
+    field_floats,
+    isolate,
+    isolated_part,
+    load_words,
+    select_part,
+    spread,
+    sums_by_part,
+)
 
-__all__ = ["gather_words", "head_tile", "max_codes", "select_head", "sum_codes", "sum_weighted"]
+__all__ = [
+    "entry_features", "gather_words", "heads_part", "max_codes", "per_code", "spread_heads",
+    "sum_codes", "sum_heads", "sum_slots", "sum_weighted",
+]  # fmt: skip
+
+
+@triton.jit
+def entry_features(word, W: tl.constexpr, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Feature of each entry of ``isolate``, ``[WORDS, 32 / BITS]``."""
+    entry = tl.arange(0, 32 // BITS)[None, :]
+    return entry // 4 * (4 * W) + 4 * word[:, None] + entry % 4
 
 
 @triton.jit
@@ -27,7 +45,7 @@ def sum_codes(  # type: ignore[no-untyped-def]
     W: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
     UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Sums of codes over at most 256 edges, exact: a feature tile of int32.
+    """Sums of codes over at most 256 edges, exact, in the form of ``sums_by_part``.
 
     Codes are added where they lie.  ``UNROLL`` words meet in fields of ``EARLY`` bits, up to
     ``RUN`` edges in lanes of ``LANE`` bits, all of them in 16 bits; each bound keeps its fields
@@ -49,7 +67,7 @@ def sum_codes(  # type: ignore[no-untyped-def]
                 early += spread(gather_words(words, source, ok, word, W), BITS, EARLY)
             lanes += spread(early, EARLY, LANE)
         total += spread(lanes, LANE, 16)
-    return by_feature(spread(total, 16, 32), BITS, ROWS, WORDS).to(tl.int32)
+    return sums_by_part(total, BITS, ROWS, WORDS)
 
 
 @triton.jit
@@ -58,7 +76,7 @@ def max_codes(  # type: ignore[no-untyped-def]
     W: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
     UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Largest codes, still shifted by ``field_shift``: a feature tile of int32, 0 without edges."""
+    """Largest codes in the form of ``isolate``, 0 without edges."""
     best = isolate(tl.zeros([ROWS, WORDS], tl.uint32), BITS, ROWS, WORDS)
     for k in range(0, longest, UNROLL):
         for u in tl.static_range(UNROLL):
@@ -66,90 +84,142 @@ def max_codes(  # type: ignore[no-untyped-def]
             source = tl.load(edge + (k + u), mask=ok, other=0)
             tile = gather_words(words, source, ok, word, W)
             best = tl.maximum(best, isolate(tile, BITS, ROWS, WORDS))
-    return isolated_by_feature(best, BITS, ROWS, WORDS).to(tl.int32)
+    return best
 
 
 @triton.jit
-def head_tile(  # type: ignore[no-untyped-def]
-    word, F: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr,
-    HEADS: tl.constexpr, SPAN: tl.constexpr,
+def spread_heads(  # type: ignore[no-untyped-def]
+    value, word, F: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr,
+    WORDS: tl.constexpr, HEADS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """``[1, WORDS or 1, SPAN]``: the head of each code of a word, in the order of ``isolate``.
+    """Values per head, ``[ROWS, HEAD_TILE]``, for the codes of each word: ``[ROWS, WORDS or 1, N]``.
 
-    ``SPAN`` is 1 for one head, the parts of a byte where heads are whole words wide or whole
-    parts, else every code of the word.
+    ``N`` is 1 for one head; the parts of a byte where heads are ``ALIGNED`` (whole parts, or equal
+    runs of words in every part: a matter of reshaping); else every code, in the order of
+    ``isolate``, chosen head by head.
     """
-    entry = tl.arange(0, SPAN)[None, :]
-    column = word[:, None]
-    width: tl.constexpr = F // HEADS
+    parts: tl.constexpr = 8 // BITS
     if HEADS == 1:
-        head = entry
-    elif SPAN == 8 // BITS:
-        if width % (4 * W) == 0:
-            head = entry // (width // (4 * W))
+        value = value[:, :, None]
+    elif ALIGNED:
+        if parts >= HEADS:
+            value = tl.broadcast_to(value[:, :, None], [ROWS, HEADS, parts // HEADS])
+            value = tl.reshape(value, [ROWS, 1, parts])
         else:
-            head = (entry * (4 * W) + 4 * column) // width
+            share: tl.constexpr = HEADS // parts  # heads that share a part
+            value = tl.permute(tl.reshape(value, [ROWS, parts, share]), (0, 2, 1))[:, :, None, :]
+            value = tl.broadcast_to(value, [ROWS, share, WORDS // share, parts])
+            value = tl.reshape(value, [ROWS, WORDS, parts])
     else:
-        head = (entry // 4 * (4 * W) + 4 * column + entry % 4) // width
-    return head[None, :, :]
+        head_of = (entry_features(word, W, BITS) // (F // HEADS))[None, :, :]
+        head = tl.arange(0, value.shape[1])[None, :]
+        tile = tl.zeros([ROWS, WORDS, 4 * parts], value.dtype)
+        for h in tl.static_range(HEADS):
+            one = tl.sum(tl.where(head == h, value, 0), 1).to(value.dtype)
+            tile = tl.where(head_of == h, one[:, None, None], tile)
+        value = tile
+    return value
 
 
 @triton.jit
-def select_head(tile, head_of, head: tl.constexpr, value, HEADS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """``tile`` with ``value`` (one per row) where ``head_of`` is ``head``."""
+def sum_heads(  # type: ignore[no-untyped-def]
+    terms, word, F: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr,
+    WORDS: tl.constexpr, HEADS: tl.constexpr, HEAD_TILE: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Sums of ``[ROWS, WORDS, 32 / BITS]`` over the features of each head: ``[ROWS, HEAD_TILE]``."""
+    parts: tl.constexpr = 8 // BITS
     if HEADS == 1:
-        tile = tl.broadcast_to(value[:, None, None], tile.shape)
+        value = tl.sum(tl.sum(terms, 2), 1)[:, None]
+    elif ALIGNED:
+        if parts >= HEADS:
+            terms = tl.reshape(terms, [ROWS, WORDS, HEADS, 4 * parts // HEADS])
+            value = tl.sum(tl.sum(terms, 3), 1)
+        else:
+            share: tl.constexpr = HEADS // parts
+            terms = tl.sum(tl.reshape(terms, [ROWS, share, WORDS // share, parts, 4]), 4)
+            value = tl.reshape(tl.permute(tl.sum(terms, 2), (0, 2, 1)), [ROWS, HEADS])
     else:
-        tile = tl.where(head_of == head, value[:, None, None], tile)
-    return tile
+        head_of = (entry_features(word, W, BITS) // (F // HEADS))[None, :, :]
+        head = tl.arange(0, HEAD_TILE)[None, :]
+        value = tl.zeros([ROWS, HEAD_TILE], tl.float32)
+        for h in tl.static_range(HEADS):
+            one = tl.sum(tl.sum(tl.where(head_of == h, terms, 0.0), 2), 1)
+            value = tl.where(head == h, one[:, None], value)
+    return value
 
 
 @triton.jit
-def per_code(tile, BITS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, SPAN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Repeat ``[ROWS, WORDS or 1, SPAN]`` over the codes of a word: ``[.., .., 32 / BITS]``."""
+def per_code(tile, BITS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What :func:`spread_heads` returns, for every code in the order of ``isolate``."""
     codes: tl.constexpr = 32 // BITS
-    if SPAN > 1 and codes > SPAN:
-        wide = tl.broadcast_to(tile[:, :, :, None], [ROWS, tile.shape[1], SPAN, codes // SPAN])
-        tile = tl.reshape(wide, [ROWS, tile.shape[1], codes])
+    if tile.shape[2] > 1 and tile.shape[2] < codes:
+        tile = tl.broadcast_to(tile[:, :, :, None], [ROWS, tile.shape[1], codes // 4, 4])
+        tile = tl.reshape(tile, [ROWS, tile.shape[1], codes])
     return tl.broadcast_to(tile, [ROWS, WORDS, codes])
 
 
 @triton.jit
+def heads_part(tile, part: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One part of what :func:`spread_heads` returns: ``[ROWS, 4 * WORDS or 1]``."""
+    parts: tl.constexpr = 8 // BITS
+    if tile.shape[1] * tile.shape[2] == 1:
+        tile = tl.reshape(tile, [ROWS, 1])
+    elif tile.shape[2] == parts:
+        tile = select_part(tile, part, parts)
+        if tile.shape[1] > 1:
+            tile = tl.broadcast_to(tile[:, :, None], [ROWS, WORDS, 4])
+            tile = tl.reshape(tile, [ROWS, 4 * WORDS])
+    else:
+        tile, _ = isolated_part(tile, part, BITS, ROWS, WORDS)
+    return tile
+
+
+@triton.jit
 def sum_weighted(  # type: ignore[no-untyped-def]
-    words, edge, begin, length, longest, word, weight, scale, offset,
+    words, edge, begin, length, longest, word, weight, scale, offset, magic,
     F: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
-    UNROLL: tl.constexpr, HEADS: tl.constexpr, SPAN: tl.constexpr,
+    UNROLL: tl.constexpr, HEADS: tl.constexpr, HEAD_TILE: tl.constexpr, ALIGNED: tl.constexpr,
     ROW_SCALE: tl.constexpr, ROW_OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """``sum w s_j c_j`` (still shifted) and ``sum w l_j`` in float32: two feature tiles.
+    """``sum w s_j c_j`` in the form of ``isolate`` and ``sum w l_j`` per head, in float32.
 
     ``s_j`` and ``l_j`` are the range of the source row, or 1 where the range is not per row.
     """
-    codes: tl.constexpr = 32 // BITS
-    head_of = head_tile(word, F, W, BITS, WORDS, HEADS, SPAN)
-    total = tl.zeros([ROWS, WORDS, codes], tl.float32)
-    offsets = tl.zeros([ROWS, head_of.shape[1], SPAN], tl.float32)
+    head = tl.arange(0, HEAD_TILE)[None, :]
+    total = tl.zeros([ROWS, WORDS, 32 // BITS], tl.float32)
+    mass = tl.zeros([ROWS, HEAD_TILE], tl.float32)
     for k in range(0, longest, UNROLL):
         for u in tl.static_range(UNROLL):
             ok = k + u < length
             source = tl.load(edge + (k + u), mask=ok, other=0)
             fields = isolate(gather_words(words, source, ok, word, W), BITS, ROWS, WORDS)
-            factor = tl.zeros([ROWS, head_of.shape[1], SPAN], tl.float32)
             if weight is None:
-                factor = factor + tl.where(ok, 1.0, 0.0)[:, None, None]
+                factor = tl.where(ok, 1.0, 0.0)[:, None]
             else:
-                for h in tl.static_range(HEADS):
-                    value = tl.load(weight + (begin + (k + u)) * HEADS + h, mask=ok, other=0.0)
-                    factor = select_head(factor, head_of, h, value, HEADS)
+                at = weight + (begin + (k + u))[:, None] * HEADS + head
+                factor = tl.load(at, mask=ok[:, None] & (head < HEADS), other=0.0)
             if ROW_OFFSET:
-                offsets += factor * tl.load(offset + source, mask=ok, other=0.0)[:, None, None]
+                mass += factor * tl.load(offset + source, mask=ok, other=0.0)[:, None]
             else:
-                offsets += factor
+                mass += factor
             if ROW_SCALE:
-                factor = factor * tl.load(scale + source, mask=ok, other=0.0)[:, None, None]
-            total = tl.fma(per_code(factor, BITS, ROWS, WORDS, SPAN), field_floats(fields), total)
-    spread_offsets = per_code(offsets, BITS, ROWS, WORDS, SPAN)
-    return (
-        isolated_by_feature(total, BITS, ROWS, WORDS),
-        isolated_by_feature(spread_offsets, BITS, ROWS, WORDS),
-    )
+                factor = factor * tl.load(scale + source, mask=ok, other=0.0)[:, None]
+            factor = spread_heads(factor, word, F, W, BITS, ROWS, WORDS, HEADS, ALIGNED)
+            values = field_floats(fields, magic)
+            total = tl.fma(per_code(factor, BITS, ROWS, WORDS), values, total)
+    return total, mass
+
+
+@triton.jit
+def sum_slots(  # type: ignore[no-untyped-def]
+    source, count, stride: tl.constexpr, kind: tl.constexpr, SLOTS: tl.constexpr,
+    N: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Sum ``count`` partial results of ``N`` values, in the order of their slots: ``[1, TILE]``."""
+    column = tl.arange(0, TILE)
+    total = tl.zeros([SLOTS, TILE], kind)
+    for begin in range(0, count, SLOTS):
+        slot = begin + tl.arange(0, SLOTS)
+        ok = (slot < count)[:, None] & (column < N)[None, :]
+        total += tl.load(source + (slot.to(tl.int64) * stride)[:, None] + column[None, :], mask=ok, other=0)
+    return tl.sum(total, 0)[None, :]

@@ -22,6 +22,7 @@ from torch import Tensor
 
 __all__ = [
     "CONFIGS_ENV",
+    "MAGIC_BITS",
     "Config",
     "architecture",
     "check_devices",
@@ -33,12 +34,14 @@ __all__ = [
     "next_power_of_two",
     "override",
     "warp_size",
+    "whole_row_tile",
     "word_tile",
 ]
 
 CONFIGS_ENV = "QGNN_TRITON_CONFIGS"
 DEBUG_ENV = "QGNN_DEBUG"
 TABLE_VERSION = 1
+MAGIC_BITS = 0x4B000000  # of 2^23 in float32, for the kernels' argument ``magic``
 MAX_ROWS = 256  # of a program: the row alignment of schedules
 
 _debug: ContextVar[bool | None] = ContextVar("qgnn_triton_debug", default=None)
@@ -140,6 +143,13 @@ def word_tile(config: Config, words: int, warp_size: int = 32) -> tuple[int, int
     width = min(next_power_of_two(words), config.tile_words)
     held = config.num_warps * warp_size * min(config.words_per_thread, width)
     return max(1, min(MAX_ROWS, held // width)), width
+
+
+def whole_row_tile(config: Config, words: int, warp_size: int = 32) -> tuple[int, int]:
+    """:func:`word_tile` for kernels that need a row in one tile."""
+    rows, tile = word_tile(config, words, warp_size)
+    width = next_power_of_two(words)
+    return max(1, rows * tile // width), width
 
 
 def warp_size() -> int:

@@ -8,8 +8,8 @@ from ..arithmetic import is_per_row
 
 __all__ = ["range_kind"]
 
-# The values of bits.ONE, bits.COLUMN and bits.ROW.
-_ONE, _COLUMN, _ROW = 0, 1, 2
+# The values of bits.ONE, bits.COLUMN, bits.ROW and bits.HEAD.
+_ONE, _COLUMN, _ROW, _HEAD = 0, 1, 2, 3
 
 
 def range_kind(value: Tensor | None) -> int:
@@ -18,4 +18,6 @@ def range_kind(value: Tensor | None) -> int:
     """
     if value is None or value.numel() == 1:
         return _ONE
-    return _ROW if is_per_row(value) else _COLUMN
+    if is_per_row(value):
+        return _ROW if value.size(1) == 1 else _HEAD
+    return _COLUMN

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.aggregate import aggregate
 from ..kernels.plan import GraphPlan
 from ..kernels.spmm import segment_sum, spmm
-from ..quantizers import QuantizedTensor
+from ..quantizers import QuantizedTensor, compressed
 from ..quantizers.functional import HALF
 
 __all__ = ["aggregate_sum", "linear"]
@@ -57,6 +58,10 @@ def linear(x: QuantizedTensor, weight: QuantizedTensor, bias: Tensor | None, exa
     """
     if x.qmax is None and weight.qmax is None and x.pattern is None:
         return F.linear(x.codes, weight.codes, bias)
+    if x.packed is not None:
+        values = (x.detached(), weight.detached())
+        y = compressed.linear(x.codes, weight.dequantize(), x.packed, lambda: linear(*values, None, exact))
+        return y if bias is None else y + bias
     if (dtype := weight.codes.dtype) in HALF:
         wide = linear(x.to(torch.float32), weight.to(torch.float32), None, exact).to(dtype)
         return wide if bias is None else wide + bias
@@ -92,6 +97,8 @@ def aggregate_sum(x: QuantizedTensor, plan: GraphPlan, weight: Tensor | None = N
         wide_weight = None if weight is None else weight.to(torch.float32)
         return aggregate_sum(x.to(torch.float32), plan, wide_weight).to(dtype)
     x = x.dense()
+    if x.packed is not None:
+        return compressed.aggregate_sum(x.codes, weight, plan, x.packed, lambda: _forward_sum(x, plan, weight))
     if x.per_node:
         return spmm(plan, x.dequantize(), weight)
     wide = weight is None and x.qmax is not None and plan.max_degree * x.qmax >= EXACT_FLOAT32
@@ -103,3 +110,12 @@ def aggregate_sum(x: QuantizedTensor, plan: GraphPlan, weight: Tensor | None = N
         return y
     mass = plan.degree.to(acc.dtype) if weight is None else segment_sum(plan, weight)
     return y + mass.view(*mass.shape, *([1] * (acc.dim() - mass.dim()))) * x.lower
+
+
+def _forward_sum(x: QuantizedTensor, plan: GraphPlan, weight: Tensor | None) -> Tensor:
+    """:func:`aggregate_sum` outside the autograd graph; unweighted integer sums run on the packed codes."""
+    assert x.packed is not None
+    if weight is not None or x.per_node or x.codes.dim() != 2:
+        return aggregate_sum(x.detached(), plan, None if weight is None else weight.detach())
+    scale, lower = x.scale.reshape(-1), x.lower.reshape(-1)
+    return aggregate(x.packed.words, plan, scale, lower, x.codes.size(1), x.packed.bits)

@@ -12,6 +12,7 @@ is evaluated, so the codes agree between every implementation.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch_geometric.utils import add_self_loops, remove_self_loops
 from ..config import OFF
 from ..kernels.plan import GraphPlan
 from ..kernels.spmm import segment_max, segment_sum, spmm
-from ..quantizers import QLRQuantizer, QuantizedTensor
+from ..quantizers import QLRQuantizer, QuantizedTensor, compressed
 from ..quantizers.functional import HALF, levels
 from ..smp.constraint import attach_constraint
 from .base import SiteFactory
@@ -96,7 +97,7 @@ class _QuantizedAttention(QuantizedConv):
         # An isolated node has an empty sum; any positive divisor gives it the zero that PyG gives.
         divisor = torch.where(total > 0, total, torch.ones_like(total))
         kept = dropout(numerator, self.dropout, self.training)
-        out = (spmm(plan, messages.codes, kept) * messages.scale) / divisor.unsqueeze(-1)
+        out = _weighted_codes(messages, plan, kept) / divisor.unsqueeze(-1)
         if not messages.unsigned:
             share = segment_sum(plan, kept) / divisor
             out = out + share.unsqueeze(-1) * messages.lower
@@ -119,12 +120,29 @@ class _QuantizedAttention(QuantizedConv):
         sent = self.message_quantizer(z)
         if sent.scale.numel() == 1:
             return sent
+        if sent.packed is not None:
+            return replace(sent, unsigned=True)
         return QuantizedTensor.identity(sent.dequantize())
 
     def _smoothed(self: Any, z: Tensor, out: Tensor, alpha: Tensor, plan: GraphPlan) -> Tensor:
         if self.smp is None or not (self.training or self.multiplier_value > 0):
             return out
         return self.smooth(z, out, lambda v: spmm(plan, v, alpha.to(v.dtype)), plan.num_edges, averaged=True)
+
+
+def _weighted_codes(messages: QuantizedTensor, plan: GraphPlan, weight: Tensor) -> Tensor:
+    """``s sum_j w_ij c_j``, ``[num_dst, H, C]``; with ``l`` inside the sum where the range is not one."""
+    if messages.packed is None:
+        return spmm(plan, messages.codes, weight) * messages.scale
+    plain, fixed, packed = messages.detached(), weight.detach(), messages.packed
+    if messages.scale.numel() > 1:
+        return compressed.aggregate_sum(
+            messages.codes, weight, plan, packed, lambda: spmm(plan, plain.codes * plain.scale + plain.lower, fixed)
+        )
+    packed = packed._replace(lower=torch.zeros_like(packed.lower))
+    return compressed.aggregate_sum(
+        messages.codes, weight, plan, packed, lambda: spmm(plan, plain.codes, fixed) * plain.scale
+    )
 
 
 class QuantizedGATConv(_QuantizedAttention):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..config import BITS, OFF, Granularity, Levels, Truncation, _one_of
 from ..kernels.plan import GraphPlan, plan_cache
 from ..kernels.spmm import segment_max
+from . import compressed
 from .functional import FINE_BITS, quantize_codes
 from .functional import levels as max_code
 from .range_search import SMALLEST, Sample, search_range
@@ -327,6 +328,8 @@ class QLRQuantizer(nn.Module):
         if pattern is not None and not self._stays_sparse(self.range_kind):
             x, pattern = QuantizedTensor.identity(x, pattern).dequantize(), None
         scale, lower = self._range_of(x, pattern)
+        if pattern is None and self._compresses(x, scale):
+            return self._compressed(x, scale, lower)
         # The scale of one-bit data is the data's own: no gradient flows through the codes.
         step = scale.detach() if self.is_one_bit else scale
         full = step[pattern.dst, 0] if pattern is not None and step.dim() == 2 else step
@@ -336,6 +339,18 @@ class QLRQuantizer(nn.Module):
             self.set_range(x.detach(), pattern)
             return self._quantize(x, pattern)
         return QuantizedTensor(codes, scale, lower, self.qmax, self.zero_code == 0, pattern)
+
+    def _compresses(self, x: Tensor, scale: Tensor) -> bool:
+        """Whether the backward pass keeps packed codes of ``x``: activations, not weights."""
+        rounds = not self.is_one_bit and self.skew is None and self.channel_dim == -1
+        return rounds and compressed.compressing() and compressed.can_compress(x, scale)
+
+    def _compressed(self, x: Tensor, scale: Tensor, lower: Tensor) -> QuantizedTensor:
+        with torch.no_grad():
+            codes = quantize_codes(x, scale, lower, self.qmax)
+        packed = compressed.Packed.of(codes, scale, lower, self.bits)
+        codes = compressed.quantize(x, scale, lower, codes, self.qmax)
+        return QuantizedTensor(codes, packed.scale, packed.lower, self.qmax, self.zero_code == 0, packed=packed)
 
     def _still_one_bit(self, x: Tensor, dequantized: Tensor) -> bool:
         if torch.compiler.is_compiling() or torch.equal(dequantized, x):

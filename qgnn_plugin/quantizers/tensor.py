@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.plan import GraphPlan
+from . import compressed
 from .functional import HALF
 
 __all__ = ["QuantizedTensor"]
@@ -25,6 +26,8 @@ class QuantizedTensor:
         qmax: Largest code, :obj:`None` where the site is off and ``codes`` are the values themselves.
         unsigned: Whether ``l`` is known to be zero.
         pattern: For sparse codes, their positions: rows over ``F`` columns.
+        packed: In :func:`qgnn_plugin.compressed_activations`, the same codes packed; the gradient of ``codes`` is then
+            that of the values.
     """
 
     codes: Tensor
@@ -33,6 +36,7 @@ class QuantizedTensor:
     qmax: int | None
     unsigned: bool = False
     pattern: GraphPlan | None = None
+    packed: compressed.Packed | None = None
 
     @classmethod
     def identity(cls, x: Tensor, pattern: GraphPlan | None = None) -> QuantizedTensor:
@@ -45,6 +49,11 @@ class QuantizedTensor:
         if self.pattern is not None:
             return (self.pattern.num_dst, self.pattern.num_src)
         return tuple(self.codes.shape)
+
+    def detached(self) -> QuantizedTensor:
+        """The same tensor outside the autograd graph."""
+        parts = {name: getattr(self, name).detach() for name in ("codes", "scale", "lower")}
+        return replace(self, **parts, packed=None)
 
     @property
     def per_node(self) -> bool:
@@ -65,6 +74,8 @@ class QuantizedTensor:
 
     def dequantize(self) -> Tensor:
         r"""The values :math:`c s + l` as a dense tensor."""
+        if self.packed is not None:
+            return compressed.dequantize(self.codes, self.scale, self.lower)
         codes = self.dense().codes
         if self.qmax is None:
             return codes
