@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .arithmetic import check_range, finish, is_per_row
-from .layout import check_bits, check_packed, row_words, unpack_codes
+from .layout import check_bits, check_packed, row_words, top_code, unpack_codes
 from .library import register
 from .plan import GraphPlan
 
@@ -214,6 +214,9 @@ def aggregate(
         )
     if reduce not in REDUCTIONS:
         raise ValueError(f"Expected 'reduce' to be one of {REDUCTIONS} (got {reduce!r})")
+    limit = (2**31 - 1) // top_code(bits)
+    if plan.num_edges > limit and plan.max_degree > limit:
+        raise ValueError(f"Expected at most {limit} edges into a node at {bits} bits (got {plan.max_degree})")
     if edge_weight is not None:
         _check_weight(edge_weight, plan, num_features, reduce)
     if reduce == "mean":

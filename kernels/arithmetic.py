@@ -69,10 +69,10 @@ def dequantize_codes(codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
 def finish(
     y: Tensor,
     bias: Tensor | None,
-    relu: bool,
-    out_scale: Tensor | None,
-    out_offset: Tensor | None,
-    out_bits: int,
+    relu: bool = False,
+    out_scale: Tensor | None = None,
+    out_offset: Tensor | None = None,
+    out_bits: int = 0,
     row_scale: Tensor | None = None,
 ) -> Tensor:
     """The tail of every epilogue: bias, ReLU, a factor per row and, where ``out_bits`` is not 0,

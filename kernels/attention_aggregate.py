@@ -11,7 +11,7 @@ quantized at ``attention_bits`` (:math:`k_{ij}` of :math:`Q_a` levels, see
 GAT: ``e = LeakyReLU(alpha_src[j] + alpha_dst[i] (+ alpha_edge[e]))``.  GATv2: ``e = <att,
     LeakyReLU(x^_j + x_dst[i])>``.
 At ``attention_bits = 32`` the numerators are :math:`\exp(e_{ij} - m_i)` and the sums run in
-float32.
+float32, as do those of messages with a range per source row, or per source row and head.
 """
 
 from __future__ import annotations
@@ -63,6 +63,11 @@ def _logits(
     return (torch.where(z > 0, z, z * negative_slope) * att).sum(-1)
 
 
+def _spread(value: Tensor, num_features: int) -> Tensor:
+    """A range per row and head as one per row and feature; others as they are."""
+    return per_feature(value, num_features) if is_per_row(value) else value
+
+
 def attention_aggregate_reference(
     words: Tensor,
     rowptr: Tensor,
@@ -89,7 +94,7 @@ def attention_aggregate_reference(
 ) -> Tensor:
     codes = unpack_codes(words, num_features, bits)
     src, dst = col.long(), destinations(rowptr, col.numel())
-    x = dequantize_codes(codes, scale, offset)
+    x = dequantize_codes(codes, _spread(scale, num_features), _spread(offset, num_features))
     e = _logits(x, src, dst, heads, negative_slope, alpha_src, alpha_dst, alpha_edge, att, x_dst)
     num_dst = rowptr.numel() - 1
     peak = e.new_zeros((num_dst, heads))
@@ -177,7 +182,8 @@ def attention_aggregate(
         words: ``[num_src, row_words(F, bits)]`` int32; head ``h`` of ``H`` covers the features ``[h
             C, (h + 1) C)``, ``C = F / H``.
         plan: The graph.
-        scale, offset: Range of the codes: one element, ``[F]`` or ``[num_src, 1]``, float32.
+        scale, offset: Range of the codes: one element, ``[F]``, ``[num_src, 1]`` or, a range per row
+            and head, ``[num_src, H]``, float32.
         num_features: ``F``.
         bits: Width of the codes: 1, 2, 4 or 8.
         heads: ``H``.
@@ -196,9 +202,10 @@ def attention_aggregate(
         gives 0 (before the bias).
     """
     check_packed(words, num_features, bits)
-    check_range(scale, offset, words.size(0), num_features)
     if heads < 1 or num_features % heads:
         raise ValueError(f"Expected 'heads' to divide {num_features} features (got {heads})")
+    if any(tuple(value.shape) != (words.size(0), heads) for value in (scale, offset)):
+        check_range(scale, offset, words.size(0), num_features)
     if attention_bits not in (2, 4, 8, FLOAT_BITS):
         raise ValueError(f"Expected 'attention_bits' to be 2, 4, 8 or {FLOAT_BITS} (got {attention_bits})")
     shapes = {

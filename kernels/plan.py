@@ -76,6 +76,18 @@ class GraphPlan:
         """The plan of the reversed edges; its ``perm`` refers to CSR positions of this plan."""
         return GraphPlan.from_edges(self.dst, self.col.long(), self.num_dst, self.num_src)
 
+    def edges(self, start: int, stop: int) -> slice:
+        """The CSR positions of the edges into the destinations ``[start, stop)``."""
+        return slice(int(self.rowptr[start]), int(self.rowptr[stop]))
+
+    def rows(self, start: int, stop: int) -> GraphPlan:
+        """The plan of the destinations ``[start, stop)`` alone; sources keep their numbers."""
+        if (start, stop) == (0, self.num_dst):
+            return self
+        edges = self.edges(start, stop)
+        perm = None if self.perm is None else self.perm[edges]
+        return GraphPlan(self.rowptr[start : stop + 1] - edges.start, self.col[edges], self.num_src, perm)
+
     def sort(self, per_edge: Tensor) -> Tensor:
         """Bring a per-edge tensor ``[E, ...]`` from the caller's order into CSR order."""
         if per_edge.size(0) != self.num_edges:

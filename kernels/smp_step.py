@@ -32,10 +32,18 @@ SCHEMA = (
     "-> (Tensor, Tensor, Tensor)"
 )
 
+ROUNDING = 1e-12  # what float64 leaves of an exact zero
+
 
 def step_factors(eta: float, mu: float, multiplier: float) -> tuple[float, float, float]:
-    """``(c0, c1, c2)`` of the canonical order, before rounding to float32."""
-    return 1 - (1 + mu) * eta, mu * eta, 2 * eta * multiplier
+    """``(c0, c1, c2)`` of the canonical order, before rounding to float32.
+
+    Where only rounding keeps ``c0`` from 0 it is 0, and ``c1`` is ``1 - eta``: a step of APPNP with teleport ``eta``.
+    """
+    c0 = 1 - (1 + mu) * eta
+    if abs(c0) < ROUNDING:
+        return 0.0, 1 - eta, 2 * eta * multiplier
+    return c0, mu * eta, 2 * eta * multiplier
 
 
 def smp_step_reference(

@@ -63,14 +63,15 @@ def gatv2_logits(
             first = part * width
             for k in range(min(width, features - first)):
                 x[first + k] = (codes[source * width + k] >> (bits * part)) & mask
-        if row_scale.size:
-            for f in range(features):
-                x[f] = x[f] * row_scale[source] + row_offset[source]
-        else:
-            for f in range(features):
-                x[f] = x[f] * scale[f] + offset[f]
         for h in range(heads):
             begin_f, end_f = h * features // heads, (h + 1) * features // heads
+            if row_scale.size:
+                step, low = row_scale[source * heads + h], row_offset[source * heads + h]
+                for f in range(begin_f, end_f):
+                    x[f] = x[f] * step + low
+            else:
+                for f in range(begin_f, end_f):
+                    x[f] = x[f] * scale[f] + offset[f]
             logits[(e - begin) * heads + h] = _head_dot(x, x_dst, row * features, att, begin_f, end_f, slope)
 
 
@@ -93,8 +94,9 @@ def numerators(logits, col, begin, end, heads, peak, thresholds, ranges, share, 
                 value = np.float32(math.exp(below))
             share[h] += value
             if row_scale.size:
-                total[h] += value * row_offset[col[e]]
-                value *= row_scale[col[e]]
+                source = np.int64(col[e]) * heads + h
+                total[h] += value * row_offset[source]
+                value *= row_scale[source]
             logits[at] = value
 
 
@@ -225,7 +227,7 @@ def attention_aggregate(
     if out.numel() == 0:
         return out
     pointers = flat(rowptr)
-    ranges, exact = _ranges(scale, offset, words.size(0), num_features)
+    ranges, exact = _ranges(scale, offset, words.size(0), num_features, heads)
     quantized = attention_bits != FLOAT_BITS
     thresholds = flat(attention_thresholds(attention_bits) if quantized else None)
     sums = np.empty(0, np.int64 if quantized and exact else np.float32)
@@ -239,11 +241,13 @@ def attention_aggregate(
     return out
 
 
-def _ranges(scale: Tensor, offset: Tensor, num_src: int, num_features: int) -> tuple[tuple[np.ndarray, ...], bool]:
-    """Range per feature and range per source row, one of them trivial; whether it is the latter."""
+def _ranges(
+    scale: Tensor, offset: Tensor, num_src: int, num_features: int, heads: int
+) -> tuple[tuple[np.ndarray, ...], bool]:
+    """Range per feature and per source row and head, one of them trivial; whether it is the former."""
     if is_per_row(scale) or is_per_row(offset):
         ones = flat(torch.ones(num_features))
-        per_row = flat(scale.expand(num_src, 1)), flat(offset.expand(num_src, 1))
+        per_row = flat(scale.expand(num_src, heads)), flat(offset.expand(num_src, heads))
         return (ones, ones, *per_row), False
     spread = (flat(value.reshape(-1).expand(num_features)) for value in (scale, offset))
     return (*spread, flat(None), flat(None)), True

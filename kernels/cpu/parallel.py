@@ -50,7 +50,7 @@ def _split(rowptr: Any, row_cost: int, bounds: Any) -> None:
 def row_chunks(rowptr: np.ndarray) -> np.ndarray:
     """Boundaries of chunks of destination rows, ``[chunks + 1]`` int64, for the current threads."""
     rows = rowptr.size - 1
-    cost = int(rowptr[-1]) + ROW_COST * rows
+    cost = int(rowptr[-1] - rowptr[0]) + ROW_COST * rows
     threads = torch.get_num_threads()
     if threads == 1 or cost < SERIAL_COST:
         return np.array([0, rows])

@@ -1,12 +1,15 @@
-"""``smp_step`` on the CPU: sums over neighbours, then one elementwise pass for each of them."""
+"""``smp_step`` on the CPU: sums over neighbours and what follows, by blocks of rows that stay in the cache."""
 # mypy: ignore-errors
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..layout import row_words
 from ..smp_step import step_factors
 from . import jit
 from .aggregate import aggregate
@@ -20,9 +23,10 @@ from .simd import atomic_add
 __all__ = ["smp_step"]
 
 BLOCK_ROWS = 64  # rows of a partial sum: fixed, so that sums do not depend on the threads
+CACHED_FLOATS = 1 << 20  # values of the state between one pass over it and the next
 
 
-@jit.kernel
+@jit.kernel(reassociate=True)
 def _dot(a, b, c, begin, width):
     """``<a, b - c>`` over a row, in float64."""
     total = 0.0
@@ -72,7 +76,7 @@ def _correct(h, sums, norm, c2, width, out, constraint, bounds, counter):
 
 
 def _neighbour_sums(x: Tensor, rowptr: Tensor, col: Tensor) -> Tensor:
-    out = empty(tuple(x.shape), torch.float32)
+    out = empty((rowptr.numel() - 1, x.size(1)), torch.float32)
     float_sum(rowptr.numpy(), col.numpy(), x.numpy(), out.numpy())
     return out
 
@@ -95,32 +99,52 @@ def smp_step(
     out_offset: Tensor | None = None,
     out_bits: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    h, x0 = h.detach().contiguous(), x0.detach().contiguous()
+    h, x0, norm = h.detach().contiguous(), x0.detach().contiguous(), norm.detach().contiguous()
     rows, width = h.shape
     out = empty((rows, width), torch.float32)
-    packed = torch.empty((0, 0), dtype=torch.int32)
+    packed = empty((rows, row_words(width, out_bits)) if out_bits else (0, 0), torch.int32)
     stats = np.zeros((2, -(-rows // BLOCK_ROWS)))
-    if out.numel():
-        factor = norm.detach().reshape(-1, 1)
+    c0, c1, c2 = step_factors(eta, mu, multiplier)
+    factors = (np.float32(c0), np.float32(c1), np.float32(eta))
+    again = measure or multiplier != 0
+    change = empty((rows, width) if again else (0, 0), torch.float32)
+    scaled = h * norm.view(-1, 1) if words is None else h
+
+    def pack(block: slice) -> None:
+        if out_bits:
+            packed[block] = pack_scaled(out[block], norm[block], out_scale, out_offset, out_bits)
+
+    for block in _blocks(rows, width):
+        pointers = rowptr[block.start : block.stop + 1]
         if words is None:
-            neighbours = _neighbour_sums(h * factor, rowptr, col) * factor
+            neighbours = _neighbour_sums(scaled, pointers, col) * norm[block].view(-1, 1)
         else:
-            neighbours = aggregate(words, rowptr, col, scale, offset, width, bits, dst_scale=norm)
-        bounds = np.append(np.arange(0, rows, BLOCK_ROWS), rows)
-        c0, c1, c2 = step_factors(eta, mu, multiplier)
-        again = measure or multiplier != 0
-        change = empty((rows, width) if again else (0, 0), torch.float32)
-        factors = (np.float32(c0), np.float32(c1), np.float32(eta))
+            neighbours = aggregate(words, pointers, col, scale, offset, width, bits, dst_scale=norm[block])
+        bounds, energy = _partial_sums(block, stats[1])
         run_chunks(
-            _descend, bounds, flat(h), flat(x0), flat(neighbours), flat(norm), factors, width,
-            flat(out), flat(change), stats[1],
+            _descend, bounds, flat(h[block]), flat(x0[block]), flat(neighbours), flat(norm[block]), factors,
+            width, flat(out[block]), flat(change[block]), energy,
         )  # fmt: skip
-        if again:
-            sums = _neighbour_sums(change, rowptr, col)
-            run_chunks(
-                _correct, bounds, flat(h), flat(sums), flat(norm), np.float32(c2), width,
-                flat(out), stats[0],
-            )  # fmt: skip
-    if out_bits:
-        packed = pack_scaled(out, norm, out_scale, out_offset, out_bits)
+        if not again:
+            pack(block)
+    for block in _blocks(rows, width) if again else ():
+        sums = _neighbour_sums(change, rowptr[block.start : block.stop + 1], col)
+        bounds, constraint = _partial_sums(block, stats[0])
+        run_chunks(
+            _correct, bounds, flat(h[block]), flat(sums), flat(norm[block]), np.float32(c2), width,
+            flat(out[block]), constraint,
+        )  # fmt: skip
+        pack(block)
     return out, packed, torch.from_numpy(stats.sum(1)).to(torch.float32)
+
+
+def _blocks(rows: int, width: int) -> Iterator[slice]:
+    step = max(1, CACHED_FLOATS // max(1, width) // BLOCK_ROWS) * BLOCK_ROWS
+    return (slice(first, min(first + step, rows)) for first in range(0, rows if width else 0, step))
+
+
+def _partial_sums(block: slice, totals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Boundaries of the partial sums of a block of rows, relative to it, and where their totals go."""
+    rows = block.stop - block.start
+    first, count = block.start // BLOCK_ROWS, -(-rows // BLOCK_ROWS)
+    return np.append(np.arange(0, rows, BLOCK_ROWS), rows), totals[first : first + count]

@@ -146,6 +146,10 @@ def test_errors() -> None:
         aggregate(words, plan, one, one, 40, 2, reduce="max", edge_weight=torch.ones(300))
     with pytest.raises(ValueError, match=r"H dividing 40 \(got \[300, 3\]\)"):
         aggregate(words, plan, one, one, 40, 2, edge_weight=torch.ones(300, 3))
+    degree = 2**31 // 255 + 1
+    hub = GraphPlan(torch.tensor([0, degree]), torch.zeros((), dtype=torch.int32).expand(degree), 1)
+    with pytest.raises(ValueError, match="at most 8421504 edges into a node at 8 bits"):
+        aggregate(random_words(1, 40, 8), hub, one, one, 40, 8)
     rows = torch.ones(plan.num_src, 1)
     for backend in ("torch", "cpu"):
         with use_backend(backend), pytest.raises(ValueError, match="one range per tensor or col"):

@@ -8,9 +8,10 @@ from cpu_support import assert_equal, output_range, plan_of, random_range, rando
 from torch import Tensor
 
 from qgnn_plugin.kernels.attention_aggregate import attention_aggregate
+from qgnn_plugin.kernels.backend import use_backend
 from qgnn_plugin.kernels.layout import pack_codes, top_code
 from qgnn_plugin.kernels.plan import GraphPlan
-from qgnn_plugin.kernels.smp_step import smp_step
+from qgnn_plugin.kernels.smp_step import smp_step, step_factors
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
 SHAPES = [(1, 7), (4, 16), (8, 8), (3, 5)]
@@ -19,6 +20,12 @@ SHAPES = [(1, 7), (4, 16), (8, 8), (3, 5)]
 def gat(plan: GraphPlan, heads: int) -> dict[str, Any]:
     source, target = torch.randn(plan.num_src, heads), torch.randn(plan.num_dst, heads)
     return {"heads": heads, "alpha_src": 2 * source, "alpha_dst": 2 * target}
+
+
+def message_range(kind: str, rows: int, width: int, heads: int) -> dict[str, Tensor]:
+    if kind == "head":
+        return {"scale": torch.rand(rows, heads) + 0.1, "offset": torch.randn(rows, heads)}
+    return random_range(kind, rows, width)
 
 
 @pytest.mark.parametrize("attention_bits", [2, 4, 8])
@@ -38,7 +45,7 @@ def test_quantized_numerators_are_exact(graph: str, bits: int, attention_bits: i
 
 
 @pytest.mark.parametrize(("heads", "channels"), SHAPES)
-@pytest.mark.parametrize("kind", ["tensor", "row"])
+@pytest.mark.parametrize("kind", ["tensor", "row", "head"])
 @pytest.mark.parametrize("form", ["gat", "gat with edges", "gatv2"])
 def test_float_numerators(form: str, kind: str, heads: int, channels: int) -> None:
     plan, width, bits = plan_of("power_law"), heads * channels, 4
@@ -49,11 +56,32 @@ def test_float_numerators(form: str, kind: str, heads: int, channels: int) -> No
     if form == "gatv2":
         att, x_dst = torch.randn(heads, channels) / 2, torch.randn(plan.num_dst, width)
         options = {"heads": heads, "att": att, "x_dst": x_dst}
-    options |= random_range(kind, plan.num_src, width)
+    options |= message_range(kind, plan.num_src, width, heads)
     for concat in (True, False):
         assert_equal(
             attention_aggregate, words, plan, tolerance=1e-5, **options, num_features=width, bits=bits, concat=concat
         )
+
+
+@pytest.mark.parametrize("attention_bits", [2, 32])
+def test_a_range_per_row_and_head_is_heads_apart(attention_bits: int) -> None:
+    """Each head alone, with a range per row, gives the same."""
+    plan, heads, channels, bits = plan_of("power_law"), 3, 5, 4
+    codes = torch.randint(0, top_code(bits) + 1, (plan.num_src, heads, channels))
+    options = gat(plan, heads)
+    span = message_range("head", plan.num_src, heads * channels, heads)
+    shared = {"bits": bits, "attention_bits": attention_bits}
+    together = attention_aggregate(
+        pack_codes(codes.flatten(1), bits), plan, **span, num_features=heads * channels, **shared, **options
+    )
+    for h in range(heads):
+        column = slice(h, h + 1)
+        alone = attention_aggregate(
+            pack_codes(codes[:, h], bits), plan, span["scale"][:, column], span["offset"][:, column], channels, bits,
+            attention_bits=attention_bits, alpha_src=options["alpha_src"][:, column],
+            alpha_dst=options["alpha_dst"][:, column],
+        )  # fmt: skip
+        torch.testing.assert_close(together[:, h * channels : (h + 1) * channels], alone)
 
 
 def test_sums_past_an_int32() -> None:
@@ -75,6 +103,9 @@ def test_attention_errors() -> None:
     words, one = random_words(plan.num_src, 40, 2), torch.ones(1)
     with pytest.raises(ValueError, match="'heads' to divide 40 features"):
         attention_aggregate(words, plan, one, one, 40, 2, heads=3)
+    heads = torch.ones(plan.num_src, 4)
+    with pytest.raises(ValueError, match=r"\[60, 1\] \(got \[60, 4\]\)"):
+        attention_aggregate(words, plan, heads, heads, 40, 2, **gat(plan, 2))
     with pytest.raises(ValueError, match="'attention_bits' to be 2, 4, 8 or 32"):
         attention_aggregate(words, plan, one, one, 40, 2, attention_bits=3)
     with pytest.raises(ValueError, match="either 'alpha_src' and 'alpha_dst'"):
@@ -104,6 +135,31 @@ def test_smp_step(bits: int, multiplier: float) -> None:
     from qgnn_plugin.kernels.quantize_pack import quantize_pack
 
     assert torch.equal(words, quantize_pack(out * norm.view(-1, 1), **span, bits=4))
+
+
+@pytest.mark.parametrize("multiplier", [0.0, 0.3])
+def test_smp_step_by_blocks(multiplier: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of rows change nothing, the partial sums included."""
+    plan, width = plan_of("power_law"), 33
+    h, x0 = torch.randn(2, plan.num_src, width)
+    norm = plan.degree.clamp(min=1).rsqrt()
+    packed = output_range("column", plan.num_src, width, 4, 2.0)
+    span = random_range("tensor", plan.num_src, width) | {"words": random_words(plan.num_src, width, 4), "bits": 4}
+    for messages in ({}, span):
+        results = []
+        for floats in (1 << 20, 64 * width):
+            monkeypatch.setattr("qgnn_plugin.kernels.cpu.smp_step.CACHED_FLOATS", floats)
+            with use_backend("cpu"):
+                results.append(
+                    smp_step(h, x0, plan, norm, eta=0.1, mu=4.0, multiplier=multiplier, **messages, **packed)
+                )
+        assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.1, 0.15, 0.2, 0.3, 1.0])
+def test_factors_of_an_appnp_step_are_exact(alpha: float) -> None:
+    assert step_factors(alpha, (1 - alpha) / alpha, 0.0) == (0.0, 1 - alpha, 0.0)
+    assert step_factors(alpha, 1 / alpha - 1, 0.0)[:2] == (0.0, 1 - alpha)
 
 
 def test_smp_step_is_an_appnp_step() -> None:

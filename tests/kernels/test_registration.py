@@ -44,22 +44,33 @@ def _cases() -> dict[str, Callable[[], tuple[Any, ...]]]:
             words(), *graph, one, zero, WIDTH, 2, 2, 4, 0.2, alpha, alpha,
         ),
         "linear": lambda: (words(), words(7), one, zero, one, zero, WIDTH, 2, 2),
+        "linear with a row scale": lambda: (
+            words(), words(7), one, zero, one, zero, WIDTH, 2, 2, None, True, one, zero, 4, alpha[:, 0],
+        ),
+        "attention with a range per head": lambda: (
+            words(), *graph, alpha.abs(), alpha, WIDTH, 2, 2, 4, 0.2, alpha, alpha,
+        ),
         "smp_step": lambda: (x, x, *graph, alpha[:, 0].abs(), 0.1, 9.0, 0.1, True),
     }  # fmt: skip
 
 
 OPS = list(_cases())
+NAMES = {"linear with a row scale": "linear", "attention with a range per head": "attention_aggregate"}
+
+
+def _op(case: str) -> Any:
+    return getattr(torch.ops.qgnn, NAMES.get(case, case))
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_opcheck(op: str) -> None:
-    torch.library.opcheck(getattr(torch.ops.qgnn, op).default, _cases()[op]())
+    torch.library.opcheck(_op(op).default, _cases()[op]())
 
 
 class _Module(torch.nn.Module):
     def __init__(self, op: str, constants: tuple[Any, ...]) -> None:
         super().__init__()
-        self.op, self.constants = getattr(torch.ops.qgnn, op), constants
+        self.op, self.constants = _op(op), constants
 
     def forward(self, *tensors: torch.Tensor) -> Any:
         return self.op(*tensors, *self.constants)
@@ -77,13 +88,14 @@ def _module(op: str) -> tuple[_Module, tuple[torch.Tensor, ...]]:
 @pytest.mark.parametrize("op", OPS)
 def test_compiles_without_graph_breaks(op: str) -> None:
     args = tuple(v.detach() if isinstance(v, torch.Tensor) else v for v in _cases()[op]())
-    function = getattr(torch.ops.qgnn, op)
+    function = _op(op)
+    torch._dynamo.reset()  # each op compiles this one lambda anew
     compiled = torch.compile(lambda *a: function(*a), fullgraph=True, backend="aot_eager")
     for want, got in zip(_flat(function(*args)), _flat(compiled(*args)), strict=True):
         assert torch.equal(want, got)
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if op != "attention_aggregate"])
+@pytest.mark.parametrize("op", [op for op in OPS if NAMES.get(op, op) != "attention_aggregate"])
 def test_exports(op: str) -> None:
     module, tensors = _module(op)
     program = torch.export.export(module, tensors)
