@@ -1,7 +1,8 @@
 r"""Integer arithmetic of converted layers: sums run over codes, one affine step follows (DESIGN section 5).
 
 In eval mode the float operations and their order are those of the packed kernels, so that both executions agree bit for
-bit; sums over codes are exact because they stay below ``2^24`` in float32, or run in float64 where they may not.
+bit; sums over codes are exact because they stay below ``2^24`` in float32; where they may not, products run in float64
+and sums over neighbours digit by digit (:func:`exact_sum`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from ..kernels.spmm import segment_sum, spmm
 from ..quantizers import QuantizedTensor, compressed
 from ..quantizers.functional import HALF
 
-__all__ = ["aggregate_sum", "linear"]
+__all__ = ["aggregate_sum", "exact_sum", "linear"]
 
 EXACT_FLOAT32 = 2**24
 
@@ -80,6 +81,34 @@ def linear(x: QuantizedTensor, weight: QuantizedTensor, bias: Tensor | None, exa
     return y if bias is None else y + bias
 
 
+@torch.no_grad()
+def exact_sum(plan: GraphPlan, codes: Tensor, qmax: int) -> Tensor:
+    r"""``sum_j c_j`` rounded to float32 once, for degrees below ``2^24``.
+
+    Codes are split into digits :math:`c = \sum_k B^k d_k` whose sums stay below ``2^24``, hence exact in float32.
+
+    Args:
+        plan: The graph.
+        codes: ``[num_src, *]`` float32, integers in ``[0, qmax]``.
+        qmax: The largest code.
+
+    Raises:
+        ValueError: If a node has ``2^24`` neighbours or more.
+    """
+    if plan.max_degree >= EXACT_FLOAT32:
+        raise ValueError(f"Expected fewer than {EXACT_FLOAT32} edges into a node (got {plan.max_degree})")
+    base = 2
+    while plan.max_degree * (2 * base - 1) < EXACT_FLOAT32:
+        base *= 2
+    total = torch.zeros((), dtype=torch.float64, device=codes.device)
+    place = 1
+    while place <= qmax:
+        digits = torch.remainder(codes, base)
+        total = total + place * spmm(plan, digits).double()
+        codes, place = (codes - digits) / base, place * base
+    return total.to(torch.float32)
+
+
 def aggregate_sum(x: QuantizedTensor, plan: GraphPlan, weight: Tensor | None = None) -> Tensor:
     r"""``sum_j w_ij x^_j`` over the edges of ``plan``, from codes.
 
@@ -101,10 +130,12 @@ def aggregate_sum(x: QuantizedTensor, plan: GraphPlan, weight: Tensor | None = N
         return compressed.aggregate_sum(x.codes, weight, plan, x.packed, lambda: _forward_sum(x, plan, weight))
     if x.per_node:
         return spmm(plan, x.dequantize(), weight)
-    wide = weight is None and x.qmax is not None and plan.max_degree * x.qmax >= EXACT_FLOAT32
-    acc = spmm(plan, x.codes.double(), weight).to(x.codes.dtype) if wide else spmm(plan, x.codes, weight)
+    acc = spmm(plan, x.codes, weight)
     if x.qmax is None:
         return acc
+    if weight is None and acc.dtype == torch.float32 and plan.max_degree * x.qmax >= EXACT_FLOAT32:
+        # The correction is exact in float32 (the two are neighbours), and leaves the gradient alone.
+        acc = acc + (exact_sum(plan, x.codes, x.qmax) - acc).detach()
     y = acc * x.scale
     if x.unsigned:
         return y

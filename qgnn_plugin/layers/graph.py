@@ -104,6 +104,14 @@ class NormalizedGraph:
     source: Tensor | None
     target: Tensor | None
 
+    def rows(self, start: int, stop: int) -> NormalizedGraph:
+        """The rows ``[start, stop)`` of ``P``."""
+        if (start, stop) == (0, self.plan.num_dst):
+            return self
+        weight = None if self.weight is None else self.weight[self.plan.edges(start, stop)]
+        target = None if self.target is None else self.target[start:stop]
+        return NormalizedGraph(self.plan.rows(start, stop), weight, self.source, target)
+
     def apply(self, x: Tensor) -> Tensor:
         """``P x`` in floats."""
         if self.source is not None:

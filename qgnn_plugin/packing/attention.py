@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +14,15 @@ from ..config import OFF
 from ..kernels.attention_aggregate import attention_aggregate
 from ..kernels.plan import GraphPlan
 from ..layers.attention import QuantizedGATConv, QuantizedGATv2Conv, _QuantizedAttention
-from ..quantizers import QuantizedTensor, RangeKind
+from ..quantizers import QuantizedTensor
 from .base import LayerSpec, PackedConv, inference, register_packed
+from .deferred import Producer, conclude
 from .linear import PackedLinear
-from .ranges import PackedRange, PackedTensor
+from .ranges import PackedRange, PackedTensor, joined
 
 __all__ = ["PackedGATConv", "PackedGATv2Conv"]
+
+Logits = dict[str, Tensor | None]  # arguments of `attention_aggregate`
 
 LAYER = _QuantizedAttention  # what both executions share is taken from there
 
@@ -55,30 +60,39 @@ class _PackedAttention(PackedConv):
             return "messages in 32 bits"
         if message.log_scale.dtype != torch.float32:
             return "its ranges are not float32"
-        rows = message.granularity == "node" or message.range_kind == RangeKind.ONE_BIT_ROWS
-        return "a range per node and head" if rows and layer.heads > 1 else None
+        return None
 
-    def _attended(self, sent: PackedTensor, plan: GraphPlan, residual: Tensor | None, **logits: Any) -> Tensor:
-        """Weighted means ``[N, H C]``, or ``[N, C]`` where heads are averaged, with residual and bias."""
-        out = attention_aggregate(
-            sent.words, plan, sent.scale, sent.lower, sent.num_features, sent.bits,
-            heads=self.heads, attention_bits=self.attention_bits, negative_slope=self.negative_slope,
-            concat=self.concat, bias=self.bias if residual is None else None, **logits,
-        )  # fmt: skip
-        if residual is None:
-            return out
-        out = out + residual
-        return out if self.bias is None else out + self.bias
+    def _attended(
+        self, sent: PackedTensor, plan: GraphPlan, residual: Tensor | None, by_target: Callable[[slice], Logits]
+    ) -> Producer:
+        """Weighted means ``[N, H C]``, or ``[N, C]`` where heads are averaged, with residual and bias.
+
+        ``by_target`` gives the kernel's terms of the logits for some targets.
+        """
+
+        def run(start: int, stop: int, **out: Any) -> Tensor:
+            fused: dict[str, Any] = {"bias": self.bias, **out} if residual is None else {}
+            y = attention_aggregate(
+                sent.words, plan.rows(start, stop), sent.scale, sent.lower, sent.num_features, sent.bits,
+                heads=self.heads, attention_bits=self.attention_bits, negative_slope=self.negative_slope,
+                concat=self.concat, **by_target(slice(start, stop)), **fused,
+            )  # fmt: skip
+            if residual is None:
+                return y
+            y = y + residual[start:stop]
+            return conclude(y if self.bias is None else y + self.bias, **out)
+
+        width = sent.num_features if self.concat else self.out_channels
+        return Producer(plan.num_dst, width, sent.words.device, run, is_fused=residual is None)
 
     def _spelled_out(self, z: Tensor | None, sent: PackedTensor, logits: Tensor, plan: GraphPlan) -> Any:
         """Edge by edge, as the converted layer: where attention weights or the correction are asked for."""
-        heads = sent.quantized()
-        messages = QuantizedTensor(
-            heads.codes.view(-1, self.heads, self.out_channels), heads.scale, heads.lower, heads.qmax, heads.unsigned
-        )
-        if messages.scale.numel() > 1:
-            values = heads.dequantize().view(-1, self.heads, self.out_channels)
-            messages = QuantizedTensor.identity(values)
+        shape = (-1, self.heads, self.out_channels)
+        if sent.scale.numel() > 1:
+            messages = QuantizedTensor.identity(sent.dequantize().view(shape))
+        else:
+            quantized = sent.quantized()
+            messages = replace(quantized, codes=quantized.codes.view(shape))
         out, alpha = LAYER._attend(self, logits, messages, plan)
         if z is not None:
             out = LAYER._smoothed(self, z, out, alpha, plan)
@@ -106,28 +120,52 @@ class PackedGATConv(_PackedAttention):
         """``[N, in_channels]`` to ``[N, H C]`` (``[N, C]`` without ``concat``); ``x`` may be a pair."""
         x_src, x_dst = (x, x) if isinstance(x, Tensor) else x
         residual = self.res(x_dst) if self.res is not None and x_dst is not None else None
-        z_src, z_dst = QuantizedGATConv._transformed(self, x_src, x_dst)
-        num_src = z_src.size(0)
-        num_dst = z_dst.size(0) if z_dst is not None else (num_src if size is None else size[1])
+        square = x_dst is x_src and self.lin is not None
+        sent, z_src, alpha_src, alpha_dst = self._messages(x_src, x_dst, square)
+        num_src = alpha_src.size(0)
+        num_dst = alpha_dst.size(0) if alpha_dst is not None else (num_src if size is None else size[1])
         plan, edge_attr, _ = LAYER._plan(self, edge_index, edge_attr, (num_src, num_dst))
-        alpha_src = (z_src * self.att_src).sum(-1)
-        alpha_dst = None if z_dst is None else (z_dst * self.att_dst).sum(-1)
         alpha_edge = None
         if edge_attr is not None and self.lin_edge is not None:
             alpha_edge = (LAYER._edge_features(self, edge_attr) * self.att_edge).sum(-1)
-        sent = self.message_quantizer(z_src.flatten(1))
-        square = z_dst is z_src
-        if return_attention_weights is None and (self.smp is None or not square):
-            if alpha_dst is None:
-                alpha_dst = alpha_src.new_zeros((num_dst, self.heads))
-            terms = {"alpha_src": alpha_src, "alpha_dst": alpha_dst, "alpha_edge": alpha_edge}
-            return self._attended(sent, plan, residual, **terms)
+        smooth = self.smp is not None and square
+        if return_attention_weights is None and not smooth:
+            target = alpha_src.new_zeros((num_dst, self.heads)) if alpha_dst is None else alpha_dst
+
+            def by_target(rows: slice) -> Logits:
+                edge = None if alpha_edge is None else alpha_edge[plan.edges(rows.start, rows.stop)]
+                return {"alpha_src": alpha_src, "alpha_dst": target[rows], "alpha_edge": edge}
+
+            return self.deferred(self._attended(sent, plan, residual, by_target))
         logits = alpha_src[plan.col.long()]
         for term in (None if alpha_dst is None else alpha_dst[plan.dst], alpha_edge):
             logits = logits if term is None else logits + term
         logits = F.leaky_relu(logits, self.negative_slope)
-        out, alpha = self._spelled_out(z_src if square else None, sent, logits, plan)
+        out, alpha = self._spelled_out(z_src if smooth else None, sent, logits, plan)
         return LAYER._returned(self, LAYER._finish(self, out, residual), alpha, plan, return_attention_weights)
+
+    def _messages(
+        self, x_src: Tensor, x_dst: Tensor | None, square: bool
+    ) -> tuple[PackedTensor, Tensor | None, Tensor, Tensor | None]:
+        """What is sent, the floats it comes from where they are needed, and the logits' terms of both ends."""
+        product = None
+        if square and self.smp is None and isinstance(self.lin, PackedLinear):
+            product = self.lin.fusible(self.lin.quantize(x_src), self.lin.bias, self.message_quantizer)
+        if product is not None:
+            return self._messages_by_blocks(product)
+        z_src, z_dst = QuantizedGATConv._transformed(self, x_src, x_dst)
+        alpha_dst = None if z_dst is None else (z_dst * self.att_dst).sum(-1)
+        return self.message_quantizer.quantize_heads(z_src), z_src, (z_src * self.att_src).sum(-1), alpha_dst
+
+    def _messages_by_blocks(self, product: Producer) -> tuple[PackedTensor, None, Tensor, Tensor]:
+        """The same without a float matrix of transformed features."""
+        sent, alpha_src, alpha_dst = [], [], []
+        for _, rows in product.blocks():
+            z = rows.view(-1, self.heads, self.out_channels)
+            sent.append(self.message_quantizer.quantize_heads(z))
+            alpha_src.append((z * self.att_src).sum(-1))
+            alpha_dst.append((z * self.att_dst).sum(-1))
+        return joined(sent), None, torch.cat(alpha_src), torch.cat(alpha_dst)
 
 
 class PackedGATv2Conv(_PackedAttention):
@@ -137,13 +175,6 @@ class PackedGATv2Conv(_PackedAttention):
     tensors_kept = ("att", "bias")
     target_quantizer: PackedRange
     att: Tensor
-
-    @classmethod
-    def refuses(cls, layer: Any) -> str | None:
-        target = layer.target_quantizer
-        rows = target.granularity == "node" or target.range_kind == RangeKind.ONE_BIT_ROWS
-        per_head = "a range per node and head" if rows and layer.heads > 1 else None
-        return super().refuses(layer) or per_head
 
     @classmethod
     def idle_sites(cls, layer: Any) -> tuple[str, ...]:
@@ -157,32 +188,37 @@ class PackedGATv2Conv(_PackedAttention):
             raise ValueError("Expected target features in a bipartite GATv2Conv (got None)")
         same = x_dst is x_src
         residual = self.res(x_dst) if self.res is not None else None
-        sent, z = self._sent(x_src)
+        sent, z = self._sent(self.lin_l, x_src, self.message_quantizer)
         target = sent
         if not (self.share_weights and same):
-            z_dst = (self.lin_l if self.share_weights else self.lin_r)(x_dst)
-            target = self.target_quantizer(z_dst)
+            lin = self.lin_l if self.share_weights else self.lin_r
+            target, _ = self._sent(lin, x_dst, self.target_quantizer)
         sizes = sent.words.size(0), x_dst.size(0)
         plan, edge_attr, _ = LAYER._plan(self, edge_index, edge_attr, sizes)
-        x_target = target.dequantize()
         smooth = self.smp is not None and same
         if edge_attr is None and return_attention_weights is None and not smooth:
             att = self.att.view(self.heads, self.out_channels)
-            return self._attended(sent, plan, residual, att=att, x_dst=x_target)
-        logits = self._logits(sent, x_target, edge_attr, plan)
-        values = None if z is None or not same else z.view(-1, self.heads, self.out_channels)
-        out, alpha = self._spelled_out(values, sent, logits, plan)
+
+            def by_target(rows: slice) -> Logits:
+                return {"att": att, "x_dst": target.rows(rows.start, rows.stop).dequantize()}
+
+            # The kernel reads targets as floats: by blocks, these are few at a time.
+            return self.deferred(replace(self._attended(sent, plan, residual, by_target), is_fused=False))
+        logits = self._logits(sent, target.dequantize(), edge_attr, plan)
+        out, alpha = self._spelled_out(z if smooth else None, sent, logits, plan)
         return LAYER._returned(self, LAYER._finish(self, out, residual), alpha, plan, return_attention_weights)
 
-    def _sent(self, x: Tensor) -> tuple[PackedTensor, Tensor | None]:
-        """Packed messages, and the floats they come from where those were written."""
-        lin = self.lin_l
+    def _sent(self, lin: Any, x: Tensor, site: PackedRange) -> tuple[PackedTensor, Tensor | None]:
+        """The packed result of ``lin``, and the floats it comes from where those were written."""
+        shape = (-1, self.heads, self.out_channels)
         if isinstance(lin, PackedLinear) and self.smp is None and x.layout == torch.strided and x.dim() == 2:
-            fused = lin.packed_to(lin.quantize(x), self.message_quantizer, lin.bias)
-            if fused is not None:
-                return fused, None
-        z = lin(x)
-        return self.message_quantizer(z), z
+            product = lin.fusible(lin.quantize(x), lin.bias, site)
+            if product is not None and site.spec.is_fixed:
+                return cast(PackedTensor, site.of(product)), None
+            if product is not None:
+                return joined([site.quantize_heads(rows.view(shape)) for _, rows in product.blocks()]), None
+        z = lin(x).view(shape)
+        return site.quantize_heads(z), z
 
     def _logits(self, sent: PackedTensor, target: Tensor, edge_attr: Any, plan: GraphPlan) -> Tensor:
         shape = (-1, self.heads, self.out_channels)

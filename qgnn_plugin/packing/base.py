@@ -20,6 +20,7 @@ from ..layers.graph import NormalizedGraph
 from ..quantizers import QuantizedTensor
 from ..smp.constraint import SmoothLayer
 from ..smp.deep import StackPlace
+from .deferred import DeferredTensor, Producer, conclude, is_deferring, plain
 from .ranges import UNSET, PackedRange, PackedTensor, SiteSpec
 
 __all__ = ["LayerSpec", "PackedConv", "PackedLayer", "inference", "packed_class", "register_packed"]
@@ -149,7 +150,22 @@ class PackedLayer(nn.Module):
         if not spec.output:
             self.output_quantizer = None
         self.float_bytes = _float_bytes(layer)
+        self.defers = True  # until a result of it was needed twice: then floats are written once
         self.eval()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._forward_hooks or self._forward_pre_hooks:  # these see plain tensors
+            args, kwargs = plain(args), plain(kwargs)
+        return super().__call__(*args, **kwargs)
+
+    def deferred(self, producer: Producer) -> Tensor:
+        """What ``producer`` computes, put off where the packed model around may never need it as floats."""
+        if not (self.defers and is_deferring()) or self._forward_hooks:
+            return producer()
+        return DeferredTensor(producer, self._write_floats)
+
+    def _write_floats(self) -> None:
+        self.defers = False
 
     def _add_range(self, site: str, spec: SiteSpec, device: torch.device | None) -> None:
         owner: nn.Module = self
@@ -200,26 +216,36 @@ class PackedConv(PackedLayer, SmoothLayer):
     def fill(self, layer: Any) -> None:
         super().fill(layer)
         if self.smp is not None:
-            self.multiplier.copy_(layer.multiplier)
+            self.multiplier.copy_(layer.force)
 
-    def aggregated(self, x: Activation, graph: NormalizedGraph, **epilogue: Any) -> Tensor:
+    def aggregation(self, x: Activation, graph: NormalizedGraph, **epilogue: Any) -> Producer:
         r""":math:`t_i \sum_j w_{ij} x_j` over codes.
 
         ``epilogue`` goes to :func:`qgnn_plugin.kernels.aggregate.aggregate`; values that are not
         packed take bias and nothing else.
         """
-        target = None if graph.target is None else graph.target.view(-1)
         if isinstance(x, QuantizedTensor) and x.qmax is not None:
             x = packed_dense(x)
-        if isinstance(x, PackedTensor):
-            return aggregate(
-                x.words, graph.plan, x.scale, x.lower, x.num_features, x.bits,
-                edge_weight=graph.weight, dst_scale=target, **epilogue,
-            )  # fmt: skip
-        assert set(epilogue) <= {"bias"}
-        out = aggregate_sum(x, graph.plan, graph.weight)
-        out = out if graph.target is None else out * graph.target
-        return out if epilogue.get("bias") is None else out + epilogue["bias"]
+
+        def run(start: int, stop: int, **more: Any) -> Tensor:
+            part = graph.rows(start, stop)
+            if isinstance(x, PackedTensor):
+                return aggregate(
+                    x.words, part.plan, x.scale, x.lower, x.num_features, x.bits, edge_weight=part.weight,
+                    dst_scale=None if part.target is None else part.target.view(-1), **epilogue, **more,
+                )  # fmt: skip
+            assert set(epilogue) <= {"bias"}
+            out = aggregate_sum(x, part.plan, part.weight)
+            out = out if part.target is None else out * part.target
+            return conclude(out if epilogue.get("bias") is None else out + epilogue["bias"], **more)
+
+        packed = isinstance(x, PackedTensor)
+        width = x.num_features if packed else x.shape[1]
+        return Producer(graph.plan.num_dst, width, graph.plan.device, run, is_fused=packed)
+
+    def aggregated(self, x: Activation, graph: NormalizedGraph, **epilogue: Any) -> Tensor:
+        """The floats of :meth:`aggregation`."""
+        return self.aggregation(x, graph, **epilogue)()
 
 
 def packed_dense(x: QuantizedTensor) -> PackedTensor:

@@ -1,7 +1,8 @@
-"""Packed GCNConv, SAGEConv, GINConv and APPNP."""
+"""Packed GCNConv, SAGEConv, GINConv, and propagations (APPNP, SMPropagation)."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import OFF
-from ..layers.appnp import QuantizedAPPNP
+from ..kernels.smp_step import smp_step, step_factors
+from ..layers.appnp import QuantizedAPPNP, QuantizedSMPropagation
 from ..layers.deep import DeepGCNConv
 from ..layers.gcn import QuantizedGCNConv
 from ..layers.gin import QuantizedGINConv, mean_with_self
@@ -17,11 +19,13 @@ from ..layers.graph import NormalizedGraph, gcn_graph, mean_graph, plain_graph
 from ..layers.sage import QuantizedSAGEConv, _transforms_first
 from ..quantizers import QuantizedTensor
 from ..smp.deep import DeepLayer
+from ..smp.propagation import Descent, PropagationLayer, SMPropagation
 from .base import Activation, LayerSpec, PackedConv, inference, packed_dense, register_packed
+from .deferred import DeferredTensor, Producer, added, computed, conclude, is_deferring, plain
 from .linear import PackedLinear
 from .ranges import PackedRange, PackedTensor
 
-__all__ = ["PackedAPPNP", "PackedDeepGCNConv", "PackedGCNConv", "PackedGINConv", "PackedSAGEConv"]
+__all__ = ["PackedDeepGCNConv", "PackedGCNConv", "PackedGINConv", "PackedPropagation", "PackedSAGEConv"]
 
 SUMS = ("mean", "add", "sum")
 
@@ -55,7 +59,7 @@ class PackedGCNConv(PackedConv):
         graph = self.normalized(edge_index, edge_weight, x.size(0))
         sent, z = self._messages(x, graph)
         if z is None or self.smp is None:
-            return self.aggregated(sent, graph, bias=self.bias)
+            return self.deferred(self.aggregation(sent, graph, bias=self.bias))
         out = self.smooth(z, self.aggregated(sent, graph), graph.apply, graph.plan.num_edges)
         return out if self.bias is None else out + self.bias
 
@@ -75,8 +79,9 @@ class PackedGCNConv(PackedConv):
     def _messages(self, x: Tensor, graph: NormalizedGraph) -> tuple[Activation, Tensor | None]:
         """What neighbours send, and the transformed features where they were written."""
         lin = self.lin
-        if graph.source is None and self.smp is None and isinstance(lin, PackedLinear) and lin.bias is None:
-            fused = lin.packed_to(lin.quantize(x), self.message_quantizer)
+        if self.smp is None and isinstance(lin, PackedLinear):
+            factor = None if graph.source is None else graph.source.view(-1)
+            fused = lin.packed_to(lin.quantize(x), self.message_quantizer, lin.bias, factor)
             if fused is not None:
                 return fused, None
         z = lin(x)
@@ -91,12 +96,13 @@ class PackedDeepGCNConv(DeepLayer, PackedGCNConv):
     def __init__(self, layer: Any, spec: LayerSpec, memo: dict[int, Any]) -> None:
         super().__init__(layer, spec, memo)
         assert spec.deep_place is not None
+        assert spec.config.smp is not None
         self.deep_place, self.deep_config, self.layer_name = spec.deep_place, spec.config.smp, spec.name
 
     @inference
     def forward(self, x: Tensor, edge_index: Any, edge_weight: Tensor | None = None) -> Tensor:
         """``[N, F]`` to ``[N, F]``."""
-        assert spec.config.smp is not None
+        x = plain(x)
         initial = self.initial_features(x)
         graph = self.normalized(edge_index, edge_weight, x.size(0))
         out = self.aggregated(self.message_quantizer(x if graph.source is None else x * graph.source), graph)
@@ -160,15 +166,18 @@ class PackedSAGEConv(PackedConv):
             x_src, same = self.lin(x_src).relu(), False
         sent = self.input_quantizer(x_src)
         graph = self._graph(edge_index, graph_size)
-        out = self._transform_first(sent, graph, edge_index, graph_size)
+        out = self._neighbours(sent, graph, edge_index, graph_size)
         if self.root_weight and x_dst is not None:
             target = sent
             if self.target_quantizer is not None:
                 target = self.target_quantizer(x_dst)
             elif not same:
                 target = self.input_quantizer(x_dst)
-            out = out + self.lin_r.apply_to(target, self.lin_r.bias)
-        return F.normalize(out, p=2.0, dim=-1) if self.normalize else out
+            own = self.lin_r.product(target, self.lin_r.bias)
+            out = added(out, own or computed(self.lin_r.apply_to(target, self.lin_r.bias)))
+        if self.normalize:
+            out = out.then(partial(F.normalize, p=2.0, dim=-1))
+        return self.deferred(out)
 
     def _graph(self, edge_index: Any, size: tuple[int, int]) -> NormalizedGraph:
         make = mean_graph if self.aggr == "mean" else plain_graph
@@ -177,33 +186,23 @@ class PackedSAGEConv(PackedConv):
             return NormalizedGraph(graph.plan, None, None, None)
         return graph
 
-    def _transform_first(
-        self, sent: Activation, graph: NormalizedGraph, edge_index: Any, size: tuple[int, int]
-    ) -> Tensor:
+    def _neighbours(self, sent: Activation, graph: NormalizedGraph, edge_index: Any, size: tuple[int, int]) -> Producer:
+        """What neighbours bring, transformed."""
+        lin, bias = self.lin_l, self.lin_l.bias
         if not self.transforms_first:
-            return self._aggregate_first(sent, graph)
-        bias = self.lin_l.bias
+            options = {"reduce": "max"} if self.aggr == "max" else {}
+            mean = lin.input_quantizer.of(self.aggregation(sent, graph, **options))
+            return lin.product(mean, bias) or computed(lin.apply_to(mean, bias))
         if self.smp is None:
-            messages: Activation | None = self.lin_l.packed_to(sent, self.message_quantizer)
+            messages: Activation | None = lin.packed_to(sent, self.message_quantizer)
             if messages is None:
-                messages = self.message_quantizer(self.lin_l.apply_to(sent, None))
-            assert messages is not None
-            return self.aggregated(messages, graph, bias=bias)
-        z = self.lin_l.apply_to(sent, None)
+                messages = self.message_quantizer(lin.apply_to(sent, None))
+            return self.aggregation(messages, graph, bias=bias)
+        z = lin.apply_to(sent, None)
         out = self.aggregated(self.message_quantizer(z), graph)
         smoother = mean_graph(edge_index, size, self.flow)
         out = self.smooth(z, out, smoother.apply, graph.plan.num_edges)
-        return out if bias is None else out + bias
-
-    def _aggregate_first(self, sent: Activation, graph: NormalizedGraph) -> Tensor:
-        lin, options = self.lin_l, {"reduce": "max"} if self.aggr == "max" else {}
-        packed = isinstance(sent, PackedTensor) or sent.qmax is not None
-        target = lin.input_quantizer
-        if packed and target is not None and target.spec.is_fixed and not target.check:
-            words = self.aggregated(sent, graph, **options, **target.output_range())
-            return lin.apply_to(target.wrap(words, lin.in_features), lin.bias)
-        out = self.aggregated(sent, graph, **options)
-        return lin.apply_to(lin.quantize(out), lin.bias)
+        return computed(out if bias is None else out + bias)
 
 
 class PackedGINConv(PackedConv):
@@ -231,22 +230,29 @@ class PackedGINConv(PackedConv):
         if isinstance(sent, QuantizedTensor):
             sent = packed_dense(sent)
         graph = plain_graph(edge_index, _graph_size(x_src, x_dst, size), self.flow)
-        out = self.aggregated(sent, graph)
+        out, same = self.aggregation(sent, graph), x_dst is x_src
         if x_dst is not None:
-            same = x_dst is x_src
-            own = (sent if same else self.message_quantizer(x_dst)).dequantize()
-            out = out + (1 + self.eps) * own
-            if self.smp is not None and same:
-                out = self._smoothed(own, out, graph)
-        return self.nn(out)
+            own = sent if same else self.message_quantizer(x_dst)
+            out = added(out, self._own(own if isinstance(own, PackedTensor) else packed_dense(own)))
+        if self.smp is not None and x_dst is not None and same:
+            return self.nn(self._smoothed(sent.dequantize(), out(), graph))
+        return self.nn(DeferredTensor(out) if is_deferring() else out())
+
+    def _own(self, x: PackedTensor) -> Producer:
+        """The node's own share, ``(1 + eps) x``."""
+
+        def run(start: int, stop: int, **more: Any) -> Tensor:
+            return conclude((1 + self.eps) * x.rows(start, stop).dequantize(), **more)
+
+        return Producer(x.words.size(0), x.num_features, x.words.device, run, is_fused=False)
 
     def _smoothed(self, z: Tensor, out: Tensor, graph: NormalizedGraph) -> Tensor:
         mean, mass = mean_with_self(graph, out, 1 + self.eps)
         return self.smooth(z, out / mass, mean, graph.plan.num_edges) * mass
 
 
-class PackedAPPNP(PackedConv):
-    r"""Packed APPNP: :math:`x \leftarrow (1 - \alpha) \hat A Q_k(x) + \alpha Q(h)`, a range for every step."""
+class PackedPropagation(PropagationLayer, PackedConv):
+    r"""Packed APPNP and SMPropagation: K steps, a range for what each sends; the state stays float32."""
 
     tensors_kept = ()
     input_quantizer: PackedRange
@@ -255,7 +261,17 @@ class PackedAPPNP(PackedConv):
     normalize: bool
     flow: str
     K: int
-    alpha: float
+
+    def __init__(self, layer: Any, spec: LayerSpec, memo: dict[int, Any]) -> None:
+        super().__init__(layer, spec, memo)
+        if isinstance(layer, SMPropagation):
+            self.smp = layer.smp if spec.smooth else None
+            self.eta, self.mu = layer.smp.eta, layer.smp.mu
+        else:
+            self.eta, self.mu = layer.alpha, None if layer.alpha == 0 else (1 - layer.alpha) / layer.alpha
+        for site in ("gap_quantizer", "state_quantizers"):
+            if not hasattr(self, site):
+                setattr(self, site, None)
 
     @classmethod
     def refuses(cls, layer: Any) -> str | None:
@@ -263,8 +279,20 @@ class PackedAPPNP(PackedConv):
             return "explain mode"
         if layer.is_off:
             return "32 bits"
+        if layer.moves_itself or (layer.smp is not None and layer.smp.algorithm == "reference"):
+            return "a multiplier that moves within the forward pass"
         dtype = layer.input_quantizer.log_scale.dtype
         return None if dtype == torch.float32 else "its ranges are not float32"
+
+    @classmethod
+    def idle_sites(cls, layer: Any) -> tuple[str, ...]:
+        return () if layer.smp is not None and layer.multiplier_value > 0 else ("gap_quantizer",)
+
+    @property
+    def descent(self) -> Descent:
+        return (
+            Descent(0.0, 1.0, 0.0) if self.mu is None else Descent(*step_factors(self.eta, self.mu, 0.0)[:2], self.eta)
+        )
 
     @inference
     def forward(self, x: Tensor, edge_index: Any, edge_weight: Tensor | None = None) -> Tensor:
@@ -278,13 +306,39 @@ class PackedAPPNP(PackedConv):
             flow=self.flow,
             dtype=torch.float32,
         )
-        h = self.input_quantizer(x).dequantize()
-        out, teleport = h, h * self.alpha
-        for step in range(self.K):
-            sent = out if graph.source is None else out * graph.source
-            messages = self.step_quantizers[str(step)](sent)
-            out = self.aggregated(messages, graph).mul_(1 - self.alpha).add_(teleport)
-        return self.smooth(h, out, graph.apply, graph.plan.num_edges)
+        x0 = self.input_quantizer(x).dequantize()
+        ranges = [self.step_quantizers[str(k)] for k in range(self.K)]
+        symmetric = graph.weight is None and graph.source is not None and graph.source is graph.target
+        plain_steps = self.smp is None and self.state_quantizers is None and self.mu is not None
+        if plain_steps and symmetric and all(sent.spec.is_fixed for sent in ranges):
+            return self._steps_in_kernel(x0, graph, ranges)
+        return self.propagate_steps(
+            x0, graph, lambda k, h: self._averaged(h, graph, ranges[k]),
+            lambda k, change: self._averaged(change, graph, self.gap_quantizer), exact=False,
+        )  # fmt: skip
+
+    def _steps_in_kernel(self, x0: Tensor, graph: NormalizedGraph, ranges: list[PackedRange]) -> Tensor:
+        """A kernel per step, which also packs what the next one sends."""
+        assert graph.source is not None
+        h, norm = x0, graph.source.view(-1)
+        words = None if not ranges else ranges[0](x0 * graph.source).words
+        for k, sent in enumerate(ranges):
+            target = ranges[k + 1].output_range() if k + 1 < self.K else {}
+            h, words, _ = smp_step(
+                h, x0, graph.plan, norm, eta=self.eta, mu=self.mu, words=words, scale=sent.scale,
+                offset=sent.lower, bits=sent.bits, **target,
+            )  # fmt: skip
+        return h
+
+    def _averaged(self, h: Tensor, graph: NormalizedGraph, sent: PackedRange | None) -> Tensor:
+        """``A~ Q(h)``."""
+        if sent is None:
+            return graph.apply(h)
+        return self.aggregated(sent(h if graph.source is None else h * graph.source), graph)
+
+    def stored(self, k: int, h: Tensor) -> Tensor:
+        states = self.state_quantizers
+        return h if k == 0 or states is None else states[str(k)](h).dequantize()
 
 
 def _refusal(layer: Any, message: Any) -> str | None:
@@ -301,6 +355,7 @@ for _mixin, _packed in {
     DeepGCNConv: PackedDeepGCNConv,
     QuantizedSAGEConv: PackedSAGEConv,
     QuantizedGINConv: PackedGINConv,
-    QuantizedAPPNP: PackedAPPNP,
+    QuantizedAPPNP: PackedPropagation,
+    QuantizedSMPropagation: PackedPropagation,
 }.items():
     register_packed(_mixin, _packed)

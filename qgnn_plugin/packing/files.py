@@ -33,7 +33,9 @@ def save_packed(packed: nn.Module, path: container.PathLike) -> None:
     specs = specs_of(packed)
     state = packed.state_dict(keep_vars=True)
     tensors = {names[0]: state[names[0]] for names in _aliases(state)}
-    container.write(path, KIND, tensors, {"model": type(packed).__name__, **_describe(specs)})
+    # A model that is one layer has the name of its float class there.
+    model = next((spec.type for spec in specs if spec.name == ""), type(packed).__name__)
+    container.write(path, KIND, tensors, {"model": model, **_describe(specs)})
 
 
 def load_packed(path: container.PathLike, model: nn.Module, *, verify: bool = True) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from ..layers.arithmetic import EXACT_FLOAT32, linear
 from ..layers.linear import QuantizedLinear
 from ..quantizers import QuantizedTensor
 from .base import Activation, LayerSpec, PackedLayer, inference, register_packed
+from .deferred import Producer, conclude
 from .ranges import PackedRange, PackedTensor
 
 __all__ = ["PackedLinear"]
@@ -90,7 +91,9 @@ class PackedLinear(PackedLayer):
     def forward(self, x: Tensor) -> Tensor:
         """``[*, K]`` float32 (or ``torch.sparse_csr`` ``[N, K]``) to ``[*, O]`` float32."""
         if x.layout != torch.strided or x.dim() == 2:
-            return self.apply_to(self.quantize(x), self.bias)
+            taken = self.quantize(x)
+            producer = self.product(taken, self.bias)
+            return self.apply_to(taken, self.bias) if producer is None else self.deferred(producer)
         rows = x.reshape(-1, x.size(-1))
         y = self.apply_to(self.quantize(rows), self.bias)
         return y.view(*x.shape[:-1], self.out_features)
@@ -103,52 +106,76 @@ class PackedLinear(PackedLayer):
 
     def apply_to(self, x: Activation, bias: Tensor | None) -> Tensor:
         """The linear map of quantized input ``[N, K]`` with another bias, or none: ``[N, O]``."""
-        out = self._fused(x, bias, {})
-        return self._wide(x, bias) if out is None else out
+        product = self.product(x, bias)
+        return self._wide(x, bias) if product is None else product()
 
-    def packed_to(self, x: Activation, target: PackedRange, bias: Tensor | None = None) -> PackedTensor | None:
-        """The linear map quantized to ``target`` in the same pass; :obj:`None` where it cannot be."""
-        if not target.spec.is_fixed or target.check or self.output_quantizer is not None:
-            return None
-        words = self._fused(x, bias, target.output_range())
-        return None if words is None else target.wrap(words, self.out_features)
+    def packed_to(
+        self, x: Activation, target: PackedRange, bias: Tensor | None = None, row_scale: Tensor | None = None
+    ) -> PackedTensor | None:
+        """The linear map, by a factor ``[N]`` per row, quantized to ``target`` without a float matrix.
 
-    def _fused(self, x: Activation, bias: Tensor | None, out: dict[str, Any]) -> Tensor | None:
-        """In one integer kernel, where the input's range factors out of the product."""
+        Returns:
+            :obj:`None` where it is no integer product, its floats are asked for elsewhere, or the range depends on
+            the whole matrix.
+        """
+        product = self.fusible(x, bias, target, row_scale)
+        return None if product is None else cast(PackedTensor, target.of(product))
+
+    def fusible(
+        self, x: Activation, bias: Tensor | None, target: PackedRange, row_scale: Tensor | None = None
+    ) -> Producer | None:
+        """The integer product of :meth:`packed_to`, :obj:`None` where there is none."""
+        asked_for = self.output_quantizer is not None or self._forward_hooks or self._forward_pre_hooks
+        return None if asked_for or not target.spec.is_row_local else self.product(x, bias, row_scale)
+
+    def product(self, x: Activation, bias: Tensor | None, row_scale: Tensor | None = None) -> Producer | None:
+        """The linear map, by a factor ``[N]`` per row, as integer products; :obj:`None` where it is none.
+
+        That takes packed weights, and input whose range factors out of the product.
+        """
         if self.words is None:
             return None
         if isinstance(x, QuantizedTensor):
-            return self._sparse(x, bias, out)
+            return self._sparse_product(x, bias, row_scale)
         limit = (2**31 - 1) // (top_code(x.bits) * top_code(self.site.bits))
         if (x.scale.dim() == 1 and x.scale.numel() > 1) or self.in_features > limit:
             return None
-        return kernel.linear(
-            x.words, self.words, x.scale, x.lower, self.weight_scale, self.weight_lower,
-            self.in_features, x.bits, self.site.bits, bias=bias, **out,
-        )  # fmt: skip
 
-    def _sparse(self, x: QuantizedTensor, bias: Tensor | None, out: dict[str, Any]) -> Tensor | None:
+        def run(start: int, stop: int, **out: Any) -> Tensor:
+            rows, factor = x.rows(start, stop), None if row_scale is None else row_scale[start:stop]
+            return kernel.linear(
+                rows.words, self.words, rows.scale, rows.lower, self.weight_scale, self.weight_lower,
+                self.in_features, x.bits, self.site.bits, bias=bias, row_scale=factor, **out,
+            )  # fmt: skip
+
+        return Producer(x.words.size(0), self.out_features, x.words.device, run)
+
+    def _sparse_product(self, x: QuantizedTensor, bias: Tensor | None, row_scale: Tensor | None) -> Producer | None:
         """Sparse codes times the weight: a sum of the packed rows of ``W^T`` that a row of ``x`` names."""
         if x.pattern is None or x.qmax is None or self.words is None:
             return None
-        pattern, bits = x.pattern, self.site.bits
-        longest = int(pattern.degree.max()) if pattern.num_dst else 0
-        if longest * x.qmax * top_code(bits) >= EXACT_FLOAT32:
+        pattern, words, bits, num_out = x.pattern, self.words, self.site.bits, self.out_features
+        if pattern.max_degree * x.qmax * top_code(bits) >= EXACT_FLOAT32:
             return None
-        words, num_out = self.words, self.out_features
 
         def transposed() -> Tensor:
             return pack_codes(unpack_codes(words, self.in_features, bits).t(), bits)
 
-        ones = x.qmax == 1 and bool(x.codes.all())
-        scale = self.weight_scale.expand(num_out).contiguous()
-        return aggregate(
-            plan_cache.get((words,), ("transposed", self.in_features, bits), transposed),
-            pattern, scale, self.weight_lower.expand(num_out).contiguous(), num_out, bits,
-            edge_weight=None if ones else x.codes,
-            dst_scale=x.scale.expand(pattern.num_dst, 1).reshape(-1),
-            bias=bias, **out,
-        )  # fmt: skip
+        messages = plan_cache.get((words,), ("transposed", self.in_features, bits), transposed)
+        scale, lower = (v.expand(num_out).contiguous() for v in (self.weight_scale, self.weight_lower))
+        step = x.scale.expand(pattern.num_dst, 1).reshape(-1)
+        codes = None if x.qmax == 1 and bool(x.codes.all()) else x.codes
+
+        def run(start: int, stop: int, **out: Any) -> Tensor:
+            weight = None if codes is None else codes[pattern.edges(start, stop)]
+            fused = out if row_scale is None else {}
+            y = aggregate(
+                messages, pattern.rows(start, stop), scale, lower, num_out, bits, edge_weight=weight,
+                dst_scale=step[start:stop], bias=bias, **fused,
+            )  # fmt: skip
+            return y if row_scale is None else conclude(y.mul_(row_scale[start:stop].view(-1, 1)), **out)
+
+        return Producer(pattern.num_dst, num_out, words.device, run, is_fused=row_scale is None)
 
     def _wide(self, x: Activation, bias: Tensor | None) -> Tensor:
         """In floats over unpacked codes, as the converted layer computes it."""

@@ -18,6 +18,7 @@ from ..layers.sage import QuantizedSAGEConv
 from ..quantizers import QLRQuantizer
 from ..smp.deep import DeepLayer, StackPlace, connect_stacks
 from .base import LayerSpec, PackedLayer, packed_class
+from .deferred import defer_inside
 from .ranges import PackedRange
 
 __all__ = ["PackedBytes", "is_packed", "pack_model", "packed_bytes", "packed_layers"]
@@ -86,6 +87,8 @@ def assemble(model: nn.Module, layers: Mapping[str, Any], specs: Iterable[LayerS
         parameter.requires_grad_(False)
     setattr(packed, SPECS, specs)
     connect_stacks(packed, stack_places(specs))
+    if not isinstance(packed, PackedLayer):
+        defer_inside(packed)
     return packed.eval()
 
 

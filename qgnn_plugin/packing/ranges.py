@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..config import BITS, OFF
+from ..kernels.aggregate import per_feature
 from ..kernels.layout import pack_codes, top_code, unpack_codes
 from ..kernels.quantize_pack import quantize_pack
 from ..kernels.unpack_dequantize import unpack_dequantize
 from ..quantizers import QLRQuantizer, QuantizedTensor, RangeKind, quantize_codes
 from ..quantizers.qlr import _peak, _row_peaks, _split
+from .deferred import DeferredTensor, Pending, Producer, plain, row_blocks
 
-__all__ = ["PackedRange", "PackedTensor", "SiteSpec"]
+__all__ = ["PackedRange", "PackedTensor", "SiteSpec", "joined"]
 
 UNSET = 0  # a site that saw no data: nothing may pass through it
 ONE_BIT = 1
@@ -88,6 +90,11 @@ class SiteSpec:
         return known and not self.truncated
 
     @property
+    def is_row_local(self) -> bool:
+        """Whether a row's codes depend on that row alone: blocks of rows can be quantized one by one."""
+        return self.bits not in (UNSET, OFF) and (self.bits != ONE_BIT or self.granularity == "node")
+
+    @property
     def stays_sparse(self) -> bool:
         """Whether code 0 stands for zero in every column, so that only stored values need codes."""
         return self.zero_code == 0 and self.granularity != "channel"
@@ -99,7 +106,7 @@ class PackedTensor:
 
     Args:
         words: ``[N, row_words(F, bits)]`` int32.
-        scale: One element, ``[F]`` or ``[N, 1]``, float32.
+        scale: One element, ``[F]``, ``[N, 1]`` or, for ``H`` heads with ranges of their own, ``[N, H]``, float32.
         lower: Lower end of the range, of the same shape.
         num_features: ``F``.
         bits: Width of a code: 1, 2, 4 or 8.
@@ -115,12 +122,33 @@ class PackedTensor:
 
     def dequantize(self) -> Tensor:
         """``[N, F]`` float32."""
+        if self.scale.dim() == 2 and self.scale.size(1) > 1:
+            scale, lower = (per_feature(v, self.num_features) for v in (self.scale, self.lower))
+            return unpack_codes(self.words, self.num_features, self.bits) * scale + lower
         return unpack_dequantize(self.words, self.scale, self.lower, self.num_features, self.bits)
+
+    def rows(self, start: int, stop: int) -> PackedTensor:
+        """The rows ``[start, stop)``."""
+        if (start, stop) == (0, self.words.size(0)):
+            return self
+        per_row = self.scale.dim() == 2
+        scale, lower = (v[start:stop] if per_row else v for v in (self.scale, self.lower))
+        return replace(self, words=self.words[start:stop], scale=scale, lower=lower)
 
     def quantized(self) -> QuantizedTensor:
         """The same tensor with its codes as floats: what the arithmetic of converted layers takes."""
         codes = unpack_codes(self.words, self.num_features, self.bits).to(torch.float32)
         return QuantizedTensor(codes, self.scale, self.lower, top_code(self.bits), self.unsigned)
+
+
+def joined(parts: Sequence[PackedTensor]) -> PackedTensor:
+    """Blocks of rows as one matrix."""
+    if len(parts) == 1:
+        return parts[0]
+    words, scale, lower = torch.cat([p.words for p in parts]), parts[0].scale, parts[0].lower
+    if scale.dim() == 2:
+        scale, lower = torch.cat([p.scale for p in parts]), torch.cat([p.lower for p in parts])
+    return replace(parts[0], words=words, scale=scale, lower=lower)
 
 
 class PackedRange(nn.Module):
@@ -217,12 +245,48 @@ class PackedRange(nn.Module):
                 f"The range of '{self.site}' was unset when the model was packed: calibrate on data "
                 f"that reach it (qgnn_plugin.calibrate) and pack again"
             )
+        if isinstance(x, DeferredTensor) and self.spec.is_row_local and not self.check:
+            return self._of_pending(x.pending)
+        x = plain(x)
         if x.layout != torch.strided:
             return self._quantize_sparse(x)
         if self.check and not bool(x.sum().isfinite()):
             self._refuse_infinite(x)
         if self.bits == OFF:
             return QuantizedTensor.identity(x)
+        if self.spec.is_fixed or not self.spec.is_row_local:
+            return self._quantize_rows(x)
+        return joined([self._quantize_rows(x[rows]) for rows in row_blocks(*x.shape, x.device)])
+
+    def of(self, producer: Producer) -> PackedTensor | QuantizedTensor:
+        """The codes of what ``producer`` computes, without its floats where a row's codes depend on that row alone."""
+        if not self.spec.is_row_local or self.check:
+            return self(producer())
+        return self._of_pending(Pending(producer))
+
+    def _of_pending(self, x: Pending) -> PackedTensor:
+        if self.spec.is_fixed:
+            return self.wrap(x.packed(**self.output_range()), x.producer.num_features)
+        return joined([self._quantize_rows(block) for _, block in x.blocks()])
+
+    def quantize_heads(self, x: Tensor) -> PackedTensor:
+        """Quantize ``[N, H, C]`` to codes ``[N, H C]``; a range per node is then one per node and head."""
+        if self.spec.granularity != "node" or x.size(1) == 1:
+            return self._quantize_rows(x.flatten(1))
+        scale, lower = self._range_of(x)
+        if self.skew is not None:
+            codes = quantize_codes(x, scale, lower, top_code(self.bits), self.skew)
+            words = pack_codes(codes.flatten(1), self.bits)
+        else:
+            # The kernel's range is per row: bring values into steps first, the same operations in the same order.
+            steps, one = (x - lower) * (1 / scale), torch.ones((), device=x.device)
+            words = quantize_pack(steps.flatten(1), one, torch.zeros_like(one), self.bits)
+        if self.bits == ONE_BIT:
+            self._check_one_bit(bool(((x == 0) | (x == scale)).all()))
+        unsigned = self.spec.zero_code == 0
+        return PackedTensor(words, scale.squeeze(-1), lower.squeeze(-1), x[0].numel(), self.bits, unsigned)
+
+    def _quantize_rows(self, x: Tensor) -> PackedTensor:
         scale, lower = self._range_of(x)
         unsigned = self.spec.zero_code == 0
         if self.skew is not None:

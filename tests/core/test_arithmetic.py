@@ -13,7 +13,7 @@ from torch_geometric.nn import APPNP, GCNConv, SAGEConv
 import qgnn_plugin as qgnn
 from qgnn_plugin import QLRQuantizer, QuantConfig
 from qgnn_plugin.kernels.plan import GraphPlan
-from qgnn_plugin.layers.arithmetic import aggregate_sum, linear
+from qgnn_plugin.layers.arithmetic import aggregate_sum, exact_sum, linear
 from qgnn_plugin.layers.attention import attention_codes, attention_thresholds
 
 
@@ -112,6 +112,35 @@ def test_aggregate_sum(granularity: str, levels: str, weighted: bool) -> None:
         out = aggregate_sum(quantized_x, plan, per_head)
         assert out.shape == shape
         assert_near(out, expected)
+
+
+@pytest.mark.parametrize("degree", [65_793, 65_794, 100_000, 1_200_000])
+@pytest.mark.parametrize("high", [255, 254])
+def test_sums_of_codes_are_rounded_once(degree: int, high: int) -> None:
+    """On both sides of 2^24 / 255, and where digits of four bits would not do."""
+    col = torch.arange(degree, dtype=torch.int32) % 3
+    plan = GraphPlan(torch.tensor([0, 0, degree, degree]), col, 3)
+    codes = torch.tensor([[255.0, 1.0], [high, 0.0], [3.0, 2.0]])
+    total = torch.bincount(col, minlength=3).double() @ codes.double()
+    assert torch.equal(exact_sum(plan, codes, 255), torch.stack([0 * total, total, 0 * total]).float())
+
+
+def test_exact_sums_keep_the_gradient() -> None:
+    degree = 70_001
+    plan = GraphPlan(torch.tensor([0, degree]), torch.arange(degree, dtype=torch.int32) % 5, 5)
+    x = torch.rand(5, 2, requires_grad=True)
+    quantized_x = fitted(x.detach(), 8)(x)
+    aggregate_sum(quantized_x, plan).sum().backward()
+    counts = torch.bincount(plan.col, minlength=5).float().view(-1, 1)
+    inside = (quantized_x.codes.detach() > 0) & (quantized_x.codes.detach() < 255)
+    bound = degree / 5 * torch.finfo(torch.float32).eps  # of a float32 sum over a node's edges
+    torch.testing.assert_close(x.grad[inside], counts.expand(5, 2)[inside], rtol=bound, atol=0.0)
+
+
+def test_too_many_neighbours_are_refused() -> None:
+    plan = GraphPlan(torch.tensor([0, 2**24]), torch.zeros(0, dtype=torch.int32), 1)
+    with pytest.raises(ValueError, match="fewer than 16777216 edges into a node"):
+        exact_sum(plan, torch.ones(1, 1), 255)
 
 
 def test_hubs_sum_exactly_beyond_two_to_the_24() -> None:

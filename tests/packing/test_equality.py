@@ -121,6 +121,18 @@ def test_odd_graphs(graph: str, poison_empty: None) -> None:
         assert_same(qmodel, qgnn_plugin.pack_model(qmodel), x, edge_index)
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_hub_of_100_000_neighbours(backend: str) -> None:
+    """At 8 bits its sum of codes passes 2^24, beyond which float32 does not hold every integer."""
+    leaves = 100_000
+    edge_index = torch.stack([torch.arange(1, leaves + 1), torch.zeros(leaves, dtype=torch.long)])
+    x = features("dense", leaves + 1, 3)
+    for layer in (GCNConv(3, 2), SAGEConv(3, 2), SAGEConv(3, 4, aggr="sum"), GINConv(nn.Linear(3, 2))):
+        qmodel = quantized(layer, x, edge_index, bits=8)
+        with use_backend(backend):
+            assert_same(qmodel, qgnn_plugin.pack_model(qmodel), x, edge_index)
+
+
 def test_every_adjacency_and_weights() -> None:
     graph = erdos_renyi(30, 120)
     edge_index = torch.unique(graph.edge_index, dim=1)

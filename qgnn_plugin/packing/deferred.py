@@ -1,0 +1,345 @@
+"""Results of packed layers that are not computed yet: the next layer decides whether floats are ever written.
+
+Inside a packed model a layer returns a :class:`DeferredTensor`.  Row-wise operations on it (ReLU, ELU, dropout in eval
+mode, BatchNorm in eval mode) are noted; a packed layer that takes it has the kernels write the codes of its own range,
+and anything else finds an ordinary float tensor, computed on first touch.  Both ways run the same float operations in
+the same order, so what a model returns does not depend on what was deferred.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from ..kernels.quantize_pack import quantize_pack
+
+__all__ = [
+    "DeferredTensor",
+    "Pending",
+    "Producer",
+    "added",
+    "computed",
+    "conclude",
+    "defer_inside",
+    "is_deferring",
+    "plain",
+    "row_blocks",
+]
+
+aten = torch.ops.aten
+Step = Callable[[Tensor], Tensor]
+Block = tuple[slice, Tensor]  # rows, and what they hold
+
+BLOCK_FLOATS = 1 << 20  # of a block of rows: they stay in the cache from the kernel to the codes
+BLOCK_ROWS = 64  # blocks are multiples of it, so that vectorized operations have their tails where whole matrices do
+
+
+def row_blocks(num_rows: int, num_features: int, device: torch.device) -> Iterator[slice]:
+    """Blocks of rows that stay in a cache; on an accelerator, where each would cost a launch, one of all."""
+    step = max(1, num_rows)
+    if device.type == "cpu":
+        step = max(1, BLOCK_FLOATS // max(1, num_features) // BLOCK_ROWS) * BLOCK_ROWS
+    return (slice(start, min(start + step, num_rows)) for start in range(0, max(1, num_rows), step))
+
+
+def gathered(num_rows: int, blocks: Iterator[Block]) -> Tensor:
+    """Blocks of rows as one matrix."""
+    rows, first = next(blocks)
+    if rows.stop == num_rows:
+        return first
+    out = first.new_empty((num_rows, first.size(1)))
+    out[rows] = first
+    for rows, part in blocks:
+        out[rows] = part
+    return out
+
+
+def conclude(
+    y: Tensor,
+    *,
+    relu: bool = False,
+    out_scale: Tensor | None = None,
+    out_offset: Tensor | None = None,
+    out_bits: int = 0,
+) -> Tensor:
+    """The end of a computation whose floats are there: ReLU, in place, and packed codes where a range is given."""
+    if relu:
+        y = y.relu_()
+    if out_bits == 0:
+        return y
+    assert out_scale is not None
+    assert out_offset is not None
+    return quantize_pack(y, out_scale, out_offset, out_bits)
+
+
+@dataclass(frozen=True, eq=False)
+class Producer:
+    """How to compute a float32 matrix ``[N, F]``.
+
+    Args:
+        num_rows: ``N``.
+        num_features: ``F``.
+        device: Where it is computed.
+        run: ``run(start, stop, relu=False, **out)`` gives the rows ``[start, stop)``, as floats or, with a range
+            ``out_scale``, ``out_offset`` and ``out_bits``, as packed codes.
+        is_fused: Whether packed codes come out of one kernel, without floats in between.
+    """
+
+    num_rows: int
+    num_features: int
+    device: torch.device
+    run: Callable[..., Tensor]
+    is_fused: bool = True
+
+    def __call__(self, **epilogue: Any) -> Tensor:
+        """The whole matrix; ``epilogue`` as that of ``run``."""
+        if self.is_fused:
+            return self.run(0, self.num_rows, **epilogue)
+        return gathered(self.num_rows, self.blocks(**epilogue))
+
+    def blocks(self, **epilogue: Any) -> Iterator[Block]:
+        """The matrix by blocks of rows (see :func:`row_blocks`)."""
+        for rows in row_blocks(self.num_rows, self.num_features, self.device):
+            yield rows, self.run(rows.start, rows.stop, **epilogue)
+
+    def then(self, step: Step) -> Producer:
+        """With ``step``, which treats every row for itself, applied to the floats."""
+
+        def run(start: int, stop: int, **out: Any) -> Tensor:
+            return conclude(step(self.run(start, stop)), **out)
+
+        return replace(self, run=run, is_fused=False)
+
+
+def computed(value: Tensor) -> Producer:
+    """A matrix that is there already."""
+
+    def run(start: int, stop: int, **out: Any) -> Tensor:
+        return conclude(value[start:stop].clone(), **out)
+
+    return Producer(*value.shape, value.device, run, is_fused=False)
+
+
+def added(first: Producer, second: Producer) -> Producer:
+    """The sum of two matrices, neither of which is written as a whole where the sum is packed."""
+
+    def run(start: int, stop: int, **out: Any) -> Tensor:
+        return conclude(first.run(start, stop).add_(second.run(start, stop)), **out)
+
+    return Producer(first.num_rows, first.num_features, first.device, run, is_fused=False)
+
+
+class _Runs:
+    """How often a producer has run: all that follows from it shares the count."""
+
+    def __init__(self, on_repeat: Callable[[], None]) -> None:
+        self.count, self.on_repeat = 0, on_repeat
+
+    def add(self) -> None:
+        self.count += 1
+        if self.count > 1:
+            self.on_repeat()
+
+
+class Pending:
+    """A producer and the row-wise steps after it; its value once something has touched that."""
+
+    def __init__(self, producer: Producer, *, on_repeat: Callable[[], None] = lambda: None) -> None:
+        self.producer, self.runs = producer, _Runs(on_repeat)
+        self.steps: tuple[Step, ...] = ()
+        self.value: Tensor | None = None
+
+    def then(self, step: Step) -> Pending:
+        after = copy.copy(self)
+        after.steps = (*self.steps, step)
+        return after
+
+    def _fused(self) -> tuple[bool, tuple[Step, ...]]:
+        """Whether a ReLU comes first, which producers compute themselves, and the steps that are left."""
+        relu = self.steps[:1] == (torch.relu,)
+        return relu, self.steps[relu:]
+
+    def materialize(self) -> Tensor:
+        if self.value is None:
+            self.runs.add()
+            relu, steps = self._fused()
+            value = self.producer(relu=relu)
+            for step in steps:
+                value = step(value)
+            self.value = value
+        return self.value
+
+    def blocks(self) -> Iterator[Block]:
+        """The value by blocks of rows, without a whole matrix where there is none yet."""
+        producer, (relu, steps) = self.producer, self._fused()
+        if self.value is not None:
+            for rows in row_blocks(producer.num_rows, producer.num_features, producer.device):
+                yield rows, self.value[rows]
+            return
+        self.runs.add()
+        for rows, value in producer.blocks(relu=relu):
+            for step in steps:
+                value = step(value)
+            yield rows, value
+
+    def packed(self, out_scale: Tensor, out_offset: Tensor, out_bits: int) -> Tensor:
+        """The codes, ``[N, row_words(F, out_bits)]`` int32, in a range of one element or ``[F]``."""
+        producer, (relu, steps) = self.producer, self._fused()
+        out: dict[str, Any] = {"out_scale": out_scale, "out_offset": out_offset, "out_bits": out_bits}
+        if self.value is None and not steps:
+            self.runs.add()
+            return producer(relu=relu, **out)
+        return gathered(producer.num_rows, ((rows, conclude(value, **out)) for rows, value in self.blocks()))
+
+
+class DeferredTensor(Tensor):
+    """A float32 matrix ``[N, F]`` that its producer has not computed yet.
+
+    Shape, dtype and device are known; every operation that is neither noted (see :data:`ROW_WISE`) nor an alias
+    computes the value, once, and acts on that.  ``on_repeat`` is called where the producer has to run a second time.
+    """
+
+    pending: Pending
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, producer: Producer, on_repeat: Callable[[], None] = lambda: None) -> DeferredTensor:
+        return cls._of(Pending(producer, on_repeat=on_repeat))
+
+    @classmethod
+    def _of(cls, pending: Pending) -> DeferredTensor:
+        producer = pending.producer
+        shape = (producer.num_rows, producer.num_features)
+        tensor = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.float32, device=producer.device)
+        tensor.pending = pending
+        return tensor
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if args and isinstance(args[0], cls) and args[0].pending.value is None:
+            noted = _note(args[0], func, args[1:], kwargs)
+            if noted is not None:
+                return noted
+        out = func(*plain(args), **plain(kwargs))
+        # What was changed in place is the same tensor still.
+        touched = [a for a in (*args, *kwargs.values()) if isinstance(a, cls)]
+        return next((t for t in touched if out is t.pending.value), out)
+
+    def plain(self) -> Tensor:
+        """The value, an ordinary tensor; computed on the first call."""
+        with torch.no_grad():
+            return self.pending.materialize()
+
+    # What reads memory without passing the dispatcher:
+
+    def numpy(self, *args: Any, **kwargs: Any) -> Any:
+        return self.plain().numpy(*args, **kwargs)
+
+    def tolist(self) -> Any:
+        return self.plain().tolist()
+
+    def data_ptr(self) -> int:
+        return self.plain().data_ptr()
+
+    def untyped_storage(self) -> Any:
+        return self.plain().untyped_storage()
+
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.plain().__dlpack__(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return copy.deepcopy(self.plain(), memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.plain().__reduce_ex__(protocol)
+
+    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
+        return self.plain().__repr__(**kwargs)
+
+
+def plain(value: Any) -> Any:
+    """Replace deferred tensors in nested tuples, lists and dictionaries by their values."""
+    return tree_map_only(DeferredTensor, DeferredTensor.plain, value)
+
+
+# Operations that treat every row alike and for itself, by their in-place form where there is one.
+ROW_WISE = {
+    aten.relu.default: aten.relu_.default,
+    aten.elu.default: aten.elu_.default,
+    aten.leaky_relu.default: aten.leaky_relu_.default,
+    aten.gelu.default: aten.gelu_.default,
+    aten.silu.default: aten.silu_.default,
+    aten.sigmoid.default: aten.sigmoid_.default,
+    aten.tanh.default: aten.tanh_.default,
+}
+_IN_PLACE = {in_place: func for func, in_place in ROW_WISE.items()}
+_ALIASES = (aten.view.default, aten._unsafe_view.default, aten.alias.default, aten.detach.default)
+
+
+def _note(x: DeferredTensor, func: Any, args: Any, kwargs: Any) -> Any:
+    """The result of ``func(x, ...)`` without computing ``x``; :obj:`None` where that takes its value."""
+    pending = x.pending
+    if func in ROW_WISE:
+        return DeferredTensor._of(pending.then(_step(func, args, kwargs)))
+    if func in _IN_PLACE:
+        pending.steps = (*pending.steps, _step(_IN_PLACE[func], args, kwargs))
+        return x
+    if func in _ALIASES and (not args or _is_shape_of(x, args[0])):
+        return DeferredTensor._of(pending)
+    if func is aten.native_batch_norm.default:
+        return _note_batch_norm(pending, *args, **kwargs)
+    return None
+
+
+def _is_shape_of(x: Tensor, size: Any) -> bool:
+    return len(size) == x.dim() and all(new in (-1, old) for new, old in zip(size, x.shape, strict=True))
+
+
+def _step(func: Any, args: Any, kwargs: Any) -> Step:
+    if func is aten.relu.default:
+        return torch.relu
+    return lambda y: func(y, *args, **kwargs)
+
+
+def _note_batch_norm(pending: Pending, weight: Any, bias: Any, mean: Any, var: Any, training: bool, *rest: Any) -> Any:
+    if training or mean is None:
+        return None
+    options = (weight, bias, mean, var, training, *rest)
+    empty = mean.new_empty(0)
+    return DeferredTensor._of(pending.then(lambda y: aten.native_batch_norm.default(y, *options)[0])), empty, empty
+
+
+# Where layers may defer ###############################################################################################
+
+_depth: ContextVar[int] = ContextVar("qgnn_packed_depth", default=0)
+
+
+def is_deferring() -> bool:
+    """Whether a packed model is running, whose output :func:`defer_inside` makes plain; never while compiling."""
+    return not torch.compiler.is_compiling() and not torch.jit.is_tracing() and _depth.get() > 0
+
+
+def defer_inside(model: nn.Module) -> None:
+    """Let the layers of ``model`` defer their results while it runs; what it returns are plain tensors."""
+    model.register_forward_pre_hook(_enter, prepend=True)
+    model.register_forward_hook(_leave, prepend=True, always_call=True)
+
+
+def _enter(model: nn.Module, args: Any) -> None:
+    if not torch.compiler.is_compiling():
+        _depth.set(_depth.get() + 1)
+
+
+def _leave(model: nn.Module, args: Any, output: Any) -> Any:
+    if torch.compiler.is_compiling():
+        return None
+    _depth.set(_depth.get() - 1)
+    return plain(output)
