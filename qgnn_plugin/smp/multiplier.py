@@ -98,10 +98,11 @@ def differential_multiplier_step(
     table = torch.cat([part.to(rows[0].device) for part in rows])
     if reduce is not None:
         table = reduce(table)
+    table = table.cpu()
     states = {}
     for (name, layer), part in zip(layers.items(), table.split(sizes), strict=True):
         if bool((part[:, 2] > 0).any()):
-            states[name] = _update(layer, constraint_ratio(part[:, 0], part[:, 1]).max().cpu())
+            states[name] = _update(layer, constraint_ratio(part[:, 0], part[:, 1]).max())
     return states
 
 

@@ -175,6 +175,40 @@ def test_warns_once_per_layer_that_saturates(sbm, make_trainer):
     assert "'net.convs.0'" in messages[0]
 
 
+def test_warns_before_a_multiplier_saturates(sbm, make_trainer):
+    model = make_model(alpha=1e-6, eta_lambda=1e-6, max_multiplier=10.0, multiplier=6.0)
+    trainer = make_trainer(max_epochs=1, callbacks=[DifferentialMultiplier()])
+    with pytest.warns(UserWarning, match=r"saturates: 6(\.\d+)? of at most 10"):
+        trainer.fit(Own(model), DataLoader([sbm], collate_fn=first))
+    assert all(value < 10 for value in multipliers(model).values())
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_propagation_layers_in_float_and_quantized(sbm, make_trainer, bits):
+    """Every step is constrained; accumulated batches are averaged step by step."""
+    smp = qgnn.SMPConfig(alpha=0.01, eta_lambda=0.01)
+    model = torch.nn.ModuleDict({"lin": torch.nn.Linear(16, 3), "prop": qgnn.SMPropagation(4, smp=smp)})
+    if bits is not None:
+        model = qgnn.quantize_model(model, bits)
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = model
+
+        def forward(self, x, edge_index):
+            return self.layers["prop"](self.layers["lin"](x), edge_index)
+
+    trainer = make_trainer(accumulate_grad_batches=2, callbacks=[DifferentialMultiplier()])
+    trainer.fit(Own(Net()), DataLoader([sbm] * 4, collate_fn=first))
+    layer = model["prop"]
+    assert layer.constraint_state.energy.shape == (4,)
+    assert float(layer.multiplier) > 0
+    logged = trainer.callback_metrics
+    assert float(logged["qgnn/lambda/net.layers.prop"]) == pytest.approx(float(layer.multiplier))
+    assert float(logged["qgnn/violation/net.layers.prop"]) == pytest.approx(layer.violation, rel=1e-5)
+
+
 def test_warns_where_there_is_nothing_to_do(sbm, make_trainer):
     model = qgnn.quantize_model(GCN(16, 8, 2, out_channels=3), config=qgnn.QuantConfig(smp=None))
     trainer = make_trainer(max_epochs=1, callbacks=[DifferentialMultiplier()])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -40,7 +41,7 @@ def test_converges_to_the_constrained_minimum_and_damping_calms() -> None:
         assert path[-1] == pytest.approx(1.0, abs=1e-3)
 
     def travelled(path: list[float]) -> float:
-        return sum(abs(b - a) for a, b in zip(path, path[1:], strict=False))
+        return sum(abs(b - a) for a, b in itertools.pairwise(path))
 
     assert travelled(damped) < 0.9 * travelled(free)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 from typing import Any
 
@@ -91,7 +92,7 @@ def test_descends_as_the_dense_computation_does(eta: float, mu: float, multiplie
     torch.testing.assert_close(layer.eval()(x, edge_index), states[-1])
     measured = layer.constraint_state
     assert measured is not None
-    for k, (before, after) in enumerate(zip(states[:-1], states[1:], strict=True)):
+    for k, (before, after) in enumerate(itertools.pairwise(states)):
         assert float(measured.energy[k]) == pytest.approx(energy(after - before, operator), rel=1e-6)
         assert float(measured.bound[k]) == pytest.approx(0.5 * energy(before, operator), rel=1e-6)
     assert layer.constraint == pytest.approx(
