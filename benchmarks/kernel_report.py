@@ -21,16 +21,20 @@ from benchmarks.environment import environment, write_atomically
 RESULTS = Path(__file__).parent / "results"
 TARGETS = ("sm_80", "sm_90", "gfx942")
 
-# Published figures: processors, 32-bit lanes per processor and clock, clock in GHz, memory
-# bandwidth in TB/s, registers per processor, most threads per processor, shared bytes.
+# Published figures: processors, 32-bit lanes per processor and clock, clock in GHz, memory bandwidth
+# in TB/s, dense int8 products in 10^12 operations per second, threads of a warp, registers and
+# threads per processor, shared bytes, and how registers are handed out.
 CARDS: dict[str, dict[str, float]] = {
-    "sm_80": {"sms": 108, "lanes": 64, "ghz": 1.41, "tbs": 2.04, "registers": 65536,
-              "threads": 2048, "shared": 163840},
-    "sm_90": {"sms": 132, "lanes": 64, "ghz": 1.76, "tbs": 3.35, "registers": 65536,
-              "threads": 2048, "shared": 232448},
+    "sm_80": {"sms": 108, "lanes": 64, "ghz": 1.41, "tbs": 2.04, "tops": 624, "warp": 32,
+              "registers": 65536, "threads": 2048, "shared": 163840},
+    "sm_90": {"sms": 132, "lanes": 64, "ghz": 1.76, "tbs": 3.35, "tops": 1979, "warp": 32,
+              "registers": 65536, "threads": 2048, "shared": 232448},
+    "gfx942": {"sms": 304, "lanes": 64, "ghz": 2.1, "tbs": 5.3, "tops": 2615, "warp": 64,
+               "registers": 131072, "threads": 2048, "shared": 65536},
 }  # fmt: skip
 NODES, EDGES = 170_000, 2_000_000
-WARP = 32
+REGISTER_GRANULE = 8
+RESERVED_SHARED = 1024  # bytes per program that the driver keeps
 
 
 def compiled(arguments: list[str]) -> list[dict[str, Any]]:
@@ -43,27 +47,30 @@ def compiled(arguments: list[str]) -> list[dict[str, Any]]:
         return json.loads(file.read_text())
 
 
-def occupancy(row: dict[str, Any]) -> float | None:
+def occupancy(row: dict[str, Any]) -> float:
     """Predicted share of a processor's threads that registers and shared memory admit."""
-    card = CARDS.get(row["target"])
-    if card is None:
-        return None
-    threads = row["num_warps"] * WARP
-    registers = -(-row["registers"] // 8) * 8 * threads
-    programs = min(card["threads"] // threads, card["registers"] // max(1, registers))
+    card = CARDS[row["target"]]
+    threads = row["num_warps"] * int(card["warp"])
+    registers = -(-max(1, row["registers"]) // REGISTER_GRANULE) * REGISTER_GRANULE * threads
+    programs = min(card["threads"] // threads, card["registers"] // registers)
     if row["shared_bytes"]:
-        programs = min(programs, card["shared"] // (row["shared_bytes"] + 1024))
+        programs = min(programs, card["shared"] // (row["shared_bytes"] + RESERVED_SHARED))
     return programs * threads / card["threads"]
 
 
 def predict(row: dict[str, Any]) -> dict[str, float]:
-    """Bytes per edge against the least, and milliseconds on the reference graph.
+    """Milliseconds on the reference graph, from bytes and instructions; of edges: bytes against the least.
 
-    The memory time counts every gathered row as a trip to memory; the cache makes it shorter.
+    The memory time of a gather counts every row as a trip to memory; the cache makes it shorter.
     """
-    card = CARDS.get(row["target"])
-    if card is None or not row["codes_per_iteration"] or "row_bytes" not in row:
-        return {}
+    if row["codes_per_iteration"] and "row_bytes" in row:
+        return _predict_gather(row, CARDS[row["target"]])
+    if "row_traffic" in row:
+        return _predict_rows(row, CARDS[row["target"]])
+    return {}
+
+
+def _predict_gather(row: dict[str, Any], card: dict[str, float]) -> dict[str, float]:
     instructions = sum(row["loop"].values()) / row["codes_per_iteration"]
     issued = EDGES * row["features"] * instructions / (card["sms"] * card["lanes"] * card["ghz"] * 1e6)
     least = row["features"] * row["bits"] / 8 + 4
@@ -81,47 +88,67 @@ def predict(row: dict[str, Any]) -> dict[str, float]:
     }
 
 
+def _predict_rows(row: dict[str, Any], card: dict[str, float]) -> dict[str, float]:
+    memory = NODES * row["row_traffic"] / (card["tbs"] * 1e9)
+    figures = {"memory_ms": memory, "predicted_ms": memory}
+    if "products" in row:
+        figures["issue_ms"] = 2 * NODES * row["products"] / (card["tops"] * 1e9)
+        figures["predicted_ms"] = max(memory, figures["issue_ms"])
+    return figures
+
+
 def markdown(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# Kernel report",
         "",
-        "Read from ahead-of-time binaries by `make kernel-report`; no GPU took part, and the times "
-        f"are predictions for {NODES:,} nodes and {EDGES:,} edges from published clocks and "
-        "bandwidths: the larger of instructions issued and bytes moved (every gather counted as a "
-        "trip to memory). Instructions per code are those of the inner loop, all of them and the "
-        "integer, logic and predicate ones.",
-        "",
-        "| target | op | case | registers | spills | shared | occupancy | widest load in loop | "
-        "per code | integer per code | bytes per edge (least) | issue ms | memory ms |",
-        "|" + " --- |" * 13,
+        "Read from ahead-of-time binaries by `make kernel-report`; no GPU took part. Times are predictions for "
+        f"{NODES:,} nodes and {EDGES:,} edges from published clocks and bandwidths (A100, H100 SXM, MI300X): the "
+        "larger of instructions issued and bytes moved, every gather counted as a trip to memory. `linear` has 256 "
+        "outputs and counts tensor-core products. Instructions per code are those of the inner loop; `integer` are "
+        "integer, logic, move and predicate ones, of AMD's the vector ones. Kernels without a prediction are second "
+        "stages of hubs and passes over logits.",
     ]
+    for target in dict.fromkeys(row["target"] for row in rows):
+        lines += ["", f"## {target}", "", *_table([row for row in rows if row["target"] == target])]
+    return "\n".join(lines) + "\n"
+
+
+HEADER = (
+    "op", "case", "registers", "spills", "local", "shared", "occupancy", "widest load", "in loop", "per code",
+    "integer", "bytes per edge (least)", "issue ms", "memory ms", "predicted ms",
+)  # fmt: skip
+
+
+def _table(rows: list[dict[str, Any]]) -> list[str]:
+    lines = ["| " + " | ".join(HEADER) + " |", "|" + " --- |" * len(HEADER)]
     for row in rows:
         figures = row["predicted"]
-        occupied = f"{row['occupancy']:.0%}" if row["occupancy"] is not None else ""
+
+        def number(name: str, form: str, figures: dict[str, float] = figures) -> str:
+            return format(figures[name], form) if name in figures else ""
+
+        edge = f"{number('bytes_per_edge', '.0f')} ({number('least_bytes_per_edge', '.0f')})"
         cells = [
-            row["target"], row["op"], row["case"], row["registers"], row["spills"],
-            row["shared_bytes"], occupied, max(row["loop_loads"], default=""),
+            row["op"], row["case"], row["registers"], row["spills"], row["local_bytes"], row["shared_bytes"],
+            f"{row['occupancy']:.0%}", row["widest_load"], max(row["loop_loads"], default=""),
+            number("instructions_per_code", ".2f"), number("integer_per_code", ".2f"),
+            edge if "bytes_per_edge" in figures else "", number("issue_ms", ".3f"), number("memory_ms", ".3f"),
+            number("predicted_ms", ".3f"),
         ]  # fmt: skip
-        if figures:
-            cells += [
-                f"{figures['instructions_per_code']:.2f}", f"{figures['integer_per_code']:.2f}",
-                f"{figures['bytes_per_edge']} ({figures['least_bytes_per_edge']:.0f})",
-                f"{figures['issue_ms']:.3f}", f"{figures['memory_ms']:.3f}",
-            ]  # fmt: skip
-        else:
-            cells += [""] * 5
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--grid", choices=("small", "full"), default="small")
     parser.add_argument("--target", choices=TARGETS, action="append")
-    parser.add_argument("--case", default="", help="only cases whose op and label contain this")
+    parser.add_argument("--case", action="append", help="only cases that match this shell pattern (see the aot module)")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(argv)
-    arguments = ["--grid", options.grid, "--case", options.case]
+    arguments = ["--grid", options.grid]
+    for pattern in options.case or ():
+        arguments += ["--case", pattern]
     for target in options.target or TARGETS:
         arguments += ["--target", target]
     rows = compiled(arguments)

@@ -2,7 +2,8 @@
 
 Run with Triton's interpreter off (``TRITON_INTERPRET`` unset), from tests in a subprocess::
 
-    python -m qgnn_plugin.kernels.triton.aot [--target sm_90] [--grid small|full] [--json FILE]
+    python -m qgnn_plugin.kernels.triton.aot [--target sm_90] [--grid small|full] [--case PATTERN]
+        [--json FILE]
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -89,22 +91,24 @@ def cases(grid: str, target: str) -> Iterator[Case]:
     """The specializations of ``grid`` (``"small"`` for quick tests, ``"full"``) for ``target``."""
     from . import aot_cases
 
-    warp = TARGETS[target][2]
     for build in aot_cases.BUILDERS:
-        yield from build(grid, warp)
+        yield from build(grid, target)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--target", choices=TARGETS, action="append")
     parser.add_argument("--grid", choices=GRIDS, default="small")
-    parser.add_argument("--case", default="", help="only cases whose op and label contain this")
+    parser.add_argument(
+        "--case", action="append", metavar="PATTERN",
+        help="only cases whose op and label, joined by a blank, match one of these shell patterns",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args(argv)
     rows = []
     for target in options.target or list(TARGETS):
         for case in cases(options.grid, target):
-            if options.case not in f"{case.op} {case.label}":
+            if not any(fnmatchcase(f"{case.op} {case.label}", pattern) for pattern in options.case or ("*",)):
                 continue
             binary = compile_case(case, target)
             row = {

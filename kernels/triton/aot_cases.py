@@ -15,12 +15,13 @@ from . import linear as linear_module
 from . import quantize_pack as quantize_module
 from . import smp_step as smp_module
 from . import unpack_dequantize as unpack_module
-from .aot import Case
-from .launch import Config, load_table, next_power_of_two, whole_row_tile, word_tile
+from .aot import TARGETS, Case
+from .launch import Config, load_table, next_power_of_two, table_entry, whole_row_tile, word_tile
 
 __all__ = ["BUILDERS", "shapes"]
 
 ONE, COLUMN, ROW = 0, 1, 2
+WARP = {name: target[2] for name, target in TARGETS.items()}
 WIDTHS = {"small": (64, 256), "full": (8, 33, 64, 100, 128, 256, 512)}
 BITS = {"small": (2, 4), "full": (1, 2, 4, 8)}
 
@@ -32,26 +33,20 @@ def shapes(grid: str) -> Iterator[tuple[int, int]]:
             yield bits, width
 
 
-def _config(kernel: str, words: int, warp: int) -> Config:
-    """What the shipped table says: the device's own entries where there are any."""
-    table = load_table()
-    arch = "gfx942" if warp == 64 else "sm_90"
-    for key in (arch, "default"):
-        for entry in table.get(key, {}).get(kernel, ()):
-            if words <= entry["max_words"]:
-                return Config(**{k: v for k, v in entry.items() if k != "max_words"})
-    return Config()
+def _config(kernel: str, words: int, target: str) -> Config:
+    """What the launcher picks from the shipped table on an architecture."""
+    return table_entry(kernel, target, words, (load_table(),))
 
 
-def _tile_constants(features: int, bits: int, config: Config, warp: int) -> dict[str, Any]:
+def _tile_constants(features: int, bits: int, config: Config, target: str) -> dict[str, Any]:
     words = row_words(features, bits)
-    rows, width = word_tile(config, words, warp)
+    rows, width = word_tile(config, words, WARP[target])
     return {"F": features, "W": words, "BITS": bits, "ROWS": rows, "WORDS": width}
 
 
-def _codes_per_turn(constants: dict[str, Any], config: Config, warp: int) -> float:
+def _codes_per_turn(constants: dict[str, Any], config: Config, target: str) -> float:
     """Codes per thread and turn of a loop over edges (padding columns do not count)."""
-    threads = config.num_warps * warp
+    threads = config.num_warps * WARP[target]
     words = constants["ROWS"] * min(constants["WORDS"], constants["W"]) / threads
     return max(words, 1) * 32 / constants["BITS"] * config.unroll
 
@@ -73,12 +68,12 @@ HUB_TYPES = {
 PACKED_TYPES = {"out": "*i32", "out_scale": "*fp32", "out_offset": "*fp32"}
 
 
-def aggregate_cases(grid: str, warp: int) -> Iterator[Case]:
+def aggregate_cases(grid: str, target: str) -> Iterator[Case]:
     for mode in ("sum", "max", "weighted"):
         for bits, features in shapes(grid):
             words = row_words(features, bits)
-            config = _config(f"aggregate_{mode}", words, warp)
-            constants = _tile_constants(features, bits, config, warp)
+            config = _config(f"aggregate_{mode}", words, target)
+            constants = _tile_constants(features, bits, config, target)
             constants |= {
                 "MODE": mode, "UNROLL": config.unroll, "HEADS": 1, "HEAD_TILE": 1, "ALIGNED": True,
                 "SCALE": ONE, "OFFSET": ONE, "RELU": True, "PACK": False, "OUT_SCALE": ONE, "OUT_OFFSET": ONE,
@@ -86,7 +81,7 @@ def aggregate_cases(grid: str, warp: int) -> Iterator[Case]:
             types = dict(AGGREGATE_TYPES)
             if mode == "weighted":
                 types |= {"weight": "*fp32", "partial": "*fp32"}
-            codes = _codes_per_turn(constants, config, warp)
+            codes = _codes_per_turn(constants, config, target)
             facts = {
                 "bits": bits, "features": features, "row_bytes": 4 * words,
                 "unroll": config.unroll, "mode": mode,
@@ -98,6 +93,8 @@ def aggregate_cases(grid: str, warp: int) -> Iterator[Case]:
                     types | PACKED_TYPES if pack else types, constants | {"PACK": pack},
                     config.num_warps, codes_per_iteration=codes, facts=facts,
                 )  # fmt: skip
+            if mode == "weighted" and features % 4 == 0:
+                yield _weighted_heads(bits, features, constants, types, config, codes, facts)
             hub = _without(constants, "ROWS", "UNROLL")
             yield Case(
                 "aggregate", f"{mode} int{bits} F={features} hubs", aggregate_module.hub_kernel,
@@ -107,10 +104,23 @@ def aggregate_cases(grid: str, warp: int) -> Iterator[Case]:
             )  # fmt: skip
 
 
-def pack_cases(grid: str, warp: int) -> Iterator[Case]:
+def _weighted_heads(
+    bits: int, features: int, constants: dict[str, Any], types: dict[str, str], config: Config, codes: float,
+    facts: dict[str, Any],
+) -> Case:  # fmt: skip
+    """Four weights per edge, and a range per source row."""
+    aligned = aggregate_module.heads_aligned(features, 4, bits, constants["WORDS"])
+    heads = {"HEADS": 4, "HEAD_TILE": 4, "ALIGNED": aligned, "SCALE": ROW, "OFFSET": ROW}
+    return Case(
+        "aggregate", f"weighted int{bits} F={features} H=4 rows", aggregate_module.aggregate_kernel, types,
+        constants | heads, config.num_warps, codes_per_iteration=codes, facts=facts | {"mode": "heads"},
+    )  # fmt: skip
+
+
+def pack_cases(grid: str, target: str) -> Iterator[Case]:
     for bits, features in shapes(grid):
-        config = _config("elementwise", row_words(features, bits), warp)
-        constants = _tile_constants(features, bits, config, warp)
+        config = _config("elementwise", row_words(features, bits), target)
+        constants = _tile_constants(features, bits, config, target)
         constants |= {"SCALE": COLUMN, "OFFSET": COLUMN}
         for op, kernel, types in (
             (
@@ -125,7 +135,8 @@ def pack_cases(grid: str, warp: int) -> Iterator[Case]:
             yield Case(
                 op, f"int{bits} F={features}", kernel,
                 types | {"scale": "*fp32", "offset": "*fp32", "num_rows": "i32"}, constants,
-                config.num_warps, facts={"bits": bits, "features": features},
+                config.num_warps, facts={"bits": bits, "features": features,
+                                         "row_traffic": row_bytes(features, bits) + 4 * features},
             )  # fmt: skip
 
 
@@ -138,14 +149,14 @@ GAT_TYPES = {"alpha_src": "*fp32", "alpha_dst": "*fp32"}
 V2_TYPES = {"att": "*fp32", "x_dst": "*fp32"}
 
 
-def attention_cases(grid: str, warp: int) -> Iterator[Case]:
+def attention_cases(grid: str, target: str) -> Iterator[Case]:
     heads_of = {8: 1, 33: 1, 100: 1}
     for bits, features in shapes(grid):
         heads = heads_of.get(features, 4)
         words = row_words(features, bits)
         for v2 in (False, True):
-            config = _config("attention_v2" if v2 else "attention", words, warp)
-            rows, tile = whole_row_tile(config, words, warp)
+            config = _config("attention_v2" if v2 else "attention", words, target)
+            rows, tile = whole_row_tile(config, words, WARP[target])
             constants = {
                 "F": features, "W": words, "BITS": bits, "ROWS": rows, "WORDS": tile, "HEADS": heads,
                 "HEAD_TILE": next_power_of_two(heads),
@@ -175,16 +186,22 @@ def attention_cases(grid: str, warp: int) -> Iterator[Case]:
                         "PAIRED": quantized and attention_module.fits_pairs(4, bits)
                         and (constants["ALIGNED"] or heads == 1),
                     },
-                    config.num_warps, codes_per_iteration=_codes_per_turn(constants, config, warp),
-                    facts=facts,
+                    config.num_warps, codes_per_iteration=_codes_per_turn(constants, config, target),
+                    facts=facts | {"mode": "v2" if v2 else "gat"},
+                )  # fmt: skip
+            if not v2:
+                hub = _without(constants, "ROWS", "V2", "UNROLL") | {"SLOTS": 4, "INTEGER": True}
+                yield Case(
+                    "attention_aggregate", f"{name} hubs", attention_module.attention_hub_kernel,
+                    _without(HUB_TYPES, "rowptr", "dst_scale"), hub, facts=facts,
                 )  # fmt: skip
 
 
-def linear_cases(grid: str, warp: int) -> Iterator[Case]:
+def linear_cases(grid: str, target: str) -> Iterator[Case]:
     pairs = ((2, 2), (4, 4)) if grid == "small" else ((1, 2), (2, 2), (4, 4), (4, 2), (8, 8))
     for x_bits, w_bits in pairs:
         for features in WIDTHS[grid]:
-            config = _config("linear", row_words(features, x_bits), warp)
+            config = _config("linear", row_words(features, x_bits), target)
             constants = {
                 "K": features, "X_BITS": x_bits, "W_BITS": w_bits,
                 "X_BYTES": row_bytes(features, x_bits), "W_BYTES": row_bytes(features, w_bits),
@@ -195,12 +212,15 @@ def linear_cases(grid: str, warp: int) -> Iterator[Case]:
             types = dict.fromkeys(("x", "w"), "*i8") | {"num_rows": "i32", "num_out": "i32"}
             types |= dict.fromkeys(("x_scale", "x_offset", "w_scale", "w_offset", "bias", "out"), "*fp32")
             name = f"int{x_bits} x int{w_bits} K={features}"
-            facts = {"bits": x_bits, "features": features}
+            outputs = linear_module.MAX_PACKED_OUT
+            facts = {
+                "bits": x_bits, "features": features, "products": features * outputs,
+                "row_traffic": row_bytes(features, x_bits) + 4 * outputs,
+            }  # fmt: skip
             yield Case(
                 "linear", name, linear_module.linear_kernel, types, constants, config.num_warps,
                 config.num_stages, facts=facts,
             )  # fmt: skip
-            outputs = linear_module.MAX_PACKED_OUT
             packed = {
                 "OUT_BITS": x_bits, "OUT_BYTES": row_bytes(outputs, x_bits), "BLOCK_N": outputs,
                 "BLOCK_M": max(16, config.block_m * config.block_n // outputs),
@@ -208,12 +228,12 @@ def linear_cases(grid: str, warp: int) -> Iterator[Case]:
             yield Case(
                 "linear", name + " packed", linear_module.linear_kernel,
                 types | PACKED_TYPES | {"out": "*i8", "row_scale": "*fp32"}, constants | packed,
-                config.num_warps,
-                config.num_stages, facts=facts,
+                config.num_warps, config.num_stages,
+                facts=facts | {"row_traffic": row_bytes(features, x_bits) + row_bytes(outputs, x_bits)},
             )  # fmt: skip
 
 
-def training_cases(grid: str, warp: int) -> Iterator[Case]:
+def training_cases(grid: str, target: str) -> Iterator[Case]:
     for bits, features in shapes(grid):
         rows, columns = fake_module.tile_shape(features)
         tile = {"ROWS": rows, "COLUMNS": columns}
@@ -225,15 +245,15 @@ def training_cases(grid: str, warp: int) -> Iterator[Case]:
         name = f"int{bits} F={features}"
         yield Case(
             "fake_quantize", name, fake_module.fake_quantize_kernel, forward | ends, constants,
-            facts=facts,
+            facts=facts | {"row_traffic": 8 * features},
         )  # fmt: skip
         yield Case(
             "fake_quantize", name + " backward", fake_module.fake_quantize_backward_kernel,
-            backward | ends, constants, facts=facts,
+            backward | ends, constants, facts=facts | {"row_traffic": 12 * features},
         )  # fmt: skip
 
 
-def smp_cases(grid: str, warp: int) -> Iterator[Case]:
+def smp_cases(grid: str, target: str) -> Iterator[Case]:
     for features in WIDTHS[grid]:
         rows, columns = fake_module.tile_shape(features)
         tile = {"F": features, "ROWS": rows, "COLUMNS": columns}
@@ -241,28 +261,29 @@ def smp_cases(grid: str, warp: int) -> Iterator[Case]:
         update = dict.fromkeys(("h", "x0", "neighbours", "norm", "out", "scaled"), "*fp32")
         update |= {"energy": "*fp64", "c0": "fp32", "c1": "fp32", "eta": "fp32", "num_rows": "i32"}
         yield Case("smp_step", f"update F={features}", smp_module.update_kernel, update, tile,
-                   facts=facts)  # fmt: skip
+                   facts=facts | {"row_traffic": 20 * features})  # fmt: skip
         correct = dict.fromkeys(("h", "u", "change"), "*fp32")
         correct |= {"constraint": "*fp64", "c2": "fp32", "num_rows": "i32"}
         yield Case("smp_step", f"correct F={features}", smp_module.correct_kernel, correct, tile,
-                   facts=facts)  # fmt: skip
-        config = _config("float_sum", features, warp)
-        rows, columns = word_tile(config, features, warp)
+                   facts=facts | {"row_traffic": 16 * features})  # fmt: skip
+        config = _config("float_sum", features, target)
+        rows, columns = word_tile(config, features, WARP[target])
+        floats = config.unroll * max(1, rows * columns / (config.num_warps * WARP[target]))
         types = _without(AGGREGATE_TYPES, "words", "scale", "offset", "bias", "magic")
         yield Case(
             "smp_step", f"float sum F={features}", float_module.float_sum_kernel,
             types | {"x": "*fp32", "dst_scale": "*fp32", "partial": "*fp32"},
             {"F": features, "HEADS": 1, "ROWS": rows, "COLUMNS": columns, "UNROLL": config.unroll},
-            config.num_warps, facts=facts | {"row_bytes": 4 * features},
+            config.num_warps, codes_per_iteration=floats, facts=facts | {"row_bytes": 4 * features},
         )  # fmt: skip
         yield Case(
             "spmm", f"weighted sum F={features}", float_module.float_sum_kernel,
             _without(types, "dst_scale")
             | {"x": "*fp32", "partial": "*fp32", "weight": "*fp32", "edge_of": "*i64"},
             {"F": features, "HEADS": 1, "ROWS": rows, "COLUMNS": columns, "UNROLL": config.unroll},
-            config.num_warps, facts=facts | {"row_bytes": 4 * features},
+            config.num_warps, codes_per_iteration=floats, facts=facts | {"row_bytes": 4 * features},
         )  # fmt: skip
-        rows, columns = whole_row_tile(config, features, warp)
+        rows, columns = whole_row_tile(config, features, WARP[target])
         yield Case(
             "spmm", f"edge products F={features}", float_module.edge_dots_kernel,
             {n: AGGREGATE_TYPES[n] for n in ("col", "row_of", "begin_of", "length_of", "out", "num_items")}
@@ -272,7 +293,7 @@ def smp_cases(grid: str, warp: int) -> Iterator[Case]:
         )  # fmt: skip
 
 
-BUILDERS: list[Callable[[str, int], Iterator[Case]]] = [
+BUILDERS: list[Callable[[str, str], Iterator[Case]]] = [
     aggregate_cases,
     attention_cases,
     linear_cases,

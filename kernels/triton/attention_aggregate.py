@@ -33,6 +33,7 @@ from .bits import (
     part_features,
     part_sums,
     power_of_two,
+    row_magic,
     spread,
     store_words,
     sums_by_part,
@@ -103,6 +104,7 @@ def _sums(  # type: ignore[no-untyped-def]
     parts: tl.constexpr = 8 // BITS
     head = tl.arange(0, HEAD_TILE)[None, :]
     exists = length > 0
+    magic = row_magic(magic, length)
     if PAIRED:
         total = tl.zeros([ROWS, 2 * WORDS, parts], kind)
     else:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .bits import COLUMN, HEAD, ONE, field_floats, isolate, power_of_two
+from .bits import COLUMN, HEAD, ONE, field_floats, isolate, power_of_two, row_magic
 from .gather import entry_features, gather_words, per_code, spread_heads, sum_heads
 from .launch import MAGIC_BITS, launch
 from .schedule import Schedule
@@ -135,6 +135,7 @@ def peak_kernel(  # type: ignore[no-untyped-def]
     head = tl.arange(0, HEAD_TILE)[None, :]
     best = tl.full([ROWS, HEAD_TILE], float("-inf"), tl.float32)
     word = tl.arange(0, WORDS)
+    magic = row_magic(magic, length)
     if V2:
         weights, target = v2_inputs(att, x_dst, row, item_ok, word, F, W, BITS)
     else:

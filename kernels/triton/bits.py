@@ -15,7 +15,7 @@ import triton.language as tl
 __all__ = [
     "COLUMN", "HEAD", "ONE", "ROW", "by_feature", "feature_tile", "field_floats", "finish",
     "isolate", "isolated_part", "load_range", "load_words", "pack_features", "part_features",
-    "part_sums", "power_of_two", "quantize", "select_part", "spread", "store_words", "sums_by_part",
+    "part_sums", "power_of_two", "quantize", "row_magic", "select_part", "spread", "store_words", "sums_by_part",
 ]  # fmt: skip
 
 # Kinds of range tensors: one element, one per column, one per row.
@@ -143,12 +143,21 @@ def power_of_two(exponent):
 
 
 @triton.jit
+def row_magic(magic, length):
+    """``magic``, ``MAGIC_BITS`` of :mod:`.launch`, the bits of 2^23, in a register of every thread.
+
+    It comes from a kernel's argument and (in vain) from the row's length, which is never negative: a
+    mask and the bits merge into one three-input instruction per code only where neither constants
+    nor the argument's place in constant memory are known to the compiler.
+    """
+    return (magic | (length >> 31))[:, None, None]
+
+
+@triton.jit
 def field_floats(fields, magic):
     """Fields below 2^23 as float32, exactly and without a conversion instruction.
 
-    ``magic`` is ``MAGIC_BITS`` of :mod:`.launch`, the bits of 2^23, from a kernel's argument: of a mask
-    and a constant only one fits an instruction, so with a constant that the compiler knew every code
-    would take one more.
+    ``magic`` comes from :func:`row_magic`.
     """
     return (fields | magic).to(tl.float32, bitcast=True) - _TWO_23
 

@@ -14,6 +14,7 @@ from .bits import (
     isolate,
     isolated_part,
     load_words,
+    row_magic,
     select_part,
     spread,
     sums_by_part,
@@ -186,6 +187,7 @@ def sum_weighted(  # type: ignore[no-untyped-def]
     ``s_j`` and ``l_j`` are the range of the source row, or 1 where the range is not per row.
     """
     head = tl.arange(0, HEAD_TILE)[None, :]
+    two_23 = row_magic(magic, length)
     total = tl.zeros([ROWS, WORDS, 32 // BITS], tl.float32)
     mass = tl.zeros([ROWS, HEAD_TILE], tl.float32)
     for k in range(0, longest, UNROLL):
@@ -205,7 +207,7 @@ def sum_weighted(  # type: ignore[no-untyped-def]
             if ROW_SCALE:
                 factor = factor * tl.load(scale + source, mask=ok, other=0.0)[:, None]
             factor = spread_heads(factor, word, F, W, BITS, ROWS, WORDS, HEADS, ALIGNED)
-            values = field_floats(fields, magic)
+            values = field_floats(fields, two_23)
             total = tl.fma(per_code(factor, BITS, ROWS, WORDS), values, total)
     return total, mass
 

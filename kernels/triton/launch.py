@@ -33,6 +33,7 @@ __all__ = [
     "load_table",
     "next_power_of_two",
     "override",
+    "table_entry",
     "warp_size",
     "whole_row_tile",
     "word_tile",
@@ -108,14 +109,21 @@ def load_table(path: str | None = None) -> dict[str, Any]:
     return table["architectures"]
 
 
-@cache
-def _lookup(kernel: str, arch: str, words: int, path: str | None) -> Config:
-    for table in (load_table(path), load_table()):
+def table_entry(kernel: str, arch: str, words: int, tables: tuple[dict[str, Any], ...]) -> Config:
+    """The first entry of ``tables`` for ``kernel`` and rows of ``words`` words: the architecture's own before the
+    default.
+    """
+    for table in tables:
         for key in (arch, "default"):
             for entry in table.get(key, {}).get(kernel, ()):
                 if words <= entry["max_words"]:
                     return Config(**{k: v for k, v in entry.items() if k != "max_words"})
     return Config()
+
+
+@cache
+def _lookup(kernel: str, arch: str, words: int, path: str | None) -> Config:
+    return table_entry(kernel, arch, words, (load_table(path), load_table()))
 
 
 def config_for(kernel: str, device: torch.device, words: int) -> Config:

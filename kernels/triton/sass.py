@@ -15,8 +15,11 @@ from pathlib import Path
 
 __all__ = ["Binary", "Instruction", "inner_loop", "read_amdgcn", "read_cubin"]
 
+# Memory, float, control and conversion instructions.  Of AMD's, scalar ones as well: the unit of their own
+# executes them once per wave.
 _NOT_INTEGER = re.compile(
-    r"^(LD|ST|ATOM|RED|F|H|MUFU|BRA|EXIT|BAR|WARPSYNC|NOP|BSSY|BSYNC|DEPBAR|MMA|IMMA|HGMMA|IGMMA|"
+    r"^(global_|buffer_|flat_|scratch_|ds_|s_|v_mfma|v_\w+_[bf]?f(16|32|64)|"
+    r"LD|ST|ATOM|RED|F|H|MUFU|BRA|EXIT|BAR|WARPSYNC|NOP|BSSY|BSYNC|DEPBAR|MMA|IMMA|HGMMA|IGMMA|"
     r"QGMMA|SHFL|CCTL|MEMBAR|ERRBAR|S2|CS2R|I2F|F2I|WARPGROUP|UCGABAR|SYNCS|LDGSTS|LDGDEPBAR|R2UR)"
 )
 
