@@ -32,7 +32,7 @@ class QuantizedConv(QuantizedLayer, SmoothLayer):
         """
         x = kwargs.get("x")
         pair = isinstance(x, (tuple, list))
-        bipartite = pair and x[1] is not x[0]
+        bipartite = isinstance(x, (tuple, list)) and x[1] is not x[0]
         kwargs = self.quantized_arguments(kwargs)
         out = self.float_propagate(edge_index, size, **kwargs)
         x = kwargs["x"][0] if pair else kwargs.get("x")

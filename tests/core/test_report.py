@@ -43,7 +43,7 @@ def test_widths_of_every_site() -> None:
     assert table["convs.0.lin"].bits == {"input": 1, "weight": 4}  # 0/1 features
     assert table["convs.1.lin"].bits == {"input": 4, "weight": 4}
     steps = rows(quantized(APPNP(2, 0.1), features(), graph(), bits=4))[""].bits
-    assert steps == {"input": 4, "step_quantizers.0": 4, "step_quantizers.1": 4}
+    assert steps == {"input": 4, "step_quantizers.0": 4, "step_quantizers.1": 4, "gap": 4}
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8, 32])
