@@ -12,6 +12,9 @@ from .smp_runs import BASELINES, WIDTHS
 __all__ = ["markdown", "plot"]
 
 Cells = list[dict[str, Any]]
+INTRODUCTION = """\
+INT4 training with a bound that binds, without dropout.  In the last steps, right of the line in the plot, only the
+multipliers move: a weight on the edge between two codes keeps jumping, and the constraint of its layer with it."""
 AIMS = {"deep FP32": 80.0, "deep INT4": 79.0}
 LARGEST_RATIO = 1.02
 
@@ -59,7 +62,7 @@ def _values(cells: Cells, name: str, field: str = "test", scale: float = 1.0) ->
 
 
 def _constraint(cells: Cells) -> list[str]:
-    lines = ["## The constraint is met", "", "INT4 training with a bound that binds; no dropout, final weights.", ""]
+    lines = ["## The constraint is met", "", INTRODUCTION, ""]
     rows, missed = [], 0
     for cell in _of(cells, "constraint"):
         for model, result in cell["results"].items():
@@ -202,6 +205,8 @@ def _plot_constraint(runs: Cells, path: Path) -> None:
             for layer, paths in result["paths"].items():
                 for row, field in enumerate(("constraint", "multiplier")):
                     axes[row][column].plot(paths[field], label=f"{model} {layer}", linewidth=1)
+            for axis in axes[:, column]:
+                axis.axvline(result["trained"], color="black", linewidth=0.5)
         axes[0][column].axhline(1, color="black", linewidth=0.5)
         axes[0][column].set(title=cell["what"][0], ylabel="g / bound", yscale="log")
         axes[1][column].set(xlabel="step", ylabel="multiplier")

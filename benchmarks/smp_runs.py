@@ -59,7 +59,9 @@ class Settings:
         deep_epochs: Those of a deep float model.
         evaluate_every: Epochs between evaluations.
         patience: Evaluations without improvement before a float model stops.
-        constraint_steps: Steps over which multipliers are watched.
+        constraint_steps: Training steps over which multipliers are watched.
+        settling_steps: Further ones with the weights held: at few bits a weight on the edge between two codes keeps
+            jumping, and the constraint with it.
         rounds: Of the timings.
     """
 
@@ -74,6 +76,7 @@ class Settings:
     evaluate_every: int = 3
     patience: int = 15
     constraint_steps: int = 300
+    settling_steps: int = 100
     rounds: int = 15
 
     @classmethod
@@ -81,7 +84,7 @@ class Settings:
         """Seconds, on a made-up graph: to see that everything runs."""
         return cls(
             seeds=2, datasets=(SYNTHETIC,), depth=5, steps=(2, 3), float_epochs=4, quantized_epochs=4, deep_epochs=4,
-            constraint_steps=6, rounds=2,
+            constraint_steps=6, settling_steps=3, rounds=2,
         )  # fmt: skip
 
     @property
@@ -198,7 +201,7 @@ def _sizes(data: Any) -> tuple[int, int]:
 
 
 def _constraint(data: Any, settings: Settings, seed: int, dataset: str) -> dict[str, Any]:
-    """Multipliers and ``g`` over its bound in every step of quantized training, and at its end.
+    """Multipliers and ``g`` over its bound in every step of quantized training, and once they have settled.
 
     Dropout is off, as noise would move the constraint from one step to the next.
     """
@@ -227,17 +230,25 @@ def _watch(student: nn.Module, teacher: nn.Module, data: Any, settings: Settings
     optimizer = torch.optim.Adam(parameter_groups(student, stage.lr, stage.weight_decay, recipe.range_lr))
     peaks = [group["lr"] for group in optimizer.param_groups]
     paths: dict[str, dict[str, list[float]]] = {n: {"constraint": [], "multiplier": []} for n in smp_layers(student)}
-    for step in range(settings.constraint_steps):
+
+    def train(step: int) -> None:
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * 0.5 * (1 + math.cos(math.pi * step / settings.constraint_steps))
         optimizer.zero_grad()
         distillation_loss(student(*args, **kwargs), soft).backward()
         optimizer.step()
+
+    def settle(_: int) -> None:
+        with torch.no_grad():
+            student(*args, **kwargs)
+
+    for step in range(settings.constraint_steps + settings.settling_steps):
+        (train if step < settings.constraint_steps else settle)(step)
         for name, state in qgnn.differential_multiplier_step(student).items():
             paths[name]["constraint"].append(round(state.constraint, 5))
             paths[name]["multiplier"].append(round(state.multiplier, 5))
-    student(*args, **kwargs)
-    return {"final": _constraints(student), "paths": paths}
+    settle(0)
+    return {"final": _constraints(student), "trained": settings.constraint_steps, "paths": paths}
 
 
 def _depth(data: Any, settings: Settings, seed: int) -> dict[str, Any]:
