@@ -10,7 +10,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 __all__ = ["Binary", "Instruction", "inner_loop", "read_amdgcn", "read_cubin"]
@@ -26,11 +26,12 @@ _NOT_INTEGER = re.compile(
 
 @dataclass(frozen=True)
 class Instruction:
-    """``address`` in bytes (lines for AMD); ``target`` of a branch."""
+    """``address`` in bytes (lines for AMD); ``target`` of a branch; whether the next one may follow."""
 
     address: int
     opcode: str
     target: int | None = None
+    falls_through: bool = True
 
 
 @dataclass(frozen=True)
@@ -92,20 +93,53 @@ def load_bytes(opcode: str) -> int:
 
 
 def inner_loop(instructions: list[Instruction]) -> list[Instruction]:
-    """The innermost loop that loads most bytes from global memory (empty without loops)."""
-    loops = []
-    for i in instructions:
-        if i.target is not None and i.target <= i.address:
-            loops.append([j for j in instructions if i.target <= j.address <= i.address])
-    innermost = [a for a in loops if not any(b is not a and _contains(a, b) for b in loops)]
-    loading = [a for a in innermost if any(load_bytes(i.opcode) for i in a)]
+    """The innermost loop that loads most bytes from global memory (empty without loops).
+
+    Loops are natural loops of the control flow graph: blocks that the compiler placed out of line belong to them.
+    """
+    loops = _natural_loops(instructions)
+    innermost = [a for a in loops if not any(b < a for b in loops)]
+    loading = [a for a in innermost if any(load_bytes(instructions[i].opcode) for i in a)]
     if not loading:
         return []
-    return max(loading, key=lambda a: sum(load_bytes(i.opcode) for i in a))
+    best = max(loading, key=lambda a: sum(load_bytes(instructions[i].opcode) for i in a))
+    return [instructions[i] for i in sorted(best)]
 
 
-def _contains(outer: list[Instruction], inner: list[Instruction]) -> bool:
-    return outer[0].address <= inner[0].address and inner[-1].address <= outer[-1].address and len(inner) < len(outer)
+def _natural_loops(instructions: list[Instruction]) -> list[frozenset[int]]:
+    """One set of instruction numbers per loop header: all that reach one of its back edges without passing it."""
+    index = {instruction.address: i for i, instruction in enumerate(instructions)}
+    after: list[list[int]] = []
+    for i, instruction in enumerate(instructions):
+        follows = [i + 1] if instruction.falls_through and i + 1 < len(instructions) else []
+        if instruction.target is not None:
+            follows.append(index[instruction.target])
+        after.append(follows)
+    before: list[list[int]] = [[] for _ in instructions]
+    for i, follows in enumerate(after):
+        for j in follows:
+            before[j].append(i)
+    loops = []
+    for header, sources in enumerate(before):
+        if len(sources) < 2:
+            continue
+        # A back edge comes from where no path from the entry leads but through the header.
+        elsewhere = _reached(after, 0, header)
+        latches = [i for i in sources if i not in elsewhere]
+        if latches:
+            loops.append(frozenset({header}.union(*(_reached(before, i, header) for i in latches))))
+    return loops
+
+
+def _reached(edges: list[list[int]], start: int, without: int) -> set[int]:
+    """What can be reached from ``start`` without passing ``without``."""
+    found, stack = {start} - {without}, [start]
+    while stack:
+        for j in edges[stack.pop()]:
+            if j != without and j not in found:
+                found.add(j)
+                stack.append(j)
+    return found
 
 
 def _binary(instructions: list[Instruction], registers: int, local: int, spills: int, shared: int) -> Binary:
@@ -132,19 +166,26 @@ def _parse_sass(text: str) -> list[Instruction]:
         if label:
             pending.append(label.group(1))
             continue
-        code = re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", line)
+        code = re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", line)
         if not code:
             continue
-        address = int(code.group(1), 16)
+        address, opcode = int(code.group(1), 16), code.group(3)
         labels.update(dict.fromkeys(pending, address))
         pending.clear()
-        target = re.search(r"`\((\.L_x_\d+)\)", code.group(3))
-        if code.group(2).startswith("BRA") and target:
+        target = re.search(r"`\((\.L_x_\d+)\)", code.group(4))
+        if opcode.startswith("BRA") and target:
             branches.append((len(instructions), target.group(1)))
-        instructions.append(Instruction(address, code.group(2)))
+        # A branch may be conditional by a predicate of its own (BRA P0, ...) as well.
+        always = opcode.startswith(("BRA", "EXIT", "RET")) and not code.group(2) and " P" not in code.group(4)
+        instructions.append(Instruction(address, opcode, falls_through=not always))
+    return _with_targets(instructions, branches, labels)
+
+
+def _with_targets(
+    instructions: list[Instruction], branches: list[tuple[int, str]], labels: dict[str, int]
+) -> list[Instruction]:
     for index, name in branches:
-        old = instructions[index]
-        instructions[index] = Instruction(old.address, old.opcode, labels.get(name))
+        instructions[index] = replace(instructions[index], target=labels.get(name))
     return instructions
 
 
@@ -167,21 +208,23 @@ def read_amdgcn(text: str) -> Binary:
     """Read the assembly of one AMD kernel."""
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
+    pending: list[str] = []
     branches: list[tuple[int, str]] = []
     for number, line in enumerate(text.splitlines()):
         label = re.match(r"(\.LBB\w+):", line)
         if label:
-            labels[label.group(1)] = number
+            pending.append(label.group(1))
             continue
         code = re.match(r"\t([a-z]\w+)\s*(.*)", line)
         if not code:
             continue
         if "branch" in code.group(1):
             branches.append((len(instructions), code.group(2).split(";")[0].strip()))
-        instructions.append(Instruction(number, code.group(1)))
-    for index, name in branches:
-        old = instructions[index]
-        instructions[index] = Instruction(old.address, old.opcode, labels.get(name))
+        always = code.group(1) in ("s_branch", "s_endpgm", "s_setpc_b64")
+        instructions.append(Instruction(number, code.group(1), falls_through=not always))
+        labels.update(dict.fromkeys(pending, number))
+        pending.clear()
+    instructions = _with_targets(instructions, branches, labels)
 
     def field(name: str) -> int:
         found = re.search(rf"\.{name}:\s+(\d+)", text)
