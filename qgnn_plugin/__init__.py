@@ -10,6 +10,7 @@ from .calibration import calibrate
 from .config import QuantConfig, SMPConfig
 from .conversion import is_quantized, quantize_model, quantizers, range_parameters, restore_model
 from .layers import QuantizedLayer, register_layer
+from .layers.graph import fixed_graph
 from .packing import (
     PackedBytes,
     PackedEmbeddings,
@@ -45,6 +46,7 @@ __all__ = [
     "compressed_activations",
     "differential_multiplier_step",
     "error_report",
+    "fixed_graph",
     "is_packed",
     "is_quantized",
     "load_packed",

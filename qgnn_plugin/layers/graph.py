@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,7 @@ __all__ = [
     "Edges",
     "NormalizedGraph",
     "edges_of",
+    "fixed_graph",
     "gcn_graph",
     "is_sparse",
     "looped_plan",
@@ -120,8 +123,45 @@ class NormalizedGraph:
         return out if self.target is None else out * self.target.view(-1, *([1] * (out.dim() - 1)))
 
 
+_fixed: dict[tuple[Any, ...], Any] | None = None
+
+
+@contextmanager
+def fixed_graph() -> Iterator[None]:
+    """Let ``torch.compile(fullgraph=True)`` trace models on one graph.
+
+    A compiled function cannot look a graph up by its memory.  Inside the context the calls of layers remember their
+    graph, and what is compiled there uses it as a constant: run the model once, compile it, and call it with that graph
+    only::
+
+        with qgnn.fixed_graph():
+            packed(x, edge_index)
+            compiled = torch.compile(packed, fullgraph=True)
+            compiled(x, edge_index)
+
+    Raises:
+        ValueError: If layers see two graphs of the same size inside.
+        KeyError: If something is compiled before it was run.
+    """
+    global _fixed
+    before, _fixed = _fixed, {}
+    try:
+        yield
+    finally:
+        _fixed = before
+
+
 def _cached(tensors: tuple[Any, ...], key: tuple[Any, ...], build: Any) -> Any:
     """Cache by identity; a graph whose weights are being learned, or in a foreign format, is built anew."""
+    if _fixed is not None and torch.compiler.is_compiling():
+        return _fixed[key]
+    value = _looked_up(tensors, key, build)
+    if _fixed is not None and _fixed.setdefault(key, value) is not value:
+        raise ValueError("Expected one graph inside 'fixed_graph' (got another of the same size); use two contexts")
+    return value
+
+
+def _looked_up(tensors: tuple[Any, ...], key: tuple[Any, ...], build: Any) -> Any:
     tensors = tuple(_plain(t) for t in tensors)
     if all(t is None or (isinstance(t, Tensor) and not t.requires_grad) for t in tensors):
         return plan_cache.get(tensors, key, build)

@@ -250,13 +250,17 @@ class PackedRange(nn.Module):
         x = plain(x)
         if x.layout != torch.strided:
             return self._quantize_sparse(x)
-        if self.check and not bool(x.sum().isfinite()):
+        if self._looks_at(x) and not bool(x.sum().isfinite()):
             self._refuse_infinite(x)
         if self.bits == OFF:
             return QuantizedTensor.identity(x)
         if self.spec.is_fixed or not self.spec.is_row_local:
             return self._quantize_rows(x)
-        return joined([self._quantize_rows(x[rows]) for rows in row_blocks(*x.shape, x.device)])
+        return joined([self._quantize_rows(x[rows]) for rows in row_blocks(x.size(0), x.size(1), x.device)])
+
+    def _looks_at(self, x: Tensor) -> bool:
+        """Whether to look for infinite values: on an accelerator that would force a synchronization."""
+        return self.check and x.device.type == "cpu" and not torch.compiler.is_compiling()
 
     def of(self, producer: Producer) -> PackedTensor | QuantizedTensor:
         """The codes of what ``producer`` computes, without its floats where a row's codes depend on that row alone."""
@@ -301,7 +305,7 @@ class PackedRange(nn.Module):
     def _quantize_sparse(self, x: Tensor) -> PackedTensor | QuantizedTensor:
         values, pattern = _split(x)
         assert pattern is not None
-        if self.check and not bool(values.sum().isfinite()):
+        if self._looks_at(values) and not bool(values.sum().isfinite()):
             self._refuse_infinite(values)
         if self.bits == OFF:
             return QuantizedTensor.identity(values, pattern)
