@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
-from torch_geometric.nn import GCN
+from torch_geometric.nn import GCN, Sequential
 
 import qgnn_plugin as qgnn
 from qgnn_plugin.lightning_modules import (
@@ -42,13 +42,22 @@ class History(pl.Callback):
         self.epochs[trainer.current_epoch] = values
 
 
-def make_module() -> QuantizedNodeClassifier:
+def make_module(mode: str = "full") -> QuantizedNodeClassifier:
     torch.manual_seed(3)
+    if mode == "damped":
+        return QuantizedNodeClassifier(qgnn.quantize_model(damped_propagation(), bits=2), num_classes=3)
     teacher = GCN(16, 8, 2, out_channels=3)
     smp = qgnn.SMPConfig(alpha=0.05, eta_lambda=0.01)
     config = qgnn.QuantConfig(bits=2, smp=smp)
     model = qgnn.quantize_model(GCN(16, 8, 2, out_channels=3, dropout=0.5), config=config)
     return QuantizedNodeClassifier(model, teacher=teacher)
+
+
+def damped_propagation() -> torch.nn.Module:
+    smp = qgnn.SMPConfig(alpha=0.05, eta_lambda=0.01, damping=0.1, slack=0.3, eta_slack=0.01)
+    propagation = qgnn.SMPropagation(4, dropout=0.3, smp=smp)
+    layers = [(torch.nn.Linear(16, 3), "x -> x"), (propagation, "x, edge_index -> x")]
+    return Sequential("x, edge_index", layers)
 
 
 def batches(data):
@@ -63,7 +72,7 @@ def batches(data):
 
 def run(make_trainer, data, folder: Path, mode: str, *, crash=False, resume=False):
     pl.seed_everything(17 if not resume else 99, verbose=False)
-    module, history = make_module(), History()
+    module, history = make_module(mode), History()
     at_validation = mode == "validation"  # where Lightning saves if a monitor is given
     saver = ModelCheckpoint(folder, save_last=True, every_n_epochs=1, save_on_train_epoch_end=not at_validation)
     callbacks = [DifferentialMultiplier(), history, saver, *([Crash()] if crash else [])]
@@ -73,7 +82,7 @@ def run(make_trainer, data, folder: Path, mode: str, *, crash=False, resume=Fals
         enable_checkpointing=True,
         accumulate_grad_batches=3 if mode == "accumulated" else 1,
     )
-    if mode in ("full", "validation"):
+    if mode in ("full", "validation", "damped"):
         source = {"datamodule": NodeDataModule(data)}
     else:
         source = {"train_dataloaders": batches(data), "val_dataloaders": batches(data)}
@@ -102,7 +111,7 @@ def assert_equal(left, right, where: str) -> None:
         assert left == right, where
 
 
-@pytest.mark.parametrize("mode", ["full", "validation", "sampled", "accumulated"])
+@pytest.mark.parametrize("mode", ["full", "validation", "sampled", "accumulated", "damped"])
 def test_resumed_run_is_the_uninterrupted_one(sbm, make_trainer, tmp_path, mode):
     module, trainer, history = run(make_trainer, sbm, tmp_path / "whole", mode)
     run(make_trainer, sbm, tmp_path / "parts", mode, crash=True)

@@ -67,6 +67,8 @@ def test_propagation_stays_within_its_bound(
     edge_index = erdos_renyi(30, 90, seed).edge_index
     edge_index = edge_index if directed else to_undirected(edge_index)
     mu = max(0.0, reach / eta - 1)  # (1 + mu) eta = reach: 1 is a step of APPNP, beyond it the descent overshoots
+    if correction == "explicit":  # stable up to eta lambda = 1/2
+        multiplier = min(multiplier, 0.6 / eta)
     smp = SMPConfig(eta=eta, mu=mu, multiplier=multiplier, correction=correction, state_bits=state_bits)
     config = QuantConfig(bits=bits, granularity=granularity, message_levels=levels, truncation=truncation)
     layer = report(SMPropagation(steps, smp=smp), (torch.randn(30, 5), edge_index), config, shift)

@@ -17,6 +17,7 @@ from torch_geometric.utils import to_undirected
 
 import qgnn_plugin as qgnn
 from qgnn_plugin import QuantConfig, SMPConfig, SMPropagation
+from qgnn_plugin.layers.graph import NormalizedGraph
 from qgnn_plugin.quantizers import QLRQuantizer
 
 
@@ -186,6 +187,26 @@ def test_larger_multiplier_leaves_less_and_the_bound_is_met(name: str, bits: int
         state = qgnn.differential_multiplier_step(layer)[""]
     assert 0.9 < state.constraint < 1.05
     assert 0 < state.multiplier < 50
+
+
+@pytest.mark.parametrize("bits", [32, 4])
+def test_products_per_step(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A multiplier of zero costs nothing, and measuring K steps one product more than they take."""
+    x, edge_index = features(), graph()
+    layer: Any = qgnn.calibrate(qgnn.quantize_model(SMPropagation(5), bits), (x, edge_index))
+    products = []
+    original = NormalizedGraph.apply
+
+    def apply(self: NormalizedGraph, v: Tensor) -> Tensor:
+        products.append(v)
+        return original(self, v)
+
+    monkeypatch.setattr(NormalizedGraph, "apply", apply)
+    layer.eval()(x, edge_index)
+    assert len(products) == (5 if bits == 32 else 0)  # quantized steps sum codes
+    products.clear()
+    layer.train()(x, edge_index)
+    assert len(products) == 6
 
 
 def test_default_bound_leaves_propagation_alone() -> None:
