@@ -192,6 +192,8 @@ class QuantConfig:
         truncation: :obj:`None`, ``"bt"`` (8-bit codes truncated to fewer levels) or ``"sbt"`` (BT*, corrected for
             skewness).
         learn_ranges: Whether ranges receive gradients; otherwise they stay where calibration put them.
+        learn_input_ranges: The same for the features that enter the model.  They are data: least mean-squared error
+            already fits them, and a gradient for every stored value is the dearest part of a step on sparse features.
         smp: Smoothness constraint of every message-passing layer, or :obj:`None`.
         overrides: Layer-name pattern (as in :mod:`fnmatch`) to a mapping of the fields above for matching layers;
             later patterns win.
@@ -210,6 +212,7 @@ class QuantConfig:
     weight_levels: Levels = "half"
     truncation: Truncation | None = None
     learn_ranges: bool = True
+    learn_input_ranges: bool = True
     smp: SMPConfig | None = field(default_factory=SMPConfig)
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     version: int = CONFIG_VERSION
@@ -246,10 +249,13 @@ class QuantConfig:
     def accurate(cls, bits: int = 4, **changes: Any) -> QuantConfig:
         """The placement of ranges that keeps most accuracy: a scale per node and half-integer message levels.
 
+        The ranges of the model's inputs stay where calibration puts them.
+
         Messages of hubs and of leaves differ by orders of magnitude, which one range of four levels cannot hold.
         The default, a range per tensor, keeps sums over neighbours in integers and is faster once packed.
         """
-        return cls(**{"bits": bits, "granularity": "node", "message_levels": "half", **changes})
+        chosen = {"bits": bits, "granularity": "node", "message_levels": "half", "learn_input_ranges": False}
+        return cls(**{**chosen, **changes})
 
     def bits_for(self, site: Site) -> int:
         """The width of a site; falls back to ``bits``."""

@@ -186,7 +186,7 @@ class SiteFactory:
             channels=channels,
             channel_dim=channel_dim,
             truncation=self.config.truncation,
-            learn=self.config.learn_ranges,
+            learn=self.config.learn_ranges and (site != "input" or self.config.learn_input_ranges),
             site=f"{self.name}.{label}" if self.name else label,
             device=self.device,
             dtype=self.dtype,

@@ -18,7 +18,7 @@ from core.support import (
     state,
 )
 from torch import nn
-from torch_geometric.nn import GATConv, GCNConv, GraphConv, Linear, MessagePassing, SAGEConv
+from torch_geometric.nn import GCN, GATConv, GCNConv, GraphConv, Linear, MessagePassing, SAGEConv
 from torch_geometric.typing import OptTensor
 
 import qgnn_plugin as qgnn
@@ -442,3 +442,13 @@ def test_original_stays_usable_beside_its_copy() -> None:
     assert torch.equal(model(x, edge_index), expected)
     fresh = copy.deepcopy(model)
     assert torch.equal(fresh(x, edge_index), expected)
+
+
+def test_input_ranges_can_be_left_to_calibration():
+    """Only the features that enter the model: ranges of activations, messages and weights still learn."""
+    qmodel = qgnn.quantize_model(GCN(8, 8, 2, 3), config=QuantConfig.accurate(2))
+    learned = {name: p.requires_grad for name, p in qmodel.named_parameters() if name.endswith("log_scale")}
+    assert {name for name, learns in learned.items() if not learns} == {"convs.0.lin.input_quantizer.log_scale"}
+    assert len(learned) > 1
+    default = qgnn.quantize_model(GCN(8, 8, 2, 3), bits=2)
+    assert all(p.requires_grad for p in qgnn.range_parameters(default))
