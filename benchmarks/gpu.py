@@ -11,33 +11,57 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-BUDGET_SECONDS = 7.5 * 60
 GRAPHS = {"power-law 170k/2M": (170_000, 2_000_000), "power-law 2M/100M": (2_000_000, 100_000_000)}
+TINY = {"power-law tiny": (24, 60), "power-law tiny, dense": (12, 90)}
 FEATURES = (64, 128, 256, 512)
 
+# Seconds after the start, correctness included, at which each section gives way to the next; what it did not reach is
+# named.
+DEADLINES = {"aggregate": 240, "inference": 320, "training": 350, "large graphs": 440}
 
-def _graphs(dry_run: bool, device: Any, files: list[str]) -> Iterator[tuple[str, Any]]:
+
+class Clock:
+    """Hands out the rows of a section until its deadline."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.skipped: list[str] = []
+        self.seconds: dict[str, float] = {}
+
+    def within(self, section: str, rows: Iterable[dict[str, Any]], what: str) -> Iterator[dict[str, Any]]:
+        for row in rows:
+            yield row
+            self.seconds[section] = time.perf_counter() - self.started
+            if self.seconds[section] > DEADLINES[section]:
+                self.skipped.append(f"{section}: {what} after {row.get('name', row.get('check'))!r}")
+                return
+
+
+def _graphs(sizes: dict[str, tuple[int, int]], device: Any) -> Iterator[tuple[str, Any]]:
+    from qgnn_plugin.kernels.triton.autotune import power_law_plan
+
+    for name, size in sizes.items():
+        yield name, power_law_plan(*size, device)
+
+
+def _files(files: list[str], device: Any) -> Iterator[tuple[str, Any]]:
+    """Graphs ``NAME=FILE.npz`` with arrays ``rowptr`` and ``col``."""
     import numpy as np
     import torch
 
     from qgnn_plugin.kernels.plan import GraphPlan
-    from qgnn_plugin.kernels.triton.autotune import power_law_plan
 
-    if dry_run:
-        yield "power-law tiny", power_law_plan(24, 60, device)
-    else:
-        for name, sizes in GRAPHS.items():
-            yield name, power_law_plan(*sizes, device)
     for file in files:
         name, path = file.split("=", 1)
-        edges = torch.from_numpy(np.load(path)).long().to(device)
-        nodes = int(edges.max()) + 1
-        yield name, GraphPlan.from_edges(edges[0], edges[1], nodes, nodes)
+        arrays = np.load(path)
+        rowptr = torch.from_numpy(arrays["rowptr"].astype(np.int64))
+        col = torch.from_numpy(arrays["col"].astype(np.int32))
+        yield name, GraphPlan(rowptr.to(device), col.to(device), rowptr.numel() - 1)
 
 
 def _table(title: str, rows: list[dict[str, Any]], columns: tuple[str, ...]) -> list[str]:
@@ -56,11 +80,14 @@ def markdown(document: dict[str, Any]) -> str:
     lines = [
         f"# GPU benchmark: {document['device']}",
         "",
-        f"{len(document['checks'])} checks against the references, {len(failed)} failed. Copy "
-        f"bandwidth {document['copy_bandwidth'] / 1e9:.0f} GB/s. Medians; `vs` is the time of "
-        "cuSPARSE fp32 (or PyG edge_index fp32) over this one.",
+        f"{len(document['checks'])} checks of ops and models against the references, {len(failed)} failed. Copy "
+        f"bandwidth {document['copy_bandwidth'] / 1e9:.0f} GB/s. Medians; `vs` is the time of cuSPARSE fp32 (models: "
+        "of PyG's best fp32 path) over this one; `of_copy` the share of the copy bandwidth at which the bytes moved "
+        "that must move once.",
         "",
     ]
+    if document["skipped"]:
+        lines += ["Out of time: " + "; ".join(document["skipped"]) + ".", ""]
     graph = ("graph", "features", "name", "ms", "vs", "of_copy", "peak_bytes", "error")
     model = ("model", "name", "ms", "vs", "peak_bytes", "error")
     lines += _table("aggregate", document["aggregate"], graph)
@@ -69,42 +96,55 @@ def markdown(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _ratios(rows: list[dict[str, Any]], keys: tuple[str, ...], baseline: str) -> None:
-    """Add ``vs``, the baseline's time over each row's, among rows that agree on ``keys``."""
-    base = {tuple(row[k] for k in keys): row["ms"] for row in rows if row["name"] == baseline and "ms" in row}
+def _ratios(rows: list[dict[str, Any]], keys: tuple[str, ...], baselines: tuple[str, ...]) -> None:
+    """Add ``vs``, the fastest baseline's time over each row's, among rows that agree on ``keys``."""
+    base: dict[tuple[Any, ...], float] = {}
+    for row in rows:
+        if row["name"] in baselines and "ms" in row:
+            group = tuple(row[k] for k in keys)
+            base[group] = min(row["ms"], base.get(group, row["ms"]))
     for row in rows:
         reference = base.get(tuple(row[k] for k in keys))
         if reference and "ms" in row:
             row["vs"] = reference / row["ms"]
 
 
-def measure(dry_run: bool, device: Any, backend: str, files: list[str]) -> dict[str, Any]:
-    """All timings; sections past the time budget are named in ``skipped``."""
-    from benchmarks.gpu_models import WIDTHS, inference_rows, training_rows
+def measure(dry_run: bool, device: Any, backend: str, files: list[str], clock: Clock) -> dict[str, Any]:
+    """All timings, section by section, each until its deadline."""
+    from benchmarks.gpu_models import inference_rows, training_rows
     from benchmarks.gpu_timing import aggregate_rows, copy_bandwidth
+    from benchmarks.stacks import WIDTHS
     from qgnn_plugin.kernels.backend import use_backend
 
-    started = time.perf_counter()
     repeats = 1 if dry_run else 20
     widths = (8, 8, 8, 4) if dry_run else WIDTHS
-    document: dict[str, Any] = {"aggregate": [], "inference": [], "training": [], "skipped": []}
+    features = (8,) if dry_run else FEATURES
+    document: dict[str, Any] = {"aggregate": [], "inference": [], "training": []}
     document["copy_bandwidth"] = copy_bandwidth(device, 1 << (16 if dry_run else 30))
+
+    def aggregate(section: str, name: str, plan: Any) -> None:
+        for width in features:
+            rows = aggregate_rows(plan, name, width, repeats)
+            for row in clock.within(section, rows, f"{name}, {width} features"):
+                document["aggregate"].append(row)
+                print(json.dumps(row), flush=True)
+
     with use_backend(backend):
-        for index, (name, plan) in enumerate(_graphs(dry_run, device, files)):
-            for features in (8,) if dry_run else FEATURES:
-                if time.perf_counter() - started > BUDGET_SECONDS:
-                    document["skipped"].append(f"{name}, {features} features")
-                    continue
-                rows = list(aggregate_rows(plan, name, features, repeats))
-                document["aggregate"] += rows
-                for row in rows:
-                    print(json.dumps(row), flush=True)
-            if index == 0:
-                document["inference"] = list(inference_rows(plan, widths, repeats))
-                document["training"] = list(training_rows(plan, widths, repeats))
-    _ratios(document["aggregate"], ("graph", "features"), "cuSPARSE fp32")
-    _ratios(document["inference"], ("model",), "PyG edge_index fp32")
-    _ratios(document["training"], ("model",), "fp32 training step")
+        graphs = _graphs(TINY if dry_run else GRAPHS, device)
+        name, plan = next(graphs)
+        aggregate("aggregate", name, plan)
+        for graph in _files(files, device):
+            aggregate("aggregate", *graph)
+        for section, rows in (("inference", inference_rows), ("training", training_rows)):
+            for row in clock.within(section, rows(plan, widths, repeats), name):
+                document[section].append(row)
+                print(json.dumps(row), flush=True)
+        for graph in graphs:
+            aggregate("large graphs", *graph)
+    _ratios(document["aggregate"], ("graph", "features"), ("cuSPARSE fp32",))
+    fastest = ("PyG edge_index fp32", "PyG CSR fp32")
+    _ratios(document["inference"], ("model",), (*fastest, *(f"{name}, CUDA graph" for name in fastest)))
+    _ratios(document["training"], ("model",), ("fp32 training step",))
     for row in document["aggregate"]:
         if "bytes_once" in row and "ms" in row:
             seconds = 1e-3 * row["ms"]
@@ -112,13 +152,29 @@ def measure(dry_run: bool, device: Any, backend: str, files: list[str]) -> dict[
     return document
 
 
+def _checks(dry_run: bool, device: Any, backend: str, clock: Clock) -> list[dict[str, Any]]:
+    """Every op, then every model, with fresh random inputs."""
+    from benchmarks.gpu_checks import model_checks, run_checks
+    from benchmarks.stacks import WIDTHS
+    from qgnn_plugin.kernels.triton.autotune import power_law_plan
+
+    sizes = [(24, 60, 8, 2)] if dry_run else [(5000, 80_000, 256, 4), (3000, 40_000, 40, 4)]
+    rows = []
+    for nodes, edges, features, heads in sizes:
+        rows += run_checks(power_law_plan(nodes, edges, device), features, heads, backend)
+    plan = power_law_plan(*sizes[-1][:2], device)
+    rows += model_checks(plan, (8, 8, 8, 4) if dry_run else WIDTHS, backend)
+    clock.seconds["checks"] = time.perf_counter() - clock.started
+    return rows
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--results", type=Path, help="folder of the JSON and Markdown files")
     parser.add_argument(
-        "--graph", action="append", default=[], metavar="NAME=FILE.npy",
-        help="also time this graph, an edge list [2, E] (ego-Twitter, COLLAB)",
+        "--csr", action="append", default=[], metavar="NAME=FILE.npz",
+        help="also time this graph, arrays 'rowptr' and 'col' (ego-Twitter, COLLAB)",
     )  # fmt: skip
     options = parser.parse_args(argv)
     if options.dry_run:
@@ -126,8 +182,6 @@ def main(argv: list[str] | None = None) -> int:
     import torch
 
     from benchmarks.environment import environment, write_atomically
-    from benchmarks.gpu_checks import run_checks
-    from qgnn_plugin.kernels.triton.autotune import power_law_plan
 
     if not options.dry_run and not torch.cuda.is_available():
         print("Expected a GPU (got none); '--dry-run' works without one", file=sys.stderr)
@@ -135,17 +189,16 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device("cpu" if options.dry_run else "cuda")
     backend = "interpret" if options.dry_run else "triton"
     torch.manual_seed(int(time.time()))
-    sizes = [(24, 60, 8, 2)] if options.dry_run else [(5000, 80_000, 256, 4), (3000, 40_000, 40, 4)]
-    checks = []
-    for nodes, edges, features, heads in sizes:
-        checks += run_checks(power_law_plan(nodes, edges, device), features, heads, backend)
+    clock = Clock()
+    checks = _checks(options.dry_run, device, backend, clock)
     if any(row["error"] for row in checks):
-        print("Expected every op to match its reference; no timings are taken", file=sys.stderr)
+        print("Expected every op and model to match its reference; no timings are taken", file=sys.stderr)
         return 1
     name = "dry run" if options.dry_run else torch.cuda.get_device_name(device)
     document = {
         "device": name, "environment": environment(torch.get_num_threads()), "checks": checks,
-        **measure(options.dry_run, device, backend, options.graph),
+        **measure(options.dry_run, device, backend, options.csr, clock), "skipped": clock.skipped,
+        "seconds": clock.seconds,
     }  # fmt: skip
     results = options.results or (None if options.dry_run else RESULTS)
     if results is not None:

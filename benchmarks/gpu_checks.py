@@ -20,7 +20,7 @@ from qgnn_plugin.kernels.quantize_pack import quantize_pack
 from qgnn_plugin.kernels.smp_step import smp_step
 from qgnn_plugin.kernels.unpack_dequantize import unpack_dequantize
 
-__all__ = ["checks", "poisoned", "run_checks"]
+__all__ = ["checks", "model_checks", "poisoned", "run_checks"]
 
 Check = tuple[str, bool, Callable[[], Any]]  # name, whether bitwise, what to run
 
@@ -148,4 +148,28 @@ def run_checks(plan: GraphPlan, features: int, heads: int, backend: str) -> list
             error = f"{type(problem).__name__}: {problem}"
         rows.append({"check": name, "features": features, "exact": exact, "error": error})
         print(f"{name:28} F={features:4} {'ok' if error is None else 'FAILED ' + error}", flush=True)
+    return rows
+
+
+def model_checks(plan: GraphPlan, widths: tuple[int, ...], backend: str) -> list[dict[str, Any]]:
+    """Packed models on the device against the same models on the reference backend."""
+    from benchmarks.gpu_models import edge_index_of, packed_model
+    from benchmarks.stacks import STACKS, build_stack
+
+    x, edge_index = torch.randn(plan.num_src, widths[0], device=plan.device), edge_index_of(plan)
+    rows = []
+    for name in STACKS:
+        for bits in (2, 4):
+            try:
+                model = packed_model(build_stack(name, widths).to(plan.device).eval(), x, edge_index, bits)
+                fresh = torch.randn_like(x)
+                with use_backend("torch"):
+                    want = model(fresh, edge_index)
+                with use_backend(backend), poisoned():
+                    got = model(fresh, edge_index)
+                error = _differs(want, got, exact=False)
+            except Exception as problem:
+                error = f"{type(problem).__name__}: {problem}"
+            rows.append({"check": f"{name} int{bits}", "features": widths[0], "exact": False, "error": error})
+            print(f"{name:24} int{bits} {'ok' if error is None else 'FAILED ' + error}", flush=True)
     return rows

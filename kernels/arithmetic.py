@@ -11,8 +11,8 @@ correctly rounded:
   (float(max c) * s) + l``;
 * integer product: ``y = (((acc * sw) + (rowsum * lw)) * sx) + (colterm * lx)`` with
   ``colterm_o = (float(sum_k cw_ok) * sw_o) + (float(K) * lw_o)``;
-* epilogue, in this order: ``* dst_scale``, ``+ bias``, ``max(y, 0)``, ``* row_scale``, then quantize
-  and pack if packed output is asked for.
+* epilogue, in this order: ``* dst_scale``, ``+ bias``, ``+ addend``, ``max(y, 0)``, ``* row_scale``,
+  then quantize and pack if packed output is asked for.
 
 A *range* is a pair of float32 tensors ``scale`` (``s > 0``) and ``offset`` (``l``), each of one
 element, ``[F]`` (per column) or ``[N, 1]`` (per row).
@@ -74,12 +74,15 @@ def finish(
     out_offset: Tensor | None = None,
     out_bits: int = 0,
     row_scale: Tensor | None = None,
+    addend: Tensor | None = None,
 ) -> Tensor:
-    """The tail of every epilogue: bias, ReLU, a factor per row and, where ``out_bits`` is not 0,
-    quantization and packing.
+    """The tail of every epilogue: bias, another matrix, ReLU, a factor per row and, where
+    ``out_bits`` is not 0, quantization and packing.
     """
     if bias is not None:
         y = y + bias
+    if addend is not None:
+        y = y + addend
     if relu:
         y = y.clamp(min=0)
     if row_scale is not None:

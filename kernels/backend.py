@@ -27,11 +27,13 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 __all__ = [
     "BACKENDS",
     "available_backends",
     "backend_for",
+    "check_devices",
     "current_backend",
     "dispatch",
     "implementation",
@@ -129,3 +131,16 @@ _HOME = {"fake_quantize_backward": "fake_quantize"}
 def dispatch(op: str, device: torch.device) -> Callable[..., Any]:
     """What the registered ops call: the implementation of ``op`` for ``device``."""
     return implementation(op, backend_for(device))
+
+
+def check_devices(*tensors: Tensor | None) -> torch.device:
+    """The one device of all tensors.
+
+    Raises:
+        ValueError: If there are several.
+    """
+    found = {t.device for t in tensors if t is not None}
+    if len(found) != 1:
+        names = sorted(str(d) for d in found)
+        raise ValueError(f"Expected all tensors on one device (got {names}); move them with '.to'")
+    return found.pop()

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .backend import dispatch
+from .backend import check_devices, dispatch
 
 __all__ = ["register"]
 
@@ -21,7 +21,8 @@ def register(op: str, schema: str, fake: Callable[..., Any]) -> None:
     _library.define(op + schema, tags=(torch.Tag.pt2_compliant_tag,))
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        return dispatch(op, args[0].device)(*args, **kwargs)
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        return dispatch(op, check_devices(*tensors))(*args, **kwargs)
 
     for key in ("CPU", "CUDA"):
         _library.impl(op, run, key)

@@ -23,8 +23,8 @@ __all__ = ["linear", "linear_reference"]
 SCHEMA = (
     "(Tensor x_words, Tensor w_words, Tensor x_scale, Tensor x_offset, Tensor w_scale, Tensor "
     "w_offset, int in_features, int x_bits, int w_bits, Tensor? bias=None, bool relu=False, "
-    "Tensor? out_scale=None, Tensor? out_offset=None, int out_bits=0, Tensor? row_scale=None) -> "
-    "Tensor"
+    "Tensor? out_scale=None, Tensor? out_offset=None, int out_bits=0, Tensor? row_scale=None, Tensor? "
+    "addend=None) -> Tensor"
 )
 
 
@@ -44,6 +44,7 @@ def linear_reference(
     out_offset: Tensor | None = None,
     out_bits: int = 0,
     row_scale: Tensor | None = None,
+    addend: Tensor | None = None,
 ) -> Tensor:
     x = unpack_codes(x_words, in_features, x_bits)
     w = unpack_codes(w_words, in_features, w_bits)
@@ -52,7 +53,7 @@ def linear_reference(
     rowsum = x.sum(1, keepdim=True, dtype=torch.int32).to(torch.float32)
     y = (product * w_scale.reshape(1, -1)) + (rowsum * w_offset.reshape(1, -1))
     y = (y * x_scale) + (linear_colterm(w, w_scale, w_offset) * x_offset)
-    return finish(y, bias, relu, out_scale, out_offset, out_bits, row_scale)
+    return finish(y, bias, relu, out_scale, out_offset, out_bits, row_scale, addend)
 
 
 def linear_colterm(w_codes: Tensor, w_scale: Tensor, w_offset: Tensor) -> Tensor:
@@ -79,6 +80,7 @@ def _fake(
     out_offset: Tensor | None = None,
     out_bits: int = 0,
     row_scale: Tensor | None = None,
+    addend: Tensor | None = None,
 ) -> Tensor:
     return new_output(x_words, x_words.size(0), w_words.size(0), out_bits)
 
@@ -103,8 +105,9 @@ def linear(
     out_offset: Tensor | None = None,
     out_bits: int = 0,
     row_scale: Tensor | None = None,
+    addend: Tensor | None = None,
 ) -> Tensor:
-    r"""``y_n = r_n (x^ w^T + b)_n`` on packed codes, exact in int32 up to the affine step.
+    r"""``y_n = r_n (x^ w^T + b + a)_n`` on packed codes, exact in int32 up to the affine step.
 
     Args:
         x_words: ``[N, row_words(K, x_bits)]`` int32.
@@ -120,6 +123,7 @@ def linear(
             ``[N, 1]``).
         row_scale: ``[N]`` float32 factor of each result row, after bias and ReLU: with the source
             factor of a normalized adjacency, packed output is what neighbours send.
+        addend: ``[N, O]`` float32, added before ReLU.
 
     Returns:
         ``[N, O]`` float32, or ``[N, row_words(O, out_bits)]`` int32 with ``out_bits``.  Bitwise the
@@ -138,6 +142,9 @@ def linear(
             raise ValueError(
                 f"Expected '{name}' of one element or [{num_rows}, 1] (got {list(value.shape)})"
             )
+    if addend is not None and (addend.dtype != torch.float32 or tuple(addend.shape) != (num_rows, num_out)):
+        found = f"{addend.dtype}, {list(addend.shape)}"
+        raise ValueError(f"Expected 'addend' to be a float32 [{num_rows}, {num_out}] matrix (got {found})")
     for name, value in (("w_scale", w_scale), ("w_offset", w_offset)):
         if value.numel() != 1 and value.numel() != num_out:
             raise ValueError(
@@ -149,5 +156,5 @@ def linear(
     check_output_range(out_scale, out_offset, out_bits, num_rows, num_out)
     return torch.ops.qgnn.linear(
         x_words, w_words, x_scale, x_offset, w_scale, w_offset, in_features, x_bits, w_bits, bias,
-        relu, out_scale, out_offset, out_bits, row_scale,
+        relu, out_scale, out_offset, out_bits, row_scale, addend,
     )  # fmt: skip

@@ -17,6 +17,9 @@ from torch import Tensor
 __all__ = ["GraphPlan", "PlanCache", "graph_plan", "plan_cache"]
 
 
+MAX_NODES = 2**31 - 1
+
+
 class GraphPlan:
     r"""A graph in CSR form, by destination.
 
@@ -40,6 +43,10 @@ class GraphPlan:
         """Sort an edge list (``[E]`` sources, ``[E]`` destinations) by destination; stable, hence deterministic."""
         _check_range(src, num_src, "source")
         _check_range(dst, num_dst, "destination")
+        if (largest := max(num_src, num_dst)) > MAX_NODES:
+            raise ValueError(f"Expected at most {MAX_NODES:,} nodes, numbered in 32 bits (got {largest:,})")
+        if src.device != dst.device:
+            raise ValueError(f"Expected source and destination nodes on one device (got {src.device} and {dst.device})")
         counts = torch.bincount(dst, minlength=num_dst)
         rowptr = torch.zeros(num_dst + 1, dtype=torch.int64, device=dst.device)
         torch.cumsum(counts, 0, out=rowptr[1:])

@@ -21,99 +21,126 @@ from ..layout import parts_per_byte
 from . import jit
 from .epilogue import GROUP, code_pitch, epilogue, finish_rows, flat
 from .parallel import row_chunks, run_chunks
-from .simd import atomic_add, keep, raw, vlanes
+from .simd import atomic_add, keep, peek, poke, raw, vlanes
 from .weighted import EDGE_BLOCK, LANES, add_edges, head_table, scale_heads, spread_sums
 
 __all__ = ["attention_aggregate"]
 
 BLOCK_FLOATS = 1 << 12
+FEW_THRESHOLDS = 15
 
 
 @jit.kernel
-def gat_logits(col, begin, end, row, heads, slope, alpha_src, alpha_dst, alpha_edge, logits):
-    """``LeakyReLU(alpha_src[j] + alpha_dst[i] + alpha_edge[e])`` for some edges of a row."""
+def gat_logits(
+    col, begin, end, row, heads, slope, alpha_src, alpha_dst, alpha_edge, has_edge, logits
+):  # fmt: skip
+    """``LeakyReLU(alpha_src[j] + alpha_dst[i] + alpha_edge[e])`` for some edges of a row.
+
+    Arrays are :func:`.simd.raw`, here and below.
+    """
     for e in range(begin, end):
-        source, at = np.int64(col[e]) * heads, (e - begin) * heads
+        source, at = np.int64(peek(col, e)) * heads, (e - begin) * heads
         for h in range(heads):
-            z = alpha_src[source + h] + alpha_dst[row * heads + h]
-            if alpha_edge.size:
-                z += alpha_edge[e * heads + h]
-            logits[at + h] = z if z > 0 else z * slope
+            z = peek(alpha_src, source + h) + peek(alpha_dst, row * heads + h)
+            if has_edge:
+                z += peek(alpha_edge, e * heads + h)
+            poke(logits, at + h, z if z > 0 else z * slope)
 
 
 @jit.kernel(reassociate=True)
 def _head_dot(x, target, at, att, begin, end, slope):
     total = np.float32(0)
     for f in range(begin, end):
-        z = x[f] + target[at + f]
-        total += att[f] * (z if z > 0 else z * slope)
+        z = peek(x, f) + peek(target, at + f)
+        total += peek(att, f) * (z if z > 0 else z * slope)
     return total
 
 
 @jit.kernel
 def gatv2_logits(
-    codes, width, bits, col, begin, end, row, heads, slope, ranges, att, x_dst, x, logits
+    codes, width, bits, features, col, begin, end, row, heads, slope, scale, offset, row_scale,
+    row_offset, per_row, att, x_dst, x, logits,
 ):  # fmt: skip
     """``<att, LeakyReLU(x^_j + x_dst[i])>`` for some edges of a row; ``codes`` are packed bytes."""
-    scale, offset, row_scale, row_offset = ranges
-    features, mask = att.size, (1 << bits) - 1
+    mask = (1 << bits) - 1
     for e in range(begin, end):
-        source = np.int64(col[e])
+        source = np.int64(peek(col, e))
         for part in range(8 // bits):
             first = part * width
             for k in range(min(width, features - first)):
-                x[first + k] = (codes[source * width + k] >> (bits * part)) & mask
+                poke(x, first + k, (peek(codes, source * width + k) >> (bits * part)) & mask)
         for h in range(heads):
             begin_f, end_f = h * features // heads, (h + 1) * features // heads
-            if row_scale.size:
-                step, low = row_scale[source * heads + h], row_offset[source * heads + h]
+            if per_row:
+                step, low = peek(row_scale, source * heads + h), peek(row_offset, source * heads + h)
                 for f in range(begin_f, end_f):
-                    x[f] = x[f] * step + low
+                    poke(x, f, peek(x, f) * step + low)
             else:
                 for f in range(begin_f, end_f):
-                    x[f] = x[f] * scale[f] + offset[f]
-            logits[(e - begin) * heads + h] = _head_dot(x, x_dst, row * features, att, begin_f, end_f, slope)
+                    poke(x, f, peek(x, f) * peek(scale, f) + peek(offset, f))
+            dot = _head_dot(x, x_dst, row * features, att, begin_f, end_f, slope)
+            poke(logits, (e - begin) * heads + h, dot)
 
 
 @jit.kernel
-def numerators(logits, col, begin, end, heads, peak, thresholds, ranges, share, total):
-    """Turn logits into weights of codes; adds to the heads' sums of numerators and offsets."""
-    _, _, row_scale, row_offset = ranges
+def numerators(logits, count, heads, peak, thresholds, top, values):
+    """Quantized softmax numerators of ``count`` edges: how many of ``top`` thresholds a logit reaches.
+
+    Few thresholds are counted one by one over all logits, in vectors; of many, bisection finds the
+    last, without a branch: which half holds a logit cannot be foreseen.  ``top = 0`` stands for
+    float numerators.  Uses ``logits`` up.
+    """
+    for q in range(count):
+        for h in range(heads):
+            poke(logits, q * heads + h, peek(logits, q * heads + h) - peek(peak, h))
+            poke(values, q * heads + h, 0)
+    if 0 < top <= FEW_THRESHOLDS:
+        for q in range(top):
+            threshold = peek(thresholds, q)
+            for k in range(count * heads):
+                poke(values, k, peek(values, k) + np.float32(peek(logits, k) >= threshold))
+        return
+    for k in range(count * heads):
+        below = peek(logits, k)
+        if top == 0:
+            poke(values, k, math.exp(below))
+        else:
+            code, step = 0, (top + 1) // 2
+            while step:
+                code += step * np.int64(below >= peek(thresholds, code + step - 1))
+                step //= 2
+            poke(values, k, code)
+
+
+@jit.kernel
+def add_numerators(values, col, begin, end, heads, row_scale, row_offset, per_row, share, total):
+    """Add numerators to the sums of their heads, and turn them into weights of codes."""
     for e in range(begin, end):
         for h in range(heads):
             at = (e - begin) * heads + h
-            below = logits[at] - peak[h]
-            if thresholds.size:
-                code, step = 0, (thresholds.size + 1) // 2
-                while step:
-                    if below >= thresholds[code + step - 1]:
-                        code += step
-                    step //= 2
-                value = np.float32(code)
-            else:
-                value = np.float32(math.exp(below))
-            share[h] += value
-            if row_scale.size:
-                source = np.int64(col[e]) * heads + h
-                total[h] += value * row_offset[source]
-                value *= row_scale[source]
-            logits[at] = value
+            value = peek(values, at)
+            poke(share, h, peek(share, h) + value)
+            if per_row:
+                source = np.int64(peek(col, e)) * heads + h
+                poke(total, h, peek(total, h) + value * peek(row_offset, source))
+                poke(values, at, value * peek(row_scale, source))
 
 
 @jit.kernel
 def raise_peak(logits, count, heads, peak):
     for q in range(count):
         for h in range(heads):
-            peak[h] = max(peak[h], logits[q * heads + h])
+            poke(peak, h, max(peek(peak, h), peek(logits, q * heads + h)))
 
 
 @jit.kernel
 def mean_heads(acc, at, heads, width):
     """Average the heads of a row into its first ``width`` features."""
     for f in range(width):
+        total = peek(acc, at + f)
         for h in range(1, heads):
-            acc[at + f] += acc[at + h * width + f]
-        acc[at + f] /= np.float32(heads)
+            total += peek(acc, at + h * width + f)
+        poke(acc, at + f, total / np.float32(heads))
 
 
 @cache
@@ -127,17 +154,28 @@ def _kernel(bits: int):
         ranges, concat, sums, spec, block, code_row, bounds, counter,
     ):  # fmt: skip
         pitch, width = 4 * stride * parts, features // heads
-        acc = np.empty(block * pitch + GROUP, np.float32)
-        # ``sums`` only carries the type: threads have their own.
-        sums = np.empty((stride + LANES - 1) // LANES * codes, sums.dtype)
-        logits, x = np.empty(EDGE_BLOCK * heads, np.float32), np.empty(features, np.float32)
-        peak, total = np.empty(heads, np.float32), np.empty(heads, np.float32)
-        share, divisor = np.empty(heads, np.float64), np.empty(heads, np.float32)
-        unpacked = np.zeros(block * code_row, np.uint8)
-        nothing = np.zeros(block, np.float32)
-        none = vlanes("u8", codes)
-        packed = words.view(np.uint8)
-        source, edges = raw(words), raw(col)
+        acc_owner = np.empty(block * pitch + GROUP, np.float32)
+        # ``sums`` only carries the type: threads have their own.  One block of edges adds up exactly in float32.
+        sums_owner = np.empty((stride + LANES - 1) // LANES * codes, sums.dtype)
+        block_owner = np.empty(sums_owner.size, np.float32)
+        logits_owner = np.empty(EDGE_BLOCK * heads, np.float32)
+        values_owner = np.empty(EDGE_BLOCK * heads, np.float32)
+        row_owner = np.empty(features, np.float32)
+        peak_owner, total_owner = np.empty(heads, np.float32), np.empty(heads, np.float32)
+        share_owner, divisor_owner = np.empty(heads, np.float64), np.empty(heads, np.float32)
+        unpacked_owner = np.zeros(block * code_row, np.uint8)
+        nothing_owner = np.zeros(block, np.float32)
+        acc, logits, values, row = raw(acc_owner), raw(logits_owner), raw(values_owner), raw(row_owner)
+        long_sums, short_sums = raw(sums_owner), raw(block_owner)
+        peak, total, share = raw(peak_owner), raw(total_owner), raw(share_owner)
+        divisor, unpacked, nothing = raw(divisor_owner), raw(unpacked_owner), raw(nothing_owner)
+        alpha_src, alpha_dst, alpha_edge = raw(gat[0]), raw(gat[1]), raw(gat[2])
+        att, x_dst, levels = raw(gatv2[0]), raw(gatv2[1]), raw(thresholds)
+        scale, offset, row_scale, row_offset = raw(ranges[0]), raw(ranges[1]), raw(ranges[2]), raw(ranges[3])
+        has_edge, v2, per_row = gat[2].size > 0, gatv2[0].size > 0, ranges[2].size > 0
+        none, top = vlanes("u8", codes), thresholds.size
+        bytes_owner = words.view(np.uint8)
+        source, packed, edges, final = raw(words), raw(bytes_owner), raw(col), col.size - 1
         while True:
             chunk = atomic_add(counter, 0, 1)
             if chunk >= bounds.size - 1:
@@ -148,44 +186,72 @@ def _kernel(bits: int):
                     i = first + r
                     begin, end = rowptr[i], rowptr[i + 1]
                     if begin == end:
-                        acc[r * pitch : r * pitch + features] = 0
+                        acc_owner[r * pitch : r * pitch + features] = 0
                         continue
-                    sums[:] = 0
-                    peak[:] = -np.inf
-                    share[:] = 0
-                    total[:] = 0
+                    peak_owner[:] = -np.inf
+                    share_owner[:] = 0
+                    total_owner[:] = 0
                     blocks = (end - begin + EDGE_BLOCK - 1) // EDGE_BLOCK
+                    if blocks == 1:
+                        block_owner[:] = 0
+                    else:
+                        sums_owner[:] = 0
                     for step in range(2 * blocks):  # first all peaks, then all sums
                         low = begin + step % blocks * EDGE_BLOCK
                         high = min(low + EDGE_BLOCK, end)
                         if step < blocks or blocks > 1:
-                            if gatv2[0].size:
+                            if v2:
                                 gatv2_logits(
-                                    packed, 4 * stride, bits, col, low, high, i, heads, slope,
-                                    ranges, gatv2[0], gatv2[1], x, logits,
+                                    packed, 4 * stride, bits, features, edges, low, high, i, heads,
+                                    slope, scale, offset, row_scale, row_offset, per_row, att, x_dst,
+                                    row, logits,
                                 )  # fmt: skip
                             else:
-                                gat_logits(col, low, high, i, heads, slope, gat[0], gat[1], gat[2], logits)
+                                gat_logits(
+                                    edges, low, high, i, heads, slope, alpha_src, alpha_dst,
+                                    alpha_edge, has_edge, logits,
+                                )  # fmt: skip
                         if step < blocks:
                             raise_peak(logits, high - low, heads, peak)
                             continue
-                        numerators(logits, col, low, high, heads, peak, thresholds, ranges, share, total)
-                        add_edges(
-                            source, stride, edges, col.size - 1, low, high, raw(logits), heads,
-                            table, lanewise, none, codes, sums,
+                        numerators(logits, high - low, heads, peak, levels, top, values)
+                        add_numerators(
+                            values, edges, low, high, heads, row_scale, row_offset, per_row, share, total
                         )  # fmt: skip
-                    spread_sums(sums, stride, none, codes, parts, acc, r * pitch)
+                        if blocks == 1:
+                            add_edges(
+                                source, stride, edges, final, low, high, values, heads, table,
+                                lanewise, none, codes, short_sums,
+                            )  # fmt: skip
+                        else:
+                            add_edges(
+                                source, stride, edges, final, low, high, values, heads, table,
+                                lanewise, none, codes, long_sums,
+                            )  # fmt: skip
+                    if blocks == 1:
+                        spread_sums(short_sums, stride, none, codes, parts, acc, r * pitch)
+                    else:
+                        spread_sums(long_sums, stride, none, codes, parts, acc, r * pitch)
                     for h in range(heads):
-                        divisor[h] = share[h]
-                        total[h] = total[h] / divisor[h] if ranges[2].size else np.float32(1.0)
-                    scale_heads(acc, r * pitch, heads, width, ranges[0], ranges[1], total, divisor)
+                        divisor_owner[h] = share_owner[h]
+                        total_owner[h] = total_owner[h] / divisor_owner[h] if per_row else np.float32(1.0)
+                    scale_heads(acc, r * pitch, heads, width, scale, offset, total, divisor)
                     if not concat:
                         mean_heads(acc, r * pitch, heads, width)
-                finish_rows(raw(acc), 0, pitch, raw(nothing), first, count, spec, raw(unpacked))
-        keep(logits)
-        keep(acc)
-        keep(nothing)
-        keep(unpacked)
+                finish_rows(acc, 0, pitch, nothing, first, count, spec, unpacked)
+        keep(acc_owner)
+        keep(sums_owner)
+        keep(block_owner)
+        keep(logits_owner)
+        keep(values_owner)
+        keep(row_owner)
+        keep(peak_owner)
+        keep(total_owner)
+        keep(share_owner)
+        keep(divisor_owner)
+        keep(unpacked_owner)
+        keep(nothing_owner)
+        keep(bytes_owner)
 
     return kernel
 

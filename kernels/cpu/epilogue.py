@@ -47,14 +47,15 @@ PACK_BYTES = 64  # bytes of a packed row per step
 STREAM_BYTES = 1 << 24  # results beyond this size are written past the caches
 
 SCALE, OFFSET, TERM, BIAS, INVERSE, LOW = range(6)  # rows of ``columns``
-HAS_DST, HAS_TERM, HAS_BIAS, ROW_RANGE, STREAM, HAS_ROW_SCALE = 1, 2, 4, 8, 16, 32  # bits of ``flags``
+# Bits of ``flags``:
+HAS_DST, HAS_TERM, HAS_BIAS, ROW_RANGE, STREAM, HAS_ROW_SCALE, HAS_ADDEND = 1, 2, 4, 8, 16, 32, 64
 
 
 class Epilogue(NamedTuple):
     """What follows an accumulation ``acc`` with a coefficient per row, in the form kernels take.
 
     ``y = acc * scale + coefficient * offset``, ``y *= dst``, ``y += term * row_term``, ``y +=
-    bias``, ``y = max(floor, y)``, ``y *= row_scale``, then quantization with the inverse step and
+    bias``, ``y += addend``, ``y = max(floor, y)``, ``y *= row_scale``, then quantization with the inverse step and
     start of the output range.
     """
 
@@ -64,6 +65,7 @@ class Epilogue(NamedTuple):
     row_inverse: np.ndarray
     row_low: np.ndarray
     row_scale: np.ndarray
+    addend: np.ndarray  # [N, F] float32, flat, or empty
     flags: int
     floor: float
     width: int
@@ -95,6 +97,7 @@ def epilogue(
     out_offset: Tensor | None = None,
     out_bits: int = 0,
     row_scale: Tensor | None = None,
+    addend: Tensor | None = None,
 ) -> tuple[Tensor, Epilogue]:
     """Allocate the result and gather its epilogue; without ``scale`` the affine step is skipped."""
     if out_bits:
@@ -105,6 +108,7 @@ def epilogue(
     columns[SCALE, :width] = 1 if scale is None else scale.reshape(-1)
     flags = HAS_DST * (dst_scale is not None) + HAS_TERM * (term is not None)
     flags += HAS_BIAS * (bias is not None) + HAS_ROW_SCALE * (row_scale is not None)
+    flags += HAS_ADDEND * (addend is not None)
     for index, value in ((OFFSET, offset), (TERM, term), (BIAS, bias)):
         if value is not None:
             columns[index, :width] = value.detach().reshape(-1)
@@ -128,6 +132,7 @@ def epilogue(
         flat(row_inverse),
         flat(row_low),
         flat(row_scale),
+        flat(addend),
         flags,
         0.0 if relu else -np.inf,
         width,
@@ -183,7 +188,7 @@ def finish_rows(acc, base, pitch, coefficient, first, count, spec, codes):
     table, stretch = raw(spec.columns), spec.columns.shape[1]
     dst, row_term = raw(spec.dst), raw(spec.row_term)
     row_inverse, row_low = raw(spec.row_inverse), raw(spec.row_low)
-    row_scale = raw(spec.row_scale)
+    row_scale, addend = raw(spec.row_scale), raw(spec.addend)
     out, packed = raw(spec.out), raw(spec.packed)
     floor = vsplat(np.float32(spec.floor), GROUP)
     top = vsplat(np.float32((1 << bits) - 1), GROUP)
@@ -210,6 +215,11 @@ def finish_rows(acc, base, pitch, coefficient, first, count, spec, codes):
                 y = y + term * vsplat(peek(row_term, i), GROUP)
             if flags & HAS_BIAS:
                 y = y + bias
+            if flags & HAS_ADDEND:
+                if whole:
+                    y = y + vload(addend, i * width + f, GROUP)
+                else:
+                    y = y + vload_first(addend, i * width + f, GROUP, width - f)
             y = vmax(floor, y)
             if flags & HAS_ROW_SCALE:
                 y = y * vsplat(peek(row_scale, i), GROUP)

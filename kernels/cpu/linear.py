@@ -165,6 +165,7 @@ def linear(
     out_offset: Tensor | None = None,
     out_bits: int = 0,
     row_scale: Tensor | None = None,
+    addend: Tensor | None = None,
 ) -> Tensor:
     rows, channels = x_words.size(0), w_words.size(0)
     key = (in_features, w_bits, x_bits == 8)
@@ -184,6 +185,7 @@ def linear(
         out_offset=out_offset,
         out_bits=out_bits,
         row_scale=row_scale,
+        addend=addend,
     )
     if out.numel():
         depth = -(-in_features // FEATURES)

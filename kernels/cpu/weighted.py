@@ -17,6 +17,7 @@ from .simd import (
     atomic_add,
     keep,
     peek,
+    poke,
     raw,
     vcast,
     vfma,
@@ -91,20 +92,21 @@ def scale_heads(acc, at, heads, width, scale, offset, factor, divisor):
     """``acc = (acc * scale) / divisor[head] + offset * factor[head]`` over a row's features."""
     for h in range(heads):
         for f in range(h * width, (h + 1) * width):
-            acc[at + f] = (acc[at + f] * scale[f]) / divisor[h] + offset[f] * factor[h]
+            y = peek(acc, at + f) * peek(scale, f) / peek(divisor, h)
+            poke(acc, at + f, y + peek(offset, f) * peek(factor, h))
 
 
 @jit.kernel
-def fill_weights(weight, heads, col, begin, end, row_scale, row_offset, scratch, total):
+def fill_weights(weight, has_weight, heads, col, begin, end, row_scale, row_offset, per_row, scratch, total):
     """Weights of edges times the step of their source, and the offsets that they bring."""
     for e in range(begin, end):
         step, low = np.float32(1.0), np.float32(1.0)
-        if row_scale.size:
-            step, low = row_scale[col[e]], row_offset[col[e]]
+        if per_row:
+            step, low = peek(row_scale, peek(col, e)), peek(row_offset, peek(col, e))
         for h in range(heads):
-            w = weight[e * heads + h] if weight.size else np.float32(1.0)
-            scratch[(e - begin) * heads + h] = w * step
-            total[h] += w * low
+            w = peek(weight, e * heads + h) if has_weight else np.float32(1.0)
+            poke(scratch, (e - begin) * heads + h, w * step)
+            poke(total, h, peek(total, h) + w * low)
 
 
 @cache
@@ -120,14 +122,18 @@ def sum_kernel(bits: int):
     ):  # fmt: skip
         pitch = 4 * stride * parts
         tiles = (stride + LANES - 1) // LANES
-        acc = np.empty(block * pitch + GROUP, np.float32)
-        sums = np.empty(tiles * codes, np.float32)
-        scratch = np.empty(EDGE_BLOCK * heads, np.float32)
-        total, divisor = np.empty(heads, np.float32), np.ones(heads, np.float32)
-        unpacked = np.zeros(block * code_row, np.uint8)
-        nothing = np.zeros(block, np.float32)
-        source, edges = raw(words), raw(col)
-        none = vlanes("u8", codes)
+        acc_owner = np.empty(block * pitch + GROUP, np.float32)
+        sums_owner = np.empty(tiles * codes, np.float32)
+        scratch_owner = np.empty(EDGE_BLOCK * heads, np.float32)
+        total_owner, divisor_owner = np.empty(heads, np.float32), np.ones(heads, np.float32)
+        unpacked_owner = np.zeros(block * code_row, np.uint8)
+        nothing_owner = np.zeros(block, np.float32)
+        acc, sums, scratch, total = raw(acc_owner), raw(sums_owner), raw(scratch_owner), raw(total_owner)
+        divisor, unpacked, nothing = raw(divisor_owner), raw(unpacked_owner), raw(nothing_owner)
+        source, edges, final, weights = raw(words), raw(col), col.size - 1, raw(weight)
+        steps, lows, scales, offsets = raw(row_scale), raw(row_offset), raw(scale), raw(offset)
+        has_weight, per_row = weight.size > 0, row_scale.size > 0
+        none, width = vlanes("u8", codes), spec.width // heads
         while True:
             chunk = atomic_add(counter, 0, 1)
             if chunk >= bounds.size - 1:
@@ -135,24 +141,29 @@ def sum_kernel(bits: int):
             for first in range(bounds[chunk], bounds[chunk + 1], block):
                 count = min(block, bounds[chunk + 1] - first)
                 for r in range(count):
-                    sums[:] = 0
-                    total[:] = 0
+                    sums_owner[:] = 0
+                    total_owner[:] = 0
                     end = rowptr[first + r + 1]
                     for begin in range(rowptr[first + r], end, EDGE_BLOCK):
                         stop = min(begin + EDGE_BLOCK, end)
-                        fill_weights(weight, heads, col, begin, stop, row_scale, row_offset, scratch, total)
+                        fill_weights(
+                            weights, has_weight, heads, edges, begin, stop, steps, lows, per_row,
+                            scratch, total,
+                        )  # fmt: skip
                         add_edges(
-                            source, stride, edges, col.size - 1, begin, stop, raw(scratch), heads,
+                            source, stride, edges, final, begin, stop, scratch, heads,
                             table, lanewise, none, codes, sums,
                         )  # fmt: skip
                     spread_sums(sums, stride, none, codes, parts, acc, r * pitch)
-                    width = spec.width // heads
-                    scale_heads(acc, r * pitch, heads, width, scale, offset, total, divisor)
-                finish_rows(raw(acc), 0, pitch, raw(nothing), first, count, spec, raw(unpacked))
-        keep(scratch)
-        keep(acc)
-        keep(nothing)
-        keep(unpacked)
+                    scale_heads(acc, r * pitch, heads, width, scales, offsets, total, divisor)
+                finish_rows(acc, 0, pitch, nothing, first, count, spec, unpacked)
+        keep(acc_owner)
+        keep(sums_owner)
+        keep(scratch_owner)
+        keep(total_owner)
+        keep(divisor_owner)
+        keep(unpacked_owner)
+        keep(nothing_owner)
 
     return kernel
 

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backend import check_devices
+
 __all__ = [
     "CONFIGS_ENV",
     "MAGIC_BITS",
@@ -44,6 +46,7 @@ DEBUG_ENV = "QGNN_DEBUG"
 TABLE_VERSION = 1
 MAGIC_BITS = 0x4B000000  # of 2^23 in float32, for the kernels' argument ``magic``
 MAX_ROWS = 256  # of a program: the row alignment of schedules
+MAX_ROW_WORDS = 4096  # of kernels that hold a row in one tile
 
 _debug: ContextVar[bool | None] = ContextVar("qgnn_triton_debug", default=None)
 _override: ContextVar[dict[str, Config] | None] = ContextVar("qgnn_triton_config", default=None)
@@ -154,7 +157,16 @@ def word_tile(config: Config, words: int, warp_size: int = 32) -> tuple[int, int
 
 
 def whole_row_tile(config: Config, words: int, warp_size: int = 32) -> tuple[int, int]:
-    """:func:`word_tile` for kernels that need a row in one tile."""
+    """:func:`word_tile` for kernels that need a row in one tile.
+
+    Raises:
+        ValueError: If the row is too wide for that.
+    """
+    if words > MAX_ROW_WORDS:
+        raise ValueError(
+            f"Expected rows of at most {MAX_ROW_WORDS} words in one tile (got {words}); use fewer features or heads "
+            f"per call, or the 'torch' backend"
+        )
     rows, tile = word_tile(config, words, warp_size)
     width = next_power_of_two(words)
     return max(1, rows * tile // width), width
@@ -162,15 +174,6 @@ def whole_row_tile(config: Config, words: int, warp_size: int = 32) -> tuple[int
 
 def warp_size() -> int:
     return 64 if torch.version.hip else 32
-
-
-def check_devices(*tensors: Tensor | None) -> torch.device:
-    """The one device of all tensors."""
-    found = {t.device for t in tensors if t is not None}
-    if len(found) != 1:
-        names = sorted(str(d) for d in found)
-        raise ValueError(f"Expected all tensors on one device (got {names}); move them with '.to'")
-    return found.pop()
 
 
 @contextmanager

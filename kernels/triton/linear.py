@@ -52,8 +52,8 @@ def _codes(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def linear_kernel(  # type: ignore[no-untyped-def]
-    x, w, x_scale, x_offset, w_scale, w_offset, bias, row_scale, out, out_scale, out_offset,
-    num_rows, num_out,
+    x, w, x_scale, x_offset, w_scale, w_offset, bias, row_scale, addend, out, out_scale,
+    out_offset, num_rows, num_out,
     K: tl.constexpr, X_BITS: tl.constexpr, W_BITS: tl.constexpr, X_BYTES: tl.constexpr,
     W_BYTES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     X_SCALE: tl.constexpr, X_OFFSET: tl.constexpr, W_SCALE: tl.constexpr, W_OFFSET: tl.constexpr,
@@ -97,26 +97,28 @@ def linear_kernel(  # type: ignore[no-untyped-def]
     y = acc.to(tl.float32) * sw + row_sum[:, None] * lw
     y = y * sx + column_term[None, :] * lx
     _finish(
-        y, row, row_ok, column, column_ok, bias, row_scale, out, out_scale, out_offset, num_rows,
-        num_out, BLOCK_M, BLOCK_N, RELU, OUT_BITS, OUT_BYTES, OUT_SCALE, OUT_OFFSET,
+        y, row, row_ok, column, column_ok, bias, row_scale, addend, out, out_scale, out_offset,
+        num_rows, num_out, BLOCK_M, BLOCK_N, RELU, OUT_BITS, OUT_BYTES, OUT_SCALE, OUT_OFFSET,
     )  # fmt: skip
 
 
 @triton.jit
 def _finish(  # type: ignore[no-untyped-def]
-    y, row, row_ok, column, column_ok, bias, row_scale, out, out_scale, out_offset, num_rows,
-    num_out, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RELU: tl.constexpr, OUT_BITS: tl.constexpr,
+    y, row, row_ok, column, column_ok, bias, row_scale, addend, out, out_scale, out_offset,
+    num_rows, num_out, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RELU: tl.constexpr, OUT_BITS: tl.constexpr,
     OUT_BYTES: tl.constexpr, OUT_SCALE: tl.constexpr, OUT_OFFSET: tl.constexpr,
 ):  # fmt: skip
     """Bias, ReLU, the row's factor and either floats or, where all parts of the bytes are in this tile, codes."""
     if bias is not None:
         y = y + tl.load(bias + column, mask=column_ok, other=0.0)[None, :]
+    ok = row_ok[:, None] & column_ok[None, :]
+    row64 = row.to(tl.int64)[:, None]
+    if addend is not None:
+        y = y + tl.load(addend + row64 * num_out + column[None, :], mask=ok, other=0.0)
     if RELU:
         y = tl.where(y < 0, 0.0, y)
     if row_scale is not None:
         y = y * tl.load(row_scale + row, mask=row_ok, other=0.0)[:, None]
-    ok = row_ok[:, None] & column_ok[None, :]
-    row64 = row.to(tl.int64)[:, None]
     if OUT_BITS == 0:
         tl.store(out + row64 * num_out + column[None, :], y, mask=ok)
     else:
@@ -147,10 +149,12 @@ def linear(
     out_offset: Tensor | None = None,
     out_bits: int = 0,
     row_scale: Tensor | None = None,
+    addend: Tensor | None = None,
 ) -> Tensor:
     device = check_devices(
-        x_words, w_words, x_scale, x_offset, w_scale, w_offset, bias, out_scale, out_offset, row_scale
-    )
+        x_words, w_words, x_scale, x_offset, w_scale, w_offset, bias, out_scale, out_offset, row_scale,
+        addend,
+    )  # fmt: skip
     num_rows, num_out = x_words.size(0), w_words.size(0)
     config = config_for("linear", device, row_words(in_features, x_bits))
     packs = out_bits != 0 and packs_in_tile(num_out, out_bits)
@@ -159,7 +163,7 @@ def linear(
 
         y = linear(
             x_words, w_words, x_scale, x_offset, w_scale, w_offset, in_features, x_bits, w_bits,
-            bias, relu, row_scale=row_scale,
+            bias, relu, row_scale=row_scale, addend=addend,
         )  # fmt: skip
         assert out_scale is not None
         assert out_offset is not None
@@ -175,6 +179,7 @@ def linear(
         x, w, x_scale.contiguous(), x_offset.contiguous(), w_scale.contiguous(),
         w_offset.contiguous(), None if bias is None else bias.contiguous(),
         None if row_scale is None else row_scale.contiguous(),
+        None if addend is None else addend.contiguous(),
         out.view(torch.int8) if packs else out, out_scale, out_offset, num_rows, num_out,
         K=in_features, X_BITS=x_bits, W_BITS=w_bits, X_BYTES=row_bytes(in_features, x_bits),
         W_BYTES=row_bytes(in_features, w_bits), BLOCK_M=block_m, BLOCK_N=block_n,

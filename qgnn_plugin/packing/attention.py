@@ -22,7 +22,7 @@ from .ranges import PackedRange, PackedTensor, joined
 
 __all__ = ["PackedGATConv", "PackedGATv2Conv"]
 
-Logits = dict[str, Tensor | None]  # arguments of `attention_aggregate`
+Logits = dict[str, Any]  # arguments of `attention_aggregate`
 
 LAYER = _QuantizedAttention  # what both executions share is taken from there
 

@@ -239,9 +239,8 @@ class PackedConv(PackedLayer, SmoothLayer):
             out = out if part.target is None else out * part.target
             return conclude(out if epilogue.get("bias") is None else out + epilogue["bias"], **more)
 
-        packed = isinstance(x, PackedTensor)
-        width = x.num_features if packed else x.shape[1]
-        return Producer(graph.plan.num_dst, width, graph.plan.device, run, is_fused=packed)
+        width = x.num_features if isinstance(x, PackedTensor) else x.shape[1]
+        return Producer(graph.plan.num_dst, width, graph.plan.device, run, is_fused=isinstance(x, PackedTensor))
 
     def aggregated(self, x: Activation, graph: NormalizedGraph, **epilogue: Any) -> Tensor:
         """The floats of :meth:`aggregation`."""

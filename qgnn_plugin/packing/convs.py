@@ -191,6 +191,7 @@ class PackedSAGEConv(PackedConv):
         lin, bias = self.lin_l, self.lin_l.bias
         if not self.transforms_first:
             options = {"reduce": "max"} if self.aggr == "max" else {}
+            assert lin.input_quantizer is not None
             mean = lin.input_quantizer.of(self.aggregation(sent, graph, **options))
             return lin.product(mean, bias) or computed(lin.apply_to(mean, bias))
         if self.smp is None:
@@ -257,6 +258,9 @@ class PackedPropagation(PropagationLayer, PackedConv):
     tensors_kept = ()
     input_quantizer: PackedRange
     step_quantizers: Any
+    gap_quantizer: PackedRange | None
+    state_quantizers: Any
+    mu: float | None  # infinite without teleport: None
     add_self_loops: bool
     normalize: bool
     flow: str
@@ -320,6 +324,7 @@ class PackedPropagation(PropagationLayer, PackedConv):
     def _steps_in_kernel(self, x0: Tensor, graph: NormalizedGraph, ranges: list[PackedRange]) -> Tensor:
         """A kernel per step, which also packs what the next one sends."""
         assert graph.source is not None
+        assert self.mu is not None
         h, norm = x0, graph.source.view(-1)
         words = None if not ranges else ranges[0](x0 * graph.source).words
         for k, sent in enumerate(ranges):

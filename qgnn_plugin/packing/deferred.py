@@ -90,6 +90,7 @@ class Producer:
         run: ``run(start, stop, relu=False, **out)`` gives the rows ``[start, stop)``, as floats or, with a range
             ``out_scale``, ``out_offset`` and ``out_bits``, as packed codes.
         is_fused: Whether packed codes come out of one kernel, without floats in between.
+        adds: Whether ``run`` takes another matrix's rows as ``addend``, which it adds before ReLU.
     """
 
     num_rows: int
@@ -97,6 +98,7 @@ class Producer:
     device: torch.device
     run: Callable[..., Tensor]
     is_fused: bool = True
+    adds: bool = False
 
     def __call__(self, **epilogue: Any) -> Tensor:
         """The whole matrix; ``epilogue`` as that of ``run``."""
@@ -115,7 +117,7 @@ class Producer:
         def run(start: int, stop: int, **out: Any) -> Tensor:
             return conclude(step(self.run(start, stop)), **out)
 
-        return replace(self, run=run, is_fused=False)
+        return replace(self, run=run, is_fused=False, adds=False)
 
 
 def computed(value: Tensor) -> Producer:
@@ -124,14 +126,18 @@ def computed(value: Tensor) -> Producer:
     def run(start: int, stop: int, **out: Any) -> Tensor:
         return conclude(value[start:stop].clone(), **out)
 
-    return Producer(*value.shape, value.device, run, is_fused=False)
+    num_rows, num_features = value.shape
+    return Producer(num_rows, num_features, value.device, run, is_fused=False)
 
 
 def added(first: Producer, second: Producer) -> Producer:
     """The sum of two matrices, neither of which is written as a whole where the sum is packed."""
 
     def run(start: int, stop: int, **out: Any) -> Tensor:
-        return conclude(first.run(start, stop).add_(second.run(start, stop)), **out)
+        y = first.run(start, stop)
+        if second.adds:
+            return second.run(start, stop, addend=y, **out)
+        return conclude(y.add_(second.run(start, stop)), **out)
 
     return Producer(first.num_rows, first.num_features, first.device, run, is_fused=False)
 
@@ -207,7 +213,7 @@ class DeferredTensor(Tensor):
     """
 
     pending: Pending
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, producer: Producer, on_repeat: Callable[[], None] = lambda: None) -> DeferredTensor:
@@ -222,7 +228,9 @@ class DeferredTensor(Tensor):
         return tensor
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         if args and isinstance(args[0], cls) and args[0].pending.value is None:
             noted = _note(args[0], func, args[1:], kwargs)

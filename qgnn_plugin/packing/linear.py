@@ -133,7 +133,8 @@ class PackedLinear(PackedLayer):
 
         That takes packed weights, and input whose range factors out of the product.
         """
-        if self.words is None:
+        words = self.words
+        if words is None:
             return None
         if isinstance(x, QuantizedTensor):
             return self._sparse_product(x, bias, row_scale)
@@ -144,11 +145,11 @@ class PackedLinear(PackedLayer):
         def run(start: int, stop: int, **out: Any) -> Tensor:
             rows, factor = x.rows(start, stop), None if row_scale is None else row_scale[start:stop]
             return kernel.linear(
-                rows.words, self.words, rows.scale, rows.lower, self.weight_scale, self.weight_lower,
+                rows.words, words, rows.scale, rows.lower, self.weight_scale, self.weight_lower,
                 self.in_features, x.bits, self.site.bits, bias=bias, row_scale=factor, **out,
             )  # fmt: skip
 
-        return Producer(x.words.size(0), self.out_features, x.words.device, run)
+        return Producer(x.words.size(0), self.out_features, x.words.device, run, adds=row_scale is None)
 
     def _sparse_product(self, x: QuantizedTensor, bias: Tensor | None, row_scale: Tensor | None) -> Producer | None:
         """Sparse codes times the weight: a sum of the packed rows of ``W^T`` that a row of ``x`` names."""

@@ -77,8 +77,10 @@ def test_linear(x_bits: int, w_bits: int) -> None:
             bias = torch.randn(channels)
             assert_equal(linear, x, w, **source, **weight, **shape, bias=bias, relu=True, **packed)
             factor = torch.rand(rows)
+            other = torch.randn(rows, channels)
             for out in ({}, packed, output_range("row", rows, channels, 4, 5.0 * depth)):
                 assert_equal(linear, x, w, **source, **weight, **shape, bias=bias, row_scale=factor, **out)
+                assert_equal(linear, x, w, **source, **weight, **shape, bias=bias, relu=True, addend=other, **out)
 
 
 def test_row_scale_is_a_product_before_quantization() -> None:
@@ -107,5 +109,7 @@ def test_linear_errors() -> None:
         linear(x, w, torch.ones(16), one, one, one, 16, 2, 2)
     with pytest.raises(ValueError, match=r"'row_scale' of shape \[4\] \(got \[4, 1\]\)"):
         linear(x, w, one, one, one, one, 16, 2, 2, row_scale=torch.ones(4, 1))
+    with pytest.raises(ValueError, match=r"'addend' to be a float32 \[4, 3\] matrix"):
+        linear(x, w, one, one, one, one, 16, 2, 2, addend=torch.ones(3, 4))
     with pytest.raises(ValueError, match="Expected 'w_words' of shape"):
         linear(x, w[:, :0], one, one, one, one, 16, 2, 2)

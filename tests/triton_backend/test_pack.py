@@ -82,3 +82,5 @@ def test_linear(x_bits: int, w_bits: int, features: int, outputs: int) -> None:
     factor = torch.rand(ROWS)
     assert_same(lambda: linear(x, w, *one, *per_output, features, x_bits, w_bits, row_scale=factor, **packed))
     assert_same(lambda: linear(x, w, *one, *per_output, features, x_bits, w_bits, row_scale=factor))
+    other = torch.randn(ROWS, outputs)
+    assert_same(lambda: linear(x, w, *one, *per_output, features, x_bits, w_bits, addend=other, relu=True, **packed))
