@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from ..kernels.cpu import jit
+from ..kernels.cpu.epilogue import GROUP, quantize_group
 from ..kernels.cpu.parallel import even_chunks, run_chunks
-from ..kernels.cpu.simd import atomic_add
+from ..kernels.cpu.simd import atomic_add, peek, vcast, vload_first, vsplat, vstore, vstore_first, vwithin
 
 __all__ = ["codes", "codes_backward", "supports"]
 
 CHUNK = 1 << 14
+LANES = GROUP  # partial sums of a row
 COST = 8  # elements that cost as much as an edge of a sparse kernel, the unit of `even_chunks`
 
 
@@ -37,9 +39,39 @@ def _codes(x: Any, width: int, inverse: Any, lower: Any, qmax: Any, out: Any, bo
 
 
 @jit.kernel
-def _gradient(
-    grad: Any, x: Any, width: int, inverse: Any, lower: Any, qmax: Any, grad_x: Any, bounds: Any, counter: Any
+def _codes_float32(
+    x: Any, width: int, inverse: Any, lower: Any, qmax: Any, out: Any, bounds: Any, counter: Any
 ) -> None:
+    """:func:`_codes` on explicit vectors."""
+    per_row = inverse.size > 1
+    top = vsplat(np.float32(qmax), LANES)
+    while True:
+        chunk = atomic_add(counter, 0, 1)
+        if chunk >= bounds.size - 1:
+            break
+        for i in range(bounds[chunk], bounds[chunk + 1]):
+            at = i if per_row else 0
+            a, b = vsplat(peek(inverse, at), LANES), vsplat(peek(lower, at), LANES)
+            end = min((i + 1) * width, x.size)
+            for k in range(i * width, end, LANES):
+                code = quantize_group(vload_first(x, k, LANES, end - k), b, a, top)
+                vstore_first(out, k, vcast(code, "f32"), end - k)
+
+
+@jit.kernel
+def _gradients(
+    grad: Any,
+    x: Any,
+    width: int,
+    inverse: Any,
+    lower: Any,
+    qmax: Any,
+    grad_x: Any,
+    sums: Any,
+    bounds: Any,
+    counter: Any,
+) -> None:
+    """``grad_x``, and :data:`LANES` partial sums of ``grad_x * v`` and of ``grad_x`` per row."""
     per_row = inverse.size > 1
     top, zero = x.dtype.type(qmax), x.dtype.type(0)
     while True:
@@ -50,36 +82,48 @@ def _gradient(
             a, b = (inverse[i], lower[i]) if per_row else (inverse[0], lower[0])
             for k in range(i * width, min((i + 1) * width, x.size)):
                 v = (x[k] - b) * a
-                grad_x[k] = grad[k] * a if (v >= zero) & (v <= top) else zero
+                inside = (v >= zero) & (v <= top)
+                g = grad[k] * a if inside else zero
+                grad_x[k] = g
+                lane = (k - i * width) % LANES
+                # Outside the range g is 0; v may be infinite there, and 0 times that is not a number.
+                sums[i, 0, lane] += g * v if inside else zero
+                sums[i, 1, lane] += g
 
 
 @jit.kernel
-def _sums(grad_x: Any, x: Any, width: int, inverse: Any, lower: Any, sums: Any, bounds: Any, counter: Any) -> None:
-    # Eight running sums by position: the order of additions is fixed, and they still fill a vector.
+def _gradients_float32(
+    grad: Any,
+    x: Any,
+    width: int,
+    inverse: Any,
+    lower: Any,
+    qmax: Any,
+    grad_x: Any,
+    sums: Any,
+    bounds: Any,
+    counter: Any,
+) -> None:
+    """:func:`_gradients` on explicit vectors, the same operations in the same order."""
     per_row = inverse.size > 1
-    total, weighted = np.empty(8, x.dtype), np.empty(8, x.dtype)
+    top, zero = vsplat(np.float32(qmax), LANES), vsplat(np.float32(0), LANES)
     while True:
         chunk = atomic_add(counter, 0, 1)
         if chunk >= bounds.size - 1:
             break
         for i in range(bounds[chunk], bounds[chunk + 1]):
-            a, b = (inverse[i], lower[i]) if per_row else (inverse[0], lower[0])
-            total[:] = 0
-            weighted[:] = 0
-            begin, end = i * width, min((i + 1) * width, x.size)
-            whole = begin + (end - begin) // 8 * 8
-            for k in range(begin, whole, 8):
-                for lane in range(8):
-                    g = grad_x[k + lane]
-                    total[lane] += g
-                    # Outside the range g is 0; v may be infinite there, and 0 times that is not a number.
-                    weighted[lane] += g * ((x[k + lane] - b) * a) if g != 0 else g
-            for k in range(whole, end):
-                g = grad_x[k]
-                total[k - whole] += g
-                weighted[k - whole] += g * ((x[k] - b) * a) if g != 0 else g
-            sums[i, 0] = weighted.sum()
-            sums[i, 1] = total.sum()
+            at = i if per_row else 0
+            a, b = vsplat(peek(inverse, at), LANES), vsplat(peek(lower, at), LANES)
+            weighted = total = zero
+            end = min((i + 1) * width, x.size)
+            for k in range(i * width, end, LANES):
+                v = (vload_first(x, k, LANES, end - k) - b) * a
+                g = vwithin(v, zero, top, vload_first(grad, k, LANES, end - k) * a, zero)
+                vstore_first(grad_x, k, g, end - k)
+                weighted = weighted + g * vwithin(v, zero, top, v, zero)
+                total = total + g
+            vstore(sums, 2 * LANES * i, weighted)
+            vstore(sums, 2 * LANES * i + LANES, total)
 
 
 def supports(x: Tensor, scale: Tensor, lower: Tensor) -> bool:
@@ -107,7 +151,8 @@ def codes(x: Tensor, scale: Tensor, lower: Tensor, qmax: int) -> Tensor:
     """See :func:`qgnn_plugin.quantizers.functional.quantize_codes`."""
     width, inverse, low, bounds = _prepare(x, scale, lower)
     out = torch.empty(x.shape, dtype=x.dtype)
-    run_chunks(_codes, bounds, _flat(x), width, inverse, low, qmax, _flat(out))
+    kernel = _codes_float32 if x.dtype == torch.float32 else _codes
+    run_chunks(kernel, bounds, _flat(x), width, inverse, low, qmax, _flat(out))
     return out
 
 
@@ -115,10 +160,11 @@ def codes_backward(grad: Tensor, x: Tensor, scale: Tensor, lower: Tensor, qmax: 
     """Gradients of x, scale and lower end; partial sums are added in a fixed order."""
     width, inverse, low, bounds = _prepare(x, scale, lower)
     grad_x = torch.empty(x.shape, dtype=x.dtype)
-    values, result = _flat(x), _flat(grad_x)
-    run_chunks(_gradient, bounds, _flat(grad), values, width, inverse, low, qmax, result)
-    sums = torch.empty((-(-x.numel() // width), 2), dtype=x.dtype)
-    run_chunks(_sums, bounds, result, values, width, inverse, low, sums.numpy())
+    explicit = x.dtype == torch.float32
+    lanes = (torch.empty if explicit else torch.zeros)((-(-x.numel() // width), 2, LANES), dtype=x.dtype)
+    kernel = _gradients_float32 if explicit else _gradients
+    run_chunks(kernel, bounds, _flat(grad), _flat(x), width, inverse, low, qmax, _flat(grad_x), lanes.numpy())
+    sums = lanes.sum(-1)
     if scale.numel() == 1:
         sums = sums.double().sum(0, keepdim=True).to(x.dtype)
     return grad_x, -sums[:, 0].reshape(scale.shape), -sums[:, 1].reshape(lower.shape)
