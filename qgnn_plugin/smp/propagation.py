@@ -24,7 +24,7 @@ from torch_geometric.nn import MessagePassing
 from ..config import SMPConfig
 from ..kernels.smp_step import step_factors
 from ..layers.graph import NormalizedGraph, gcn_graph
-from .constraint import ConstraintState, Operator, SmoothLayer, attach_constraint, constraint_ratio, corrected
+from .constraint import BUFFERS, ConstraintState, Operator, SmoothLayer, attach_constraint, constraint_ratio, corrected
 from .multiplier import ascend
 
 __all__ = ["Descent", "Meter", "PropagationLayer", "SMPropagation", "dropped_edges"]
@@ -68,11 +68,13 @@ class Meter:
         self.energies: list[Tensor] = []
         self.bounds: list[Tensor] = []
 
-    @torch.no_grad()
     def observe(self, h: Tensor, averaged: Tensor | None = None) -> None:
         """Take the next state, and ``A~ H`` where it is known."""
-        h = h.detach()
-        averaged = self.operator(h) if averaged is None else averaged.detach()
+        with torch.no_grad():  # not as a decorator, which cannot be compiled here
+            self._observe(h.detach(), None if averaged is None else averaged.detach())
+
+    def _observe(self, h: Tensor, averaged: Tensor | None) -> None:
+        averaged = self.operator(h) if averaged is None else averaged
         if self.last is not None:
             before, averaged_before = self.last
             change = h - before
@@ -199,29 +201,27 @@ class _Multiplier:
         self.config, self.moves, self.force = layer.smp, layer.moves_itself, layer.force.detach()
         if self.moves:
             start = self.config
-            self.value = layer.multiplier if start.carry else torch.full_like(layer.multiplier, start.multiplier)
+            self.multiplier = layer.multiplier if start.carry else torch.full_like(layer.multiplier, start.multiplier)
             self.slack = layer.slack if start.carry else torch.full_like(layer.slack, start.slack)
             self.penalty = layer._buffers.get("penalty") if start.carry else None
             self._act()
 
     def _act(self) -> None:
-        self.force = self.value if self.penalty is None else (self.value + self.penalty).clamp_min(0)
+        self.force = self.multiplier if self.penalty is None else (self.multiplier + self.penalty).clamp_min(0)
 
-    @torch.no_grad()
     def follow(self, meter: Meter) -> None:
         """Move with the violation of the last step."""
         if self.moves:
-            ratio = meter.ratio.to(self.value.dtype)
-            self.value, self.slack, self.penalty = ascend(self.config, self.value, self.slack, ratio)
+            ratio = meter.ratio.to(self.multiplier.dtype)
+            self.multiplier, self.slack, self.penalty = ascend(self.config, self.multiplier, self.slack, ratio)
             self._act()
 
-    @torch.no_grad()
     def store(self, layer: PropagationLayer) -> None:
         """Leave the last values in the layer's buffers: to be carried on, or only to be read."""
         if self.moves:
-            for name in ("multiplier", "slack", "penalty"):
+            for name in BUFFERS:
                 if name in layer._buffers:
-                    layer._buffers[name].copy_(self.value if name == "multiplier" else getattr(self, name))
+                    layer._buffers[name].copy_(getattr(self, name))
 
 
 def dropped_edges(graph: NormalizedGraph, p: float, training: bool) -> NormalizedGraph:

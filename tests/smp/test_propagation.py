@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from core.support import FORMATS, NODES, WIDTH, adjacency, features, graph
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch_geometric.nn import APPNP, GCNConv, MessagePassing
 from torch_geometric.utils import to_undirected
@@ -19,6 +20,8 @@ import qgnn_plugin as qgnn
 from qgnn_plugin import QuantConfig, SMPConfig, SMPropagation
 from qgnn_plugin.layers.graph import NormalizedGraph
 from qgnn_plugin.quantizers import QLRQuantizer
+from qgnn_plugin.smp.constraint import attach_constraint
+from qgnn_plugin.smp.propagation import PropagationLayer
 
 
 def walk(edge_index: Tensor) -> Tensor:
@@ -386,9 +389,9 @@ def test_copies_pickles_and_restoring_keep_the_constraint() -> None:
 def test_constraint_is_measured_in_compiled_training() -> None:
     torch._dynamo.reset()
     x, edge_index = features(), graph()
-    model = torch.nn.ModuleDict({"conv": GCNConv(WIDTH, 6), "prop": SMPropagation(3, smp=SMPConfig(alpha=0.1))})
+    model = nn.ModuleDict({"conv": GCNConv(WIDTH, 6), "prop": SMPropagation(3, smp=SMPConfig(alpha=0.1))})
 
-    class Net(torch.nn.Module):
+    class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.inner = qgnn.quantize_model(model, config=QuantConfig(bits=4, smp=SMPConfig(alpha=0.1)))
@@ -408,3 +411,52 @@ def test_constraint_is_measured_in_compiled_training() -> None:
         torch.testing.assert_close(out, net(x, edge_index))
         for name, layer in qgnn.smp_layers(net).items():
             assert measured[name] == pytest.approx(layer.constraint, rel=1e-4)
+
+
+class DenseGraph(nn.Module):
+    """A propagation over a dense matrix: what is compiled is the method alone, without kernels."""
+
+    source = None
+
+    def __init__(self, operator: Tensor) -> None:
+        super().__init__()
+        self.operator, self.plan = operator, SimpleNamespace(num_edges=operator.numel())
+
+    def apply(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return self.operator @ x
+
+
+class DensePropagation(PropagationLayer, nn.Module):
+    def __init__(self, operator: Tensor, smp: SMPConfig) -> None:
+        super().__init__()
+        self.K, self.smp, self.graph = 3, smp, DenseGraph(operator)
+        attach_constraint(self, smp, None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        apply = self.graph.apply
+        x = self.propagate_steps(x, self.graph, lambda k, h: apply(h), lambda k, d: apply(d), exact=True)  # type: ignore[arg-type]
+        steps = self.constraint_state
+        x = self.smooth(x, apply(x), apply, 1)
+        self.constraint_state, self.last = steps, self.constraint_state
+        return x
+
+
+@pytest.mark.parametrize("schedule", ["step", pytest.param("inner", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("multiplier", [pytest.param(0.0, marks=pytest.mark.slow), 0.5])
+def test_measuring_breaks_no_graph(multiplier: float, schedule: Any) -> None:
+    torch._dynamo.reset()
+    smp = SMPConfig(alpha=0.1, multiplier=multiplier, schedule=schedule)
+    layer = DensePropagation(walk(graph()).float(), smp)
+    x = features()
+    expected = layer(x)
+    measured = [layer.constraint_state, layer.last]
+    layer.constraint_state = layer.last = None
+    out = torch.compile(layer, backend="aot_eager", fullgraph=True)(x.requires_grad_())
+    torch.testing.assert_close(out, expected)
+    out.sum().backward()
+    for found, wanted in zip((layer.constraint_state, layer.last), measured, strict=True):
+        assert found is not None
+        assert wanted is not None
+        assert not found.energy.requires_grad
+        torch.testing.assert_close(found.energy, wanted.energy)
+        torch.testing.assert_close(found.bound, wanted.bound)
