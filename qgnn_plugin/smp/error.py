@@ -3,8 +3,8 @@ r"""What quantization does to each message-passing layer, measured and bounded (
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +22,9 @@ from ..layers.gin import QuantizedGINConv
 from ..layers.graph import NormalizedGraph, gcn_graph, mean_graph, plain_graph
 from ..layers.message_passing import QuantizedConv
 from ..layers.sage import QuantizedSAGEConv
-from ..quantizers import QLRQuantizer, QuantizedTensor
-from ..quantizers.functional import FINE_LEVELS
 from .constraint import dirichlet_energy
 from .deep import DeepLayer
+from .injection import bypassed, injection, watched
 from .operators import Correction, OperatorBound, operator_bound, operator_of
 
 __all__ = ["ErrorReport", "LayerError", "StepError", "error_report"]
@@ -186,64 +185,6 @@ def _double(value: Any) -> Any:
     return {key: _double(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
-# Quantization sites ###################################################################################################
-
-
-@dataclass(frozen=True)
-class _Injection:
-    """``||(Q(v) - v) / s||`` at a site, and its bound from the step size and what lies outside the range."""
-
-    error: float
-    bound: float
-
-
-Passed = list[tuple[Tensor, QuantizedTensor]]
-
-
-@contextmanager
-def _watched(*quantizers: QLRQuantizer | None) -> Iterator[list[Passed]]:
-    """What passes each quantizer, in order."""
-    seen: list[Passed] = [[] for _ in quantizers]
-    with ExitStack() as stack:
-        for quantizer, passed in zip(quantizers, seen, strict=True):
-            if quantizer is not None:
-
-                def note(_: Any, args: Any, out: QuantizedTensor, passed: Passed = passed) -> None:
-                    passed.append((args[0], out))
-
-                stack.callback(quantizer.register_forward_hook(note).remove)
-        yield seen
-
-
-@contextmanager
-def _off(*quantizers: QLRQuantizer | None) -> Iterator[None]:
-    """Let values pass unquantized."""
-    chosen = [q for q in quantizers if q is not None]
-    try:
-        for quantizer in chosen:
-            quantizer.observe()
-        yield
-    finally:
-        for quantizer in chosen:
-            quantizer.abort()
-
-
-def _injection(quantizer: QLRQuantizer, passed: tuple[Tensor, QuantizedTensor], source: Tensor | None) -> _Injection:
-    x, out = passed
-    x = x if x.layout == torch.strided else x.to_dense()
-    unscaled = x.new_ones(()) if source is None else torch.where(source > 0, 1 / source, torch.zeros_like(source))
-    error = float(((out.dequantize() - x) * unscaled).norm())
-    if out.qmax is None or quantizer.is_one_bit:
-        return _Injection(error, error)
-    half = out.scale / 2
-    if quantizer.skew is not None:  # the code is rounded twice, and shifted in between
-        half = half + out.scale * (out.qmax / FINE_LEVELS) * (0.5 + quantizer.skew.abs())
-    upper = out.lower + out.scale * out.qmax
-    outside = (x - torch.minimum(torch.maximum(x, out.lower), upper)).abs()
-    bound = (half * unscaled).expand_as(x).norm() + (outside * unscaled).norm()
-    return _Injection(error, float(bound))
-
-
 # Layers ###############################################################################################################
 
 
@@ -266,13 +207,13 @@ def _layer_error(name: str, layer: Any, call: _Call, start: _Call | None) -> Lay
             layer.deep_stack.initial = start.features
         return _tensor(layer(*call.args, **call.kwargs))
 
-    with _watched(*quantizers) as seen:
+    with watched(*quantizers) as seen:
         out = run()
-    with _off(*quantizers):
+    with bypassed(*quantizers):
         exact = run()
     if start is not None:
         layer.deep_stack.initial = None
-    errors = [_injection(q, p, None).error for q, site in zip(quantizers, seen, strict=True) for p in site]
+    errors = [injection(q, p, None).error for q, site in zip(quantizers, seen, strict=True) for p in site]
     carried = float((out - exact).norm())
     return LayerError(name, kind, max(errors, default=0.0), carried, None, _ratio(carried, exact))
 
@@ -285,21 +226,25 @@ def _ratio(carried: float, out: Tensor) -> float:
     return carried / max(float(out.norm()), 1e-300)
 
 
+def _correction(layer: Any, operator: OperatorBound, eta: float | None = None) -> Correction:
+    if layer.smp is None:
+        return Correction.of(None, 0.0, 0.0, operator)
+    return Correction.of(layer.smp, layer.multiplier_value, layer.smp.eta if eta is None else eta, operator)
+
+
 Found = tuple[float, float, float, Tensor]
 
 
 def _one_message(layer: Any, call: _Call, graph: NormalizedGraph, smoother: OperatorBound | None = None) -> Found:
     """A layer ``C P Q(z)`` with ``P`` the operator of ``graph``; the correction ``C`` runs on ``smoother``."""
     quantizer = layer.message_quantizer
-    with _watched(quantizer) as (passed,):
+    with watched(quantizer) as (passed,):
         out = _tensor(layer(*call.args, **call.kwargs))
-    with _off(quantizer):
+    with bypassed(quantizer):
         exact = _tensor(layer(*call.args, **call.kwargs))
-    injected = _injection(quantizer, passed[0], graph.source)
+    injected = injection(quantizer, passed[0], graph.source)
     operator = operator_bound(graph.plan, operator_of(graph))
-    smoothing = layer.multiplier_value if layer.smp is not None else 0.0
-    eta = layer.smp.eta if layer.smp is not None else 0.0
-    correction = Correction.of(layer.smp, smoothing, eta, operator if smoother is None else smoother)
+    correction = _correction(layer, operator if smoother is None else smoother)
     carried = float((out - exact).norm())
     return injected.error, carried, correction.norm * operator.norm * injected.bound, exact
 
@@ -340,13 +285,13 @@ def _gin(layer: Any, call: _Call) -> Found | None:
     if not isinstance(x, Tensor) or layer.aggr not in ("add", "sum") or layer.is_smoothing:
         return None
     graph = plain_graph(call.edge_index, (x.size(0), x.size(0)), layer.flow)
-    with _watched(layer.message_quantizer) as (passed,):
+    with watched(layer.message_quantizer) as (passed,):
         layer(*call.args, **call.kwargs)
     values, sent = passed[0]
     values = values if values.layout == torch.strided else values.to_dense()
     own = float(1 + layer.eps)
     difference = sent.dequantize() - values
-    injected = _injection(layer.message_quantizer, passed[0], None)
+    injected = injection(layer.message_quantizer, passed[0], None)
     operator = operator_bound(graph.plan, operator_of(graph))
     carried = float((graph.apply(difference) + own * difference).norm())
     return injected.error, carried, (operator.norm + abs(own)) * injected.bound, graph.apply(values) + own * values
@@ -360,14 +305,12 @@ def _gat(layer: Any, call: _Call) -> Found | None:
     src, dst = edges if layer.flow == "source_to_target" else edges.flip(0)
     plan = GraphPlan.from_edges(src, dst, out.size(0), out.size(0))
     heads = [operator_bound(plan, plan.sort(attention[:, head])) for head in range(attention.size(1))]
-    with _watched(layer.message_quantizer) as (passed,):
+    with watched(layer.message_quantizer) as (passed,):
         out = _tensor(layer(*call.args, **call.kwargs))
-    with _off(layer.message_quantizer):
+    with bypassed(layer.message_quantizer):
         exact = _tensor(layer(*call.args, **call.kwargs))
-    injected = _injection(layer.message_quantizer, passed[0], None)
-    smoothing = layer.multiplier_value if layer.smp is not None else 0.0
-    eta = layer.smp.eta if layer.smp is not None else 0.0
-    largest = max(Correction.of(layer.smp, smoothing, eta, head).norm * head.norm for head in heads)
+    injected = injection(layer.message_quantizer, passed[0], None)
+    largest = max(_correction(layer, head).norm * head.norm for head in heads)
     return injected.error, float((out - exact).norm()), largest * injected.bound, exact
 
 
@@ -389,14 +332,14 @@ def _propagation_error(name: str, kind: str, layer: Any, call: _Call) -> LayerEr
     steps = [layer.step_quantizers[str(k)] for k in range(layer.K)]
     stored = [None, *(layer.state_quantizers[str(k)] if layer.state_quantizers is not None else None
                       for k in range(1, layer.K))]  # fmt: skip
-    with _watched(layer.input_quantizer, layer.gap_quantizer, *steps, *stored) as seen:
+    with watched(layer.input_quantizer, layer.gap_quantizer, *steps, *stored) as seen:
         states = _trajectory(layer, x, graph)
-    with _off(layer.input_quantizer, layer.gap_quantizer, *steps, *stored):
+    with bypassed(layer.input_quantizer, layer.gap_quantizer, *steps, *stored):
         exact = _trajectory(layer, x, graph)
-    entered = _injection(layer.input_quantizer, seen[0][0], None)
-    sent = [_injection(q, p[0], graph.source) for q, p in zip(steps, seen[2 : 2 + layer.K], strict=True)]
-    kept = [None if q is None else _injection(q, p[0], None) for q, p in zip(stored, seen[2 + layer.K :], strict=True)]
-    gaps = [_injection(layer.gap_quantizer, p, graph.source).bound for p in seen[1]]
+    entered = injection(layer.input_quantizer, seen[0][0], None)
+    sent = [injection(q, p[0], graph.source) for q, p in zip(steps, seen[2 : 2 + layer.K], strict=True)]
+    kept = [None if q is None else injection(q, p[0], None) for q, p in zip(stored, seen[2 + layer.K :], strict=True)]
+    gaps = [injection(layer.gap_quantizer, p, graph.source).bound for p in seen[1]]
     carried = [float((a - b).norm()) for a, b in zip(states, exact, strict=True)]
     bounds: list[float] | list[None] = [None] * len(carried)
     if not layer.moves_itself:
@@ -426,8 +369,7 @@ def _propagated(
 ) -> list[float]:
     """The recursion of docs/error_bound.md."""
     descent, operator = layer.descent, operator_bound(graph.plan, operator_of(graph))
-    smoothing = layer.multiplier_value if layer.smp is not None else 0.0
-    correction = Correction.of(layer.smp, smoothing, descent.fidelity, operator)
+    correction = _correction(layer, operator, descent.fidelity)
     factor = correction.contraction(descent, operator)
     sweeps = len(correction.gap)
     bounds, error = [], entered
