@@ -313,6 +313,18 @@ def test_outside_a_packed_model_layers_compute_at_once() -> None:
     assert type(outer.inner(*args)) is Tensor
 
 
+def test_inference_mode_and_gradients_switched_on() -> None:
+    qmodel, packed, args = pair(CHAINS["gcn with batch norm"]())
+    with torch.no_grad():
+        expected = qmodel(*args)
+    with torch.inference_mode():
+        assert torch.equal(packed(*args), expected)
+    with torch.enable_grad():
+        out = packed(*args)
+    assert torch.equal(out, expected)
+    assert not out.requires_grad
+
+
 def test_nested_outputs_are_plain() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:

@@ -64,6 +64,37 @@ def test_one_bit_inputs(name: str, kind: str, poison_empty: None) -> None:
 def test_attention(name: str, config: dict[str, Any], poison_empty: None) -> None:
     qmodel, packed, args = packed_pair(name, **config)
     assert_same(qmodel, packed, *args, exact=False)
+    assert all(spec.reason is None for spec in packed._packed_specs)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("name", ["gcn", "sage", "gin", "appnp"])
+def test_accurate_configuration(name: str, bits: int, poison_empty: None) -> None:
+    """A range per node: every layer is packed."""
+    qmodel, packed, args = accurate_pair(MODELS[name](), bits)
+    assert all(spec.reason is None for spec in packed._packed_specs)
+    assert_same(qmodel, packed, *args, exact=False)
+
+
+def accurate_pair(model: nn.Module, bits: int) -> tuple[nn.Module, nn.Module, tuple[Any, ...]]:
+    graph = erdos_renyi(40, 200)
+    args = features("dense", 40), graph.edge_index
+    qmodel = qgnn_plugin.quantize_model(model, config=QuantConfig.accurate(bits)).eval()
+    qgnn_plugin.calibrate(qmodel, args)
+    return qmodel, qgnn_plugin.pack_model(qmodel), args
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_accurate_layers(bits: int, backend: str, poison_empty: None) -> None:
+    """One layer each: sums over ranges per node (and head) differ by rounding, which a next layer may make a level."""
+    for layer in (
+        GCNConv(FEATURES, 9), SAGEConv(FEATURES, 9), GATConv(FEATURES, 5, heads=3), GATv2Conv(FEATURES, 5, heads=2),
+    ):  # fmt: skip
+        qmodel, packed, args = accurate_pair(layer, bits)
+        assert all(spec.reason is None for spec in packed._packed_specs)
+        with use_backend(backend):
+            assert_same(qmodel, packed, *args, exact=False)
 
 
 @pytest.mark.parametrize("attention_bits", [2, 32])
@@ -221,18 +252,25 @@ def test_plans_are_built_once() -> None:
     assert len(plan_cache) == entries
 
 
-@pytest.mark.parametrize("name", ["gcn", "gat"])
-def test_threads_do_not_matter(name: str) -> None:
-    _, packed, args = packed_pair(name, bits=4)
+@pytest.mark.parametrize("granularity", ["tensor", "node"])
+@pytest.mark.parametrize("name", ["gcn", "sage", "gin", "appnp", "gat"])
+def test_threads_do_not_matter(name: str, granularity: str) -> None:
+    """On a graph that is large enough to be shared out."""
+    graph = erdos_renyi(1000, 12_000)
+    args = features("dense", 1000), graph.edge_index
+    qmodel = quantized({**MODELS, **ATTENTION}[name](), *args, bits=4, granularity=granularity)
+    packed = qgnn_plugin.pack_model(qmodel)
     before = torch.get_num_threads()
     try:
         outs = []
-        for threads in (1, 2):
+        for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            outs.append(packed(*args))
+            with use_backend("cpu"):
+                outs.append(packed(*args))
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(*outs)
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2])
 
 
 @pytest.mark.slow
