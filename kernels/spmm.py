@@ -54,8 +54,7 @@ def _forward(plan: GraphPlan, x: Tensor, weight: Tensor | None, edge: Tensor | N
     if _on_triton(x):
         from .triton.float_sum import float_sum as triton_sum
 
-        rows = x.reshape(x.size(0), -1)
-        return triton_sum(rows, plan.rowptr, plan.col, weight=weight, edge=edge).view(out.shape)
+        return triton_sum(x.flatten(1), plan.rowptr, plan.col, weight=weight, edge=edge).view(out.shape)
     if not _on_cpu(x):
         gathered = x[plan.col.long()]
         if weight is not None:
@@ -105,8 +104,7 @@ def edge_products(plan: GraphPlan, a: Tensor, b: Tensor) -> Tensor:
     if _on_triton(a):
         from .triton.float_sum import edge_dots as triton_dots
 
-        heads, rows = a.size(1), (v.reshape(v.size(0), -1) for v in (a, b))
-        return triton_dots(*rows, plan.rowptr, plan.col, heads)
+        return triton_dots(a.flatten(1), b.flatten(1), plan.rowptr, plan.col, a.size(1))
     out = a.new_empty((plan.num_edges, a.size(1)))
     if _on_cpu(a) and out.numel():
         edge_dots(plan.rowptr.numpy(), plan.col.numpy(), _numpy(a), _numpy(b), out.numpy())
@@ -160,8 +158,8 @@ class _SegmentSum(torch.autograd.Function):
         if out.numel() and per_edge.numel() and _on_triton(per_edge):
             from .triton.float_sum import float_sum as triton_sum
 
-            rows = per_edge.reshape(per_edge.size(0), -1)
-            return triton_sum(rows, plan.rowptr, _identity_edges(plan).to(torch.int32)).view(out.shape)
+            edges = _identity_edges(plan).to(torch.int32)
+            return triton_sum(per_edge.reshape(per_edge.size(0), -1), plan.rowptr, edges).view(out.shape)
         return out.index_add_(0, plan.dst, per_edge)
 
     @staticmethod

@@ -12,7 +12,18 @@ from torch import Tensor
 from ..layout import parts_per_byte, row_words
 from .bits import ROW, finish, isolated_part, load_range, part_features, part_sums, power_of_two, store_words
 from .gather import heads_part, max_codes, spread_heads, sum_codes, sum_slots, sum_weighted
-from .launch import MAGIC_BITS, check_devices, check_graph, config_for, launch, next_power_of_two, warp_size, word_tile
+from .launch import (
+    MAGIC_BITS,
+    Config,
+    check_devices,
+    check_graph,
+    config_for,
+    launch,
+    launch_options,
+    next_power_of_two,
+    warp_size,
+    word_tile,
+)
 from .ranges import range_kind
 from .schedule import Schedule, schedule_for
 
@@ -186,8 +197,7 @@ def heads_aligned(num_features: int, heads: int, bits: int, tile_words: int) -> 
 
 def _launch(
     device: torch.device, tensors: dict[str, Tensor | None], out: Tensor, rowptr: Tensor,
-    schedule: Schedule, mode: str, unroll: int, meta: dict[str, Any],
-    rows: int, num_warps: int,
+    schedule: Schedule, mode: str, config: Config, meta: dict[str, Any], rows: int,
 ) -> None:  # fmt: skip
     words, bits = meta["W"], meta["BITS"]
     weighted = mode == "weighted"
@@ -201,7 +211,8 @@ def _launch(
         aggregate_kernel, (triton.cdiv(schedule.num_items, rows), tiles), device,
         tensors["words"], tensors["col"], schedule.row, schedule.begin, schedule.length,
         schedule.slot, tensors["edge_weight"], *tail, out, partial, schedule.num_items,
-        schedule.num_partial, MAGIC_BITS, MODE=mode, ROWS=rows, UNROLL=unroll, num_warps=num_warps, **meta,
+        schedule.num_partial, MAGIC_BITS, MODE=mode, ROWS=rows, UNROLL=config.unroll, **meta,
+        **launch_options(config),
     )  # fmt: skip
     launch(
         hub_kernel, (schedule.num_hubs, tiles), device,
@@ -254,7 +265,7 @@ def aggregate(
     width = num_words if out_bits else num_features
     out = words.new_empty((rowptr.numel() - 1, width), dtype=torch.int32 if out_bits else torch.float32)
     config = config_for(f"aggregate_{mode}", device, num_words)
-    rows, tile = word_tile(config, num_words, warp_size())
+    rows, tile = word_tile(config, num_words, warp_size(), bits)
     heads = edge_weight.size(1) if edge_weight is not None and edge_weight.dim() == 2 else 1
     meta = {
         "F": num_features, "W": num_words, "BITS": bits, "WORDS": tile, "HEADS": heads,
@@ -264,7 +275,6 @@ def aggregate(
         "OUT_OFFSET": range_kind(out_offset),
     }  # fmt: skip
     _launch(
-        device, tensors, out, rowptr, schedule_for(rowptr, config.segment), mode, config.unroll,
-        meta, rows, config.num_warps,
+        device, tensors, out, rowptr, schedule_for(rowptr, config.segment), mode, config, meta, rows,
     )  # fmt: skip
     return out

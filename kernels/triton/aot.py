@@ -18,6 +18,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from .launch import Config, launch_options
 from .sass import Binary, read_amdgcn, read_cubin
 
 __all__ = ["GRIDS", "TARGETS", "Case", "cases", "compile_case", "main"]
@@ -40,7 +41,7 @@ class Case:
         kernel: The jitted function.
         types: Triton types of the run-time arguments; every other argument is a constant.
         constants: Values of the constants (absent tensors are :obj:`None`).
-        num_warps, num_stages: Launch options.
+        num_warps, num_stages, max_registers: Launch options.
         codes_per_iteration: Codes that one thread handles per turn of the inner loop, or 0.
         facts: Further figures for the report.
     """
@@ -52,8 +53,13 @@ class Case:
     constants: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 2
+    max_registers: int = 0
     codes_per_iteration: float = 0
     facts: dict[str, Any] = field(default_factory=dict)
+
+
+def is_hip(target: str) -> bool:
+    return TARGETS[target][0] == "hip"
 
 
 def compile_case(case: Case, target: str) -> Binary:
@@ -77,7 +83,7 @@ def compile_case(case: Case, target: str) -> Binary:
         source,
         target=GPUTarget(*TARGETS[target]),
         options={
-            "num_warps": case.num_warps,
+            **launch_options(Config(num_warps=case.num_warps, max_registers=case.max_registers), not is_hip(target)),
             "num_stages": case.num_stages,
             "enable_fp_fusion": False,
         },

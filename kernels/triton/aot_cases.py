@@ -40,7 +40,7 @@ def _config(kernel: str, words: int, target: str) -> Config:
 
 def _tile_constants(features: int, bits: int, config: Config, target: str) -> dict[str, Any]:
     words = row_words(features, bits)
-    rows, width = word_tile(config, words, WARP[target])
+    rows, width = word_tile(config, words, WARP[target], bits)
     return {"F": features, "W": words, "BITS": bits, "ROWS": rows, "WORDS": width}
 
 
@@ -91,7 +91,7 @@ def aggregate_cases(grid: str, target: str) -> Iterator[Case]:
                     "aggregate", f"{mode} int{bits} F={features}" + (" packed" if pack else ""),
                     aggregate_module.aggregate_kernel,
                     types | PACKED_TYPES if pack else types, constants | {"PACK": pack},
-                    config.num_warps, codes_per_iteration=codes, facts=facts,
+                    config.num_warps, max_registers=config.max_registers, codes_per_iteration=codes, facts=facts,
                 )  # fmt: skip
             if mode == "weighted" and features % 4 == 0:
                 yield _weighted_heads(bits, features, constants, types, config, codes, facts)
@@ -113,7 +113,8 @@ def _weighted_heads(
     heads = {"HEADS": 4, "HEAD_TILE": 4, "ALIGNED": aligned, "SCALE": ROW, "OFFSET": ROW}
     return Case(
         "aggregate", f"weighted int{bits} F={features} H=4 rows", aggregate_module.aggregate_kernel, types,
-        constants | heads, config.num_warps, codes_per_iteration=codes, facts=facts | {"mode": "heads"},
+        constants | heads, config.num_warps, max_registers=config.max_registers, codes_per_iteration=codes,
+        facts=facts | {"mode": "heads"},
     )  # fmt: skip
 
 
@@ -156,7 +157,7 @@ def attention_cases(grid: str, target: str) -> Iterator[Case]:
         words = row_words(features, bits)
         for v2 in (False, True):
             config = _config("attention_v2" if v2 else "attention", words, target)
-            rows, tile = whole_row_tile(config, words, WARP[target])
+            rows, tile = whole_row_tile(config, words, WARP[target], bits)
             constants = {
                 "F": features, "W": words, "BITS": bits, "ROWS": rows, "WORDS": tile, "HEADS": heads,
                 "HEAD_TILE": next_power_of_two(heads),
@@ -186,7 +187,8 @@ def attention_cases(grid: str, target: str) -> Iterator[Case]:
                         "PAIRED": quantized and attention_module.fits_pairs(4, bits)
                         and (constants["ALIGNED"] or heads == 1),
                     },
-                    config.num_warps, codes_per_iteration=_codes_per_turn(constants, config, target),
+                    config.num_warps, max_registers=config.max_registers,
+                    codes_per_iteration=_codes_per_turn(constants, config, target),
                     facts=facts | {"mode": "v2" if v2 else "gat"},
                 )  # fmt: skip
             if not v2:

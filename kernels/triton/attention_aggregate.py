@@ -41,10 +41,12 @@ from .bits import (
 from .gather import gather_words, heads_part, per_code, spread_heads, sum_slots
 from .launch import (
     MAGIC_BITS,
+    Config,
     check_devices,
     check_graph,
     config_for,
     launch,
+    launch_options,
     next_power_of_two,
     warp_size,
     whole_row_tile,
@@ -280,14 +282,13 @@ def fits_pairs(attention_bits: int, bits: int) -> bool:
 
 def _launch(
     device: torch.device, tensors: dict[str, Tensor | None], schedule: Schedule, out: Tensor,
-    slope: float, attention_bits: int, unroll: int, meta: dict[str, Any], epilogue: dict[str, Any],
-    num_warps: int,
+    slope: float, attention_bits: int, config: Config, meta: dict[str, Any], epilogue: dict[str, Any],
 ) -> None:  # fmt: skip
     quantized = attention_bits != FLOAT_BITS
     per_row = (ROW.value, HEAD.value)
     integer = quantized and meta["SCALE"] not in per_row and meta["OFFSET"] not in per_row
     paired = integer and (meta["ALIGNED"] or meta["HEADS"] == 1) and fits_pairs(attention_bits, meta["BITS"])
-    peak = peaks(device, tensors, schedule, out.size(0), slope, meta, num_warps)
+    peak = peaks(device, tensors, schedule, out.size(0), slope, meta, config.num_warps)
     words, bits, heads = meta["W"], meta["BITS"], meta["HEADS"]
     planes = 2 if meta["OFFSET"] in per_row else 1
     partial = out.new_empty(
@@ -301,9 +302,9 @@ def _launch(
         attention_kernel, (triton.cdiv(schedule.num_items, meta["ROWS"]),), device,
         tensors["words"], tensors["col"], schedule.row, schedule.begin, schedule.length,
         schedule.slot, *(tensors[name] for name in names), peak, thresholds, *tail, out, partial,
-        slope, schedule.num_items, schedule.num_partial, MAGIC_BITS, UNROLL=unroll,
+        slope, schedule.num_items, schedule.num_partial, MAGIC_BITS, UNROLL=config.unroll,
         TOP=top_code(attention_bits) if quantized else 0, INTEGER=integer, PAIRED=paired,
-        num_warps=num_warps, **meta, **epilogue,
+        **launch_options(config), **meta, **epilogue,
     )  # fmt: skip
     hub = {k: v for k, v in meta.items() if k not in ("ROWS", "V2")}
     launch(
@@ -361,7 +362,7 @@ def attention_aggregate(
         dtype=torch.int32 if out_bits else torch.float32,
     )
     config = config_for("attention" if att is None else "attention_v2", device, num_words)
-    rows, tile = whole_row_tile(config, num_words, warp_size())  # heads are computed once per edge
+    rows, tile = whole_row_tile(config, num_words, warp_size(), bits)  # heads are computed once per edge
     meta = {
         "F": num_features, "W": num_words, "BITS": bits, "ROWS": rows, "WORDS": tile,
         "HEADS": heads, "HEAD_TILE": next_power_of_two(heads),
@@ -374,6 +375,6 @@ def attention_aggregate(
     }  # fmt: skip
     _launch(
         device, tensors, schedule_for(rowptr, config.segment), out, negative_slope, attention_bits,
-        config.unroll, meta, epilogue, config.num_warps,
+        config, meta, epilogue,
     )  # fmt: skip
     return out

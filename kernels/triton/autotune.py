@@ -28,8 +28,9 @@ from .launch import TABLE_VERSION, Config, architecture, load_table, override
 
 __all__ = ["candidates", "main", "median_time", "power_law_plan"]
 
+MAX_REGISTERS = 128  # of a thread: four programs of four warps share a processor of 65,536
 BUCKETS = (2, 4, 8, 16, 32, 1 << 20)  # words per row; the last takes the rest
-FIELDS = ("num_warps", "words_per_thread", "tile_words", "unroll", "segment")
+FIELDS = ("num_warps", "words_per_thread", "tile_words", "unroll", "segment", "max_registers")
 
 
 def power_law_plan(num_nodes: int, num_edges: int, device: torch.device | str) -> GraphPlan:
@@ -52,7 +53,7 @@ def candidates(words: int) -> Iterator[Config]:
         if held <= min(words, width):
             yield Config(
                 num_warps=warps, words_per_thread=held, tile_words=width, unroll=unroll,
-                segment=segment,
+                segment=segment, max_registers=MAX_REGISTERS,
             )  # fmt: skip
 
 

@@ -32,6 +32,7 @@ __all__ = [
     "config_for",
     "debug_checks",
     "launch",
+    "launch_options",
     "load_table",
     "next_power_of_two",
     "override",
@@ -46,6 +47,7 @@ DEBUG_ENV = "QGNN_DEBUG"
 TABLE_VERSION = 1
 MAGIC_BITS = 0x4B000000  # of 2^23 in float32, for the kernels' argument ``magic``
 MAX_ROWS = 256  # of a program: the row alignment of schedules
+MAX_CODES = 64  # of a thread: more would not fit the registers
 MAX_ROW_WORDS = 4096  # of kernels that hold a row in one tile
 
 _debug: ContextVar[bool | None] = ContextVar("qgnn_triton_debug", default=None)
@@ -62,6 +64,7 @@ class Config:
         tile_words: Widest tile, in words; wider rows take several programs.
         unroll: Gathers in flight per thread: 1, 2 or 4.
         segment: Edges per program of a hub, at most 256.
+        max_registers: Of a thread, on NVIDIA; 0 leaves the number to the compiler.
         block_m, block_n, block_k, num_stages: Tile of ``linear`` and its pipeline depth.
     """
 
@@ -70,6 +73,7 @@ class Config:
     tile_words: int = 32
     unroll: int = 4
     segment: int = 256
+    max_registers: int = 0
     block_m: int = 64
     block_n: int = 64
     block_k: int = 64
@@ -79,10 +83,19 @@ class Config:
         for field in fields(self):
             value = getattr(self, field.name)
             power_of_two = isinstance(value, int) and value > 0 and value & (value - 1) == 0
-            if not power_of_two and field.name not in ("num_stages", "segment"):
+            if not power_of_two and field.name not in ("num_stages", "segment", "max_registers"):
                 raise ValueError(f"Expected '{field.name}' to be a power of two (got {value!r})")
+        if self.max_registers % 8 or not 0 <= self.max_registers <= 248:
+            raise ValueError(f"Expected 'max_registers' to be 0, 8, 16, ... or 248 (got {self.max_registers!r})")
         if self.unroll > 4:
             raise ValueError(f"Expected 'unroll' of at most 4 (got {self.unroll})")
+
+
+def launch_options(config: Config, cuda: bool | None = None) -> dict[str, int]:
+    """What the compiler is told for a loop over edges, on CUDA or on another platform (default: torch's own)."""
+    cuda = torch.version.hip is None if cuda is None else cuda
+    registers = {"maxnreg": config.max_registers} if config.max_registers and cuda else {}
+    return {"num_warps": config.num_warps, **registers}
 
 
 def next_power_of_two(n: int) -> int:
@@ -147,16 +160,16 @@ def override(**configs: Config) -> Iterator[None]:
         _override.reset(token)
 
 
-def word_tile(config: Config, words: int, warp_size: int = 32) -> tuple[int, int]:
+def word_tile(config: Config, words: int, warp_size: int = 32, bits: int = 8) -> tuple[int, int]:
     """``(rows, words)`` of a program's tile: every thread holds ``words_per_thread`` words, or a
-    whole row where that is shorter.
+    whole row where that is shorter, or what ``MAX_CODES`` codes of ``bits`` bits take.
     """
     width = min(next_power_of_two(words), config.tile_words)
-    held = config.num_warps * warp_size * min(config.words_per_thread, width)
-    return max(1, min(MAX_ROWS, held // width)), width
+    of_thread = min(config.words_per_thread, width, MAX_CODES * bits // 32)
+    return max(1, min(MAX_ROWS, config.num_warps * warp_size * of_thread // width)), width
 
 
-def whole_row_tile(config: Config, words: int, warp_size: int = 32) -> tuple[int, int]:
+def whole_row_tile(config: Config, words: int, warp_size: int = 32, bits: int = 8) -> tuple[int, int]:
     """:func:`word_tile` for kernels that need a row in one tile.
 
     Raises:
@@ -167,7 +180,7 @@ def whole_row_tile(config: Config, words: int, warp_size: int = 32) -> tuple[int
             f"Expected rows of at most {MAX_ROW_WORDS} words in one tile (got {words}); use fewer features or heads "
             f"per call, or the 'torch' backend"
         )
-    rows, tile = word_tile(config, words, warp_size)
+    rows, tile = word_tile(config, words, warp_size, bits)
     width = next_power_of_two(words)
     return max(1, rows * tile // width), width
 
