@@ -34,6 +34,7 @@ CARDS: dict[str, dict[str, float]] = {
 }  # fmt: skip
 NODES, EDGES = 170_000, 2_000_000
 REGISTER_GRANULE = 8
+SCHEDULE_BYTES = 24  # that a program reads per row
 RESERVED_SHARED = 1024  # bytes per program that the driver keeps
 
 
@@ -75,7 +76,7 @@ def _predict_gather(row: dict[str, Any], card: dict[str, float]) -> dict[str, fl
     issued = EDGES * row["features"] * instructions / (card["sms"] * card["lanes"] * card["ghz"] * 1e6)
     least = row["features"] * row["bits"] / 8 + 4
     sectors = -(-row["row_bytes"] // 32) * 32 + 4
-    traffic = EDGES * sectors + NODES * (row["features"] * 4 + 24)
+    traffic = EDGES * sectors + NODES * (row.get("out_bytes", row["features"] * 4) + SCHEDULE_BYTES)
     memory = traffic / (card["tbs"] * 1e9)
     return {
         "instructions_per_code": instructions,

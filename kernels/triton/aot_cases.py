@@ -91,7 +91,8 @@ def aggregate_cases(grid: str, target: str) -> Iterator[Case]:
                     "aggregate", f"{mode} int{bits} F={features}" + (" packed" if pack else ""),
                     aggregate_module.aggregate_kernel,
                     types | PACKED_TYPES if pack else types, constants | {"PACK": pack},
-                    config.num_warps, max_registers=config.max_registers, codes_per_iteration=codes, facts=facts,
+                    config.num_warps, max_registers=config.max_registers, codes_per_iteration=codes,
+                    facts=facts | {"out_bytes": 4 * words if pack else 4 * features},
                 )  # fmt: skip
             if mode == "weighted" and features % 4 == 0:
                 yield _weighted_heads(bits, features, constants, types, config, codes, facts)
