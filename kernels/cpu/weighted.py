@@ -50,9 +50,9 @@ def head_table(num_features: int, bits: int, heads: int) -> tuple[np.ndarray | N
     tiles = -(-width // (4 * LANES))
     byte = torch.arange(tiles * 4 * LANES).view(tiles, 1, 4 * LANES)
     feature = torch.arange(parts).view(1, parts, 1) * width + byte
-    head = feature // (num_features // heads)
-    head = head.masked_fill((feature >= num_features) | (byte >= width), 0)
-    table = head.reshape(-1, GROUP)
+    unused = ((feature >= num_features) | (byte >= width)).reshape(-1, GROUP)
+    table = (feature // (num_features // heads)).reshape(-1, GROUP).masked_fill(unused, 0)
+    table = torch.where(unused, table[:, :1], table)  # they follow the lanes that are used
     lanewise = None if bool((table == table[:, :1]).all()) else 0
     return table.reshape(-1).to(torch.int32).numpy(), lanewise
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from qgnn_plugin.kernels.attention_aggregate import attention_aggregate
 from qgnn_plugin.kernels.backend import use_backend
-from qgnn_plugin.kernels.layout import pack_codes, top_code
+from qgnn_plugin.kernels.cpu.weighted import head_table
+from qgnn_plugin.kernels.layout import pack_codes, parts_per_byte, row_bytes, top_code
 from qgnn_plugin.kernels.plan import GraphPlan
 from qgnn_plugin.kernels.smp_step import smp_step, step_factors
 
@@ -82,6 +83,21 @@ def test_a_range_per_row_and_head_is_heads_apart(attention_bits: int) -> None:
             alpha_dst=options["alpha_dst"][:, column],
         )  # fmt: skip
         torch.testing.assert_close(together[:, h * channels : (h + 1) * channels], alone)
+
+
+@pytest.mark.parametrize(
+    ("features", "bits", "heads", "shared"), [(160, 2, 4, True), (256, 4, 4, True), (15, 2, 3, False)]
+)
+def test_lanes_past_a_row_do_not_split_a_head(features: int, bits: int, heads: int, shared: bool) -> None:
+    """One weight serves sixteen lanes where those that hold a feature are of one head."""
+    table, lanewise = head_table(features, bits, heads)
+    assert (lanewise is None) == shared
+    width = row_bytes(features, bits)
+    for feature in range(features):
+        part, byte = divmod(feature, width)
+        tile, lane = divmod(byte, 64)
+        at = (tile * parts_per_byte(bits) + part) * 64 + lane
+        assert table[at] == feature // (features // heads)
 
 
 def test_sums_past_an_int32() -> None:
