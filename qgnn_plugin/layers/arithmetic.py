@@ -2,10 +2,13 @@ r"""Integer arithmetic of converted layers: sums run over codes, one affine step
 
 In eval mode the float operations and their order are those of the packed kernels, so that both executions agree bit for
 bit; sums over codes are exact because they stay below ``2^24`` in float32; where they may not, products run in float64
-and sums over neighbours digit by digit (:func:`exact_sum`).
+and sums over neighbours digit by digit (:func:`exact_sum`).  Sums that round (edge weights, a range per node) depend on
+the order that a kernel adds in: in eval mode that kernel itself computes them.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -109,7 +112,7 @@ def exact_sum(plan: GraphPlan, codes: Tensor, qmax: int) -> Tensor:
     return total.to(torch.float32)
 
 
-def aggregate_sum(x: QuantizedTensor, plan: GraphPlan, weight: Tensor | None = None) -> Tensor:
+def aggregate_sum(x: QuantizedTensor, plan: GraphPlan, weight: Tensor | None = None, exact: bool = False) -> Tensor:
     r"""``sum_j w_ij x^_j`` over the edges of ``plan``, from codes.
 
     .. math:: y_i = \Big(\sum_j w_{ij} c_j\Big) s + \Big(\sum_j w_{ij}\Big) l
@@ -118,16 +121,27 @@ def aggregate_sum(x: QuantizedTensor, plan: GraphPlan, weight: Tensor | None = N
         x: ``[num_src, F]`` or ``[num_src, H, C]``.
         plan: The graph.
         weight: ``[E]`` or ``[E, H]`` in CSR order, or :obj:`None` for ones: then code sums are exact integers.
+        exact: Bit for bit what packed layers compute (the eval arithmetic), also where the sums round: with weights or
+            a range per node.  For ``[num_src, F]`` in float32.
 
     Returns:
         ``[num_dst, F]`` or ``[num_dst, H, C]``.
     """
     if (dtype := x.codes.dtype) in HALF and x.qmax is not None:
         wide_weight = None if weight is None else weight.to(torch.float32)
-        return aggregate_sum(x.to(torch.float32), plan, wide_weight).to(dtype)
+        return aggregate_sum(x.to(torch.float32), plan, wide_weight, exact).to(dtype)
     x = x.dense()
     if x.packed is not None:
-        return compressed.aggregate_sum(x.codes, weight, plan, x.packed, lambda: _forward_sum(x, plan, weight))
+        return compressed.aggregate_sum(x.codes, weight, plan, x.packed, lambda: _forward_sum(x, plan, weight, exact))
+    rounds = weight is not None or x.per_node
+    if not (exact and rounds and x.qmax is not None and x.codes.dtype == torch.float32 and x.codes.dim() == 2):
+        return _float_sum(x, plan, weight)
+    total = _kernel_sum(x, plan, weight)
+    return _Replaced.apply(_float_sum(x, plan, weight), total) if torch.is_grad_enabled() else total
+
+
+def _float_sum(x: QuantizedTensor, plan: GraphPlan, weight: Tensor | None) -> Tensor:
+    """:func:`aggregate_sum` by differentiable products."""
     if x.per_node:
         return spmm(plan, x.dequantize(), weight)
     acc = spmm(plan, x.codes, weight)
@@ -143,10 +157,30 @@ def aggregate_sum(x: QuantizedTensor, plan: GraphPlan, weight: Tensor | None = N
     return y + mass.view(*mass.shape, *([1] * (acc.dim() - mass.dim()))) * x.lower
 
 
-def _forward_sum(x: QuantizedTensor, plan: GraphPlan, weight: Tensor | None) -> Tensor:
+class _Replaced(torch.autograd.Function):
+    """The second of two tensors that are equal but for rounding, with the gradient of the first."""
+
+    @staticmethod
+    def forward(ctx: Any, differentiable: Tensor, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+@torch.no_grad()
+def _kernel_sum(x: QuantizedTensor, plan: GraphPlan, weight: Tensor | None) -> Tensor:
+    """:func:`aggregate_sum` of ``[num_src, F]`` by the kernel that packed layers run."""
+    assert x.qmax is not None
+    packed = x.packed or compressed.Packed.of(x.codes, x.scale, x.lower, x.qmax.bit_length())
+    scale, lower = packed.kernel_range()
+    return aggregate(packed.words, plan, scale, lower, x.codes.size(1), packed.bits, edge_weight=weight)
+
+
+def _forward_sum(x: QuantizedTensor, plan: GraphPlan, weight: Tensor | None, exact: bool) -> Tensor:
     """:func:`aggregate_sum` outside the autograd graph; unweighted integer sums run on the packed codes."""
-    assert x.packed is not None
-    if weight is not None or x.per_node or x.codes.dim() != 2:
-        return aggregate_sum(x.detached(), plan, None if weight is None else weight.detach())
-    scale, lower = x.scale.reshape(-1), x.lower.reshape(-1)
-    return aggregate(x.packed.words, plan, scale, lower, x.codes.size(1), x.packed.bits)
+    rounds = weight is not None or x.per_node
+    if (rounds and not exact) or x.codes.dim() != 2:
+        return _float_sum(x.detached(), plan, None if weight is None else weight.detach())
+    return _kernel_sum(x, plan, weight)

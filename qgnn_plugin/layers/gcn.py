@@ -19,7 +19,7 @@ __all__ = ["QuantizedGCNConv", "propagate_codes"]
 def propagate_codes(z: Tensor, graph: NormalizedGraph, quantizer: QLRQuantizer) -> Tensor:
     r""":math:`t_i \sum_j w_{ij} Q(s_j z_j)`: the source factor goes in before quantization, the target factor after."""
     messages = quantizer(z if graph.source is None else z * graph.source)
-    out = aggregate_sum(messages, graph.plan, graph.weight)
+    out = aggregate_sum(messages, graph.plan, graph.weight, exact=not quantizer.training)
     return out if graph.target is None else out * graph.target
 
 

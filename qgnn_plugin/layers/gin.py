@@ -41,7 +41,7 @@ class QuantizedGINConv(QuantizedConv):
         x_src, x_dst = (x, x) if isinstance(x, Tensor) else x
         sent = self.message_quantizer(x_src)
         graph = plain_graph(edge_index, (x_src.size(0), num_targets(edge_index, x_src, x_dst, size)), self.flow)
-        out = aggregate_sum(sent, graph.plan, graph.weight)
+        out = aggregate_sum(sent, graph.plan, graph.weight, exact=not self.training)
         if x_dst is not None:
             own = sent if x_dst is x_src else self.message_quantizer(x_dst)
             out = out + (1 + self.eps) * own.dequantize()

@@ -73,7 +73,7 @@ class QuantizedSAGEConv(QuantizedConv):
     ) -> Tensor:
         z = self.lin_l.apply_to(sent, None)
         graph = self._graph(edge_index, size)
-        out = aggregate_sum(self.message_quantizer(z), graph.plan, graph.weight)
+        out = aggregate_sum(self.message_quantizer(z), graph.plan, graph.weight, exact=not self.training)
         if graph.target is not None:
             out = out * graph.target
         if smooth and self.smp is not None and (self.training or self.multiplier_value > 0):
@@ -84,7 +84,7 @@ class QuantizedSAGEConv(QuantizedConv):
     def _aggregate(self: Any, sent: QuantizedTensor, edge_index: Any, size: tuple[int, int]) -> Tensor:
         if self.aggr in ("mean", "add", "sum"):
             graph = self._graph(edge_index, size)
-            out = aggregate_sum(sent, graph.plan, graph.weight)
+            out = aggregate_sum(sent, graph.plan, graph.weight, exact=not self.training)
             return out if graph.target is None else out * graph.target
         values = sent.dequantize()
         return self.float_propagate(edge_index, None if is_sparse(edge_index) else size, x=(values, None))

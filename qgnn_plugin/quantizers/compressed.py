@@ -84,8 +84,11 @@ class Packed(NamedTuple):
 
     def values(self) -> Tensor:
         """``c s + l``."""
-        scale, lower = (_kernel_range(value, self.shape) for value in (self.scale, self.lower))
-        return unpack_dequantize(self.words, scale, lower, self.shape[-1], self.bits).view(self.shape)
+        return unpack_dequantize(self.words, *self.kernel_range(), self.shape[-1], self.bits).view(self.shape)
+
+    def kernel_range(self) -> tuple[Tensor, Tensor]:
+        """``scale`` and ``lower`` in the forms that kernels know for ``[N, F]``."""
+        return _kernel_range(self.scale, self.shape), _kernel_range(self.lower, self.shape)
 
 
 def _pack(codes: Tensor, bits: int) -> Tensor:
@@ -99,7 +102,7 @@ def _unpack(words: Tensor, shape: torch.Size, bits: int) -> Tensor:
 
 
 def _kernel_range(value: Tensor, shape: torch.Size) -> Tensor:
-    """A range that broadcasts to ``shape``, in the forms that kernels know for ``[N, F]``."""
+    """A range that broadcasts to ``shape``: one element, ``[F]`` or ``[N, 1]``."""
     if value.numel() == 1:
         return value.reshape(1)
     return value if value.dim() == 1 else value.expand(*shape[:-1], 1).reshape(-1, 1)
@@ -204,7 +207,10 @@ class _AggregateSum(torch.autograd.Function):
         grad_codes = spmm(plan.transpose, grad, None if weight is None else plan.transpose.sort(weight))
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            grad_weight = edge_products(plan, grad, Packed(*rest, *ctx.layout).values()).view_as(weight)
+            values = Packed(*rest, *ctx.layout).values()
+            heads = weight.size(1) if weight.dim() == 2 else 1
+            by_head = (v.reshape(v.size(0), heads, -1) for v in (grad, values))
+            grad_weight = edge_products(plan, *by_head).view_as(weight)
         return grad_codes, grad_weight, None, None, None
 
 

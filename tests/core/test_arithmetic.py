@@ -1,5 +1,6 @@
 """Code-space arithmetic against a second path: dense float64 computation on the dequantized tensors."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,6 +13,9 @@ from torch_geometric.nn import APPNP, GCNConv, SAGEConv
 
 import qgnn_plugin as qgnn
 from qgnn_plugin import QLRQuantizer, QuantConfig
+from qgnn_plugin.kernels.aggregate import aggregate
+from qgnn_plugin.kernels.backend import use_backend
+from qgnn_plugin.kernels.layout import pack_codes
 from qgnn_plugin.kernels.plan import GraphPlan
 from qgnn_plugin.layers.arithmetic import aggregate_sum, exact_sum, linear
 from qgnn_plugin.layers.attention import attention_codes, attention_thresholds
@@ -112,6 +116,44 @@ def test_aggregate_sum(granularity: str, levels: str, weighted: bool) -> None:
         out = aggregate_sum(quantized_x, plan, per_head)
         assert out.shape == shape
         assert_near(out, expected)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "node", "one bit rows"])
+def test_sums_in_eval_are_those_of_the_packed_kernel(
+    granularity: str, weighted: bool, compress: bool, backend: str
+) -> None:
+    """The same bits with and without gradients, and the gradients that training has."""
+    plan = GraphPlan.from_edges(*erdos_renyi().edge_index, 60, 60)
+    x, weight, cotangent = torch.randn(60, 10), torch.rand(plan.num_edges), torch.randn(60, 10)
+    options: dict[str, Any] = {"levels": "half", "granularity": granularity, "channels": 10}
+    if granularity == "one bit rows":
+        x, options = (x > 0) * torch.rand(60, 1), {"granularity": "node"}
+    quantizer = fitted(x, 4, **options)
+    outs, gradients = [], []
+    for exact in (False, True):
+        leaf = x.clone().requires_grad_()
+        edge = weight.clone().requires_grad_() if weighted else None
+        quantizer.zero_grad()
+        with use_backend(backend), qgnn.compressed_activations() if compress else nullcontext():
+            sent = quantizer(leaf)
+            out = aggregate_sum(sent, plan, edge, exact)
+        out.backward(cotangent)
+        outs.append(out.detach())
+        gradients.append([p.grad for p in (leaf, edge, *quantizer.parameters()) if p is not None])
+    torch.testing.assert_close(outs[1], outs[0], rtol=1e-5, atol=1e-5)
+    assert len(gradients[0]) == len(gradients[1]) >= 2
+    for trained, evaluated in zip(*gradients, strict=True):
+        assert torch.equal(trained, evaluated) if trained is not None else evaluated is None
+    with use_backend(backend), torch.no_grad():
+        sent = quantizer(x)
+        words = pack_codes(sent.codes, quantizer.stored_bits)
+        weights = weight if weighted else None
+        expected = aggregate(words, plan, sent.scale, sent.lower, 10, quantizer.stored_bits, edge_weight=weights)
+        assert torch.equal(aggregate_sum(sent, plan, weights, True), expected)
+    assert torch.equal(outs[1], expected)
 
 
 @pytest.mark.parametrize("degree", [65_793, 65_794, 100_000, 1_200_000])

@@ -30,10 +30,10 @@ FEATURES, HIDDEN, CLASSES = 20, 12, 7
 class Propagation(nn.Module):
     """An MLP, a normalization and K steps of APPNP."""
 
-    def __init__(self, width: int = FEATURES) -> None:
+    def __init__(self, width: int = FEATURES, steps: int = 3) -> None:
         super().__init__()
         self.lin1, self.lin2 = nn.Linear(width, HIDDEN), Linear(HIDDEN, CLASSES)
-        self.norm, self.prop = BatchNorm(HIDDEN), APPNP(3, 0.1)
+        self.norm, self.prop = BatchNorm(HIDDEN), APPNP(steps, 0.1)
 
     def forward(self, x: Tensor, edge_index: Any) -> Tensor:
         return self.prop(self.lin2(self.norm(self.lin1(x)).relu()), edge_index)
@@ -69,12 +69,12 @@ class Mixed(nn.Module):
 
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
-    "gcn": lambda width=FEATURES: GCN(width, HIDDEN, 2, CLASSES, norm="batch_norm"),
-    "sage": lambda width=FEATURES: GraphSAGE(width, HIDDEN, 2, CLASSES),
+    "gcn": lambda width=FEATURES, depth=2: GCN(width, HIDDEN, depth, CLASSES, norm="batch_norm"),
+    "sage": lambda width=FEATURES, depth=2: GraphSAGE(width, HIDDEN, depth, CLASSES),
     "sage_wide": lambda width=FEATURES: GraphSAGE(width, 24, 2, 30, aggr="add"),
     "sage_max": lambda width=FEATURES: GraphSAGE(width, HIDDEN, 2, CLASSES, aggr="max"),
-    "gin": lambda width=FEATURES: GIN(width, HIDDEN, 2, CLASSES, train_eps=True),
-    "appnp": Propagation,
+    "gin": lambda width=FEATURES, depth=2: GIN(width, HIDDEN, depth, CLASSES, train_eps=True),
+    "appnp": lambda width=FEATURES, depth=2: Propagation(width, depth + 1),
 }
 ATTENTION: dict[str, Callable[..., nn.Module]] = {
     "gat": lambda width=FEATURES: GAT(width, HIDDEN, 2, CLASSES, heads=3),

@@ -67,13 +67,30 @@ def test_attention(name: str, config: dict[str, Any], poison_empty: None) -> Non
     assert all(spec.reason is None for spec in packed._packed_specs)
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("depth", [2, 3])
 @pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize("name", ["gcn", "sage", "gin", "appnp"])
-def test_accurate_configuration(name: str, bits: int, poison_empty: None) -> None:
-    """A range per node: every layer is packed."""
-    qmodel, packed, args = accurate_pair(MODELS[name](), bits)
+def test_accurate_configuration(name: str, bits: int, depth: int, backend: str, poison_empty: None) -> None:
+    """A range per node: sums round, and where zero lies halfway between two levels one ulp decides on its code."""
+    qmodel, packed, args = accurate_pair(MODELS[name](depth=depth), bits)
     assert all(spec.reason is None for spec in packed._packed_specs)
-    assert_same(qmodel, packed, *args, exact=False)
+    with use_backend(backend):
+        assert_same(qmodel, packed, *args)
+        assert torch.equal(packed(*args), qmodel(*args).detach())  # with gradients as well
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "node"])
+def test_edge_weights(granularity: str, backend: str) -> None:
+    """Weighted sums round, too."""
+    graph = erdos_renyi(40, 200)
+    args = features("dense", 40), graph.edge_index, torch.rand(200)
+    config = QuantConfig(bits=4, granularity=granularity, message_levels="half")
+    qmodel = qgnn_plugin.quantize_model(MODELS["gcn"](depth=3), config=config).eval()
+    qgnn_plugin.calibrate(qmodel, args)
+    with use_backend(backend):
+        assert_same(qmodel, qgnn_plugin.pack_model(qmodel), *args)
 
 
 def accurate_pair(model: nn.Module, bits: int) -> tuple[nn.Module, nn.Module, tuple[Any, ...]]:
