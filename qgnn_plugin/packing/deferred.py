@@ -55,10 +55,18 @@ def gathered(num_rows: int, blocks: Iterator[Block]) -> Tensor:
     if rows.stop == num_rows:
         return first
     out = first.new_empty((num_rows, first.size(1)))
-    out[rows] = first
+    _put(out, rows, first)
     for rows, part in blocks:
-        out[rows] = part
+        _put(out, rows, part)
     return out
+
+
+def _put(out: Tensor, rows: slice, part: Tensor) -> None:
+    """``out[rows] = part``, on the CPU by NumPy: torch would wake threads that then spin against the kernels' own."""
+    if out.device.type == "cpu":
+        out.numpy()[rows] = part.numpy()
+    else:
+        out[rows] = part
 
 
 def conclude(
