@@ -37,7 +37,7 @@ aten = torch.ops.aten
 Step = Callable[[Tensor], Tensor]
 Block = tuple[slice, Tensor]  # rows, and what they hold
 
-BLOCK_FLOATS = 1 << 20  # of a block of rows: they stay in the cache from the kernel to the codes
+BLOCK_FLOATS = 1 << 19  # of a block of rows: they stay in the cache from the kernel to the codes
 BLOCK_ROWS = 64  # blocks are multiples of it, so that vectorized operations have their tails where whole matrices do
 
 

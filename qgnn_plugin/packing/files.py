@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..config import QuantConfig
+from ..config import QuantConfig, SMPConfig
 from ..conversion import is_quantized
 from ..layers.base import QuantizedLayer, SiteFactory, restore_class
 from ..layers.registry import convert_layer
@@ -80,7 +80,9 @@ def _describe(specs: list[LayerSpec]) -> dict[str, Any]:
     configs: list[dict[str, Any]] = []
     layers = []
     for spec in specs:
-        config = spec.config.to_dict()
+        config = _told(spec.config.to_dict(), QuantConfig)
+        if isinstance(config["smp"], dict):
+            config["smp"] = _told(config["smp"], SMPConfig)
         if config not in configs:
             configs.append(config)
         entry: dict[str, Any] = {"name": spec.name, "type": spec.type, "config": configs.index(config)}
@@ -92,16 +94,22 @@ def _describe(specs: list[LayerSpec]) -> dict[str, Any]:
     return {"configs": configs, "layers": layers}
 
 
+def _told(values: Mapping[str, Any], cls: type[QuantConfig | SMPConfig]) -> dict[str, Any]:
+    """``values`` without the fields that are :obj:`None` because nothing was chosen: their default is :obj:`None`."""
+    unset = {field.name for field in fields(cls) if field.default is None}
+    return {name: value for name, value in values.items() if value is not None or name not in unset}
+
+
 def _specs(description: Mapping[str, Any]) -> list[LayerSpec]:
     configs = [QuantConfig.from_dict(config) for config in description["configs"]]
     specs = []
     for entry in description["layers"]:
-        fields = dict(entry)
-        fields["config"] = configs[fields["config"]]
-        fields["sites"] = {k: SiteSpec.from_dict(v) for k, v in fields["sites"].items()}
-        if "deep_place" in fields:
-            fields["deep_place"] = StackPlace(**fields["deep_place"])
-        specs.append(LayerSpec(**fields))
+        values = dict(entry)
+        values["config"] = configs[values["config"]]
+        values["sites"] = {k: SiteSpec.from_dict(v) for k, v in values["sites"].items()}
+        if "deep_place" in values:
+            values["deep_place"] = StackPlace(**values["deep_place"])
+        specs.append(LayerSpec(**values))
     return specs
 
 
