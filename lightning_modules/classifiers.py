@@ -39,7 +39,7 @@ class _QuantizedClassifier(pl.LightningModule):
         weight_decay: float = 5e-4,
         range_lr: float | None = None,
         teacher: nn.Module | None = None,
-        distillation_weight: float = 1.0,
+        distillation_weight: float = 0.5,
         temperature: float = 1.0,
         schedule: Literal["cosine"] | None = "cosine",
     ) -> None:
