@@ -8,6 +8,7 @@ the order that a kernel adds in: in eval mode that kernel itself computes them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from ..kernels.spmm import segment_sum, spmm
 from ..quantizers import QuantizedTensor, compressed
 from ..quantizers.functional import HALF
 
-__all__ = ["aggregate_sum", "exact_sum", "linear"]
+__all__ = ["aggregate_sum", "exact_sum", "linear", "with_gradient_of"]
 
 EXACT_FLOAT32 = 2**24
 
@@ -136,8 +137,7 @@ def aggregate_sum(x: QuantizedTensor, plan: GraphPlan, weight: Tensor | None = N
     rounds = weight is not None or x.per_node
     if not (exact and rounds and x.qmax is not None and x.codes.dtype == torch.float32 and x.codes.dim() == 2):
         return _float_sum(x, plan, weight)
-    total = _kernel_sum(x, plan, weight)
-    return _Replaced.apply(_float_sum(x, plan, weight), total) if torch.is_grad_enabled() else total
+    return with_gradient_of(lambda: _float_sum(x, plan, weight), _kernel_sum(x, plan, weight))
 
 
 def _float_sum(x: QuantizedTensor, plan: GraphPlan, weight: Tensor | None) -> Tensor:
@@ -158,8 +158,6 @@ def _float_sum(x: QuantizedTensor, plan: GraphPlan, weight: Tensor | None) -> Te
 
 
 class _Replaced(torch.autograd.Function):
-    """The second of two tensors that are equal but for rounding, with the gradient of the first."""
-
     @staticmethod
     def forward(ctx: Any, differentiable: Tensor, value: Tensor) -> Tensor:
         return value.view_as(value)
@@ -167,6 +165,11 @@ class _Replaced(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
+
+
+def with_gradient_of(differentiable: Callable[[], Tensor], value: Tensor) -> Tensor:
+    """``value`` with the gradient of ``differentiable()``, the same but for rounding; not called where none is due."""
+    return _Replaced.apply(differentiable(), value) if torch.is_grad_enabled() else value
 
 
 @torch.no_grad()

@@ -6,7 +6,8 @@ the code ``k_ij`` and the row is normalized by its own sum:
 .. math:: y_i = \frac{(\sum_j k_{ij} c_j)\, s}{\sum_j k_{ij}} + l
 
 ``k_ij`` is the number of thresholds ``log((q - 1/2) / Q)``, ``q = 1 .. Q``, that ``e_ij - m_i`` reaches: no exponential
-is evaluated, so the codes agree between every implementation.
+is evaluated, so the codes agree between every implementation.  In eval mode the kernel of packed layers computes logits
+and means, wherever these run it, so that their order of float operations is the same.
 """
 
 from __future__ import annotations
@@ -22,11 +23,14 @@ from torch import Tensor
 from torch_geometric.utils import add_self_loops, remove_self_loops
 
 from ..config import OFF
+from ..kernels.attention_aggregate import attention_aggregate
+from ..kernels.layout import pack_codes
 from ..kernels.plan import GraphPlan
 from ..kernels.spmm import segment_max, segment_sum, spmm
 from ..quantizers import QLRQuantizer, QuantizedTensor, compressed
 from ..quantizers.functional import HALF, levels
 from ..smp.constraint import attach_constraint
+from .arithmetic import with_gradient_of
 from .base import SiteFactory
 from .dropout import dropout
 from .graph import edges_of, looped_plan, plain_graph
@@ -115,9 +119,34 @@ class _QuantizedAttention(QuantizedConv):
         first, second = (plan.col.long(), plan.dst) if self.flow == "source_to_target" else (plan.dst, plan.col.long())
         return out, (torch.stack([first, second]), alpha)
 
-    def _sent(self: Any, z: Tensor) -> QuantizedTensor:
+    def _is_fused(self: Any, sent: QuantizedTensor, square: bool, request: Any) -> bool:
+        """Whether the packed layer runs its kernel here: not for attention weights, nor where the correction acts."""
+        smooth = square and self.smp is not None and self.is_smoothing
+        packs = sent.qmax is not None and sent.codes.dtype == torch.float32
+        return (
+            packs
+            and (sent.scale.numel() == 1 or sent.per_node)
+            and not (self.training or smooth or request is not None)
+        )
+
+    @torch.no_grad()
+    def _fused(
+        self: Any, sent: QuantizedTensor, plan: GraphPlan, residual: Tensor | None, **logits: Tensor | None
+    ) -> Tensor:
+        """The layer's result by the kernel that packed layers run; ``logits`` are its terms of them."""
+        assert sent.qmax is not None
+        codes, bits = sent.codes.flatten(1), sent.qmax.bit_length()
+        scale, lower = (v if v.numel() == 1 else v.squeeze(-1) for v in (sent.scale, sent.lower))
+        out = attention_aggregate(
+            pack_codes(codes, bits), plan, scale, lower, codes.size(1), bits, heads=self.heads,
+            attention_bits=self.attention_bits, negative_slope=self.negative_slope, concat=self.concat, **logits,
+        )  # fmt: skip
+        out = out if residual is None else out + residual
+        return out if self.bias is None else out + self.bias
+
+    @staticmethod
+    def _values(sent: QuantizedTensor) -> QuantizedTensor:
         """Messages ``[N, H, C]``, with codes as values where ranges differ by node or channel."""
-        sent = self.message_quantizer(z)
         if sent.scale.numel() == 1:
             return sent
         if sent.packed is not None:
@@ -164,16 +193,27 @@ class QuantizedGATConv(_QuantizedAttention):
         z_src, z_dst = self._transformed(x_src, x_dst)
         num_dst = z_dst.size(0) if z_dst is not None else (size[1] if size is not None else z_src.size(0))
         plan, edge_attr, _ = self._plan(edge_index, edge_attr, (z_src.size(0), num_dst))
-        logits = (z_src * self.att_src).sum(-1)[plan.col.long()]
-        if z_dst is not None:
-            logits = logits + (z_dst * self.att_dst).sum(-1)[plan.dst]
+        sent = self.message_quantizer(z_src)
+        alpha_src = (z_src * self.att_src).sum(-1)
+        alpha_dst = None if z_dst is None else (z_dst * self.att_dst).sum(-1)
+        alpha_edge = None
         if edge_attr is not None and self.lin_edge is not None:
-            logits = logits + (self._edge_features(edge_attr) * self.att_edge).sum(-1)
-        logits = F.leaky_relu(logits, self.negative_slope)
-        out, alpha = self._attend(logits, self._sent(z_src), plan)
-        if z_dst is z_src:
-            out = self._smoothed(z_src, out, alpha.detach(), plan)
-        return self._returned(self._finish(out, residual), alpha, plan, return_attention_weights)
+            alpha_edge = (self._edge_features(edge_attr) * self.att_edge).sum(-1)
+
+        def spelled_out() -> tuple[Tensor, Tensor]:
+            logits = alpha_src[plan.col.long()]
+            for term in (None if alpha_dst is None else alpha_dst[plan.dst], alpha_edge):
+                logits = logits if term is None else logits + term
+            out, alpha = self._attend(F.leaky_relu(logits, self.negative_slope), self._values(sent), plan)
+            if z_dst is z_src:
+                out = self._smoothed(z_src, out, alpha.detach(), plan)
+            return self._finish(out, residual), alpha
+
+        if self._is_fused(sent, z_dst is z_src, return_attention_weights):
+            target = alpha_src.new_zeros((num_dst, self.heads)) if alpha_dst is None else alpha_dst
+            terms = {"alpha_src": alpha_src, "alpha_dst": target, "alpha_edge": alpha_edge}
+            return with_gradient_of(lambda: spelled_out()[0], self._fused(sent, plan, residual, **terms))
+        return self._returned(*spelled_out(), plan, return_attention_weights)
 
     def _transformed(self: Any, x_src: Tensor, x_dst: Tensor | None) -> tuple[Tensor, Tensor | None]:
         shape = (-1, self.heads, self.out_channels)
@@ -195,9 +235,7 @@ class QuantizedGATv2Conv(_QuantizedAttention):
         super().attach(layer, sites)
         layer.target_quantizer = sites.message("target")
 
-    def forward(
-        self: Any, x: Any, edge_index: Any, edge_attr: Any = None, return_attention_weights: Any = None
-    ) -> Any:
+    def forward(self: Any, x: Any, edge_index: Any, edge_attr: Any = None, return_attention_weights: Any = None) -> Any:
         if self.is_off:
             return super().forward(x, edge_index, edge_attr, return_attention_weights)  # type: ignore[misc]
         self.refuse_explain()
@@ -212,13 +250,22 @@ class QuantizedGATv2Conv(_QuantizedAttention):
         if z_dst is None:
             raise ValueError("Expected target features in a bipartite GATv2Conv (got None)")
         plan, edge_attr, _ = self._plan(edge_index, edge_attr, (z_src.size(0), z_dst.size(0)))
-        sent = self._sent(z_src)
+        sent = self.message_quantizer(z_src)
         target = sent if z_dst is z_src else self.target_quantizer(z_dst)
-        hidden = sent.dequantize()[plan.col.long()] + target.dequantize()[plan.dst]
-        if edge_attr is not None and self.lin_edge is not None:
-            hidden = hidden + self._edge_features(edge_attr)
-        logits = (F.leaky_relu(hidden, self.negative_slope) * self.att).sum(-1)
-        out, alpha = self._attend(logits, sent, plan)
-        if x_dst is x_src:
-            out = self._smoothed(z_src, out, alpha.detach(), plan)
-        return self._returned(self._finish(out, residual), alpha, plan, return_attention_weights)
+
+        def spelled_out() -> tuple[Tensor, Tensor]:
+            values = self._values(sent)
+            other = values if z_dst is z_src else target
+            hidden = values.dequantize()[plan.col.long()] + other.dequantize()[plan.dst]
+            if edge_attr is not None and self.lin_edge is not None:
+                hidden = hidden + self._edge_features(edge_attr)
+            logits = (F.leaky_relu(hidden, self.negative_slope) * self.att).sum(-1)
+            out, alpha = self._attend(logits, values, plan)
+            if x_dst is x_src:
+                out = self._smoothed(z_src, out, alpha.detach(), plan)
+            return self._finish(out, residual), alpha
+
+        if edge_attr is None and self._is_fused(sent, x_dst is x_src, return_attention_weights):
+            terms = {"att": self.att.view(self.heads, -1), "x_dst": target.dequantize().flatten(1)}
+            return with_gradient_of(lambda: spelled_out()[0], self._fused(sent, plan, residual, **terms))
+        return self._returned(*spelled_out(), plan, return_attention_weights)

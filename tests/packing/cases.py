@@ -77,8 +77,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "appnp": lambda width=FEATURES, depth=2: Propagation(width, depth + 1),
 }
 ATTENTION: dict[str, Callable[..., nn.Module]] = {
-    "gat": lambda width=FEATURES: GAT(width, HIDDEN, 2, CLASSES, heads=3),
-    "gatv2": lambda width=FEATURES: GAT(width, HIDDEN, 2, CLASSES, heads=2, v2=True),
+    "gat": lambda width=FEATURES, depth=2: GAT(width, HIDDEN, depth, CLASSES, heads=3),
+    "gatv2": lambda width=FEATURES, depth=2: GAT(width, HIDDEN, depth, CLASSES, heads=2, v2=True),
 }
 
 

@@ -70,10 +70,10 @@ def test_attention(name: str, config: dict[str, Any], poison_empty: None) -> Non
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 @pytest.mark.parametrize("depth", [2, 3])
 @pytest.mark.parametrize("bits", [2, 4])
-@pytest.mark.parametrize("name", ["gcn", "sage", "gin", "appnp"])
+@pytest.mark.parametrize("name", ["gcn", "sage", "gin", "appnp", "gat", "gatv2"])
 def test_accurate_configuration(name: str, bits: int, depth: int, backend: str, poison_empty: None) -> None:
     """A range per node: sums round, and where zero lies halfway between two levels one ulp decides on its code."""
-    qmodel, packed, args = accurate_pair(MODELS[name](depth=depth), bits)
+    qmodel, packed, args = accurate_pair({**MODELS, **ATTENTION}[name](depth=depth), bits)
     assert all(spec.reason is None for spec in packed._packed_specs)
     with use_backend(backend):
         assert_same(qmodel, packed, *args)
