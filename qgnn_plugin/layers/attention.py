@@ -131,7 +131,7 @@ class _QuantizedAttention(QuantizedConv):
 
     @torch.no_grad()
     def _fused(
-        self: Any, sent: QuantizedTensor, plan: GraphPlan, residual: Tensor | None, **logits: Tensor | None
+        self: Any, sent: QuantizedTensor, plan: GraphPlan, residual: Tensor | None, **logits: Any
     ) -> Tensor:
         """The layer's result by the kernel that packed layers run; ``logits`` are its terms of them."""
         assert sent.qmax is not None
