@@ -5,7 +5,7 @@ for fresh zeroed pages: for a memory-bound kernel that costs as much as the kern
 least :data:`RECYCLE_BYTES` therefore come back to a small pool once nothing refers to the tensor
 that used them (views and autograd included), as in torch's caching allocator for CUDA.
 
-``QGNN_CPU_CACHE_MB`` bounds the idle memory (default 256; 0 turns recycling off).
+``QGNN_CPU_CACHE_MB`` bounds the idle memory (default: a sixteenth of the machine's; 0 turns recycling off).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import math
 import os
 import weakref
 from collections import deque
+from functools import cache
 from threading import Lock
 
 import numpy as np
@@ -25,14 +26,26 @@ __all__ = ["empty", "release_cpu_memory"]
 RECYCLE_BYTES = 1 << 20
 ALIGNMENT = 64
 SLACK = 1.25  # a buffer serves requests down to its size over this
-_LIMIT_ENV, _DEFAULT_LIMIT_MB = "QGNN_CPU_CACHE_MB", 256
+LIMIT_ENV = "QGNN_CPU_CACHE_MB"
+SHARE = 16  # the idle memory's default share of the machine's is one over this
+FALLBACK_LIMIT = 256 << 20  # where the machine does not tell its memory
 
 _idle: deque[np.ndarray] = deque()  # least recently used first
 _lock = Lock()
 
 
+@cache
+def _default_limit() -> int:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // SHARE
+    except (AttributeError, OSError, ValueError):
+        return FALLBACK_LIMIT
+
+
 def _limit() -> int:
-    return int(os.environ.get(_LIMIT_ENV, _DEFAULT_LIMIT_MB)) << 20
+    """The most idle memory to keep, in bytes."""
+    megabytes = os.environ.get(LIMIT_ENV)
+    return _default_limit() if megabytes is None else int(megabytes) << 20
 
 
 def release_cpu_memory() -> None:

@@ -58,6 +58,8 @@ def test_idle_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QGNN_CPU_CACHE_MB", "0")
     memory.empty((memory.RECYCLE_BYTES,), torch.uint8)
     assert not memory._idle
+    monkeypatch.delenv("QGNN_CPU_CACHE_MB")
+    assert memory.RECYCLE_BYTES < memory._limit() < 1 << 50
 
 
 def _in_child(queue: "multiprocessing.Queue[float]", plan: GraphPlan, words: Tensor) -> None:
