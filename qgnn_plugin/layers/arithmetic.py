@@ -15,11 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..config import OFF
 from ..kernels.aggregate import aggregate
 from ..kernels.plan import GraphPlan
 from ..kernels.spmm import segment_sum, spmm
 from ..quantizers import QuantizedTensor, compressed
 from ..quantizers.functional import HALF
+from ..quantizers.packed import Packed
 
 __all__ = ["aggregate_sum", "exact_sum", "linear", "with_gradient_of"]
 
@@ -64,8 +66,7 @@ def linear(x: QuantizedTensor, weight: QuantizedTensor, bias: Tensor | None, exa
     if x.qmax is None and weight.qmax is None and x.pattern is None:
         return F.linear(x.codes, weight.codes, bias)
     if x.packed is not None:
-        values = (x.detached(), weight.detached())
-        y = compressed.linear(x.codes, weight.dequantize(), x.packed, lambda: linear(*values, None, exact))
+        y = _compressed_linear(x, x.packed, weight, exact)
         return y if bias is None else y + bias
     if (dtype := weight.codes.dtype) in HALF:
         wide = linear(x.to(torch.float32), weight.to(torch.float32), None, exact).to(dtype)
@@ -83,6 +84,21 @@ def linear(x: QuantizedTensor, weight: QuantizedTensor, bias: Tensor | None, exa
         column = weight.codes.sum(1) * scale_w + weight.codes.size(1) * lower_w
         y = y + column * x.lower
     return y if bias is None else y + bias
+
+
+def _compressed_linear(x: QuantizedTensor, packed: Packed, weight: QuantizedTensor, exact: bool) -> Tensor:
+    """:func:`linear` without bias that keeps packed factors, from which it can be computed again."""
+    bits = OFF if weight.qmax is None else weight.qmax.bit_length()
+    packed_weight = Packed.of(weight.codes, weight.scale, weight.lower, bits, weight.unsigned)
+    values = weight.codes
+    if weight.qmax is not None:
+        values = compressed.weight_values(values, weight.scale, weight.lower, packed_weight)
+    factors = (x.detached(), weight.detached())
+
+    def again(x: Packed, w: Packed) -> Tensor:
+        return linear(QuantizedTensor.unpacked(x), QuantizedTensor.unpacked(w), None, exact)
+
+    return compressed.linear(x.codes, values, packed, packed_weight, lambda: linear(*factors, None, exact), again)
 
 
 @torch.no_grad()
@@ -176,7 +192,7 @@ def with_gradient_of(differentiable: Callable[[], Tensor], value: Tensor) -> Ten
 def _kernel_sum(x: QuantizedTensor, plan: GraphPlan, weight: Tensor | None) -> Tensor:
     """:func:`aggregate_sum` of ``[num_src, F]`` by the kernel that packed layers run."""
     assert x.qmax is not None
-    packed = x.packed or compressed.Packed.of(x.codes, x.scale, x.lower, x.qmax.bit_length())
+    packed = x.packed or Packed.of(x.codes, x.scale, x.lower, x.qmax.bit_length())
     scale, lower = packed.kernel_range()
     return aggregate(packed.words, plan, scale, lower, x.codes.size(1), packed.bits, edge_weight=weight)
 

@@ -13,7 +13,6 @@ and means, wherever these run it, so that their order of float operations is the
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -90,7 +89,7 @@ class _QuantizedAttention(QuantizedConv):
         return self.lin_edge(edge_attr).view(-1, self.heads, self.out_channels)
 
     def _attend(self: Any, logits: Tensor, messages: QuantizedTensor, plan: GraphPlan) -> tuple[Tensor, Tensor]:
-        """Weighted mean of ``messages`` [N, H, C] under ``logits`` [E, H]; also the attention weights [E, H]."""
+        """Mean of ``messages`` [N, H, C], weighted under ``logits`` [E, H]; also the attention weights [E, H]."""
         if (dtype := logits.dtype) in HALF:
             out, alpha = self._attend(logits.float(), messages.to(torch.float32), plan)
             return out.to(dtype), alpha.to(dtype)
@@ -101,11 +100,7 @@ class _QuantizedAttention(QuantizedConv):
         # An isolated node has an empty sum; any positive divisor gives it the zero that PyG gives.
         divisor = torch.where(total > 0, total, torch.ones_like(total))
         kept = dropout(numerator, self.dropout, self.training)
-        out = _weighted_codes(messages, plan, kept) / divisor.unsqueeze(-1)
-        if not messages.unsigned:
-            share = segment_sum(plan, kept) / divisor
-            out = out + share.unsqueeze(-1) * messages.lower
-        return out, kept / divisor[plan.dst]
+        return _weighted_mean(messages, plan, kept, divisor), kept / divisor[plan.dst]
 
     def _finish(self: Any, out: Tensor, residual: Tensor | None) -> Tensor:
         out = out.flatten(1) if self.concat else out.mean(dim=1)
@@ -130,9 +125,7 @@ class _QuantizedAttention(QuantizedConv):
         )
 
     @torch.no_grad()
-    def _fused(
-        self: Any, sent: QuantizedTensor, plan: GraphPlan, residual: Tensor | None, **logits: Any
-    ) -> Tensor:
+    def _fused(self: Any, sent: QuantizedTensor, plan: GraphPlan, residual: Tensor | None, **logits: Any) -> Tensor:
         """The layer's result by the kernel that packed layers run; ``logits`` are its terms of them."""
         assert sent.qmax is not None
         codes, bits = sent.codes.flatten(1), sent.qmax.bit_length()
@@ -144,34 +137,29 @@ class _QuantizedAttention(QuantizedConv):
         out = out if residual is None else out + residual
         return out if self.bias is None else out + self.bias
 
-    @staticmethod
-    def _values(sent: QuantizedTensor) -> QuantizedTensor:
-        """Messages ``[N, H, C]``, with codes as values where ranges differ by node or channel."""
-        if sent.scale.numel() == 1:
-            return sent
-        if sent.packed is not None:
-            return replace(sent, unsigned=True)
-        return QuantizedTensor.identity(sent.dequantize())
-
     def _smoothed(self: Any, z: Tensor, out: Tensor, alpha: Tensor, plan: GraphPlan) -> Tensor:
         if self.smp is None or not (self.training or self.multiplier_value > 0):
             return out
         return self.smooth(z, out, lambda v: spmm(plan, v, alpha.to(v.dtype)), plan.num_edges, averaged=True)
 
 
-def _weighted_codes(messages: QuantizedTensor, plan: GraphPlan, weight: Tensor) -> Tensor:
-    """``s sum_j w_ij c_j``, ``[num_dst, H, C]``; with ``l`` inside the sum where the range is not one."""
-    if messages.packed is None:
-        return spmm(plan, messages.codes, weight) * messages.scale
-    plain, fixed, packed = messages.detached(), weight.detach(), messages.packed
-    if messages.scale.numel() > 1:
-        return compressed.aggregate_sum(
-            messages.codes, weight, plan, packed, lambda: spmm(plan, plain.codes * plain.scale + plain.lower, fixed)
+def _weighted_mean(messages: QuantizedTensor, plan: GraphPlan, weight: Tensor, divisor: Tensor) -> Tensor:
+    r"""``(sum_j w_ij c_j) s / t_i + (sum_j w_ij / t_i) l``, ``[num_dst, H, C]``, for divisors ``t`` [num_dst, H].
+
+    Where ranges differ by node or channel, values take the place of codes.
+    """
+    if messages.packed is not None:
+        fixed = (messages.detached(), plan, weight.detach(), divisor.detach())
+        return compressed.weighted_mean(
+            messages.codes, weight, divisor, plan, messages.packed, lambda: _weighted_mean(*fixed)
         )
-    packed = packed._replace(lower=torch.zeros_like(packed.lower))
-    return compressed.aggregate_sum(
-        messages.codes, weight, plan, packed, lambda: spmm(plan, plain.codes, fixed) * plain.scale
-    )
+    if messages.scale.numel() > 1:
+        messages = QuantizedTensor.identity(messages.dequantize())
+    out = spmm(plan, messages.codes, weight) * messages.scale / divisor.unsqueeze(-1)
+    if messages.unsigned:
+        return out
+    share = segment_sum(plan, weight) / divisor
+    return out + share.unsqueeze(-1) * messages.lower
 
 
 class QuantizedGATConv(_QuantizedAttention):
@@ -193,9 +181,9 @@ class QuantizedGATConv(_QuantizedAttention):
         z_src, z_dst = self._transformed(x_src, x_dst)
         num_dst = z_dst.size(0) if z_dst is not None else (size[1] if size is not None else z_src.size(0))
         plan, edge_attr, _ = self._plan(edge_index, edge_attr, (z_src.size(0), num_dst))
-        sent = self.message_quantizer(z_src)
-        alpha_src = (z_src * self.att_src).sum(-1)
-        alpha_dst = None if z_dst is None else (z_dst * self.att_dst).sum(-1)
+        sent = self.message_quantizer(z_src, codes_kept=True)
+        alpha_src = compressed.head_products(z_src, self.att_src)
+        alpha_dst = None if z_dst is None else compressed.head_products(z_dst, self.att_dst)
         alpha_edge = None
         if edge_attr is not None and self.lin_edge is not None:
             alpha_edge = (self._edge_features(edge_attr) * self.att_edge).sum(-1)
@@ -204,7 +192,7 @@ class QuantizedGATConv(_QuantizedAttention):
             logits = alpha_src[plan.col.long()]
             for term in (None if alpha_dst is None else alpha_dst[plan.dst], alpha_edge):
                 logits = logits if term is None else logits + term
-            out, alpha = self._attend(F.leaky_relu(logits, self.negative_slope), self._values(sent), plan)
+            out, alpha = self._attend(F.leaky_relu(logits, self.negative_slope), sent, plan)
             if z_dst is z_src:
                 out = self._smoothed(z_src, out, alpha.detach(), plan)
             return self._finish(out, residual), alpha
@@ -250,17 +238,15 @@ class QuantizedGATv2Conv(_QuantizedAttention):
         if z_dst is None:
             raise ValueError("Expected target features in a bipartite GATv2Conv (got None)")
         plan, edge_attr, _ = self._plan(edge_index, edge_attr, (z_src.size(0), z_dst.size(0)))
-        sent = self.message_quantizer(z_src)
+        sent = self.message_quantizer(z_src, codes_kept=True)
         target = sent if z_dst is z_src else self.target_quantizer(z_dst)
 
         def spelled_out() -> tuple[Tensor, Tensor]:
-            values = self._values(sent)
-            other = values if z_dst is z_src else target
-            hidden = values.dequantize()[plan.col.long()] + other.dequantize()[plan.dst]
+            hidden = sent.dequantize()[plan.col.long()] + target.dequantize()[plan.dst]
             if edge_attr is not None and self.lin_edge is not None:
                 hidden = hidden + self._edge_features(edge_attr)
             logits = (F.leaky_relu(hidden, self.negative_slope) * self.att).sum(-1)
-            out, alpha = self._attend(logits, values, plan)
+            out, alpha = self._attend(logits, sent, plan)
             if x_dst is x_src:
                 out = self._smoothed(z_src, out, alpha.detach(), plan)
             return self._finish(out, residual), alpha

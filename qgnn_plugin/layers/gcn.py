@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..quantizers import QLRQuantizer
+from ..quantizers import QLRQuantizer, compressed
 from ..smp.constraint import attach_constraint
 from .arithmetic import aggregate_sum
 from .base import SiteFactory
@@ -18,7 +18,7 @@ __all__ = ["QuantizedGCNConv", "propagate_codes"]
 
 def propagate_codes(z: Tensor, graph: NormalizedGraph, quantizer: QLRQuantizer) -> Tensor:
     r""":math:`t_i \sum_j w_{ij} Q(s_j z_j)`: the source factor goes in before quantization, the target factor after."""
-    messages = quantizer(z if graph.source is None else z * graph.source)
+    messages = quantizer(z if graph.source is None else compressed.row_scaled(z, graph.source))
     out = aggregate_sum(messages, graph.plan, graph.weight, exact=not quantizer.training)
     return out if graph.target is None else out * graph.target
 

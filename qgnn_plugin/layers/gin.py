@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..quantizers import QLRQuantizer
+from ..quantizers import QLRQuantizer, QuantizedTensor, compressed
 from ..smp.constraint import Operator, attach_constraint
 from .arithmetic import aggregate_sum
 from .base import SiteFactory
@@ -39,16 +39,23 @@ class QuantizedGINConv(QuantizedConv):
             return super().forward(x, edge_index, size)  # type: ignore[misc]
         self.refuse_explain()
         x_src, x_dst = (x, x) if isinstance(x, Tensor) else x
-        sent = self.message_quantizer(x_src)
+        own_weight = 1 + self.eps
+        sent = self.message_quantizer(x_src, codes_kept=own_weight.requires_grad)
         graph = plain_graph(edge_index, (x_src.size(0), num_targets(edge_index, x_src, x_dst, size)), self.flow)
         out = aggregate_sum(sent, graph.plan, graph.weight, exact=not self.training)
         if x_dst is not None:
             own = sent if x_dst is x_src else self.message_quantizer(x_dst)
-            out = out + (1 + self.eps) * own.dequantize()
+            out = out + _multiple(own, own_weight)
         if self.smp is not None and x_dst is x_src and (self.training or self.multiplier_value > 0):
-            # A sum grows with the degree; the constraint is on the mean that it is a multiple of.
-            mean, mass = mean_with_self(graph, out, 1 + self.eps)
-            z = own.dequantize()
-            smoothed = self.smooth(z, out / mass, mean, graph.plan.num_edges, averaged=True)
-            out = smoothed * mass if self.multiplier_value > 0 else out
+            # A sum grows with the degree; the constraint is on the mean that it is a multiple of.  Where no correction
+            # acts it is measured only.
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.is_smoothing):
+                mean, mass = mean_with_self(graph, out, own_weight)
+                smoothed = self.smooth(own.dequantize(), out / mass, mean, graph.plan.num_edges, averaged=True)
+            out = smoothed * mass if self.is_smoothing else out
         return self.nn(out)
+
+
+def _multiple(x: QuantizedTensor, factor: Tensor) -> Tensor:
+    """``t x^`` of a scalar ``t``."""
+    return factor * x.dequantize() if x.packed is None else compressed.multiple(x.codes, factor, x.packed)

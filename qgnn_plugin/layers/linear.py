@@ -38,7 +38,7 @@ class QuantizedLinear(QuantizedLayer):
         elif self.input_quantizer is not None:
             if self.is_off and bias is self.bias:
                 return super().forward(x)  # type: ignore[misc]
-            quantized = self.input_quantizer(x)
+            quantized = self.input_quantizer(x, codes_kept=True)
         else:
             quantized = QuantizedTensor.identity(x)
         return linear(quantized, self.weight_quantizer(self.weight), bias, exact=not self.training)

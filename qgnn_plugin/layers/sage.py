@@ -52,7 +52,7 @@ class QuantizedSAGEConv(QuantizedConv):
         if self.project and hasattr(self, "lin"):
             x_src = self.lin(x_src).relu()
             same = False
-        sent = self.input_quantizer(x_src)
+        sent = self.input_quantizer(x_src, codes_kept=_transforms_first(self) or self.root_weight)
         graph_size = (x_src.size(0), num_targets(edge_index, x_src, x_dst, size))
         if _transforms_first(self):
             out = self._transform_first(sent, edge_index, graph_size, smooth=same)

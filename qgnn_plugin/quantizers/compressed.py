@@ -1,9 +1,15 @@
 r"""Training steps that keep codes instead of floats for the backward pass: :func:`compressed_activations`.
 
 Inside the context a quantizer hands on codes whose gradient is that of the *values* ``x^ = c s + l``, and applies the
-gradients of DESIGN section 3 itself.  It keeps two bits per value for that: whether the value was below, inside (and on
-which side of its level) or above the range.  The gradients of ``x`` are the same; those of the range take 1/4, its
-mean, for ``|c - v|`` of values inside.  Layers that need the values in their backward pass keep the packed codes.
+gradients of DESIGN section 3 itself.  What it keeps for that depends on where its input comes from:
+
+- a product of packed codes, such as a message ``d^-1/2 (x^ W^^T)``: nothing.  The product keeps its packed factors
+  anyway, and its values are computed again from them (selective recomputation), so that all gradients are exact;
+- anything else, where a product keeps the codes as well: one bit per value, from which and the code follows whether the
+  value was below, inside (and on which side of its level) or above the range;
+- anything else: these four states themselves, two bits per value.
+
+From states the gradients of ``x`` are the same; those of the range take 1/4, its mean, for ``|c - v|`` inside.
 """
 
 from __future__ import annotations
@@ -11,18 +17,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.overrides import TorchFunctionMode
 
 from ..kernels.plan import GraphPlan
-from ..kernels.quantize_pack import quantize_pack
-from ..kernels.spmm import edge_products, spmm
-from ..kernels.unpack_dequantize import unpack_dequantize
+from ..kernels.spmm import edge_products, segment_sum, spmm
+from .masks import OneBitMasks
+from .packed import Packed, pack, unpack
 
 __all__ = [
     "Packed",
@@ -31,13 +35,20 @@ __all__ = [
     "compressed_activations",
     "compressing",
     "dequantize",
+    "head_products",
     "linear",
+    "multiple",
     "quantize",
+    "row_scaled",
+    "weight_values",
+    "weighted_mean",
 ]
 
 STATE_BITS = 2
 BELOW, ABOVE = 0, 3  # inside: 1 where v < c, 2 where v >= c
 MEAN_ROUNDING = 0.25  # mean of |c - v| inside the range
+
+Recipe = Callable[[], Tensor]
 
 _compressing: ContextVar[bool] = ContextVar("qgnn_compressing", default=False)
 
@@ -51,10 +62,11 @@ def compressing() -> bool:
 def compressed_activations() -> Iterator[None]:
     """Keep packed codes and bit masks for the backward passes of the forward passes run in this context.
 
-    Converted layers keep two bits per quantized value, and its code where a weight needs it; ReLU and dropout, called
-    through ``torch``, keep one bit per value, with bitwise the same gradients.  Values at a quantizer with
-    ``truncation``, sparse features, one-bit features and half precision are kept as they are outside.  The
-    gradients of ranges are estimates (see the module); everything else is the same to float32 rounding::
+    Converted layers keep the codes that a weight needs, and at most two bits per quantized value; what follows from the
+    packed factors of a product is computed again in the backward pass, at the cost of another product.  ReLU and
+    dropout, called through ``torch``, keep one bit per value, with bitwise the same gradients.  Values at a quantizer
+    with ``truncation``, sparse features, one-bit features and half precision are kept as they are outside.  The
+    gradients of some ranges are estimates (see the module); everything else is the same to float32 rounding::
 
         with qgnn.compressed_activations():
             loss = F.cross_entropy(model(x, edge_index), y)
@@ -62,50 +74,74 @@ def compressed_activations() -> Iterator[None]:
     """
     token = _compressing.set(True)
     try:
-        with _OneBitMasks():
+        with OneBitMasks():
             yield
     finally:
         _compressing.reset(token)
 
 
-class Packed(NamedTuple):
-    """Packed codes of a tensor of ``shape`` ``[*, F]`` with their affine map."""
-
-    words: Tensor
-    scale: Tensor
-    lower: Tensor
-    bits: int
-    shape: torch.Size
-
-    @classmethod
-    def of(cls, codes: Tensor, scale: Tensor, lower: Tensor, bits: int) -> Packed:
-        """Pack ``codes``; the range broadcasts to them (one element, per channel or per row)."""
-        return cls(_pack(codes.detach(), bits), scale.detach(), lower.detach(), bits, codes.shape)
-
-    def values(self) -> Tensor:
-        """``c s + l``."""
-        return unpack_dequantize(self.words, *self.kernel_range(), self.shape[-1], self.bits).view(self.shape)
-
-    def kernel_range(self) -> tuple[Tensor, Tensor]:
-        """``scale`` and ``lower`` in the forms that kernels know for ``[N, F]``."""
-        return _kernel_range(self.scale, self.shape), _kernel_range(self.lower, self.shape)
+# Recomputation ########################################################################################################
 
 
-def _pack(codes: Tensor, bits: int) -> Tensor:
-    one = torch.ones(1, device=codes.device)
-    return quantize_pack(codes.float().reshape(-1, codes.shape[-1]), one, torch.zeros_like(one), bits)
+def _recipe(x: Tensor) -> Recipe | None:
+    """How to compute ``x`` again from what the autograd graph keeps before it; :obj:`None` if it keeps too little.
+
+    Nodes of :func:`linear` and :func:`row_scaled` have an attribute ``again`` for it.  Their saved tensors are there as
+    long as a backward pass through ``x`` has not reached them.
+    """
+    node: Any = x.grad_fn
+    while node is not None and node.name() == "ViewBackward0":
+        node = node.next_functions[0][0]
+    again = getattr(node, "again", None)
+    if again is None:
+        return None
+    shape = x.shape
+    return lambda: again(node).view(shape)
 
 
-def _unpack(words: Tensor, shape: torch.Size, bits: int) -> Tensor:
-    one = torch.ones(1, device=words.device)
-    return unpack_dequantize(words, one, torch.zeros_like(one), shape[-1], bits).view(shape)
+class _RowScaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: Tensor, recipe: Recipe) -> Tensor:
+        ctx.save_for_backward(factor)
+        ctx.again = lambda node: recipe() * node.saved_tensors[0]
+        return x * factor
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (factor,) = ctx.saved_tensors
+        return grad * factor, None, None
 
 
-def _kernel_range(value: Tensor, shape: torch.Size) -> Tensor:
-    """A range that broadcasts to ``shape``: one element, ``[F]`` or ``[N, 1]``."""
-    if value.numel() == 1:
-        return value.reshape(1)
-    return value if value.dim() == 1 else value.expand(*shape[:-1], 1).reshape(-1, 1)
+def row_scaled(x: Tensor, factor: Tensor) -> Tensor:
+    """``x * factor`` with a constant ``[N, 1]``; a quantizer can compute it again where it can do so with ``x``."""
+    recipe = _recipe(x) if compressing() else None
+    return x * factor if recipe is None else _RowScaled.apply(x, factor, recipe)
+
+
+class _HeadProducts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, vector: Tensor, recipe: Recipe) -> Tensor:
+        ctx.save_for_backward(vector)
+        ctx.recipe = recipe
+        return (x * vector).sum(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (vector,) = ctx.saved_tensors
+        grad = grad.unsqueeze(-1)
+        grad_vector = (grad * ctx.recipe()).sum_to_size(vector.shape) if ctx.needs_input_grad[1] else None
+        return grad * vector if ctx.needs_input_grad[0] else None, grad_vector, None
+
+
+def head_products(x: Tensor, vector: Tensor) -> Tensor:
+    """``<x_nh, a_h>`` ``[N, H]`` of ``x`` ``[N, H, C]`` and ``vector`` ``[1, H, C]``, keeping nothing it can avoid."""
+    recipe = _recipe(x) if compressing() else None
+    return (x * vector).sum(-1) if recipe is None else _HeadProducts.apply(x, vector, recipe)
+
+
+# Quantizers ###########################################################################################################
 
 
 def can_compress(x: Tensor, scale: Tensor) -> bool:
@@ -114,33 +150,102 @@ def can_compress(x: Tensor, scale: Tensor) -> bool:
     return plain and torch.is_grad_enabled() and (scale.numel() == 1 or scale.dim() == 1 or scale.size(-1) == 1)
 
 
-class _Quantize(torch.autograd.Function):
+def _steps(x: Tensor, scale: Tensor, lower: Tensor) -> Tensor:
+    """``v``: how many steps ``x`` is above the lower end."""
+    return (x - lower) * (1 / scale)
+
+
+def _gradients(ctx: Any, grad: Tensor, outside: Tensor, slope: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of ``x``, scale and lower end, the first three inputs; ``slope`` is ``dx^/ds``."""
+    scale_shape, lower_shape = ctx.range_shapes
+    needs_x, needs_scale, needs_lower, *others = ctx.needs_input_grad
+    grad_x = grad.masked_fill(outside, 0)
+    grad_scale = (grad * slope).sum_to_size(scale_shape) if needs_scale else None
+    grad_lower = (grad - grad_x).sum_to_size(lower_shape) if needs_lower else None
+    return grad_x if needs_x else None, grad_scale, grad_lower, *(None for _ in others)
+
+
+class _QuantizeAgain(torch.autograd.Function):
+    """Keeps nothing: ``x`` is computed again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, lower: Tensor, codes: Tensor, qmax: int, recipe: Recipe) -> Tensor:
+        ctx.save_for_backward(scale, lower)
+        ctx.qmax, ctx.recipe, ctx.range_shapes = qmax, recipe, (scale.shape, lower.shape)
+        return codes.view_as(codes)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        v = _steps(ctx.recipe(), *ctx.saved_tensors)
+        outside = (v < 0) | (v > ctx.qmax)
+        codes = (v + 0.5).floor_().clamp_(0, ctx.qmax)
+        return _gradients(ctx, grad, outside, codes - v.masked_fill_(outside, 0))
+
+
+class _QuantizeState(torch.autograd.Function):
+    """Keeps the state of every value in two bits."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, lower: Tensor, codes: Tensor, qmax: int) -> Tensor:
-        v = (x - lower) * (1 / scale)
+        v = _steps(x, scale, lower)
         state = (v >= codes).to(x.dtype).add_(1).masked_fill_(v < 0, BELOW).masked_fill_(v > qmax, ABOVE)
-        ctx.save_for_backward(_pack(state, STATE_BITS))
-        ctx.qmax, ctx.shape, ctx.range_shapes = qmax, x.shape, (scale.shape, lower.shape)
+        ctx.save_for_backward(pack(state, STATE_BITS))
+        ctx.qmax, ctx.range_shapes = qmax, (scale.shape, lower.shape)
         return codes.view_as(codes)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (words,) = ctx.saved_tensors
-        state = _unpack(words, ctx.shape, STATE_BITS)
+        state = unpack(words, grad.shape, STATE_BITS)
         outside = (state == BELOW) | (state == ABOVE)
-        grad_x = grad.masked_fill(outside, 0)
         # c - v inside, c outside: 0, 1/4, -1/4, Q for the states 0 to 3.
         slope = ((1.5 - state) * (2 * MEAN_ROUNDING)).masked_fill_(outside, 0).masked_fill_(state == ABOVE, ctx.qmax)
-        scale_shape, lower_shape = ctx.range_shapes
-        grad_scale = (grad * slope).sum_to_size(scale_shape) if ctx.needs_input_grad[1] else None
-        grad_lower = (grad - grad_x).sum_to_size(lower_shape) if ctx.needs_input_grad[2] else None
-        return grad_x if ctx.needs_input_grad[0] else None, grad_scale, grad_lower, None, None
+        return _gradients(ctx, grad, outside, slope)
 
 
-def quantize(x: Tensor, scale: Tensor, lower: Tensor, codes: Tensor, qmax: int) -> Tensor:
-    """``codes``, those of ``x``, with gradients for ``x`` and its range; their own gradient is that of the values."""
-    return _Quantize.apply(x, scale, lower, codes.detach(), qmax)
+class _QuantizeSide(torch.autograd.Function):
+    """Keeps the codes, which something else keeps as well, and a bit: ``v >= c``, at the last code ``v > c``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, lower: Tensor, codes: Tensor, qmax: int, packed: Packed) -> Tensor:
+        v = _steps(x, scale, lower)
+        ctx.save_for_backward(pack((v >= codes) & ((codes < qmax) | (v > qmax)), 1), packed.words)
+        ctx.qmax, ctx.bits, ctx.range_shapes = qmax, packed.bits, (scale.shape, lower.shape)
+        return codes.view_as(codes)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        sides, words = ctx.saved_tensors
+        side, codes = unpack(sides, grad.shape, 1), unpack(words, grad.shape, ctx.bits)
+        above = (codes == ctx.qmax) & (side == 1)
+        outside = above | ((codes == 0) & (side == 0))
+        slope = ((0.5 - side) * (2 * MEAN_ROUNDING)).masked_fill_(outside, 0).masked_fill_(above, ctx.qmax)
+        return _gradients(ctx, grad, outside, slope)
+
+
+def quantize(
+    x: Tensor, scale: Tensor, lower: Tensor, codes: Tensor, packed: Packed, qmax: int, codes_kept: bool = False
+) -> Tensor:
+    """``codes``, those of ``x``, with gradients for ``x`` and its range; their own gradient is that of the values.
+
+    Args:
+        x: ``[*, F]``.
+        scale: Step, broadcastable to ``x``.
+        lower: Lower end of the range.
+        codes: ``[*, F]``.
+        packed: The same codes, packed.
+        qmax: The largest code.
+        codes_kept: Whether ``packed`` will be kept by what reads the codes.
+    """
+    codes, recipe = codes.detach(), _recipe(x)
+    if recipe is not None:
+        return _QuantizeAgain.apply(x, scale, lower, codes, qmax, recipe)
+    if codes_kept:
+        return _QuantizeSide.apply(x, scale, lower, codes, qmax, packed)
+    return _QuantizeState.apply(x, scale, lower, codes, qmax)
 
 
 class _Dequantize(torch.autograd.Function):
@@ -159,45 +264,111 @@ def dequantize(codes: Tensor, scale: Tensor, lower: Tensor) -> Tensor:
     return _Dequantize.apply(codes, scale.detach(), lower.detach())
 
 
+class _Multiple(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, codes: Tensor, factor: Tensor, packed: Packed) -> Tensor:
+        ctx.layout = packed.layout
+        ctx.save_for_backward(factor, *(packed.tensors if ctx.needs_input_grad[1] else ()))
+        return (codes * packed.scale + packed.lower) * factor
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        factor, *rest = ctx.saved_tensors
+        grad_factor = None
+        if ctx.needs_input_grad[1]:
+            grad_factor = (grad * Packed(*rest, *ctx.layout).values()).sum_to_size(factor.shape)
+        return grad * factor, grad_factor, None
+
+
+def multiple(codes: Tensor, factor: Tensor, packed: Packed) -> Tensor:
+    """``t (c s + l)`` of codes from :func:`quantize`, which are also ``packed``, and a factor that may be trained."""
+    return _Multiple.apply(codes, factor, packed)
+
+
+class _WeightValues(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, codes: Tensor, scale: Tensor, lower: Tensor, packed: Packed) -> Tensor:
+        ctx.save_for_backward(*packed.tensors)
+        ctx.layout, ctx.lower_shape = packed.layout, lower.shape
+        return codes * scale + lower
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        packed = Packed(*ctx.saved_tensors, *ctx.layout)
+        grad_scale = (grad * packed.codes()).sum_to_size(packed.scale.shape) if ctx.needs_input_grad[1] else None
+        grad_lower = grad.sum_to_size(ctx.lower_shape) if ctx.needs_input_grad[2] else None
+        return grad * packed.scale, grad_scale, grad_lower, None
+
+
+def weight_values(codes: Tensor, scale: Tensor, lower: Tensor, packed: Packed) -> Tensor:
+    """``c s + l`` of codes whose gradient is their own, as those of weights; keeps them packed."""
+    return _WeightValues.apply(codes, scale, lower, packed)
+
+
+# Layers ###############################################################################################################
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, codes: Tensor, weight: Tensor, packed: Packed, product: Callable[[], Tensor]) -> Tensor:
-        ctx.save_for_backward(weight, *packed[:3])
-        ctx.layout = packed[3:]
+    def forward(
+        ctx: Any, codes: Tensor, weight: Tensor, x: Packed, w: Packed, product: Recipe,
+        again: Callable[[Packed, Packed], Tensor],
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(*x.tensors, *w.tensors)
+        ctx.layouts = x.layout, w.layout
+        ctx.again = lambda node: again(*_factors(node))
         return product()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, *rest = ctx.saved_tensors
-        grad_codes = grad @ weight if ctx.needs_input_grad[0] else None
+        x, w = _factors(ctx)
+        grad_codes = grad @ w.values() if ctx.needs_input_grad[0] else None
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            values = Packed(*rest, *ctx.layout).values()
-            grad_weight = grad.reshape(-1, grad.size(-1)).t() @ values.reshape(-1, weight.size(1))
-        return grad_codes, grad_weight, None, None
+            grad_weight = grad.reshape(-1, grad.size(-1)).t() @ x.values().reshape(-1, x.shape[-1])
+        return grad_codes, grad_weight, None, None, None, None
 
 
-def linear(codes: Tensor, weight: Tensor, packed: Packed, product: Callable[[], Tensor]) -> Tensor:
+def _factors(node: Any) -> tuple[Packed, Packed]:
+    """The packed factors that a node of :func:`linear` keeps."""
+    saved, (x, w) = node.saved_tensors, node.layouts
+    return Packed(*saved[:3], *x), Packed(*saved[3:], *w)
+
+
+def linear(
+    codes: Tensor, weight: Tensor, x: Packed, w: Packed, product: Recipe, again: Callable[[Packed, Packed], Tensor]
+) -> Tensor:
     """``x^ W^^T``: ``product()`` computes it; the gradients are those of values.
 
     Args:
         codes: ``[*, K]``, from :func:`quantize`.
         weight: ``[O, K]``, the dequantized weight.
-        packed: The same codes, packed.
+        x: The same codes, packed.
+        w: The same weight, packed.
         product: The forward pass, without bias.
+        again: The same from the packed factors; must hold neither codes nor values.
     """
-    return _Linear.apply(codes, weight, packed, product)
+    return _Linear.apply(codes, weight, x, w, product, again)
+
+
+def _edge_gradient(plan: GraphPlan, grad: Tensor, values: Tensor, weight: Tensor) -> Tensor:
+    """Gradient of the weights of a sum of ``values`` whose gradient is ``grad``."""
+    heads = weight.size(1) if weight.dim() == 2 else 1
+    by_head = (v.reshape(v.size(0), heads, -1) for v in (grad, values))
+    return edge_products(plan, *by_head).view_as(weight)
 
 
 class _AggregateSum(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, codes: Tensor, weight: Tensor | None, plan: GraphPlan, packed: Packed, total: Callable[[], Tensor]
+        ctx: Any, codes: Tensor, weight: Tensor | None, plan: GraphPlan, packed: Packed, total: Recipe
     ) -> Tensor:
-        ctx.plan, ctx.layout = plan, packed[3:]
+        ctx.plan, ctx.layout = plan, packed.layout
         # The codes matter to the gradient of the weights alone.
-        ctx.save_for_backward(weight, *(packed[:3] if ctx.needs_input_grad[1] else ()))
+        ctx.save_for_backward(weight, *(packed.tensors if ctx.needs_input_grad[1] else ()))
         return total()
 
     @staticmethod
@@ -207,16 +378,11 @@ class _AggregateSum(torch.autograd.Function):
         grad_codes = spmm(plan.transpose, grad, None if weight is None else plan.transpose.sort(weight))
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            values = Packed(*rest, *ctx.layout).values()
-            heads = weight.size(1) if weight.dim() == 2 else 1
-            by_head = (v.reshape(v.size(0), heads, -1) for v in (grad, values))
-            grad_weight = edge_products(plan, *by_head).view_as(weight)
+            grad_weight = _edge_gradient(plan, grad, Packed(*rest, *ctx.layout).values(), weight)
         return grad_codes, grad_weight, None, None, None
 
 
-def aggregate_sum(
-    codes: Tensor, weight: Tensor | None, plan: GraphPlan, packed: Packed, total: Callable[[], Tensor]
-) -> Tensor:
+def aggregate_sum(codes: Tensor, weight: Tensor | None, plan: GraphPlan, packed: Packed, total: Recipe) -> Tensor:
     """``sum_j w_ij x^_j``, computed by ``total()``; the backward pass runs on the transposed plan.
 
     Args:
@@ -229,62 +395,38 @@ def aggregate_sum(
     return _AggregateSum.apply(codes, weight, plan, packed, total)
 
 
-class _ReLU(torch.autograd.Function):
+class _WeightedMean(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        y = x.relu()
-        ctx.save_for_backward(_pack((y <= 0).logical_not(), 1))  # a NaN passes its gradient on, as in torch
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (words,) = ctx.saved_tensors
-        return grad.masked_fill(_unpack(words, grad.shape, 1) == 0, 0)
-
-
-class _Dropout(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
-        ctx.factor = float(torch.ones(1, dtype=x.dtype).div_(1 - p))
-        if x.is_cuda:
-            y, mask = torch.native_dropout(x, p, True)
-        else:  # the draws of torch's own dropout
-            mask = torch.empty_like(x).bernoulli_(1 - p)
-            y = x * (mask * ctx.factor)
-        ctx.save_for_backward(_pack(mask, 1))
-        return y
+    def forward(
+        ctx: Any, codes: Tensor, weight: Tensor, divisor: Tensor, plan: GraphPlan, packed: Packed, mean: Recipe
+    ) -> Tensor:
+        ctx.plan, ctx.layout = plan, packed.layout
+        ctx.save_for_backward(weight, divisor, *packed.tensors)
+        return mean()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (words,) = ctx.saved_tensors
-        return grad * (_unpack(words, grad.shape, 1).to(grad.dtype) * ctx.factor), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        plan, (weight, divisor, *rest) = ctx.plan, ctx.saved_tensors
+        grad = grad / divisor.unsqueeze(-1)
+        grad_codes = spmm(plan.transpose, grad, plan.transpose.sort(weight)) if ctx.needs_input_grad[0] else None
+        grad_weight = _edge_gradient(plan, grad, Packed(*rest, *ctx.layout).values(), weight)
+        # <grad_i, sum_j w_ij x_j>, with the products per edge instead of the sums.
+        grad_divisor = -segment_sum(plan, weight * grad_weight) / divisor
+        return grad_codes, grad_weight, grad_divisor, None, None, None
 
 
-def _relu(x: Tensor, inplace: bool = False) -> Tensor:
-    if inplace or not _has_rows(x):
-        return torch.relu_(x) if inplace else torch.relu(x)
-    return _ReLU.apply(x)
+def weighted_mean(
+    codes: Tensor, weight: Tensor, divisor: Tensor, plan: GraphPlan, packed: Packed, mean: Recipe
+) -> Tensor:
+    """``sum_j w_ij x^_j / t_i``, computed by ``mean()``; keeps no sums.
 
-
-def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    if inplace or not training or not 0 < p < 1 or not _has_rows(x):
-        return torch.dropout_(x, p, training) if inplace else torch.dropout(x, p, training)
-    return _Dropout.apply(x, p)
-
-
-def _has_rows(x: Tensor) -> bool:
-    return x.dim() >= 1 and x.numel() > 0 and x.requires_grad and x.is_floating_point()
-
-
-class _OneBitMasks(TorchFunctionMode):
-    """Runs ReLU and dropout with one bit per value for their backward passes."""
-
-    HANDLED: ClassVar[dict[Any, Callable[..., Tensor]]] = {
-        F.relu: _relu, torch.relu: _relu, Tensor.relu: _relu, F.dropout: _dropout, torch.dropout: _dropout,
-    }  # fmt: skip
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # Inside this method the mode is off.
-        return self.HANDLED.get(func, func)(*args, **(kwargs or {}))
+    Args:
+        codes: ``[num_src, H, C]``, from :func:`quantize`.
+        weight: ``[E, H]`` in CSR order.
+        divisor: ``t`` ``[num_dst, H]``.
+        plan: The graph.
+        packed: The same codes, packed.
+        mean: The forward pass.
+    """
+    return _WeightedMean.apply(codes, weight, divisor, plan, packed, mean)

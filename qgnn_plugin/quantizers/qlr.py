@@ -299,8 +299,14 @@ class QLRQuantizer(nn.Module):
 
     # Forward ##########################################################################################################
 
-    def forward(self, x: Tensor) -> QuantizedTensor:
-        """Quantize ``x`` to codes; see :class:`QuantizedTensor`."""
+    def forward(self, x: Tensor, codes_kept: bool = False) -> QuantizedTensor:
+        """Quantize ``x`` to codes; see :class:`QuantizedTensor`.
+
+        Args:
+            x: The values.
+            codes_kept: In :func:`qgnn_plugin.compressed_activations`: whether what reads the codes keeps them for its
+                backward pass, as a product with a trained weight does; then this site keeps less.
+        """
         if x.device != self.log_scale.device:
             raise ValueError(
                 f"Expected values on {self.log_scale.device}, where '{self.site}' has its range (got "
@@ -322,14 +328,14 @@ class QLRQuantizer(nn.Module):
                     f"or train for at least one step"
                 )
             self.set_range(x.detach(), pattern)
-        return self._quantize(x, pattern)
+        return self._quantize(x, pattern, codes_kept)
 
-    def _quantize(self, x: Tensor, pattern: GraphPlan | None) -> QuantizedTensor:
+    def _quantize(self, x: Tensor, pattern: GraphPlan | None, codes_kept: bool) -> QuantizedTensor:
         if pattern is not None and not self._stays_sparse(self.range_kind):
             x, pattern = QuantizedTensor.identity(x, pattern).dequantize(), None
         scale, lower = self._range_of(x, pattern)
         if pattern is None and self._compresses(x, scale):
-            return self._compressed(x, scale, lower)
+            return self._compressed(x, scale, lower, codes_kept)
         # The scale of one-bit data is the data's own: no gradient flows through the codes.
         step = scale.detach() if self.is_one_bit else scale
         full = step[pattern.dst, 0] if pattern is not None and step.dim() == 2 else step
@@ -337,7 +343,7 @@ class QLRQuantizer(nn.Module):
         codes = quantize_codes(x, full, low, self.qmax, None if self.is_one_bit else self.skew)
         if self.is_one_bit and not self._still_one_bit(x.detach(), codes.detach() * full):
             self.set_range(x.detach(), pattern)
-            return self._quantize(x, pattern)
+            return self._quantize(x, pattern, codes_kept)
         return QuantizedTensor(codes, scale, lower, self.qmax, self.zero_code == 0, pattern)
 
     def _compresses(self, x: Tensor, scale: Tensor) -> bool:
@@ -345,12 +351,13 @@ class QLRQuantizer(nn.Module):
         rounds = not self.is_one_bit and self.skew is None and self.channel_dim == -1
         return rounds and compressed.compressing() and compressed.can_compress(x, scale)
 
-    def _compressed(self, x: Tensor, scale: Tensor, lower: Tensor) -> QuantizedTensor:
+    def _compressed(self, x: Tensor, scale: Tensor, lower: Tensor, codes_kept: bool) -> QuantizedTensor:
         with torch.no_grad():
             codes = quantize_codes(x, scale, lower, self.qmax)
-        packed = compressed.Packed.of(codes, scale, lower, self.bits)
-        codes = compressed.quantize(x, scale, lower, codes, self.qmax)
-        return QuantizedTensor(codes, packed.scale, packed.lower, self.qmax, self.zero_code == 0, packed=packed)
+        unsigned = self.zero_code == 0
+        packed = compressed.Packed.of(codes, scale, lower, self.bits, unsigned)
+        codes = compressed.quantize(x, scale, lower, codes, packed, self.qmax, codes_kept)
+        return QuantizedTensor(codes, packed.scale, packed.lower, self.qmax, unsigned, packed=packed)
 
     def _still_one_bit(self, x: Tensor, dequantized: Tensor) -> bool:
         if torch.compiler.is_compiling() or torch.equal(dequantized, x):

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..config import OFF
 from ..kernels.plan import GraphPlan
 from . import compressed
-from .functional import HALF
+from .functional import HALF, levels
 
 __all__ = ["QuantizedTensor"]
 
@@ -43,6 +44,12 @@ class QuantizedTensor:
         """Wrap unquantized values."""
         one = x.new_ones(())
         return cls(x, one, torch.zeros_like(one), None, True, pattern)
+
+    @classmethod
+    def unpacked(cls, packed: compressed.Packed) -> QuantizedTensor:
+        """Codes outside the autograd graph."""
+        qmax = None if packed.bits == OFF else levels(packed.bits)
+        return cls(packed.codes(), packed.scale, packed.lower, qmax, packed.unsigned)
 
     @property
     def shape(self) -> tuple[int, ...]:

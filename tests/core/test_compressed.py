@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch_geometric.nn import GATConv, GATv2Conv, GCNConv, SAGEConv
+from torch_geometric.nn import GATConv, GATv2Conv, GCNConv, GINConv, SAGEConv
 
 import qgnn_plugin as qgnn
 from qgnn_plugin.quantizers.compressed import compressing
@@ -37,10 +37,15 @@ def _gat(a: int, b: int, last: bool) -> nn.Module:
     return GATConv(a, b) if last else GATConv(a, b // HEADS, heads=HEADS)
 
 
+def _gin(a: int, b: int, last: bool) -> nn.Module:
+    return GINConv(nn.Sequential(nn.Linear(a, b), nn.ReLU(), nn.Linear(b, b)), train_eps=True)
+
+
 LAYERS: dict[str, Callable[[int, int, bool], nn.Module]] = {
     "GCN": lambda a, b, last: GCNConv(a, b),
     "GraphSAGE": lambda a, b, last: SAGEConv(a, b),
     "GAT": _gat,
+    "GIN": _gin,
     "GATv2": lambda a, b, last: GATv2Conv(a, b) if last else GATv2Conv(a, b // HEADS, heads=HEADS),
 }
 
@@ -90,10 +95,11 @@ def step_bytes(model: nn.Module, x: Tensor, edge_index: Tensor, y: Tensor, compr
     return total
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("bits", [2, 4])
-@pytest.mark.parametrize("name", ["GCN", "GraphSAGE", "GAT"])
-def test_a_step_keeps_at_most_a_quarter_of_the_float_steps_bytes(name: str, bits: int) -> None:
-    model = Model(LAYERS[name], WIDTHS, dropout=0.5)
+@pytest.mark.parametrize("name", ["GCN", "GraphSAGE", "GAT", "GIN"])
+def test_a_step_keeps_at_most_a_quarter_of_the_float_steps_bytes(name: str, bits: int, dropout: float) -> None:
+    model = Model(LAYERS[name], WIDTHS, dropout)
     x, edge_index, y = graph()
     full = step_bytes(model.train(), x, edge_index, y, compress=False)
     kept = step_bytes(converted(model, x, edge_index, bits=bits), x, edge_index, y, compress=True)
@@ -125,7 +131,42 @@ def test_gradients_agree_with_those_of_a_plain_step(name: str, granularity: str)
         assert error < 1e-4, f"{key}: {error:.2e}"
 
 
-def test_range_gradients_are_within_the_rounding_they_estimate() -> None:
+@pytest.mark.parametrize("granularity", ["tensor", "node", "channel"])
+@pytest.mark.parametrize("name", ["GCN", "GraphSAGE", "GAT"])
+def test_messages_that_are_computed_again_have_exact_range_gradients(name: str, granularity: str) -> None:
+    conv = LAYERS[name](24, 16, False)
+    x, edge_index, _ = graph(60, 300, 24)
+    conv = converted(conv, x, edge_index, bits=2, granularity=granularity)
+    cotangent = torch.randn(60, 16)
+    gradients = []
+    for compress in (False, True):
+        conv.zero_grad()
+        with qgnn.compressed_activations() if compress else nullcontext():
+            out = conv(x, edge_index)
+        out.backward(cotangent, retain_graph=True)
+        out.backward(cotangent)
+        ranges = conv.message_quantizer.parameters()
+        gradients.append(torch.cat([p.grad.reshape(-1) for p in ranges]))
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-4)
+
+
+def test_messages_that_a_hook_changed_are_not_computed_again_without_it() -> None:
+    conv = converted(GCNConv(24, 16), *graph(60, 300, 24)[:2], bits=4)
+    conv.lin.register_forward_hook(lambda module, args, out: out.sin())
+    x, edge_index, _ = graph(60, 300, 24)
+    gradients = []
+    for compress in (False, True):
+        conv.zero_grad()
+        with qgnn.compressed_activations() if compress else nullcontext():
+            out = conv(x, edge_index)
+        out.square().sum().backward()
+        gradients.append(conv.lin.weight.grad)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("codes_kept", [False, True])
+def test_range_gradients_are_within_the_rounding_they_estimate(codes_kept: bool) -> None:
     quantizer = qgnn.QLRQuantizer(4)
     x = 2 * torch.randn(400, 64)
     quantizer.set_range(x)
@@ -136,7 +177,7 @@ def test_range_gradients_are_within_the_rounding_they_estimate() -> None:
         quantizer.zero_grad()
         leaf = x.clone().requires_grad_()
         with qgnn.compressed_activations() if compress else nullcontext():
-            values = quantizer(leaf).dequantize()
+            values = quantizer(leaf, codes_kept).dequantize()
         values.backward(grad)
         into += [leaf.grad, quantizer.log_scale.grad, quantizer.offset.grad]
     torch.testing.assert_close(kept[0], exact[0], rtol=1e-4, atol=1e-5)
