@@ -1,4 +1,4 @@
-"""APPNP and SMPropagation: K steps of quantized propagation, a range of its own for every step."""
+"""Quantized propagations, a range of its own for every step: their base, APPNP and SMPropagation."""
 
 from __future__ import annotations
 
@@ -11,38 +11,49 @@ from torch import Tensor
 from ..config import OFF, SMPConfig
 from ..quantizers import QLRQuantizer
 from ..smp.constraint import attach_constraint
-from ..smp.propagation import Descent, Meter, PropagationLayer, StepOperator, dropped_edges
+from ..smp.propagation import Descent, Meter, PropagationLayer, StepOperator, Visit, dropped_edges
 from .base import QuantizerDict, SiteFactory
 from .gcn import propagate_codes
 from .graph import NormalizedGraph, gcn_graph
-from .message_passing import QuantizedConv
+from .message_passing import QuantizedConv, require_sum
 
-__all__ = ["QuantizedAPPNP", "QuantizedPropagation", "QuantizedSMPropagation"]
+__all__ = ["NormalizedOperator", "QuantizedAPPNP", "QuantizedPropagation", "QuantizedSMPropagation"]
 
 
 class QuantizedPropagation(PropagationLayer, QuantizedConv):
     r"""Base of quantized propagations, :math:`U = c_0 H + c_1 \tilde A Q_k(H) + \eta Q(X_0)`, and their correction.
 
-    Sites: ``input`` (``X0``), ``step.k`` (messages), ``gap`` (the changes that neighbours exchange while the
-    multiplier is positive, relative to each node's own largest change, so that it fits every step) and, where
-    ``SMPConfig.state_bits`` asks for it, ``state.k``.
+    Sites: ``input`` (``X0``, where it enters every step), ``step.k`` (messages), ``gap`` (the changes that neighbours
+    exchange while the multiplier is positive, relative to each node's own largest change, so that it fits every step)
+    and, where ``SMPConfig.state_bits`` asks for it, ``state.k``.
     """
 
-    input_quantizer: QLRQuantizer
+    input_quantizer: QLRQuantizer | None
     step_quantizers: QuantizerDict
     gap_quantizer: QLRQuantizer | None
     state_quantizers: QuantizerDict | None
+    dropout: float
 
     @classmethod
     def attach(cls, layer: Any, sites: SiteFactory) -> None:
         layer.input_quantizer = sites.features("input")
-        layer.step_quantizers = QuantizerDict({str(k): sites.message(f"step{k}") for k in range(layer.K)})
+        cls.attach_steps(layer, sites, [sites.message(f"step{k}") for k in range(layer.K)])
+
+    @classmethod
+    def attach_steps(cls, layer: Any, sites: SiteFactory, steps: list[QLRQuantizer]) -> None:
+        """Add what every step needs; ``steps`` are the sites of the messages.
+
+        Raises:
+            ValueError: If ``layer`` does not sum.
+        """
+        require_sum(layer, sites)
+        layer.step_quantizers = QuantizerDict({str(k): site for k, site in enumerate(steps)})
         smp = cls.settings(layer, sites)
         layer.gap_quantizer = None if smp is None else _gap_site(sites, smp)
         layer.state_quantizers = None
         if smp is not None and smp.state_bits != OFF:
             stored = replace(sites, config=replace(sites.config, message_bits=smp.state_bits))
-            names = {str(k): stored.make("message", f"state{k}") for k in range(1, layer.K)}
+            names = {str(k): stored.make("message", f"state{k}") for k in range(1, len(steps))}
             layer.state_quantizers = QuantizerDict(names)
 
     @classmethod
@@ -55,9 +66,20 @@ class QuantizedPropagation(PropagationLayer, QuantizedConv):
             return self.unquantized(x, edge_index, edge_weight)
         self.refuse_explain()
         graph = self.normalized(x, edge_index, edge_weight)
+        return self.result(self.entered(x), graph)
+
+    def entered(self, x: Tensor) -> Tensor:
+        """``X0``, as the steps read it."""
+        return x if self.input_quantizer is None else self.input_quantizer(x).dequantize()
+
+    def steps(self, x0: Tensor, graph: NormalizedGraph, visit: Visit | None = None) -> Tensor:
+        """The last state of all steps from ``x0`` [N, F]."""
         exact = self.is_off and not (self.training and self.dropout > 0)
-        x0 = self.input_quantizer(x).dequantize()
-        return self.propagate_steps(x0, graph, self.averages(graph), self.gaps(graph), exact=exact)
+        return self.propagate_steps(x0, graph, self.averages(graph), self.gaps(graph), exact=exact, visit=visit)
+
+    def result(self, x0: Tensor, graph: NormalizedGraph) -> Tensor:
+        """What the layer makes of its states."""
+        return self.steps(x0, graph)
 
     def unquantized(self: Any, x: Tensor, edge_index: Any, edge_weight: Tensor | None) -> Tensor:
         """The layer's own forward, where nothing is quantized and nothing corrected."""
@@ -101,7 +123,33 @@ def _gap_site(sites: SiteFactory, smp: SMPConfig) -> QLRQuantizer:
     return fixed.make("message", "gap", levels="symmetric", granularity="node")
 
 
-class QuantizedAPPNP(QuantizedPropagation):
+class NormalizedOperator:
+    """Mixin of layers whose ``A~`` is the normalized adjacency of GCN."""
+
+    add_self_loops: bool
+    normalize: bool
+    flow: str
+
+    def normalized(self, x: Tensor, edge_index: Any, edge_weight: Tensor | None) -> NormalizedGraph:
+        r"""``A~`` for node features ``x`` [N, F].
+
+        Raises:
+            ValueError: If ``x`` is no matrix.
+        """
+        if x.dim() != 2:
+            raise ValueError(f"Expected node features of shape [N, F] (got {list(x.shape)})")
+        return gcn_graph(
+            edge_index,
+            edge_weight,
+            x.size(0),
+            add_self_loops=self.add_self_loops,
+            normalize=self.normalize,
+            flow=self.flow,
+            dtype=x.dtype,
+        )
+
+
+class QuantizedAPPNP(NormalizedOperator, QuantizedPropagation):
     r"""Quantized :class:`torch_geometric.nn.APPNP`: :math:`x \leftarrow (1 - \alpha) \hat A Q_k(x) + \alpha Q(h)`."""
 
     alpha: float
@@ -116,18 +164,6 @@ class QuantizedAPPNP(QuantizedPropagation):
     @property
     def descent(self) -> Descent:
         return Descent(0.0, 1 - self.alpha, self.alpha)
-
-    def normalized(self: Any, x: Tensor, edge_index: Any, edge_weight: Tensor | None) -> NormalizedGraph:
-        r"""``A~``."""
-        return gcn_graph(
-            edge_index,
-            edge_weight,
-            x.size(0),
-            add_self_loops=self.add_self_loops,
-            normalize=self.normalize,
-            flow=self.flow,
-            dtype=x.dtype,
-        )
 
     def unquantized(self: Any, x: Tensor, edge_index: Any, edge_weight: Tensor | None) -> Tensor:
         if not self.training or self.smp is None or x.dim() != 2:

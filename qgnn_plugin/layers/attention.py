@@ -5,7 +5,7 @@ the code ``k_ij`` and the row is normalized by its own sum:
 
 .. math:: y_i = \frac{(\sum_j k_{ij} c_j)\, s}{\sum_j k_{ij}} + l
 
-``k_ij`` is the number of thresholds ``log((q - 1/2) / Q)``, ``q = 1 .. Q``, that ``e_ij - m_i`` reaches: no exponential
+Its gradient is that of the softmax, with the quantized messages.  ``k_ij`` is the number of thresholds ``log((q - 1/2) / Q)``, ``q = 1 .. Q``, that ``e_ij - m_i`` reaches: no exponential
 is evaluated, so the codes agree between every implementation.  In eval mode the kernel of packed layers computes logits
 and means, wherever these run it, so that their order of float operations is the same.
 """
@@ -35,7 +35,7 @@ from .dropout import dropout
 from .graph import edges_of, looped_plan, plain_graph
 from .message_passing import QuantizedConv
 
-__all__ = ["QuantizedGATConv", "QuantizedGATv2Conv", "attention_codes"]
+__all__ = ["QuantizedGATConv", "QuantizedGATv2Conv", "attention_codes", "attention_numerators"]
 
 
 @cache
@@ -46,12 +46,25 @@ def attention_thresholds(bits: int) -> tuple[float, ...]:
 
 
 def attention_codes(shifted: Tensor, bits: int) -> Tensor:
-    """Codes of ``exp(shifted)``, ``shifted <= 0``; in the backward pass the gradient of ``Q exp(shifted)``."""
-    qmax = levels(bits)
-    numerator = shifted.exp() * qmax
+    """Codes of ``exp(shifted)``, ``shifted <= 0``; without gradient."""
     table = torch.tensor(attention_thresholds(bits), dtype=shifted.dtype, device=shifted.device)
-    codes = torch.bucketize(shifted.detach(), table, right=True).to(shifted.dtype)
-    return numerator + (codes - numerator).detach()
+    return torch.bucketize(shifted.detach(), table, right=True).to(shifted.dtype)
+
+
+def attention_numerators(shifted: Tensor, plan: GraphPlan, bits: int) -> tuple[Tensor, Tensor]:
+    """Numerators ``[E, H]`` and their sums ``[num_dst, H]`` for ``shifted`` ``[E, H]``, logits less their row maximum.
+
+    The gradient of their ratio is that of the softmax.  The straight-through gradient of the codes alone would be too
+    long by ``Q sum_j exp(e_ij - m_i) / sum_j k_ij``: without bound for a node many of whose numerators round to zero.
+    """
+    numerator = shifted.exp()
+    total = segment_sum(plan, numerator)
+    if bits == OFF:
+        return numerator, total
+    softmax = numerator / total[plan.dst]
+    codes = attention_codes(shifted, bits)
+    total = segment_sum(plan, codes)
+    return codes + (softmax - softmax.detach()) * total[plan.dst], total
 
 
 class _QuantizedAttention(QuantizedConv):
@@ -95,8 +108,7 @@ class _QuantizedAttention(QuantizedConv):
             return out.to(dtype), alpha.to(dtype)
         peak = segment_max(plan, logits)
         shifted = logits - peak[plan.dst]
-        numerator = shifted.exp() if self.attention_bits == OFF else attention_codes(shifted, self.attention_bits)
-        total = segment_sum(plan, numerator)
+        numerator, total = attention_numerators(shifted, plan, self.attention_bits)
         # An isolated node has an empty sum; any positive divisor gives it the zero that PyG gives.
         divisor = torch.where(total > 0, total, torch.ones_like(total))
         kept = dropout(numerator, self.dropout, self.training)

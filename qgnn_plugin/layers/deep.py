@@ -14,7 +14,8 @@ from .base import QuantizedLayer, SiteFactory
 from .gcn import QuantizedGCNConv, propagate_codes
 from .gin import QuantizedGINConv
 from .graph import gcn_graph
-from .message_passing import QuantizedConv, QuantizedMessagePassing
+from .hops import QuantizedSGConv, QuantizedSSGConv, QuantizedTAGConv
+from .message_passing import QuantizedConv, QuantizedMessagePassing, require_sum
 from .sage import QuantizedSAGEConv
 
 __all__ = ["DeepConv", "DeepGCNConv", "conv_widths", "deep_mixin"]
@@ -25,6 +26,7 @@ class DeepGCNConv(DeepLayer, QuantizedGCNConv):
 
     @classmethod
     def attach(cls, layer: Any, sites: SiteFactory) -> None:
+        require_sum(layer, sites)
         layer.deep_place, layer.deep_config = sites.place, sites.config.smp
         # What is sent are the features themselves, often non-negative: levels of messages are not for them.
         if sites.first[0]:
@@ -90,6 +92,18 @@ class DeepGATv2Conv(DeepConv, QuantizedGATv2Conv):
     """GATv2Conv in a deep stack."""
 
 
+class DeepSGConv(DeepConv, QuantizedSGConv):
+    """SGConv in a deep stack."""
+
+
+class DeepSSGConv(DeepConv, QuantizedSSGConv):
+    """SSGConv in a deep stack."""
+
+
+class DeepTAGConv(DeepConv, QuantizedTAGConv):
+    """TAGConv in a deep stack."""
+
+
 class DeepMessagePassing(DeepConv, QuantizedMessagePassing):
     """Any other ``MessagePassing`` in a deep stack."""
 
@@ -100,6 +114,9 @@ _DEEP: dict[type[QuantizedLayer], type[QuantizedLayer]] = {
     QuantizedGINConv: DeepGINConv,
     QuantizedGATConv: DeepGATConv,
     QuantizedGATv2Conv: DeepGATv2Conv,
+    QuantizedSGConv: DeepSGConv,
+    QuantizedSSGConv: DeepSSGConv,
+    QuantizedTAGConv: DeepTAGConv,
     QuantizedMessagePassing: DeepMessagePassing,
 }
 

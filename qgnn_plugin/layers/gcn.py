@@ -11,7 +11,7 @@ from ..smp.constraint import attach_constraint
 from .arithmetic import aggregate_sum
 from .base import SiteFactory
 from .graph import NormalizedGraph, gcn_graph
-from .message_passing import QuantizedConv
+from .message_passing import QuantizedConv, require_sum
 
 __all__ = ["QuantizedGCNConv", "propagate_codes"]
 
@@ -30,6 +30,7 @@ class QuantizedGCNConv(QuantizedConv):
 
     @classmethod
     def attach(cls, layer: Any, sites: SiteFactory) -> None:
+        require_sum(layer, sites)
         layer.message_quantizer = sites.message("message", layer.out_channels)
         attach_constraint(layer, sites.config.smp, sites.device)
 

@@ -12,10 +12,23 @@ from ..smp.constraint import SmoothLayer, attach_constraint
 from .base import QuantizedLayer, QuantizerDict, SiteFactory
 from .graph import gcn_graph
 
-__all__ = ["QuantizedConv", "QuantizedMessagePassing"]
+__all__ = ["QuantizedConv", "QuantizedMessagePassing", "require_sum"]
 
 # Arguments of `propagate` that hold per-node scalars of an attention mechanism or a normalization: these stay wider.
 LOGIT_ARGUMENTS = frozenset({"alpha", "alpha_l", "alpha_r", "norm", "deg", "score", "index"})
+
+
+def require_sum(layer: Any, sites: SiteFactory) -> None:
+    """Refuse to convert a layer that is a sum over neighbours by definition, and was made with another aggregation.
+
+    Raises:
+        ValueError: If it was.
+    """
+    if layer.aggr not in ("add", "sum"):
+        raise ValueError(
+            f"Expected the aggregation 'add' in '{sites.name}', a {type(layer).__name__} (got {layer.aggr!r}): its "
+            f"quantized form sums over neighbours; exclude the layer"
+        )
 
 
 class QuantizedConv(QuantizedLayer, SmoothLayer):

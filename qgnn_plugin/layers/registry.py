@@ -6,7 +6,19 @@ import copy
 from typing import Any
 
 from torch import nn
-from torch_geometric.nn import APPNP, GATConv, GATv2Conv, GCNConv, GINConv, MessagePassing, SAGEConv
+from torch_geometric.nn import (
+    APPNP,
+    GATConv,
+    GATv2Conv,
+    GCNConv,
+    GINConv,
+    LGConv,
+    MessagePassing,
+    SAGEConv,
+    SGConv,
+    SSGConv,
+    TAGConv,
+)
 from torch_geometric.nn import Linear as PyGLinear
 
 from ..smp.constraint import BUFFERS, SmoothLayer
@@ -16,6 +28,7 @@ from .attention import QuantizedGATConv, QuantizedGATv2Conv
 from .base import QuantizedLayer, SiteFactory, quantized_class, release_propagate
 from .gcn import QuantizedGCNConv
 from .gin import QuantizedGINConv
+from .hops import QuantizedLGConv, QuantizedSGConv, QuantizedSSGConv, QuantizedTAGConv
 from .linear import QuantizedLinear
 from .message_passing import QuantizedConv, QuantizedMessagePassing
 from .sage import QuantizedSAGEConv
@@ -116,6 +129,10 @@ for _layer, _mixin in {
     SAGEConv: QuantizedSAGEConv,
     GINConv: QuantizedGINConv,
     APPNP: QuantizedAPPNP,
+    SGConv: QuantizedSGConv,
+    SSGConv: QuantizedSSGConv,
+    TAGConv: QuantizedTAGConv,
+    LGConv: QuantizedLGConv,
     SMPropagation: QuantizedSMPropagation,
 }.items():
     register_layer(_layer, _mixin)

@@ -1,6 +1,6 @@
 """Packed integer models for inference: packed layers, their files, and packed embeddings."""
 
-from . import attention, convs, linear
+from . import attention, convs, linear, propagation
 from .base import PackedLayer, register_packed
 from .embeddings import PackedEmbeddings
 from .files import load_packed, save_packed
@@ -18,6 +18,7 @@ __all__ = [
     "pack_model",
     "packed_bytes",
     "packed_layers",
+    "propagation",
     "register_packed",
     "save_packed",
 ]

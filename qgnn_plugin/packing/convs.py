@@ -1,4 +1,4 @@
-"""Packed GCNConv, SAGEConv, GINConv, and propagations (APPNP, SMPropagation)."""
+"""Packed GCNConv, SAGEConv and GINConv."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import OFF
-from ..kernels.smp_step import smp_step, step_factors
-from ..layers.appnp import QuantizedAPPNP, QuantizedSMPropagation
 from ..layers.deep import DeepGCNConv
 from ..layers.gcn import QuantizedGCNConv
 from ..layers.gin import QuantizedGINConv, mean_with_self
@@ -19,13 +17,12 @@ from ..layers.graph import NormalizedGraph, gcn_graph, mean_graph, plain_graph
 from ..layers.sage import QuantizedSAGEConv, _transforms_first
 from ..quantizers import QuantizedTensor
 from ..smp.deep import DeepLayer
-from ..smp.propagation import Descent, PropagationLayer, SMPropagation
 from .base import Activation, LayerSpec, PackedConv, inference, packed_dense, register_packed
 from .deferred import DeferredTensor, Producer, added, computed, conclude, is_deferring, plain
 from .linear import PackedLinear
 from .ranges import PackedRange, PackedTensor
 
-__all__ = ["PackedDeepGCNConv", "PackedGCNConv", "PackedGINConv", "PackedPropagation", "PackedSAGEConv"]
+__all__ = ["PackedDeepGCNConv", "PackedGCNConv", "PackedGINConv", "PackedSAGEConv"]
 
 SUMS = ("mean", "add", "sum")
 
@@ -252,100 +249,6 @@ class PackedGINConv(PackedConv):
         return self.smooth(z, out / mass, mean, graph.plan.num_edges) * mass
 
 
-class PackedPropagation(PropagationLayer, PackedConv):
-    r"""Packed APPNP and SMPropagation: K steps, a range for what each sends; the state stays float32."""
-
-    tensors_kept = ()
-    input_quantizer: PackedRange
-    step_quantizers: Any
-    gap_quantizer: PackedRange | None
-    state_quantizers: Any
-    mu: float | None  # infinite without teleport: None
-    add_self_loops: bool
-    normalize: bool
-    flow: str
-    K: int
-
-    def __init__(self, layer: Any, spec: LayerSpec, memo: dict[int, Any]) -> None:
-        super().__init__(layer, spec, memo)
-        if isinstance(layer, SMPropagation):
-            self.smp = layer.smp if spec.smooth else None
-            self.eta, self.mu = layer.smp.eta, layer.smp.mu
-        else:
-            self.eta, self.mu = layer.alpha, None if layer.alpha == 0 else (1 - layer.alpha) / layer.alpha
-        for site in ("gap_quantizer", "state_quantizers"):
-            if not hasattr(self, site):
-                setattr(self, site, None)
-
-    @classmethod
-    def refuses(cls, layer: Any) -> str | None:
-        if layer.explain:
-            return "explain mode"
-        if layer.is_off:
-            return "32 bits"
-        if layer.moves_itself or (layer.smp is not None and layer.smp.algorithm == "reference"):
-            return "a multiplier that moves within the forward pass"
-        dtype = layer.input_quantizer.log_scale.dtype
-        return None if dtype == torch.float32 else "its ranges are not float32"
-
-    @classmethod
-    def idle_sites(cls, layer: Any) -> tuple[str, ...]:
-        return () if layer.smp is not None and layer.multiplier_value > 0 else ("gap_quantizer",)
-
-    @property
-    def descent(self) -> Descent:
-        return (
-            Descent(0.0, 1.0, 0.0) if self.mu is None else Descent(*step_factors(self.eta, self.mu, 0.0)[:2], self.eta)
-        )
-
-    @inference
-    def forward(self, x: Tensor, edge_index: Any, edge_weight: Tensor | None = None) -> Tensor:
-        """``[N, F]`` to ``[N, F]``, as :class:`torch_geometric.nn.APPNP`."""
-        graph = gcn_graph(
-            edge_index,
-            edge_weight,
-            x.size(0),
-            add_self_loops=self.add_self_loops,
-            normalize=self.normalize,
-            flow=self.flow,
-            dtype=torch.float32,
-        )
-        x0 = self.input_quantizer(x).dequantize()
-        ranges = [self.step_quantizers[str(k)] for k in range(self.K)]
-        symmetric = graph.weight is None and graph.source is not None and graph.source is graph.target
-        plain_steps = self.smp is None and self.state_quantizers is None and self.mu is not None
-        if plain_steps and symmetric and all(sent.spec.is_fixed for sent in ranges):
-            return self._steps_in_kernel(x0, graph, ranges)
-        return self.propagate_steps(
-            x0, graph, lambda k, h: self._averaged(h, graph, ranges[k]),
-            lambda k, change: self._averaged(change, graph, self.gap_quantizer), exact=False,
-        )  # fmt: skip
-
-    def _steps_in_kernel(self, x0: Tensor, graph: NormalizedGraph, ranges: list[PackedRange]) -> Tensor:
-        """A kernel per step, which also packs what the next one sends."""
-        assert graph.source is not None
-        assert self.mu is not None
-        h, norm = x0, graph.source.view(-1)
-        words = None if not ranges else ranges[0](x0 * graph.source).words
-        for k, sent in enumerate(ranges):
-            target = ranges[k + 1].output_range() if k + 1 < self.K else {}
-            h, words, _ = smp_step(
-                h, x0, graph.plan, norm, eta=self.eta, mu=self.mu, words=words, scale=sent.scale,
-                offset=sent.lower, bits=sent.bits, **target,
-            )  # fmt: skip
-        return h
-
-    def _averaged(self, h: Tensor, graph: NormalizedGraph, sent: PackedRange | None) -> Tensor:
-        """``A~ Q(h)``."""
-        if sent is None:
-            return graph.apply(h)
-        return self.aggregated(sent(h if graph.source is None else h * graph.source), graph)
-
-    def stored(self, k: int, h: Tensor) -> Tensor:
-        states = self.state_quantizers
-        return h if k == 0 or states is None else states[str(k)](h).dequantize()
-
-
 def _refusal(layer: Any, message: Any) -> str | None:
     """What GCNConv and GINConv have in common: they run in floats where messages are not quantized."""
     if layer.explain:
@@ -360,7 +263,5 @@ for _mixin, _packed in {
     DeepGCNConv: PackedDeepGCNConv,
     QuantizedSAGEConv: PackedSAGEConv,
     QuantizedGINConv: PackedGINConv,
-    QuantizedAPPNP: PackedPropagation,
-    QuantizedSMPropagation: PackedPropagation,
 }.items():
     register_packed(_mixin, _packed)

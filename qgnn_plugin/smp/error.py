@@ -24,8 +24,9 @@ from ..layers.message_passing import QuantizedConv
 from ..layers.sage import QuantizedSAGEConv
 from .constraint import dirichlet_energy
 from .deep import DeepLayer
-from .injection import bypassed, injection, watched
+from .injection import Injection, bypassed, injection, watched
 from .operators import Correction, OperatorBound, operator_bound, operator_of
+from .propagation import Step
 
 __all__ = ["ErrorReport", "LayerError", "StepError", "error_report"]
 
@@ -95,9 +96,9 @@ def error_report(qmodel: nn.Module, data: Any, *, float_model: nn.Module | None 
     Each layer is looked at by itself, on the input that it has in ``qmodel``: its result with and without quantized
     messages.  All is evaluated in float64, so that what is seen is quantization and not rounding.
 
-    Bounds exist for APPNP and :class:`~qgnn_plugin.SMPropagation` (a multiplier that moves within the forward pass
-    excepted), GCNConv, SAGEConv where it transforms first, GINConv and GATConv; the operator may be any, directed and
-    weighted ones included.
+    Bounds exist for propagations (APPNP, :class:`~qgnn_plugin.SMPropagation`, and the states of SGConv, SSGConv,
+    TAGConv and LGConv; a multiplier that moves within the forward pass excepted), GCNConv, SAGEConv where it transforms
+    first, GINConv and GATConv; the operator may be any, directed and weighted ones included.
 
     Args:
         qmodel: A converted model whose ranges are set; it is left untouched.
@@ -336,7 +337,9 @@ def _propagation_error(name: str, kind: str, layer: Any, call: _Call) -> LayerEr
         states = _trajectory(layer, x, graph)
     with bypassed(layer.input_quantizer, layer.gap_quantizer, *steps, *stored):
         exact = _trajectory(layer, x, graph)
-    entered = injection(layer.input_quantizer, seen[0][0], None)
+    entered = Injection(0.0, 0.0)
+    if layer.input_quantizer is not None:
+        entered = injection(layer.input_quantizer, seen[0][0], None)
     sent = [injection(q, p[0], graph.source) for q, p in zip(steps, seen[2 : 2 + layer.K], strict=True)]
     kept = [None if q is None else injection(q, p[0], None) for q, p in zip(stored, seen[2 + layer.K :], strict=True)]
     gaps = [injection(layer.gap_quantizer, p, graph.source).bound for p in seen[1]]
@@ -352,16 +355,9 @@ def _propagation_error(name: str, kind: str, layer: Any, call: _Call) -> LayerEr
 
 def _trajectory(layer: Any, x: Tensor, graph: NormalizedGraph) -> list[Tensor]:
     """The state that every step finds, and the result."""
-    states: list[Tensor] = []
-    average = layer.averages(graph)
-
-    def noted(k: int, h: Tensor) -> Tensor:
-        states.append(h)
-        return average(k, h)
-
-    x0 = layer.input_quantizer(x).dequantize()
-    states.append(layer.propagate_steps(x0, graph, noted, layer.gaps(graph), exact=False))
-    return states
+    steps: list[Step] = []
+    last = layer.steps(layer.entered(x), graph, steps.append)
+    return [*(step.found for step in steps), last]
 
 
 def _propagated(
@@ -369,7 +365,7 @@ def _propagated(
 ) -> list[float]:
     """The recursion of docs/error_bound.md."""
     descent, operator = layer.descent, operator_bound(graph.plan, operator_of(graph))
-    correction = _correction(layer, operator, descent.fidelity)
+    correction = _correction(layer, operator, layer.step_size)
     factor = correction.contraction(descent, operator)
     sweeps = len(correction.gap)
     bounds, error = [], entered

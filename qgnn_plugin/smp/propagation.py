@@ -27,7 +27,7 @@ from ..layers.graph import NormalizedGraph, gcn_graph
 from .constraint import BUFFERS, ConstraintState, Operator, SmoothLayer, attach_constraint, constraint_ratio, corrected
 from .multiplier import ascend
 
-__all__ = ["Descent", "Meter", "PropagationLayer", "SMPropagation", "dropped_edges"]
+__all__ = ["Descent", "Meter", "PropagationLayer", "SMPropagation", "Step", "Visit", "dropped_edges"]
 
 StepOperator = Callable[[int, Tensor], Tensor]
 
@@ -50,10 +50,34 @@ class Descent(NamedTuple):
         r"""Factor by which one step shrinks a difference at most, where ``||A~|| <= 1``."""
         return abs(self.keep) + abs(self.average)
 
-    def __call__(self, h: Tensor, averaged: Tensor, source: Tensor) -> Tensor:
+    def __call__(self, h: Tensor, averaged: Tensor, source: Tensor | None) -> Tensor:
         """``U`` from ``H``, ``A~ H`` and ``fidelity X0``, in the order of the ``smp_step`` kernel."""
-        moved = averaged * self.average
-        return (moved if self.keep == 0 else h * self.keep + moved) + source
+        moved = averaged if self.average == 1 else averaged * self.average
+        moved = moved if self.keep == 0 else h * self.keep + moved
+        return moved if source is None else moved + source
+
+    def source(self, x0: Tensor) -> Tensor | None:
+        """``fidelity X0``, :obj:`None` without a fidelity term."""
+        return None if self.fidelity == 0 else x0 * self.fidelity
+
+
+class Step(NamedTuple):
+    """What one step of a propagation did, all ``[N, F]``.
+
+    Args:
+        found: ``H``, the state as the step found it.
+        proposed: ``U``.
+        force: The multiplier that acted on the change, :obj:`None` where nothing was corrected.
+        state: The state that it left.
+    """
+
+    found: Tensor
+    proposed: Tensor
+    force: Tensor | None
+    state: Tensor
+
+
+Visit = Callable[[Step], None]
 
 
 class Meter:
@@ -117,6 +141,12 @@ class PropagationLayer(SmoothLayer):
         assert self.smp is not None
         return Descent.of(self.smp)
 
+    @property
+    def step_size(self) -> float:
+        """``eta`` of the explicit correction; a propagation without fidelity term takes that of its settings."""
+        assert self.smp is not None
+        return self.descent.fidelity or self.smp.eta
+
     def stored(self, k: int, h: Tensor) -> Tensor:
         """The state as step ``k`` finds it."""
         return h
@@ -125,7 +155,14 @@ class PropagationLayer(SmoothLayer):
         """Take note of a change that is not corrected."""
 
     def propagate_steps(
-        self, x0: Tensor, graph: NormalizedGraph, average: StepOperator, gap: StepOperator, *, exact: bool
+        self,
+        x0: Tensor,
+        graph: NormalizedGraph,
+        average: StepOperator,
+        gap: StepOperator,
+        *,
+        exact: bool,
+        visit: Visit | None = None,
     ) -> Tensor:
         r"""All steps from ``x0`` [N, F].
 
@@ -135,14 +172,15 @@ class PropagationLayer(SmoothLayer):
             average: ``A~ H_k`` of step ``k``, quantized where messages are.
             gap: ``A~ D`` for the correction, quantized where gap messages are.
             exact: Whether ``average`` is ``A~`` itself, so that measuring may use its results.
+            visit: Called with every step.
         """
         config = self.smp
-        descent, source = self.descent, x0 * self.descent.fidelity
+        descent, source = self.descent, self.descent.source(x0)
         meter = None
         if config is not None and (self.training or self.moves_itself):
             meter = Meter(config, graph.apply, graph.plan.num_edges)
         if config is not None and config.algorithm == "reference":
-            return self._reference_steps(x0, descent, source, average, gap, meter)
+            return self._reference_steps(x0, average, gap, meter, visit)
         multiplier = _Multiplier(self) if config is not None and (self.moves_itself or self.is_smoothing) else None
         h = x0
         for k in range(self.K):
@@ -152,13 +190,15 @@ class PropagationLayer(SmoothLayer):
                 meter.observe(h, averaged if exact else None)
                 if k > 0 and multiplier is not None:
                     multiplier.follow(meter)
-            u = descent(h, averaged, source)
-            if multiplier is None:
-                self.proposed(h, u, graph)
+            found, force = h, None if multiplier is None else multiplier.force
+            h = u = descent(found, averaged, source)
+            if force is None:
+                self.proposed(found, u, graph)
             else:
                 assert config is not None
-                u = h + corrected(u - h, partial(gap, k), config, multiplier.force, descent.fidelity)
-            h = u
+                h = found + corrected(u - found, partial(gap, k), config, force, self.step_size)
+            if visit is not None:
+                visit(Step(found, u, force, h))
         if self.training and meter is not None:
             meter.observe(h)
             if multiplier is not None and meter.energies:
@@ -168,22 +208,25 @@ class PropagationLayer(SmoothLayer):
         return h
 
     def _reference_steps(
-        self, x0: Tensor, descent: Descent, source: Tensor, average: StepOperator, gap: StepOperator, meter: Any
+        self, x0: Tensor, average: StepOperator, gap: StepOperator, meter: Any, visit: Visit | None
     ) -> Tensor:
         """The authors' update (see :meth:`SMPConfig.reference`); gradients flow through the multiplier, as there."""
-        config = self.smp
+        config, descent, source = self.smp, self.descent, self.descent.source(x0)
         assert config is not None
         h, multiplier, slack = x0, x0.new_tensor(config.multiplier), x0.new_tensor(config.slack)
         for k in range(self.K):
             h = self.stored(k, h)
             if self.training:
                 meter.observe(h)
-            u = descent(h, average(k, h), source)
-            change = u - h
-            h = u + (2 * config.eta * multiplier) * gap(k, change)
+            found, force = h, multiplier
+            u = descent(found, average(k, found), source)
+            change = u - found
+            h = u + (2 * config.eta * force) * gap(k, change)
             slack = slack + 2 * config.eta_slack * multiplier * slack
             energy = (change * (change - meter.operator(change))).sum()
             multiplier = multiplier + config.eta_lambda * (config.alpha * meter.num_edges - slack.square() - energy)
+            if visit is not None:
+                visit(Step(found, u, force, h))
         if self.training:
             meter.observe(h)
             self.constraint_state = meter.state()

@@ -15,8 +15,12 @@ from torch_geometric.nn import (
     GCNConv,
     GINConv,
     GraphConv,
+    LGConv,
     Linear,
     SAGEConv,
+    SGConv,
+    SSGConv,
+    TAGConv,
 )
 
 import qgnn_plugin as qgnn
@@ -79,6 +83,12 @@ CONVS: dict[str, Callable[[], nn.Module]] = {
     "GINConv": _gin,
     "APPNP": lambda: APPNP(4, 0.1),
     "APPNP cached": lambda: APPNP(4, 0.1, cached=True, dropout=0.3),
+    "SGConv": lambda: SGConv(WIDTH, OUT, K=3),
+    "SGConv cached": lambda: SGConv(WIDTH, OUT, K=2, cached=True, add_self_loops=False),
+    "SSGConv": lambda: SSGConv(WIDTH, OUT, alpha=0.1, K=3),
+    "TAGConv": lambda: TAGConv(WIDTH, OUT, K=2),
+    "TAGConv not normalized": lambda: TAGConv(WIDTH, OUT, K=1, normalize=False, bias=False),
+    "LGConv": lambda: LGConv(),
 }
 
 

@@ -58,7 +58,7 @@ def test_error_falls_with_the_width(name: str) -> None:
 
 @pytest.mark.parametrize("granularity", ["tensor", "channel", "node"])
 @pytest.mark.parametrize("levels", ["affine", "symmetric", "half"])
-@pytest.mark.parametrize("name", ["GCNConv", "GATConv", "GATv2Conv", "SAGEConv", "GINConv", "APPNP"])
+@pytest.mark.parametrize("name", ["GCNConv", "GATConv", "GATv2Conv", "SAGEConv", "GINConv", "APPNP", "TAGConv"])
 def test_layouts_and_levels_of_ranges(name: str, levels: str, granularity: str) -> None:
     x, edge_index = features(), graph()
     conv = CONVS[name]().eval()
@@ -121,7 +121,7 @@ def test_direction_matters(name: str) -> None:
     assert torch.equal(qbackwards(x, edge_index.flip(0)), qconv(x, edge_index))
 
 
-@pytest.mark.parametrize("name", ["GCNConv", "GCNConv improved", "GCNConv not normalized", "APPNP"])
+@pytest.mark.parametrize("name", ["GCNConv", "GCNConv improved", "GCNConv not normalized", "APPNP", "SSGConv"])
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_edge_weights(name: str, fmt: str) -> None:
     x, edge_index = features(), graph()

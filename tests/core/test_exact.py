@@ -22,7 +22,6 @@ from torch_geometric.nn import (
     RGCNConv,
     SAGEConv,
     SAGPooling,
-    TAGConv,
     TopKPooling,
     TransformerConv,
 )
@@ -46,7 +45,6 @@ MODELS = {
     "EdgeCNN": lambda: EdgeCNN(WIDTH, 8, 2, OUT, dropout=0.5),
     "Plain": Plain,
     "TransformerConv": lambda: TransformerConv(WIDTH, OUT, heads=2, beta=True, dropout=0.3),
-    "TAGConv": lambda: TAGConv(WIDTH, OUT, K=2),
     "ResGatedGraphConv": lambda: ResGatedGraphConv(WIDTH, OUT),
 }
 
@@ -86,7 +84,9 @@ def test_layers(name: str, training: bool) -> None:
         compare(CONVS[name](), (features(), adjacency(graph(), fmt)), OFF, training)
 
 
-@pytest.mark.parametrize("name", ["GCNConv", "GCNConv improved", "GCNConv not normalized", "APPNP"])
+@pytest.mark.parametrize(
+    "name", ["GCNConv", "GCNConv improved", "GCNConv not normalized", "APPNP", "SSGConv", "TAGConv", "LGConv"]
+)
 def test_edge_weights(name: str) -> None:
     edge_index = graph()
     weight = torch.rand(edge_index.size(1)) + 0.1
@@ -158,7 +158,7 @@ def test_bipartite() -> None:
         )
 
 
-@pytest.mark.parametrize("name", ["GCNConv", "GATConv", "SAGEConv", "GINConv", "APPNP"])
+@pytest.mark.parametrize("name", ["GCNConv", "GATConv", "SAGEConv", "GINConv", "APPNP", "TAGConv"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_precisions(name: str, dtype: torch.dtype) -> None:
     compare(CONVS[name]().to(dtype), (features().to(dtype), graph()), OFF, True)

@@ -28,7 +28,6 @@ from torch_geometric.nn import (
     GraphConv,
     HypergraphConv,
     LEConv,
-    LightGCN,
     MessagePassing,
     MFConv,
     NNConv,
@@ -37,10 +36,7 @@ from torch_geometric.nn import (
     ResGatedGraphConv,
     RGATConv,
     RGCNConv,
-    SGConv,
-    SSGConv,
     SuperGATConv,
-    TAGConv,
     TransformerConv,
 )
 from torch_geometric.typing import OptTensor
@@ -92,10 +88,7 @@ GENERIC: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...]]] = {
     "ResGatedGraphConv": (lambda: ResGatedGraphConv(WIDTH, OUT), ()),
     "RGATConv": (lambda: RGATConv(WIDTH, OUT, num_relations=3), (types(),)),
     "RGCNConv": (lambda: RGCNConv(WIDTH, OUT, num_relations=3), (types(),)),
-    "SGConv": (lambda: SGConv(WIDTH, OUT, K=2), ()),
-    "SSGConv": (lambda: SSGConv(WIDTH, OUT, alpha=0.1, K=2), ()),
     "SuperGATConv": (lambda: SuperGATConv(WIDTH, OUT, heads=2), ()),
-    "TAGConv": (lambda: TAGConv(WIDTH, OUT, K=2), ()),
     "TransformerConv": (lambda: TransformerConv(WIDTH, OUT, heads=2), ()),
 }
 
@@ -141,15 +134,6 @@ def test_layers_with_arguments_of_their_own() -> None:
         error = relative(qconv(*args), conv(*args))
         assert 0 < error < 0.05, type(conv).__name__
         qgnn.quantize_model(conv, 4).train()(*args).sum().backward()
-
-
-def test_light_gcn_layers() -> None:
-    model = LightGCN(NODES, 8, num_layers=2).eval()
-    edge_index = graph()
-    qmodel = qgnn.quantize_model(model, 8)
-    qgnn.calibrate(qmodel, [edge_index], forward=lambda m, e: m.get_embedding(e))
-    out = qmodel.eval().get_embedding(edge_index)
-    assert 0 < relative(out, model.get_embedding(edge_index)) < 0.05
 
 
 # A user's own ########################################################################################
@@ -270,10 +254,10 @@ def test_edge_weights_and_bipartite_graphs() -> None:
 def test_decomposed_layers() -> None:
     """PyG binds another ``propagate`` to the instance for these."""
     x, edge_index = features(), graph()
-    conv = SGConv(WIDTH, OUT, K=2, decomposed_layers=3).eval()
+    conv = ClusterGCNConv(WIDTH, OUT, decomposed_layers=3).eval()
     assert "propagate" in vars(conv)
     qconv = quantized(conv, x, edge_index, bits=2)
-    plain = quantized(SGConv(WIDTH, OUT, K=2), x, edge_index, bits=2)
+    plain = quantized(ClusterGCNConv(WIDTH, OUT), x, edge_index, bits=2)
     plain.load_state_dict(qconv.state_dict())
     torch.testing.assert_close(qconv(x, edge_index), plain(x, edge_index))
     assert relative(qconv(x, edge_index), conv(x, edge_index)) > 0.01

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 from graphs import erdos_renyi
-from packing.cases import features
+from packing.cases import FEATURES, features
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch_geometric.nn import APPNP
+from torch_geometric.nn import APPNP, LGConv, LightGCN, SGConv, SSGConv, TAGConv
 
 import qgnn_plugin
 from qgnn_plugin import QuantConfig, SMPConfig, SMPropagation
@@ -86,6 +86,49 @@ def test_equals_the_converted_layer(model: Any, config: dict[str, Any], bits: in
     qmodel, packed, args = pair(model, **{"bits": bits, **config})
     assert_equal(qmodel, packed, args)
     assert qgnn_plugin.summary(packed).layers[0].reason is None
+
+
+HOPS = {
+    "SGConv": lambda: SGConv(FEATURES, 6, 3),
+    "SSGConv": lambda: SSGConv(FEATURES, 6, 0.1, 2),
+    "TAGConv": lambda: TAGConv(FEATURES, 6, 2),
+    "LGConv": lambda: LGConv(),
+}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"granularity": "node"}, {"truncation": "bt"}, {"smp": SMPConfig(multiplier=0.5, state_bits=8)}],
+    ids=lambda c: "-".join(c),
+)
+@pytest.mark.parametrize("name", HOPS)
+def test_hops_equal_the_converted_layer(name: str, config: dict[str, Any], poison_empty: None, tmp_path: Any) -> None:
+    for bits in (2, 8):
+        qmodel, packed, args = pair(HOPS[name](), **{"bits": bits, **config})
+        assert_equal(qmodel, packed, args)
+        assert {layer.reason for layer in qgnn_plugin.summary(packed).layers} == {None}
+    qgnn_plugin.save_packed(packed, tmp_path / "hops.safetensors")
+    loaded = qgnn_plugin.load_packed(tmp_path / "hops.safetensors", HOPS[name]())
+    assert torch.equal(loaded(*args), packed(*args))
+
+
+def test_hops_on_sparse_and_weighted_graphs_and_at_32_bits() -> None:
+    qmodel, packed, args = pair(TAGConv(FEATURES, 6, 2, normalize=False), torch.rand(200))
+    assert_equal(qmodel, packed, args)
+    qmodel, packed, args = pair(SGConv(FEATURES, 6, 2, cached=True), message_bits=32, input_bits=32, smp=None)
+    assert_equal(qmodel, packed, args)
+    assert [layer.reason for layer in qgnn_plugin.summary(packed).layers] == ["32 bits", None]
+
+
+def test_packed_light_gcn() -> None:
+    model = LightGCN(40, 8, num_layers=2)
+    graph = erdos_renyi(40, 200)
+    qmodel = qgnn_plugin.quantize_model(model, 4).eval()
+    qgnn_plugin.calibrate(qmodel, [graph.edge_index], forward=lambda m, e: m.get_embedding(e))
+    packed = qgnn_plugin.pack_model(qmodel)
+    with torch.no_grad():
+        assert torch.equal(packed.get_embedding(graph.edge_index), qmodel.get_embedding(graph.edge_index))
+    assert not any(layer.reason for layer in qgnn_plugin.summary(packed).layers)
 
 
 @pytest.mark.parametrize("options", [{"normalize": False}, {"add_self_loops": False}, {"flow": "target_to_source"}])

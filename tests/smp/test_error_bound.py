@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch_geometric.data import Data
-from torch_geometric.nn import APPNP, GATConv, GCNConv, GINConv, GraphConv, SAGEConv
+from torch_geometric.nn import APPNP, GATConv, GCNConv, GINConv, GraphConv, LGConv, SAGEConv, SGConv, SSGConv, TAGConv
 from torch_geometric.utils import to_undirected
 
 import qgnn_plugin as qgnn
@@ -75,6 +75,20 @@ def test_propagation_stays_within_its_bound(
     assert len(layer.steps) == steps + 1
     assert layer.carried > 0
     holds(layer)
+
+
+@pytest.mark.parametrize("multiplier", [0.0, 0.7])
+@pytest.mark.parametrize("directed", [True, False])
+@pytest.mark.parametrize("correction", ["proximal", "explicit"])
+def test_hops_stay_within_their_bound(correction: Any, directed: bool, multiplier: float) -> None:
+    edge_index = graph() if directed else to_undirected(graph())
+    layers = (SGConv(WIDTH, 6, 16), SSGConv(WIDTH, 6, 0.1, 8), TAGConv(WIDTH, 6, 3), LGConv())
+    for bits, layer in zip((2, 4, 8, 4), layers, strict=True):
+        smp = SMPConfig(multiplier=multiplier, correction=correction, state_bits=8)
+        found = report(layer, (features(), edge_index), QuantConfig(bits=bits, smp=smp), -0.4)
+        assert len(found.steps) == getattr(layer, "K", 1) + 1
+        assert found.carried > 0
+        holds(found)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

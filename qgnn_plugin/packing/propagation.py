@@ -1,0 +1,178 @@
+"""Packed propagations: APPNP, SMPropagation, SGConv, SSGConv, TAGConv and LGConv."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.smp_step import smp_step, step_factors
+from ..layers.appnp import QuantizedAPPNP, QuantizedSMPropagation
+from ..layers.graph import NormalizedGraph, gcn_graph
+from ..layers.hops import (
+    LGHops,
+    QuantizedLGConv,
+    QuantizedSGConv,
+    QuantizedSSGConv,
+    QuantizedTAGConv,
+    SGHops,
+    SSGHops,
+    TAGHops,
+)
+from ..smp.propagation import Descent, PropagationLayer, SMPropagation, Visit
+from .base import LayerSpec, PackedConv, inference, register_packed
+from .deferred import plain
+from .ranges import PackedRange
+
+__all__ = ["PackedHops", "PackedPropagation", "PackedSteps"]
+
+
+class PackedSteps(PropagationLayer, PackedConv):
+    """Base of packed propagations: K steps, a range for what each sends; the state stays float32."""
+
+    step_quantizers: Any
+    gap_quantizer: PackedRange | None
+    state_quantizers: Any
+    add_self_loops: bool
+    normalize: bool
+    flow: str
+    K: int
+
+    def __init__(self, layer: Any, spec: LayerSpec, memo: dict[int, Any]) -> None:
+        super().__init__(layer, spec, memo)
+        if isinstance(layer, SMPropagation):
+            self.smp = layer.smp if spec.smooth else None
+        for site in ("gap_quantizer", "state_quantizers"):
+            if not hasattr(self, site):
+                setattr(self, site, None)
+
+    @classmethod
+    def refuses(cls, layer: Any) -> str | None:
+        if layer.explain:
+            return "explain mode"
+        if layer.is_off:
+            return "32 bits"
+        if layer.moves_itself or (layer.smp is not None and layer.smp.algorithm == "reference"):
+            return "a multiplier that moves within the forward pass"
+        dtypes = {quantizer.log_scale.dtype for _, quantizer in layer.own_quantizers()}
+        return None if dtypes == {torch.float32} else "its ranges are not float32"
+
+    @classmethod
+    def idle_sites(cls, layer: Any) -> tuple[str, ...]:
+        return () if layer.smp is not None and layer.multiplier_value > 0 else ("gap_quantizer",)
+
+    def normalized(self, edge_index: Any, edge_weight: Tensor | None, num_nodes: int) -> NormalizedGraph:
+        """``A~``."""
+        return gcn_graph(
+            edge_index,
+            edge_weight,
+            num_nodes,
+            add_self_loops=self.add_self_loops,
+            normalize=self.normalize,
+            flow=self.flow,
+            dtype=torch.float32,
+        )
+
+    def steps(self, x0: Tensor, graph: NormalizedGraph, visit: Visit | None = None) -> Tensor:
+        """The last state of all steps from ``x0`` [N, F]."""
+        return self.propagate_steps(
+            x0, graph, lambda k, h: self._averaged(h, graph, self.step_quantizers[str(k)]),
+            lambda k, change: self._averaged(change, graph, self.gap_quantizer), exact=False, visit=visit,
+        )  # fmt: skip
+
+    def _averaged(self, h: Tensor, graph: NormalizedGraph, sent: PackedRange | None) -> Tensor:
+        """``A~ Q(h)``."""
+        if sent is None:
+            return graph.apply(h)
+        return self.aggregated(sent(h if graph.source is None else h * graph.source), graph)
+
+    def stored(self, k: int, h: Tensor) -> Tensor:
+        states = self.state_quantizers
+        return h if k == 0 or states is None else states[str(k)](h).dequantize()
+
+
+class PackedPropagation(PackedSteps):
+    r"""Packed APPNP and SMPropagation; without correction, a step is one kernel."""
+
+    tensors_kept = ()
+    input_quantizer: PackedRange
+    mu: float | None  # infinite without teleport: None
+
+    def __init__(self, layer: Any, spec: LayerSpec, memo: dict[int, Any]) -> None:
+        super().__init__(layer, spec, memo)
+        if isinstance(layer, SMPropagation):
+            self.eta, self.mu = layer.smp.eta, layer.smp.mu
+        else:
+            self.eta, self.mu = layer.alpha, None if layer.alpha == 0 else (1 - layer.alpha) / layer.alpha
+
+    @property
+    def descent(self) -> Descent:
+        return (
+            Descent(0.0, 1.0, 0.0) if self.mu is None else Descent(*step_factors(self.eta, self.mu, 0.0)[:2], self.eta)
+        )
+
+    @inference
+    def forward(self, x: Tensor, edge_index: Any, edge_weight: Tensor | None = None) -> Tensor:
+        """``[N, F]`` to ``[N, F]``, as :class:`torch_geometric.nn.APPNP`."""
+        graph = self.normalized(edge_index, edge_weight, x.size(0))
+        x0 = self.input_quantizer(x).dequantize()
+        ranges = [self.step_quantizers[str(k)] for k in range(self.K)]
+        symmetric = graph.weight is None and graph.source is not None and graph.source is graph.target
+        plain_steps = self.smp is None and self.state_quantizers is None and self.mu is not None
+        if plain_steps and symmetric and all(sent.spec.is_fixed for sent in ranges):
+            return self._steps_in_kernel(x0, graph, ranges)
+        return self.steps(x0, graph)
+
+    def _steps_in_kernel(self, x0: Tensor, graph: NormalizedGraph, ranges: list[PackedRange]) -> Tensor:
+        """A kernel per step, which also packs what the next one sends."""
+        assert graph.source is not None
+        assert self.mu is not None
+        h, norm = x0, graph.source.view(-1)
+        words = None if not ranges else ranges[0](x0 * graph.source).words
+        for k, sent in enumerate(ranges):
+            target = ranges[k + 1].output_range() if k + 1 < self.K else {}
+            h, words, _ = smp_step(
+                h, x0, graph.plan, norm, eta=self.eta, mu=self.mu, words=words, scale=sent.scale,
+                offset=sent.lower, bits=sent.bits, **target,
+            )  # fmt: skip
+        return h
+
+
+class PackedHops(PackedSteps):
+    """Base of packed SGConv, SSGConv, TAGConv and LGConv: sums of packed states, integer products of these."""
+
+    children_kept = ("lin", "lins")
+    entry = "step_quantizers.0"
+
+    @inference
+    def forward(self: Any, x: Tensor, edge_index: Any, edge_weight: Tensor | None = None) -> Tensor:
+        """``[N, F]`` to ``[N, out_channels]``, or ``[N, F]`` without a linear map."""
+        return self.result(plain(x), self.normalized(edge_index, edge_weight, x.size(0)))
+
+
+class PackedSGConv(SGHops, PackedHops):
+    """Packed SGConv."""
+
+
+class PackedSSGConv(SSGHops, PackedHops):
+    """Packed SSGConv."""
+
+
+class PackedTAGConv(TAGHops, PackedHops):
+    """Packed TAGConv."""
+
+
+class PackedLGConv(LGHops, PackedHops):
+    """Packed LGConv."""
+
+
+for _mixin, _packed in {
+    QuantizedAPPNP: PackedPropagation,
+    QuantizedSMPropagation: PackedPropagation,
+    QuantizedSGConv: PackedSGConv,
+    QuantizedSSGConv: PackedSSGConv,
+    QuantizedTAGConv: PackedTAGConv,
+    QuantizedLGConv: PackedLGConv,
+}.items():
+    register_packed(_mixin, _packed)
