@@ -5,8 +5,9 @@ the code ``k_ij`` and the row is normalized by its own sum:
 
 .. math:: y_i = \frac{(\sum_j k_{ij} c_j)\, s}{\sum_j k_{ij}} + l
 
-Its gradient is that of the softmax, with the quantized messages.  ``k_ij`` is the number of thresholds ``log((q - 1/2) / Q)``, ``q = 1 .. Q``, that ``e_ij - m_i`` reaches: no exponential
-is evaluated, so the codes agree between every implementation.  In eval mode the kernel of packed layers computes logits
+``k_ij`` is the number of thresholds ``log((q - 1/2) / Q)``, ``q = 1 .. Q``, that ``e_ij - m_i`` reaches: no exponential
+is evaluated, so the codes agree between every implementation.  The gradient of ``k_ij / sum_j k_ij`` is that of the
+softmax.  In eval mode the kernel of packed layers computes logits
 and means, wherever these run it, so that their order of float operations is the same.
 """
 
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch_geometric.utils import add_self_loops, remove_self_loops
 
 from ..config import OFF
@@ -51,20 +53,36 @@ def attention_codes(shifted: Tensor, bits: int) -> Tensor:
     return torch.bucketize(shifted.detach(), table, right=True).to(shifted.dtype)
 
 
+class _SoftmaxGradient(torch.autograd.Function):
+    """``codes``, with a gradient for ``shifted`` that makes ``codes / total`` the softmax in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, shifted: Tensor, codes: Tensor, total: Tensor, plan: GraphPlan) -> Tensor:
+        numerator = shifted.exp()
+        ctx.save_for_backward(numerator / segment_sum(plan, numerator)[plan.dst], total)
+        ctx.plan = plan
+        return codes.view_as(codes)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        softmax, total = ctx.saved_tensors
+        grad = softmax * grad * total[ctx.plan.dst]
+        return grad - softmax * segment_sum(ctx.plan, grad)[ctx.plan.dst], None, None, None
+
+
 def attention_numerators(shifted: Tensor, plan: GraphPlan, bits: int) -> tuple[Tensor, Tensor]:
     """Numerators ``[E, H]`` and their sums ``[num_dst, H]`` for ``shifted`` ``[E, H]``, logits less their row maximum.
 
     The gradient of their ratio is that of the softmax.  The straight-through gradient of the codes alone would be too
     long by ``Q sum_j exp(e_ij - m_i) / sum_j k_ij``: without bound for a node many of whose numerators round to zero.
     """
-    numerator = shifted.exp()
-    total = segment_sum(plan, numerator)
     if bits == OFF:
-        return numerator, total
-    softmax = numerator / total[plan.dst]
+        numerator = shifted.exp()
+        return numerator, segment_sum(plan, numerator)
     codes = attention_codes(shifted, bits)
     total = segment_sum(plan, codes)
-    return codes + (softmax - softmax.detach()) * total[plan.dst], total
+    return _SoftmaxGradient.apply(shifted, codes, total, plan), total
 
 
 class _QuantizedAttention(QuantizedConv):

@@ -18,7 +18,7 @@ from qgnn_plugin.kernels.backend import use_backend
 from qgnn_plugin.kernels.layout import pack_codes
 from qgnn_plugin.kernels.plan import GraphPlan
 from qgnn_plugin.layers.arithmetic import aggregate_sum, exact_sum, linear
-from qgnn_plugin.layers.attention import attention_codes, attention_thresholds
+from qgnn_plugin.layers.attention import attention_codes, attention_numerators, attention_thresholds
 
 
 def assert_near(actual: Tensor, expected: Tensor, tolerance: float = 2e-6) -> None:
@@ -384,10 +384,25 @@ def test_attention_codes_round_the_numerator(bits: int) -> None:
     assert list(thresholds) == sorted(thresholds)
 
 
-def test_attention_codes_pass_the_gradient_of_the_exponential() -> None:
-    shifted = (-torch.rand(50, dtype=torch.float64) * 4).requires_grad_()
-    attention_codes(shifted, 4).sum().backward()
-    torch.testing.assert_close(shifted.grad, 15 * shifted.detach().exp())
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_attention_has_the_gradient_of_the_softmax(bits: int) -> None:
+    # One node with 400 neighbours of nearly equal logits, another with one far ahead: with few levels, the codes of
+    # either sum to something else than the numerators do.
+    dst = torch.tensor([0] * 400 + [1] * 50)
+    plan = GraphPlan.from_edges(torch.arange(450), dst, 450, 2)
+    logits = torch.randn(450, 3, dtype=torch.float64)
+    logits[400] += 6
+    logits.requires_grad_()
+    value = torch.randn(450, 3, dtype=torch.float64)
+    peak = torch.stack([logits[:400].amax(0), logits[400:].amax(0)]).detach()
+    numerator, total = attention_numerators(logits - peak[dst], plan, bits)
+    codes = attention_codes(logits - peak[dst], bits)
+    assert torch.equal(numerator, codes)
+    assert torch.equal(total[0], codes[:400].sum(0))
+    (grad,) = torch.autograd.grad((numerator / total[dst] * value).sum(), logits)
+    softmax = torch.cat([logits[:400].softmax(0), logits[400:].softmax(0)])
+    (expected,) = torch.autograd.grad((softmax * value).sum(), logits)
+    torch.testing.assert_close(grad, expected)
 
 
 def test_attention_gradient_is_that_of_the_float_layer_to_quantization_error() -> None:
