@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 __all__ = [
-    "COLUMN", "HEAD", "ONE", "ROW", "by_feature", "feature_tile", "field_floats", "finish",
+    "COLUMN", "HEAD", "ONE", "ROW", "by_feature", "feature_tile", "field_floats", "field_max", "finish",
     "isolate", "isolated_part", "load_range", "load_words", "pack_features", "part_features",
     "part_sums", "power_of_two", "quantize", "row_magic", "select_part", "spread", "store_words", "sums_by_part",
 ]  # fmt: skip
@@ -86,6 +86,22 @@ def isolate(x, bits: tl.constexpr, rows: tl.constexpr, words: tl.constexpr):  # 
     x = tl.join(x & 0xFFFF, x >> 16)
     x = tl.join(x & 0x00FF, x & 0xFF00)
     return tl.reshape(x, [rows, words, 32 // bits])
+
+
+@triton.jit
+def field_max(x, y, bits: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The larger of each pair of fields of ``bits`` bits, where they lie: eight instructions per word.
+
+    With the top bit of every field set in ``x`` and clear in ``y``, ``d = x - y`` borrows from no other field, and its
+    top bits compare what is below them.  ``x >= y`` holds where ``x`` has the top bit alone, or both or neither have it
+    and ``d`` has it.  (Written without ``~``, which the interpreter lacks for unsigned words.)
+    """
+    top: tl.constexpr = ((1 << 32) - 1) // ((1 << bits) - 1) << (bits - 1)
+    rest: tl.constexpr = ((1 << 32) - 1) ^ top
+    d = (x | top) - (y & rest)
+    first = (((x ^ d) & (x ^ y)) ^ d) & top
+    fields = (first >> (bits - 1)) * ((1 << bits) - 1)
+    return ((x ^ y) & fields) ^ y
 
 
 @triton.jit

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from .bits import (
     field_floats,
+    field_max,
     isolate,
     isolated_part,
     load_words,
@@ -77,15 +78,14 @@ def max_codes(  # type: ignore[no-untyped-def]
     W: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
     UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Largest codes in the form of ``isolate``, 0 without edges."""
-    best = isolate(tl.zeros([ROWS, WORDS], tl.uint32), BITS, ROWS, WORDS)
+    """Largest codes in the form of ``isolate``, 0 without edges; they are compared where they lie."""
+    best = tl.zeros([ROWS, WORDS], tl.uint32)
     for k in range(0, longest, UNROLL):
         for u in tl.static_range(UNROLL):
             ok = k + u < length
             source = tl.load(edge + (k + u), mask=ok, other=0)
-            tile = gather_words(words, source, ok, word, W)
-            best = tl.maximum(best, isolate(tile, BITS, ROWS, WORDS))
-    return best
+            best = field_max(best, gather_words(words, source, ok, word, W), BITS)
+    return isolate(best, BITS, ROWS, WORDS)
 
 
 @triton.jit

@@ -6,7 +6,9 @@ from graphs import star
 from triton_support import SMALL, assert_same, plan_of, ranges
 
 from qgnn_plugin.kernels.aggregate import aggregate
+from qgnn_plugin.kernels.backend import use_backend
 from qgnn_plugin.kernels.layout import pack_codes
+from qgnn_plugin.kernels.plan import GraphPlan
 from qgnn_plugin.kernels.smp_step import smp_step
 from qgnn_plugin.kernels.triton.aggregate import aggregate as triton_aggregate
 from qgnn_plugin.kernels.triton.launch import Config, check_devices, debug_checks, override
@@ -43,6 +45,21 @@ def test_every_width_with_the_whole_epilogue(bits: int, features: int) -> None:
                 words, plan, scale, offset, features, bits, out_bits=b, **epilogue, **out
             )
         )
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_the_largest_of_every_pair_of_codes(bits: int) -> None:
+    """Whatever the codes beside them: codes are compared within their words."""
+    values = torch.arange(2**bits)
+    if bits == 8:
+        values = values[torch.tensor([0, 1, 2, 63, 64, 65, 126, 127, 128, 129, 191, 192, 253, 254, 255])]
+    pairs = torch.cartesian_prod(values, values)
+    pairs = pairs[torch.randperm(len(pairs))]
+    plan = GraphPlan.from_edges(torch.tensor([0, 1]), torch.tensor([0, 0]), 2, 1)
+    words = pack_codes(pairs.t().contiguous(), bits)
+    with use_backend("interpret"):
+        out = aggregate(words, plan, torch.ones(1), torch.zeros(1), len(pairs), bits, reduce="max")
+    assert torch.equal(out[0], pairs.amax(1).float())
 
 
 @pytest.mark.parametrize("bits", [2, 8])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 TARGETS = ("sm_80", "sm_90", "gfx942")
-INTEGER_INSTRUCTIONS_PER_CODE = 1.0
+INTEGER_INSTRUCTIONS_PER_CODE = {("sum", 2): 1.0, ("sum", 4): 1.0, ("max", 2): 1.0, ("max", 4): 2.0}  # at most
 VECTOR_BYTES = 16
 CODES_PER_THREAD = 64  # at one bit they take 8 bytes
 VECTOR_GATHERS = ("sum", "max", "weighted", "heads", "gat")  # GATv2 holds more per code, hence fewer codes per thread
@@ -45,9 +45,10 @@ def check(rows: list[dict[str, Any]]) -> None:
         if mode in VECTOR_GATHERS and row["codes_per_iteration"] and row["row_bytes"] % VECTOR_BYTES == 0:
             widest = min(VECTOR_BYTES, CODES_PER_THREAD * row["bits"] // 8)
             assert max(row["loop_loads"]) == widest, f"{name} loads {row['loop_loads']}"
-        if mode == "sum" and row["bits"] in (2, 4) and row["features"] >= 64:
+        limit = INTEGER_INSTRUCTIONS_PER_CODE.get((mode, row["bits"]))
+        if limit is not None and row["codes_per_iteration"] and row["features"] >= 64:
             per_code = row["integer_instructions"] / row["codes_per_iteration"]
-            assert per_code <= INTEGER_INSTRUCTIONS_PER_CODE, f"{name}: {per_code:.2f} per code"
+            assert per_code <= limit, f"{name}: {per_code:.2f} per code"
 
 
 @pytest.mark.parametrize("target", TARGETS)
