@@ -12,7 +12,7 @@ from ..kernels.plan import GraphPlan
 from ..layers.graph import NormalizedGraph
 from .propagation import Descent
 
-__all__ = ["Correction", "OperatorBound", "operator_bound", "operator_of"]
+__all__ = ["Correction", "OperatorBound", "column_norm", "operator_bound", "operator_of"]
 
 SWEEPS = 40  # of the power iteration behind Schur's test
 FLOOR = 1e-6  # smallest weight in Schur's test, relative to the largest: weights must be positive
@@ -73,6 +73,17 @@ def operator_bound(plan: GraphPlan, values: Tensor) -> OperatorBound:
     return OperatorBound(best**0.5, _is_symmetric(plan, values))
 
 
+def column_norm(plan: GraphPlan, values: Tensor) -> float:
+    r"""The largest Euclidean norm of a column of ``P``: what :math:`\max_j P_{ij} x_j` makes of a difference at most.
+
+    Args:
+        plan: The graph.
+        values: ``[E]`` float64, the entries of ``P`` in CSR order.
+    """
+    columns = values.new_zeros(plan.num_src).index_add_(0, plan.col.long(), values.square())
+    return float(columns.max()) ** 0.5 if plan.num_src else 0.0
+
+
 def _positive(x: Tensor) -> Tensor:
     peak = float(x.max()) if x.numel() else 0.0
     return x.clamp_min(FLOOR * peak if peak > 0 else 1.0)
@@ -111,6 +122,9 @@ class Correction:
         """That of ``multiplier`` on an operator."""
         if config is None or multiplier == 0:
             return cls(1.0, 0.0, 1.0 if operator.is_walk else None, ())
+        if config.algorithm == "reference":  # C = I + 2 eta lambda P
+            reach = 2 * config.eta * abs(multiplier) * operator.norm
+            return cls(1 + reach, reach, None, (reach,))
         if config.correction == "explicit":
             reach = 2 * eta * multiplier
             least = 1 - 2 * reach if operator.is_walk else None

@@ -147,6 +147,20 @@ class PropagationLayer(SmoothLayer):
         assert self.smp is not None
         return self.descent.fidelity or self.smp.eta
 
+    @property
+    def gap_messages(self) -> int:
+        """How often a correction exchanges changes."""
+        assert self.smp is not None
+        return 1 if self.smp.correction == "explicit" else self.smp.terms
+
+    def corrected(self, change: Tensor, operator: Operator, force: Tensor) -> Tensor:
+        """``C D``: what remains of a change [N, F] under the multiplier ``force``."""
+        config = self.smp
+        assert config is not None
+        if config.algorithm == "reference":
+            return change + (2 * config.eta * force) * operator(change)
+        return corrected(change, operator, config, force, self.step_size)
+
     def stored(self, k: int, h: Tensor) -> Tensor:
         """The state as step ``k`` finds it."""
         return h
@@ -195,8 +209,7 @@ class PropagationLayer(SmoothLayer):
             if force is None:
                 self.proposed(found, u, graph)
             else:
-                assert config is not None
-                h = found + corrected(u - found, partial(gap, k), config, force, self.step_size)
+                h = found + self.corrected(u - found, partial(gap, k), force)
             if visit is not None:
                 visit(Step(found, u, force, h))
         if self.training and meter is not None:
@@ -221,7 +234,7 @@ class PropagationLayer(SmoothLayer):
             found, force = h, multiplier
             u = descent(found, average(k, found), source)
             change = u - found
-            h = u + (2 * config.eta * force) * gap(k, change)
+            h = found + self.corrected(change, partial(gap, k), force)
             slack = slack + 2 * config.eta_slack * multiplier * slack
             energy = (change * (change - meter.operator(change))).sum()
             multiplier = multiplier + config.eta_lambda * (config.alpha * meter.num_edges - slack.square() - energy)

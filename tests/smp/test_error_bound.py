@@ -12,7 +12,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch_geometric.data import Data
-from torch_geometric.nn import APPNP, GATConv, GCNConv, GINConv, GraphConv, LGConv, SAGEConv, SGConv, SSGConv, TAGConv
+from torch_geometric.nn import (
+    APPNP,
+    GAT,
+    GCN,
+    ClusterGCNConv,
+    GATConv,
+    GATv2Conv,
+    GCNConv,
+    GINConv,
+    GraphConv,
+    GraphSAGE,
+    LGConv,
+    MFConv,
+    SAGEConv,
+    SGConv,
+    SSGConv,
+    TAGConv,
+    TransformerConv,
+)
+from torch_geometric.nn.resolver import aggregation_resolver
 from torch_geometric.utils import to_undirected
 
 import qgnn_plugin as qgnn
@@ -146,14 +165,169 @@ def test_weighted_edges_stay_within_their_bound() -> None:
         holds(report(layer, args, QuantConfig(bits=2)))
 
 
-def test_layers_without_a_bound_are_still_measured() -> None:
-    layer = report(GraphConv(WIDTH, 6), (features(), graph()), QuantConfig(bits=2))
+@pytest.mark.parametrize("multiplier", [0.0, 0.8])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: GATv2Conv(WIDTH, 6, heads=2), lambda: GATv2Conv(WIDTH, 5, heads=3, concat=False, share_weights=True)],
+)
+def test_changing_attention_stays_within_its_bound(make: Any, multiplier: float) -> None:
+    for bits, attention_bits in ((2, 4), (4, 32), (8, 8)):
+        config = QuantConfig(bits=bits, attention_bits=attention_bits, smp=SMPConfig(multiplier=multiplier))
+        layer = report(make(), (features(), graph()), config, -0.5)
+        assert layer.carried > 0
+        holds(layer)
+
+
+GENERIC = {
+    "GraphConv": lambda: GraphConv(WIDTH, 6),
+    "GraphConv mean": lambda: GraphConv(WIDTH, 6, aggr="mean"),
+    "GraphConv max": lambda: GraphConv(WIDTH, 6, aggr="max"),
+    "ClusterGCNConv": lambda: ClusterGCNConv(WIDTH, 6),
+    "MFConv": lambda: MFConv(WIDTH, 6, max_degree=3),
+    "SAGEConv wider": lambda: SAGEConv(WIDTH, 2 * WIDTH),
+    "SAGEConv max": lambda: SAGEConv(WIDTH, 6, aggr="max"),
+}
+
+
+@pytest.mark.parametrize("name", GENERIC)
+def test_aggregates_stay_within_their_bound(name: str) -> None:
+    edge_index = graph()
+    weighted = ((torch.rand(edge_index.size(1)) * 2 - 1),) if "GraphConv" in name else ()
+    for extra in {(), weighted}:
+        layer = report(GENERIC[name](), (features(), edge_index, *extra), QuantConfig(bits=2), -0.6)
+        assert layer.carried > 0
+        assert layer.reason is None
+        holds(layer)
+
+
+def test_the_aggregate_is_what_the_layer_computes() -> None:
+    """With maps of ones and zeros the error of the aggregate is that of the result."""
+    conv = GraphConv(WIDTH, WIDTH, bias=False)
+    with torch.no_grad():
+        conv.lin_rel.weight.copy_(torch.eye(WIDTH))
+        conv.lin_root.weight.zero_()
+    x, edge_index = features(), graph()
+    args = (x, edge_index, torch.rand(edge_index.size(1)))
+    for aggr in ("add", "mean", "max"):
+        conv.aggr_module = aggregation_resolver(aggr)
+        conv.aggr = aggr
+        qconv = qgnn.calibrate(qgnn.quantize_model(conv, 2, exclude=["lin_rel", "lin_root"]), args).eval()
+        layer = qgnn.error_report(qconv, args).layers[0]
+        assert layer.carried == pytest.approx(float((qconv(*args) - conv(*args)).norm()), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["SMPropagation", "APPNP", "SGConv"])
+@pytest.mark.parametrize("correction", ["proximal", "explicit", "reference"])
+def test_moving_multipliers_stay_within_their_bound(correction: str, name: str) -> None:
+    """The two runs end with multipliers of their own."""
+    if correction == "reference":
+        smp = SMPConfig.reference(eta_lambda=1e-3)
+    else:  # the explicit correction is stable up to eta lambda = 1/4
+        highest = 2.0 if correction == "explicit" else 100.0
+        smp = SMPConfig(
+            schedule="inner", alpha=0.01, eta_lambda=0.05, multiplier=0.1, max_multiplier=highest, correction=correction
+        )  # type: ignore[arg-type]
+    layers = {"SMPropagation": lambda: SMPropagation(24, smp=smp), "APPNP": lambda: APPNP(12, 0.1),
+              "SGConv": lambda: SGConv(WIDTH, 3, 6)}  # fmt: skip
+    for edge_index in (graph(), to_undirected(graph())):
+        for bits, shift in ((2, 0.0), (4, -0.8), (8, 0.4)):
+            layer = report(layers[name](), (features(), edge_index), QuantConfig(bits=bits, smp=smp), shift)
+            assert layer.carried > 0
+            holds(layer)
+
+
+def test_layers_without_a_bound_say_why() -> None:
+    layer = report(TransformerConv(WIDTH, 6), (features(), graph()), QuantConfig(bits=2))
     assert layer.bound is None
     assert 0 < layer.carried < 10 * layer.error
-    inner = SMPConfig(schedule="inner", alpha=0.1)
-    layer = report(SMPropagation(4, smp=inner), (features(), graph()), QuantConfig(bits=2))
-    assert layer.bound is None
-    assert layer.carried > 0
+    assert layer.reason == "what it does with a message is not known"
+    layer = report(SAGEConv(WIDTH, 6, normalize=True), (features(), graph()), QuantConfig(bits=2))
+    assert "normalized" in layer.reason
+    layer = report(GCNConv(WIDTH, 6), (features(), graph()), QuantConfig(bits=2, output_bits=8))
+    assert "quantized once more" in layer.reason
+    sides = (torch.randn(20, WIDTH), torch.randn(NODES, WIDTH))
+    edge_index = torch.stack([torch.randint(20, (90,)), torch.randint(NODES, (90,))])
+    layer = report(SAGEConv((WIDTH, WIDTH), 6), (sides, edge_index), QuantConfig(bits=4))
+    assert "from one set of nodes to another" in layer.reason
+
+
+# Deep stacks ##########################################################################################################
+
+
+def stack_report(model: nn.Module, bits: int, shift: float = 0.0, **smp: Any) -> list[LayerError]:
+    """The layers of a deep stack, of a model that runs on the graph's features."""
+    config = QuantConfig(bits=bits, smp=SMPConfig(**{"initial_residual": 0.1, "identity_map": 0.5, **smp}))
+    args = (features(), to_undirected(graph()))
+    qmodel = qgnn.calibrate(qgnn.quantize_model(model, config=config), args).eval()
+    with torch.no_grad():
+        for name, parameter in qmodel.named_parameters():
+            if name.endswith("log_scale"):
+                parameter.add_(shift)
+    found = qgnn.error_report(qmodel, args)
+    places = {name for name, layer in qgnn.conversion.quantized_layers(qmodel).items() if hasattr(layer, "deep_place")}
+    assert ("stack bound" in str(found)) == any(layer.stack is not None for layer in found.layers)
+    return [layer for layer in found.layers if layer.name in places]
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    depth=st.sampled_from([4, 9, 18]),
+    bits=st.sampled_from([2, 4, 8]),
+    shift=st.sampled_from([-0.7, 0.0, 0.5]),
+    residual=st.sampled_from([None, 0.1, 0.5]),
+    theta=st.sampled_from([None, 0.5, 1.5]),
+    multiplier=st.sampled_from([0.0, 0.6]),
+    act=st.sampled_from(["relu", "elu", "tanh"]),
+    seed=st.integers(0, 2**16),
+)
+def test_deep_stacks_stay_within_their_bound(
+    depth: int, bits: int, shift: float, residual: Any, theta: Any, multiplier: float, act: str, seed: int
+) -> None:
+    if residual is None and theta is None:
+        residual = 0.0
+    torch.manual_seed(seed)
+    model = GCN(WIDTH, 8, depth, 3, act=act)
+    layers = stack_report(
+        model, bits, shift, initial_residual=residual, identity_map=theta, multiplier=multiplier, terms=2
+    )
+    assert len(layers) == depth - 2
+    for layer in layers:
+        holds(layer)
+        assert layer.stack is not None
+        assert 0 < layer.stack.carried <= layer.stack.bound * (1 + ROUNDING)
+    assert layers[0].stack.carried == pytest.approx(layers[0].carried)  # type: ignore[union-attr]
+    assert layers[0].stack.bound == layers[0].bound  # type: ignore[union-attr]
+
+
+def test_errors_of_a_stack_stay_bounded() -> None:
+    """The residual and the map make a layer contract: a deeper stack is not further off than a geometric series."""
+    model = GCN(WIDTH, 8, 40, 3)
+    with torch.no_grad():
+        for conv in model.convs[1:-1]:
+            conv.lin.weight.mul_(0.5 / torch.linalg.matrix_norm(conv.lin.weight, 2))
+    layers = stack_report(model, 8)
+    bounds = [layer.stack.bound for layer in layers]  # type: ignore[union-attr]
+    own = max(layer.bound for layer in layers)  # type: ignore[type-var]
+    assert max(bounds) <= own / 0.1  # type: ignore[operator]
+
+
+def test_a_stack_without_a_known_activation_has_no_common_bound() -> None:
+    layers = stack_report(GCN(WIDTH, 8, 6, 3, norm="batch_norm"), 4)
+    assert layers[0].stack is not None
+    assert [layer.stack for layer in layers[1:]] == [None] * 3
+    for layer in layers:
+        holds(layer)
+
+
+@pytest.mark.parametrize("model", [GraphSAGE, GAT])
+@pytest.mark.parametrize("multiplier", [0.0, 0.5])
+def test_layers_of_other_stacks_stay_within_their_bound(multiplier: float, model: Any) -> None:
+    for v2 in (False, True) if model is GAT else (None,):
+        options = {} if v2 is None else {"v2": v2}
+        for layer in stack_report(model(WIDTH, 8, 6, 3, **options), 4, -0.4, multiplier=multiplier):
+            assert layer.carried > 0
+            assert layer.stack is None
+            holds(layer)
 
 
 def test_full_precision_has_no_error() -> None:

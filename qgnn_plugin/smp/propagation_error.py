@@ -1,0 +1,84 @@
+"""How far quantization carries a propagation away: the recursion of docs/error_bound.md."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..layers.graph import NormalizedGraph
+from ..quantizers import QLRQuantizer
+from .finding import Call, Finding
+from .injection import Injection, Passed, bypassed, injection, watched
+from .operators import Correction, operator_bound, operator_of
+from .propagation import Step
+
+__all__ = ["propagation_finding"]
+
+
+def propagation_finding(layer: Any, call: Call) -> Finding:
+    """Measure and bound the error of every state of a propagation."""
+    graph = layer.normalized(call.features, call.edge_index, call.edge_weight)
+    steps = list(layer.step_quantizers.values())
+    stored = [None if layer.state_quantizers is None or k == 0 else layer.state_quantizers[str(k)]
+              for k in range(len(steps))]  # fmt: skip
+    sites = (layer.input_quantizer, layer.gap_quantizer, *steps, *stored)
+    with watched(*sites) as seen:
+        quantized, out = _trajectory(layer, call.features, graph)
+    with bypassed(*sites):
+        exact, expected = _trajectory(layer, call.features, graph)
+    entered = _injected(layer.input_quantizer, seen[0], None)
+    messages, states = seen[2 : 2 + len(steps)], seen[2 + len(steps) :]
+    sent = [_injected(q, passed, graph.source) for q, passed in zip(steps, messages, strict=True)]
+    kept = [_injected(q, passed, None).bound for q, passed in zip(stored, states, strict=True)]
+    gaps = [injection(layer.gap_quantizer, use, graph.source).bound for use in seen[1]]
+    bounds = _recursion(layer, graph, (quantized, exact), entered.bound, [s.bound for s in sent], kept, gaps)
+    pairs = [(a.found, b.found) for a, b in zip(quantized, exact, strict=True)]
+    carried = [float((a - b).norm()) for a, b in [*pairs, (out, expected)]]
+    error = max([entered.error, *(s.error for s in sent)])
+    return Finding(error, carried[-1], bounds[-1], float(expected.norm()), tuple(zip(carried, bounds, strict=True)))
+
+
+def _injected(quantizer: QLRQuantizer | None, passed: Passed, source: Tensor | None) -> Injection:
+    return Injection(0.0, 0.0) if quantizer is None else injection(quantizer, passed[0], source)
+
+
+def _trajectory(layer: Any, x: Tensor, graph: NormalizedGraph) -> tuple[list[Step], Tensor]:
+    """Every step, and the last state."""
+    steps: list[Step] = []
+    return steps, layer.steps(layer.entered(x), graph, steps.append)
+
+
+def _recursion(
+    layer: Any,
+    graph: NormalizedGraph,
+    steps: tuple[list[Step], list[Step]],
+    entered: float,
+    sent: list[float],
+    kept: list[float],
+    gaps: list[float],
+) -> list[float]:
+    """The bound of every state (docs/error_bound.md); ``steps`` are those with and without quantization."""
+    descent, operator = layer.descent, operator_bound(graph.plan, operator_of(graph))
+    remaining = iter(gaps)
+    bounds, error = [], entered
+    for k, (step, exact) in enumerate(zip(*steps, strict=True)):
+        force = 0.0 if step.force is None else float(step.force)
+        correction = Correction.of(layer.smp, force, 0.0 if layer.smp is None else layer.step_size, operator)
+        error = error + kept[k]
+        bounds.append(error)
+        injected = abs(descent.average) * operator.norm * sent[k] + abs(descent.fidelity) * entered
+        error = correction.contraction(descent, operator) * error + correction.norm * injected
+        if step.force is not None:
+            used = [next(remaining) for _ in range(layer.gap_messages)]
+            error += sum(w * gap for w, gap in zip(correction.gap, used, strict=False))
+        if layer.moves_itself:
+            error += _moved(layer, graph, step, exact)
+    return [*bounds, error]
+
+
+def _moved(layer: Any, graph: NormalizedGraph, step: Step, exact: Step) -> float:
+    """What another multiplier makes of the exact change: ``||(C(lambda^) - C(lambda)) D||``."""
+    change = exact.proposed - exact.found
+    remaining = [layer.corrected(change, graph.apply, force) for force in (step.force, exact.force)]
+    return float((remaining[0] - remaining[1]).norm())
