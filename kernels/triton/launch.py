@@ -47,7 +47,6 @@ DEBUG_ENV = "QGNN_DEBUG"
 TABLE_VERSION = 1
 MAGIC_BITS = 0x4B000000  # of 2^23 in float32, for the kernels' argument ``magic``
 MAX_ROWS = 256  # of a program: the row alignment of schedules
-MAX_CODES = 64  # of a thread: more would not fit the registers
 MAX_ROW_WORDS = 4096  # of kernels that hold a row in one tile
 
 _debug: ContextVar[bool | None] = ContextVar("qgnn_triton_debug", default=None)
@@ -61,6 +60,7 @@ class Config:
     Attributes:
         num_warps: Warps per program.
         words_per_thread: Packed words that a thread holds of a tile; 4 makes 16-byte loads.
+        max_codes: How many codes these words may hold: more would not fit the registers.
         tile_words: Widest tile, in words; wider rows take several programs.
         unroll: Gathers in flight per thread: 1, 2 or 4.
         segment: Edges per program of a hub, at most 256.
@@ -70,6 +70,7 @@ class Config:
 
     num_warps: int = 4
     words_per_thread: int = 4
+    max_codes: int = 64
     tile_words: int = 32
     unroll: int = 4
     segment: int = 256
@@ -162,10 +163,10 @@ def override(**configs: Config) -> Iterator[None]:
 
 def word_tile(config: Config, words: int, warp_size: int = 32, bits: int = 8) -> tuple[int, int]:
     """``(rows, words)`` of a program's tile: every thread holds ``words_per_thread`` words, or a
-    whole row where that is shorter, or what ``MAX_CODES`` codes of ``bits`` bits take.
+    whole row where that is shorter, or what ``max_codes`` codes of ``bits`` bits take.
     """
     width = min(next_power_of_two(words), config.tile_words)
-    of_thread = min(config.words_per_thread, width, MAX_CODES * bits // 32)
+    of_thread = min(config.words_per_thread, width, config.max_codes * bits // 32)
     return max(1, min(MAX_ROWS, config.num_warps * warp_size * of_thread // width)), width
 
 

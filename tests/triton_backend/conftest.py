@@ -15,6 +15,6 @@ def small_segments(poison_empty: None) -> Iterator[None]:
     from qgnn_plugin.kernels.triton.launch import Config, override
 
     configs = {name: Config(segment=SEGMENT, unroll=2) for name in KERNELS}
-    configs["attention_v2"] = Config(segment=SEGMENT, unroll=1, words_per_thread=1)
+    configs["attention_v2"] = Config(segment=SEGMENT, unroll=1, max_codes=32)
     with override(**configs):
         yield
