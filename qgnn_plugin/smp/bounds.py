@@ -86,10 +86,18 @@ def _bound(run: LayerRun, seen: Seen) -> tuple[float | str, float | None]:
     if isinstance(layer, DeepGCNConv):
         return _deep_gcn(run, seen)
     handler = next((h for mixin, h in _RESULTS.items() if isinstance(layer, mixin)), None)
-    bound = "what it does with a message is not known" if handler is None else handler(run, seen)
+    bound = _unknown(layer) if handler is None else handler(run, seen)
     if isinstance(layer, DeepConv) and not isinstance(bound, str):
         bound = _deep(run, seen, bound)
     return bound, None
+
+
+def _unknown(layer: Any) -> str:
+    if isinstance(layer, QuantizedGINConv):
+        return "a network of its own follows its sum"
+    if layer.is_smoothing and type(layer).message in SCALED_MESSAGES:
+        return "maps of its own follow its corrected aggregate"
+    return "what it does with a message is not known"
 
 
 def _correction(layer: Any, operator: OperatorBound) -> Correction:

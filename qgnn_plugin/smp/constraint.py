@@ -63,7 +63,8 @@ class SmoothLayer:
     training: bool
     constraint_state: ConstraintState | None
     _buffers: dict[str, Any]
-    _acts: tuple[Any, bool] = (None, False)  # versions of the buffers, and what they said
+    _smoothing: bool = False  # what the buffers said
+    _written: tuple[Any, ...] | None = None  # in these versions
 
     @property
     def num_constraints(self) -> int:
@@ -108,14 +109,21 @@ class SmoothLayer:
         """Whether the correction acts.
 
         A mirror on the host of the buffers, read anew whenever they were written: a forward pass need not wait for
-        the device, and compiled code branches on a constant.  Code compiled before a multiplier rose from zero
-        follows at the next eager update, such as :func:`qgnn_plugin.differential_multiplier_step`.
+        the device, and compiled code branches on a constant, which changes with the answer and not with every update.
+        Code compiled before a multiplier rose from zero follows at the next :meth:`refresh`, such as that of
+        :func:`qgnn_plugin.differential_multiplier_step`.
         """
-        if not torch.compiler.is_compiling() and not self.multiplier.is_meta:
-            written = tuple(_version(self._buffers.get(name)) for name in ("multiplier", "penalty"))
-            if written != self._acts[0]:
-                self._acts = (written, self.multiplier_value > 0)
-        return self._acts[1]
+        if not torch.compiler.is_compiling():
+            self.refresh()
+        return self._smoothing
+
+    def refresh(self) -> None:
+        """Read anew whether the correction acts, where the buffers were written since it was last asked."""
+        if self.multiplier.is_meta:
+            return
+        written = tuple(_version(self._buffers.get(name)) for name in ("multiplier", "penalty"))
+        if written != self._written:
+            self._smoothing, self._written = self.multiplier_value > 0, written
 
     def smooth(self, z: Tensor, a: Tensor, operator: Operator, num_edges: int, *, averaged: bool = False) -> Tensor:
         """Correct the change from ``z`` to ``a`` (both ``[N, ...]``) and, in training, measure its constraint.
@@ -200,5 +208,5 @@ def detach_constraint(layer: nn.Module) -> None:
     for name in BUFFERS:
         layer._buffers.pop(name, None)
         layer._non_persistent_buffers_set.discard(name)
-    for name in ("constraint_state", "smp", "_acts"):
+    for name in ("constraint_state", "smp", "_smoothing", "_written"):
         layer.__dict__.pop(name, None)

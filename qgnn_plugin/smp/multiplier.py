@@ -123,6 +123,7 @@ def _update(layer: SmoothLayer, ratio: Tensor) -> MultiplierState:
         for name, value in new._asdict().items():
             if name in layer._buffers:
                 layer._buffers[name].copy_(value)
+    layer.refresh()
     multiplier, constraint = float(layer.multiplier), float(ratio)
     high = config.max_multiplier
     return MultiplierState(

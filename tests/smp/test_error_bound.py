@@ -151,7 +151,7 @@ LAYERS = {
 def test_convolutions_stay_within_their_bound(name: str, directed: bool, multiplier: float) -> None:
     edge_index = graph() if directed else to_undirected(graph())
     for bits, shift in ((2, 0.0), (4, -0.8), (8, 0.4)):
-        smp = SMPConfig(multiplier=0.0 if "GIN" in name else multiplier)
+        smp = SMPConfig(multiplier=0.0 if "GIN" in name else multiplier)  # which is bounded in its plain sum
         layer = report(LAYERS[name](), (features(), edge_index), QuantConfig(bits=bits, smp=smp), shift)
         assert layer.carried > 0
         assert layer.error > 0
@@ -241,6 +241,11 @@ def test_layers_without_a_bound_say_why() -> None:
     assert layer.bound is None
     assert 0 < layer.carried < 10 * layer.error
     assert layer.reason == "what it does with a message is not known"
+    smoothing = QuantConfig(bits=2, smp=SMPConfig(multiplier=0.5))
+    layer = report(GraphConv(WIDTH, WIDTH), (features(), graph()), smoothing)
+    assert "follow its corrected aggregate" in layer.reason
+    layer = report(GINConv(nn.Linear(WIDTH, 6)), (features(), graph()), smoothing)
+    assert "a network of its own" in layer.reason
     layer = report(SAGEConv(WIDTH, 6, normalize=True), (features(), graph()), QuantConfig(bits=2))
     assert "normalized" in layer.reason
     layer = report(GCNConv(WIDTH, 6), (features(), graph()), QuantConfig(bits=2, output_bits=8))
