@@ -19,9 +19,10 @@ from ..config import OFF
 from ..kernels.aggregate import aggregate
 from ..kernels.plan import GraphPlan
 from ..kernels.spmm import segment_sum, spmm
-from ..quantizers import QuantizedTensor, compressed
+from ..quantizers import QuantizedTensor
 from ..quantizers.functional import HALF
 from ..quantizers.packed import Packed
+from . import compressed
 
 __all__ = ["aggregate_sum", "exact_sum", "linear", "with_gradient_of"]
 

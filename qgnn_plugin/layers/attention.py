@@ -28,9 +28,10 @@ from ..kernels.attention_aggregate import attention_aggregate
 from ..kernels.layout import pack_codes
 from ..kernels.plan import GraphPlan
 from ..kernels.spmm import segment_max, segment_sum, spmm
-from ..quantizers import QLRQuantizer, QuantizedTensor, compressed
+from ..quantizers import QLRQuantizer, QuantizedTensor
 from ..quantizers.functional import HALF, levels
 from ..smp.constraint import attach_constraint
+from . import compressed
 from .arithmetic import with_gradient_of
 from .base import SiteFactory
 from .dropout import dropout
@@ -272,11 +273,7 @@ class QuantizedGATv2Conv(_QuantizedAttention):
         target = sent if z_dst is z_src else self.target_quantizer(z_dst)
 
         def spelled_out() -> tuple[Tensor, Tensor]:
-            hidden = sent.dequantize()[plan.col.long()] + target.dequantize()[plan.dst]
-            if edge_attr is not None and self.lin_edge is not None:
-                hidden = hidden + self._edge_features(edge_attr)
-            logits = (F.leaky_relu(hidden, self.negative_slope) * self.att).sum(-1)
-            out, alpha = self._attend(logits, sent, plan)
+            out, alpha = self._attend(self._logits(sent, target, edge_attr, plan), sent, plan)
             if x_dst is x_src:
                 out = self._smoothed(z_src, out, alpha.detach(), plan)
             return self._finish(out, residual), alpha
@@ -285,3 +282,16 @@ class QuantizedGATv2Conv(_QuantizedAttention):
             terms = {"att": self.att.view(self.heads, -1), "x_dst": target.dequantize().flatten(1)}
             return with_gradient_of(lambda: spelled_out()[0], self._fused(sent, plan, residual, **terms))
         return self._returned(*spelled_out(), plan, return_attention_weights)
+
+    def _logits(
+        self: Any, sent: QuantizedTensor, target: QuantizedTensor, edge_attr: Tensor | None, plan: GraphPlan
+    ) -> Tensor:
+        """Logits of the edges, ``[E, H]``."""
+        edge = None if edge_attr is None or self.lin_edge is None else self._edge_features(edge_attr)
+        if sent.packed is not None and target.packed is not None and edge is None:
+            return compressed.pair_logits(
+                sent.codes, target.codes, self.att, sent.packed, target.packed, plan, self.negative_slope
+            )
+        hidden = sent.dequantize()[plan.col.long()] + target.dequantize()[plan.dst]
+        hidden = hidden if edge is None else hidden + edge
+        return (F.leaky_relu(hidden, self.negative_slope) * self.att).sum(-1)

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..quantizers import QLRQuantizer, compressed
+from ..quantizers import QLRQuantizer
 from ..smp.constraint import attach_constraint
+from . import compressed
 from .arithmetic import aggregate_sum
 from .base import SiteFactory
 from .graph import NormalizedGraph, gcn_graph

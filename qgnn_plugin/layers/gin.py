@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..quantizers import QLRQuantizer, QuantizedTensor, compressed
+from ..quantizers import QLRQuantizer, QuantizedTensor
 from ..smp.constraint import Operator, attach_constraint
+from . import compressed
 from .arithmetic import aggregate_sum
 from .base import SiteFactory
 from .graph import NormalizedGraph, num_targets, plain_graph

@@ -23,25 +23,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..kernels.plan import GraphPlan
-from ..kernels.spmm import edge_products, segment_sum, spmm
 from .masks import OneBitMasks
 from .packed import Packed, pack, unpack
 
 __all__ = [
     "Packed",
-    "aggregate_sum",
+    "Recipe",
     "can_compress",
     "compressed_activations",
     "compressing",
     "dequantize",
-    "head_products",
-    "linear",
-    "multiple",
     "quantize",
-    "row_scaled",
-    "weight_values",
-    "weighted_mean",
+    "recipe",
 ]
 
 STATE_BITS = 2
@@ -83,11 +76,12 @@ def compressed_activations() -> Iterator[None]:
 # Recomputation ########################################################################################################
 
 
-def _recipe(x: Tensor) -> Recipe | None:
+def recipe(x: Tensor) -> Recipe | None:
     """How to compute ``x`` again from what the autograd graph keeps before it; :obj:`None` if it keeps too little.
 
-    Nodes of :func:`linear` and :func:`row_scaled` have an attribute ``again`` for it.  Their saved tensors are there as
-    long as a backward pass through ``x`` has not reached them.
+    Nodes that can have an attribute ``again``, which computes their result from the node (see
+    :mod:`qgnn_plugin.layers.compressed`).  Its saved tensors are there until a backward pass has run through it, hence
+    through all that came of ``x``.
     """
     node: Any = x.grad_fn
     while node is not None and node.name() == "ViewBackward0":
@@ -97,48 +91,6 @@ def _recipe(x: Tensor) -> Recipe | None:
         return None
     shape = x.shape
     return lambda: again(node).view(shape)
-
-
-class _RowScaled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: Tensor, recipe: Recipe) -> Tensor:
-        ctx.save_for_backward(factor)
-        ctx.again = lambda node: recipe() * node.saved_tensors[0]
-        return x * factor
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (factor,) = ctx.saved_tensors
-        return grad * factor, None, None
-
-
-def row_scaled(x: Tensor, factor: Tensor) -> Tensor:
-    """``x * factor`` with a constant ``[N, 1]``; a quantizer can compute it again where it can do so with ``x``."""
-    recipe = _recipe(x) if compressing() else None
-    return x * factor if recipe is None else _RowScaled.apply(x, factor, recipe)
-
-
-class _HeadProducts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, vector: Tensor, recipe: Recipe) -> Tensor:
-        ctx.save_for_backward(vector)
-        ctx.recipe = recipe
-        return (x * vector).sum(-1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        (vector,) = ctx.saved_tensors
-        grad = grad.unsqueeze(-1)
-        grad_vector = (grad * ctx.recipe()).sum_to_size(vector.shape) if ctx.needs_input_grad[1] else None
-        return grad * vector if ctx.needs_input_grad[0] else None, grad_vector, None
-
-
-def head_products(x: Tensor, vector: Tensor) -> Tensor:
-    """``<x_nh, a_h>`` ``[N, H]`` of ``x`` ``[N, H, C]`` and ``vector`` ``[1, H, C]``, keeping nothing it can avoid."""
-    recipe = _recipe(x) if compressing() else None
-    return (x * vector).sum(-1) if recipe is None else _HeadProducts.apply(x, vector, recipe)
 
 
 # Quantizers ###########################################################################################################
@@ -240,9 +192,9 @@ def quantize(
         qmax: The largest code.
         codes_kept: Whether ``packed`` will be kept by what reads the codes.
     """
-    codes, recipe = codes.detach(), _recipe(x)
-    if recipe is not None:
-        return _QuantizeAgain.apply(x, scale, lower, codes, qmax, recipe)
+    codes, again = codes.detach(), recipe(x)
+    if again is not None:
+        return _QuantizeAgain.apply(x, scale, lower, codes, qmax, again)
     if codes_kept:
         return _QuantizeSide.apply(x, scale, lower, codes, qmax, packed)
     return _QuantizeState.apply(x, scale, lower, codes, qmax)
@@ -262,171 +214,3 @@ class _Dequantize(torch.autograd.Function):
 def dequantize(codes: Tensor, scale: Tensor, lower: Tensor) -> Tensor:
     """``c s + l`` of codes from :func:`quantize`."""
     return _Dequantize.apply(codes, scale.detach(), lower.detach())
-
-
-class _Multiple(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, codes: Tensor, factor: Tensor, packed: Packed) -> Tensor:
-        ctx.layout = packed.layout
-        ctx.save_for_backward(factor, *(packed.tensors if ctx.needs_input_grad[1] else ()))
-        return (codes * packed.scale + packed.lower) * factor
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        factor, *rest = ctx.saved_tensors
-        grad_factor = None
-        if ctx.needs_input_grad[1]:
-            grad_factor = (grad * Packed(*rest, *ctx.layout).values()).sum_to_size(factor.shape)
-        return grad * factor, grad_factor, None
-
-
-def multiple(codes: Tensor, factor: Tensor, packed: Packed) -> Tensor:
-    """``t (c s + l)`` of codes from :func:`quantize`, which are also ``packed``, and a factor that may be trained."""
-    return _Multiple.apply(codes, factor, packed)
-
-
-class _WeightValues(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, codes: Tensor, scale: Tensor, lower: Tensor, packed: Packed) -> Tensor:
-        ctx.save_for_backward(*packed.tensors)
-        ctx.layout, ctx.lower_shape = packed.layout, lower.shape
-        return codes * scale + lower
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        packed = Packed(*ctx.saved_tensors, *ctx.layout)
-        grad_scale = (grad * packed.codes()).sum_to_size(packed.scale.shape) if ctx.needs_input_grad[1] else None
-        grad_lower = grad.sum_to_size(ctx.lower_shape) if ctx.needs_input_grad[2] else None
-        return grad * packed.scale, grad_scale, grad_lower, None
-
-
-def weight_values(codes: Tensor, scale: Tensor, lower: Tensor, packed: Packed) -> Tensor:
-    """``c s + l`` of codes whose gradient is their own, as those of weights; keeps them packed."""
-    return _WeightValues.apply(codes, scale, lower, packed)
-
-
-# Layers ###############################################################################################################
-
-
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, codes: Tensor, weight: Tensor, x: Packed, w: Packed, product: Recipe,
-        again: Callable[[Packed, Packed], Tensor],
-    ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(*x.tensors, *w.tensors)
-        ctx.layouts = x.layout, w.layout
-        ctx.again = lambda node: again(*_factors(node))
-        return product()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, w = _factors(ctx)
-        grad_codes = grad @ w.values() if ctx.needs_input_grad[0] else None
-        grad_weight = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = grad.reshape(-1, grad.size(-1)).t() @ x.values().reshape(-1, x.shape[-1])
-        return grad_codes, grad_weight, None, None, None, None
-
-
-def _factors(node: Any) -> tuple[Packed, Packed]:
-    """The packed factors that a node of :func:`linear` keeps."""
-    saved, (x, w) = node.saved_tensors, node.layouts
-    return Packed(*saved[:3], *x), Packed(*saved[3:], *w)
-
-
-def linear(
-    codes: Tensor, weight: Tensor, x: Packed, w: Packed, product: Recipe, again: Callable[[Packed, Packed], Tensor]
-) -> Tensor:
-    """``x^ W^^T``: ``product()`` computes it; the gradients are those of values.
-
-    Args:
-        codes: ``[*, K]``, from :func:`quantize`.
-        weight: ``[O, K]``, the dequantized weight.
-        x: The same codes, packed.
-        w: The same weight, packed.
-        product: The forward pass, without bias.
-        again: The same from the packed factors; must hold neither codes nor values.
-    """
-    return _Linear.apply(codes, weight, x, w, product, again)
-
-
-def _edge_gradient(plan: GraphPlan, grad: Tensor, values: Tensor, weight: Tensor) -> Tensor:
-    """Gradient of the weights of a sum of ``values`` whose gradient is ``grad``."""
-    heads = weight.size(1) if weight.dim() == 2 else 1
-    by_head = (v.reshape(v.size(0), heads, -1) for v in (grad, values))
-    return edge_products(plan, *by_head).view_as(weight)
-
-
-class _AggregateSum(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, codes: Tensor, weight: Tensor | None, plan: GraphPlan, packed: Packed, total: Recipe
-    ) -> Tensor:
-        ctx.plan, ctx.layout = plan, packed.layout
-        # The codes matter to the gradient of the weights alone.
-        ctx.save_for_backward(weight, *(packed.tensors if ctx.needs_input_grad[1] else ()))
-        return total()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        plan, (weight, *rest) = ctx.plan, ctx.saved_tensors
-        grad_codes = spmm(plan.transpose, grad, None if weight is None else plan.transpose.sort(weight))
-        grad_weight = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = _edge_gradient(plan, grad, Packed(*rest, *ctx.layout).values(), weight)
-        return grad_codes, grad_weight, None, None, None
-
-
-def aggregate_sum(codes: Tensor, weight: Tensor | None, plan: GraphPlan, packed: Packed, total: Recipe) -> Tensor:
-    """``sum_j w_ij x^_j``, computed by ``total()``; the backward pass runs on the transposed plan.
-
-    Args:
-        codes: ``[num_src, F]`` or ``[num_src, H, C]``, from :func:`quantize`.
-        weight: ``[E]`` or ``[E, H]`` in CSR order, or :obj:`None`.
-        plan: The graph.
-        packed: The same codes, packed.
-        total: The forward pass.
-    """
-    return _AggregateSum.apply(codes, weight, plan, packed, total)
-
-
-class _WeightedMean(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, codes: Tensor, weight: Tensor, divisor: Tensor, plan: GraphPlan, packed: Packed, mean: Recipe
-    ) -> Tensor:
-        ctx.plan, ctx.layout = plan, packed.layout
-        ctx.save_for_backward(weight, divisor, *packed.tensors)
-        return mean()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        plan, (weight, divisor, *rest) = ctx.plan, ctx.saved_tensors
-        grad = grad / divisor.unsqueeze(-1)
-        grad_codes = spmm(plan.transpose, grad, plan.transpose.sort(weight)) if ctx.needs_input_grad[0] else None
-        grad_weight = _edge_gradient(plan, grad, Packed(*rest, *ctx.layout).values(), weight)
-        # <grad_i, sum_j w_ij x_j>, with the products per edge instead of the sums.
-        grad_divisor = -segment_sum(plan, weight * grad_weight) / divisor
-        return grad_codes, grad_weight, grad_divisor, None, None, None
-
-
-def weighted_mean(
-    codes: Tensor, weight: Tensor, divisor: Tensor, plan: GraphPlan, packed: Packed, mean: Recipe
-) -> Tensor:
-    """``sum_j w_ij x^_j / t_i``, computed by ``mean()``; keeps no sums.
-
-    Args:
-        codes: ``[num_src, H, C]``, from :func:`quantize`.
-        weight: ``[E, H]`` in CSR order.
-        divisor: ``t`` ``[num_dst, H]``.
-        plan: The graph.
-        packed: The same codes, packed.
-        mean: The forward pass.
-    """
-    return _WeightedMean.apply(codes, weight, divisor, plan, packed, mean)

@@ -97,7 +97,7 @@ def step_bytes(model: nn.Module, x: Tensor, edge_index: Tensor, y: Tensor, compr
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("bits", [2, 4])
-@pytest.mark.parametrize("name", ["GCN", "GraphSAGE", "GAT", "GIN"])
+@pytest.mark.parametrize("name", list(LAYERS))
 def test_a_step_keeps_at_most_a_quarter_of_the_float_steps_bytes(name: str, bits: int, dropout: float) -> None:
     model = Model(LAYERS[name], WIDTHS, dropout)
     x, edge_index, y = graph()
