@@ -62,11 +62,16 @@ class QuantizedPropagation(PropagationLayer, QuantizedConv):
         return sites.config.smp
 
     def forward(self: Any, x: Tensor, edge_index: Any, edge_weight: Tensor | None = None) -> Tensor:
-        if self.is_off and not (self.smp is not None and (self.is_smoothing or self.moves_itself)):
+        if self.is_plain and not (self.smp is not None and (self.is_smoothing or self.moves_itself)):
             return self.unquantized(x, edge_index, edge_weight)
         self.refuse_explain()
         graph = self.normalized(x, edge_index, edge_weight)
         return self.result(self.entered(x), graph)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the layer's own forward is right: nothing that it would pass by is quantized."""
+        return self.is_off
 
     def entered(self, x: Tensor) -> Tensor:
         """``X0``, as the steps read it."""

@@ -1,13 +1,15 @@
-r"""SGConv, SSGConv, TAGConv and LGConv: plain steps ``H <- A~ H``, and linear maps of the states they leave.
+r"""SGConv, SSGConv, TAGConv and LGConv: plain steps ``H <- A~ H``, and linear maps of what they start from or leave.
 
 A class per layer says what it makes of its states; converted and packed layers share it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..smp.constraint import attach_constraint
@@ -19,6 +21,7 @@ from .graph import NormalizedGraph
 __all__ = [
     "Hops",
     "LGHops",
+    "MappedHops",
     "QuantizedHops",
     "QuantizedLGConv",
     "QuantizedSGConv",
@@ -42,22 +45,52 @@ class Hops:
         """``U = A~ H``."""
         return Descent(0.0, 1.0, 0.0)
 
+    @staticmethod
+    def maps_first(layer: Any) -> bool:
+        """Whether the linear map of ``layer``, which commutes with its steps, comes before them."""
+        del layer
+        return False
+
     def result(self: Any, x0: Tensor, graph: NormalizedGraph) -> Tensor:
-        """The layer's output from its input ``x0`` [N, F]."""
+        """The layer's output from ``X0`` [N, F]."""
         raise NotImplementedError
 
 
-class SGHops(Hops):
+class MappedHops(Hops):
+    """Mixin of layers with one linear map, which comes first where that does not widen the messages."""
+
+    @staticmethod
+    def maps_first(layer: Any) -> bool:
+        return layer.out_channels <= layer.in_channels
+
+    def entered(self: Any, x: Tensor) -> Tensor:
+        """``X0``, mapped where the map comes first; its bias comes last in any case."""
+        if not self.maps_first(self):
+            return x
+        return self.lin.unbiased(x) if hasattr(self.lin, "unbiased") else F.linear(x, self.lin.weight)
+
+    def result(self: Any, x0: Tensor, graph: NormalizedGraph) -> Tensor:
+        out = self.combined(x0, graph)
+        if not self.maps_first(self):
+            return self.lin(out)
+        return out if self.lin.bias is None else out + self.lin.bias
+
+    def combined(self: Any, x0: Tensor, graph: NormalizedGraph) -> Tensor:
+        """What is mapped, or would be."""
+        raise NotImplementedError
+
+
+class SGHops(MappedHops):
     r"""``W H_K + b``."""
 
-    def result(self: Any, x0: Tensor, graph: NormalizedGraph) -> Tensor:
-        return self.lin(self.steps(x0, graph))
+    def combined(self: Any, x0: Tensor, graph: NormalizedGraph) -> Tensor:
+        return self.steps(x0, graph)
 
 
-class SSGHops(Hops):
+class SSGHops(MappedHops):
     r"""``W (alpha X0 + (1 - alpha) / K sum_k H_k) + b``."""
 
-    def result(self: Any, x0: Tensor, graph: NormalizedGraph) -> Tensor:
+    def combined(self: Any, x0: Tensor, graph: NormalizedGraph) -> Tensor:
         out = x0 * self.alpha
 
         def add(step: Step) -> None:
@@ -65,7 +98,7 @@ class SSGHops(Hops):
             out = out + (1 - self.alpha) / self.K * step.state
 
         self.steps(x0, graph, add)
-        return self.lin(out)
+        return out
 
 
 class TAGHops(Hops):
@@ -98,29 +131,36 @@ class LGHops(Hops):
 class QuantizedHops(NormalizedOperator, QuantizedPropagation):
     """Base of their quantized forms.
 
-    The features themselves are what the first step sends, and its site is that of the model's input where the layer is
-    the model's first.  Steps are always computed: ``cached=True`` keeps the result of float steps alone, since
-    ranges and multiplier move the quantized ones.
+    Where the features themselves are what the first step sends, its site is that of the model's input in the model's
+    first layer.  Steps are always computed: ``cached=True`` keeps the result of float steps alone, since ranges and
+    multiplier move the quantized ones.
     """
 
+    maps_first: Callable[[Any], bool]
     dropout = 0.0
-    cached: bool = False
 
     @classmethod
     def attach(cls, layer: Any, sites: SiteFactory) -> None:
         layer.input_quantizer = None
-        width, steps = getattr(layer, "in_channels", None), []
+        mapped, steps = cls.maps_first(layer), []
+        width = layer.out_channels if mapped else getattr(layer, "in_channels", None)
         for k in range(getattr(layer, "K", 1)):
-            make = sites.features if k == 0 and sites.first[0] else sites.message
-            steps.append(make(f"step{k}", width))
+            entering = k == 0 and sites.first[0] and not mapped
+            steps.append((sites.features if entering else sites.message)(f"step{k}", width))
         cls.attach_steps(layer, sites, steps)
         attach_constraint(layer, sites.config.smp, sites.device)
 
+    @property
+    def is_plain(self: Any) -> bool:
+        """Off, and so is the map that would come first: its range is for what enters it."""
+        lin = getattr(self, "lin", None)
+        mapped = self.maps_first(self) and hasattr(lin, "unbiased")
+        return self.is_off and (not mapped or getattr(lin, "is_off", False))
+
     def unquantized(self: Any, x: Tensor, edge_index: Any, edge_weight: Tensor | None) -> Tensor:
-        measured = self.cached and self.constraint_state is not None  # what is cached does not change
-        if self.training and self.smp is not None and x.dim() == 2 and not measured:
+        if self.training and self.smp is not None and x.dim() == 2:
             with torch.no_grad():
-                self.steps(x, self.normalized(x, edge_index, edge_weight))
+                self.steps(self.entered(x), self.normalized(x, edge_index, edge_weight))
         return super().unquantized(x, edge_index, edge_weight)
 
     def quantized_propagate(self, edge_index: Any, size: Any = None, **kwargs: Any) -> Tensor:

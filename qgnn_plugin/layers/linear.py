@@ -31,6 +31,10 @@ class QuantizedLinear(QuantizedLayer):
     def forward(self, x: Tensor | QuantizedTensor) -> Tensor:
         return self.apply_to(x, self.bias)
 
+    def unbiased(self, x: Tensor) -> Tensor:
+        """The linear map without its bias."""
+        return self.apply_to(x, None)
+
     def apply_to(self, x: Tensor | QuantizedTensor, bias: Tensor | None) -> Tensor:
         """The linear map with another bias (or none)."""
         if isinstance(x, QuantizedTensor):

@@ -122,7 +122,7 @@ class PackedLayer(nn.Module):
 
     children_kept: ClassVar[tuple[str, ...]] = ()  # modules inside the layer that go on as they are
     tensors_kept: ClassVar[tuple[str, ...]] = ("bias",)  # float parameters and buffers that go on
-    entry: ClassVar[str] = "input_quantizer"  # the site that a layer's input passes first
+    entry: ClassVar[str] = "input_quantizer"  # the site that a layer's input passes first, if it has one
     output_quantizer: PackedRange | None
 
     def __init__(self, layer: Any, spec: LayerSpec, memo: dict[int, Any]) -> None:
@@ -146,7 +146,7 @@ class PackedLayer(nn.Module):
         device = next((p.device for p in layer.parameters()), None)
         for site, described in spec.sites.items():
             if site != "weight_quantizer":
-                self._add_range(site, described, device)
+                self._add_range(site, described, device, check=spec.check and site == self.entry_of(layer))
         if not spec.output:
             self.output_quantizer = None
         self.float_bytes = _float_bytes(layer)
@@ -167,7 +167,7 @@ class PackedLayer(nn.Module):
     def _write_floats(self) -> None:
         self.defers = False
 
-    def _add_range(self, site: str, spec: SiteSpec, device: torch.device | None) -> None:
+    def _add_range(self, site: str, spec: SiteSpec, device: torch.device | None, check: bool) -> None:
         owner: nn.Module = self
         *path, last = site.split(".")
         for name in path:
@@ -175,7 +175,7 @@ class PackedLayer(nn.Module):
                 owner.add_module(name, nn.ModuleDict())
             owner = owner._modules[name]  # type: ignore[assignment]
         label = f"{self.spec.name}.{site.removesuffix('_quantizer')}"
-        packed = PackedRange(spec, label, check=self.spec.check and site == self.entry, device=device)
+        packed = PackedRange(spec, label, check=check, device=device)
         owner.add_module(last, packed)
 
     def fill(self, layer: Any) -> None:
@@ -183,6 +183,12 @@ class PackedLayer(nn.Module):
         for site, quantizer in layer.own_quantizers():
             if site != "weight_quantizer":
                 self.get_submodule(site).fill(quantizer)  # type: ignore[operator]
+
+    @classmethod
+    def entry_of(cls, layer: Any) -> str | None:
+        """The site that the input of ``layer`` passes first; :obj:`None` where an inner layer takes it."""
+        del layer
+        return cls.entry
 
     @classmethod
     def refuses(cls, layer: Any) -> str | None:

@@ -98,6 +98,10 @@ class PackedLinear(PackedLayer):
         y = self.apply_to(self.quantize(rows), self.bias)
         return y.view(*x.shape[:-1], self.out_features)
 
+    def unbiased(self, x: Tensor) -> Tensor:
+        """The linear map of ``[N, K]`` without its bias."""
+        return self.apply_to(self.quantize(x), None)
+
     def quantize(self, x: Tensor) -> Activation:
         """The input as this layer takes it."""
         if self.input_quantizer is None:

@@ -131,7 +131,7 @@ def _describe(layers: Mapping[str, Any]) -> list[LayerSpec]:
             maps = (getattr(layer, child, None) for child in ("lin_l", "lin_r"))
             decided |= {id(child): inner for child in maps if child is not None}
         spec = LayerSpec.of(name, layer, reason)
-        if first and reason is None and cls is not None and cls.entry in spec.sites:
+        if first and reason is None and cls is not None and cls.entry_of(layer) in spec.sites:
             spec, first = replace(spec, check=True), False
         specs.append(spec)
     return specs

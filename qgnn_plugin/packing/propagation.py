@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -143,12 +144,20 @@ class PackedHops(PackedSteps):
     """Base of packed SGConv, SSGConv, TAGConv and LGConv: sums of packed states, integer products of these."""
 
     children_kept = ("lin", "lins")
-    entry = "step_quantizers.0"
+    maps_first: Callable[[Any], bool]
+
+    @classmethod
+    def entry_of(cls, layer: Any) -> str | None:
+        return None if cls.maps_first(layer) else "step_quantizers.0"
 
     @inference
     def forward(self: Any, x: Tensor, edge_index: Any, edge_weight: Tensor | None = None) -> Tensor:
         """``[N, F]`` to ``[N, out_channels]``, or ``[N, F]`` without a linear map."""
-        return self.result(plain(x), self.normalized(edge_index, edge_weight, x.size(0)))
+        return self.result(self.entered(plain(x)), self.normalized(edge_index, edge_weight, x.size(0)))
+
+    def entered(self, x: Tensor) -> Tensor:
+        """``X0``, as the steps read it."""
+        return x
 
 
 class PackedSGConv(SGHops, PackedHops):

@@ -84,6 +84,7 @@ CONVS: dict[str, Callable[[], nn.Module]] = {
     "APPNP": lambda: APPNP(4, 0.1),
     "APPNP cached": lambda: APPNP(4, 0.1, cached=True, dropout=0.3),
     "SGConv": lambda: SGConv(WIDTH, OUT, K=3),
+    "SGConv wider": lambda: SGConv(WIDTH, 2 * WIDTH, K=2),
     "SGConv cached": lambda: SGConv(WIDTH, OUT, K=2, cached=True, add_self_loops=False),
     "SSGConv": lambda: SSGConv(WIDTH, OUT, alpha=0.1, K=3),
     "TAGConv": lambda: TAGConv(WIDTH, OUT, K=2),

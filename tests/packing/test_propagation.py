@@ -90,6 +90,7 @@ def test_equals_the_converted_layer(model: Any, config: dict[str, Any], bits: in
 
 HOPS = {
     "SGConv": lambda: SGConv(FEATURES, 6, 3),
+    "SGConv wider": lambda: SGConv(FEATURES, FEATURES + 3, 2),
     "SSGConv": lambda: SSGConv(FEATURES, 6, 0.1, 2),
     "TAGConv": lambda: TAGConv(FEATURES, 6, 2),
     "LGConv": lambda: LGConv(),
@@ -118,6 +119,14 @@ def test_hops_on_sparse_and_weighted_graphs_and_at_32_bits() -> None:
     qmodel, packed, args = pair(SGConv(FEATURES, 6, 2, cached=True), message_bits=32, input_bits=32, smp=None)
     assert_equal(qmodel, packed, args)
     assert [layer.reason for layer in qgnn_plugin.summary(packed).layers] == ["32 bits", None]
+
+
+@pytest.mark.parametrize("name", HOPS)
+def test_hops_refuse_values_that_are_not_finite(name: str) -> None:
+    _, packed, (x, edge_index) = pair(HOPS[name]())
+    x[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="finite"):
+        packed(x, edge_index)
 
 
 def test_packed_light_gcn() -> None:

@@ -22,6 +22,7 @@ from qgnn_plugin.layers.hops import QuantizedHops
 STEPS = 3
 LAYERS: dict[str, Callable[..., MessagePassing]] = {
     "SGConv": lambda **options: SGConv(WIDTH, OUT, STEPS, **options),
+    "SGConv wider": lambda **options: SGConv(WIDTH, 2 * WIDTH, STEPS, **options),
     "SSGConv": lambda **options: SSGConv(WIDTH, OUT, 0.2, STEPS, **options),
     "TAGConv": lambda **options: TAGConv(WIDTH, OUT, STEPS, **options),
     "LGConv": lambda **options: LGConv(**options),
@@ -32,24 +33,34 @@ def operator_of(name: str, edge_index: Tensor) -> Tensor:
     """``D^-1/2 (A [+ I]) D^-1/2``, dense in float64; TAGConv and LGConv add no self-loops."""
     dense = torch.zeros(NODES, NODES, dtype=torch.float64)
     dense[edge_index[1], edge_index[0]] = 1
-    if name in ("SGConv", "SSGConv"):
+    if name not in ("TAGConv", "LGConv"):
         dense.fill_diagonal_(1)
     root = dense.sum(1).rsqrt().nan_to_num(posinf=0)
     return root.unsqueeze(1) * dense * root
 
 
+MAPPED = ("SGConv", "SSGConv")  # maps first: OUT is less than WIDTH
+
+
+def start_of(name: str, layer: Any, x: Tensor) -> Tensor:
+    """What the steps start from."""
+    return x @ layer.lin.weight.t() if name in MAPPED else x
+
+
 def output_of(name: str, layer: Any, states: list[Tensor]) -> Tensor:
     """What the layer makes of ``H_0`` to ``H_K``, written as in the papers."""
     if name == "SGConv":
+        return states[-1] + layer.lin.bias
+    if name == "SGConv wider":
         return layer.lin(states[-1])
     if name == "SSGConv":
-        return layer.lin(0.2 * states[0] + 0.8 / STEPS * torch.stack(states[1:]).sum(0))
+        return 0.2 * states[0] + 0.8 / STEPS * torch.stack(states[1:]).sum(0) + layer.lin.bias
     if name == "TAGConv":
         return torch.stack([lin(h) for lin, h in zip(layer.lins, states, strict=True)]).sum(0) + layer.bias
     return states[-1]
 
 
-def dense_states(layer: Any, x: Tensor, edge_index: Tensor, operator: Tensor) -> list[Tensor]:
+def dense_states(layer: Any, x: Tensor, operator: Tensor) -> list[Tensor]:
     """Every state by dense products, from the layer's own quantizers."""
     smp, multiplier = layer.smp, float(layer.multiplier)
     degree = (operator != 0).double().sum(1)
@@ -79,10 +90,11 @@ def dense_states(layer: Any, x: Tensor, edge_index: Tensor, operator: Tensor) ->
 @pytest.mark.parametrize("name", LAYERS)
 def test_equals_the_dense_computation_step_by_step(name: str, smp: dict[str, Any]) -> None:
     x, edge_index = features().double(), to_undirected(graph(self_loops=False))
-    config = QuantConfig(bits=4, weight_bits=32, activation_bits=32, smp=SMPConfig(state_bits=8, gap_bits=2, **smp))
+    widths = {"weight_bits": 32, "activation_bits": 32, "input_bits": 32 if name in MAPPED else 4}
+    config = QuantConfig(bits=4, **widths, smp=SMPConfig(state_bits=8, gap_bits=2, **smp))
     layer: Any = quantized(LAYERS[name]().double(), x, edge_index, config=config)
     operator = operator_of(name, edge_index)
-    states = dense_states(layer, x, edge_index, operator)
+    states = dense_states(layer, start_of(name, layer, x), operator)
     torch.testing.assert_close(layer(x, edge_index), output_of(name, layer, states))
     sites = {site: q.bits for site, q in layer.own_quantizers()}
     steps = layer.num_constraints
@@ -95,10 +107,11 @@ def test_equals_the_dense_computation_step_by_step(name: str, smp: dict[str, Any
 @pytest.mark.parametrize("name", LAYERS)
 def test_every_step_has_its_constraint(name: str, bits: int) -> None:
     x, edge_index = features().double(), to_undirected(graph(self_loops=False))
-    config = QuantConfig(bits=bits, smp=SMPConfig(alpha=0.3))
+    widths = {"weight_bits": 32, "activation_bits": 32, "input_bits": 32 if name in MAPPED else bits}
+    config = QuantConfig(bits=bits, **widths, smp=SMPConfig(alpha=0.3))
     layer: Any = qgnn.calibrate(qgnn.quantize_model(LAYERS[name]().double(), config=config), (x, edge_index)).train()
     operator = operator_of(name, edge_index)
-    states = dense_states(layer, x, edge_index, operator)
+    states = dense_states(layer, start_of(name, layer, x), operator)
     layer(x, edge_index)
 
     def energy(h: Tensor) -> float:
@@ -137,7 +150,7 @@ def test_full_precision_with_a_multiplier_is_the_corrected_float_layer(name: str
     layer: Any = qgnn.quantize_model(LAYERS[name]().double(), config=config).eval()
     operator = operator_of(name, edge_index)
     lazy = (torch.eye(NODES, dtype=torch.float64) + operator) / 2
-    states = [x]
+    states = [start_of(name, layer, x)]
     for _ in range(layer.num_constraints):
         change = proposed = operator @ states[-1] - states[-1]
         for _ in range(layer.smp.terms):
@@ -166,19 +179,30 @@ def test_quantized_steps_do_not_come_from_a_cache(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["SGConv", "SSGConv"])
-def test_cached_features_are_measured_once(name: str) -> None:
+def test_steps_that_come_from_a_cache_are_measured(name: str) -> None:
     x, edge_index = features(), graph()
     conv = LAYERS[name](cached=True)
     expected = conv(x, edge_index)
     layer: Any = qgnn.quantize_model(conv, 32).train()
     assert torch.equal(layer(x, edge_index), expected)
-    state = layer.constraint_state
-    assert state is not None
-    layer(x, edge_index)
-    assert layer.constraint_state is state
-    plain: Any = qgnn.quantize_model(LAYERS[name](), 32).train()
-    plain(x, edge_index)
-    assert torch.equal(plain.constraint_state.energy, state.energy)
+    uncached: Any = qgnn.quantize_model(LAYERS[name](), 32).train()
+    uncached.load_state_dict(layer.state_dict())
+    uncached(x, edge_index)
+    assert torch.equal(uncached.constraint_state.energy, layer.constraint_state.energy)
+
+
+@pytest.mark.parametrize("name", MAPPED)
+def test_map_and_steps_commute(name: str) -> None:
+    """Codes enter the map before the steps whatever is off: its range is for the same values in every mode."""
+    x, edge_index = features(), graph()
+    conv = LAYERS[name]().eval()
+    layer: Any = quantized(conv, x, edge_index, config=QuantConfig(bits=8, message_bits=32))
+    assert layer.is_off
+    assert relative(layer(x, edge_index), conv(x, edge_index)) < 0.02
+    torch.testing.assert_close(layer.lin.input_quantizer(x).dequantize(), x, rtol=0, atol=0.05)
+    before = layer(x, edge_index)
+    layer.multiplier.fill_(1e-7)  # the path does not change as the correction starts to act
+    torch.testing.assert_close(layer(x, edge_index), before, rtol=1e-4, atol=1e-4)
 
 
 # Conversion ###########################################################################################################
@@ -213,19 +237,23 @@ def test_light_gcn() -> None:
 
 def test_first_maps_read_the_models_input() -> None:
     """The features that enter the model go to the first step, and of TAGConv to its first map as well."""
-    model = nn.ModuleList([TAGConv(WIDTH, OUT, 1), SGConv(OUT, OUT, 1)])
-    qmodel = qgnn.quantize_model(model, config=QuantConfig(bits=2, input_bits=8, activation_bits=4))
+    config = QuantConfig(bits=2, input_bits=8, activation_bits=4)
+    qmodel = qgnn.quantize_model(nn.ModuleList([TAGConv(WIDTH, OUT, 1), SGConv(OUT, OUT, 1)]), config=config)
     sites = qgnn.quantizers(qmodel).items()
     assert {site: q.bits for site, q in sites if "weight" not in site and "gap" not in site} == {
         "0.step_quantizers.0": 8, "0.lins.0.input_quantizer": 8, "0.lins.1.input_quantizer": 4,
         "1.step_quantizers.0": 2, "1.lin.input_quantizer": 4,
     }  # fmt: skip
+    for width, step in ((OUT, 2), (2 * WIDTH, 8)):
+        layer: Any = qgnn.quantize_model(SGConv(WIDTH, width, 1), config=config)
+        assert layer.step_quantizers["0"].bits == step
+        assert layer.lin.input_quantizer.bits == (8 if step == 2 else 4)
 
 
 def test_features_of_one_value_per_row_stay_exact() -> None:
     """Also after the scaling by ``d^-1/2``, which differs by row."""
     x, edge_index = (torch.randn(NODES, 64) > 0.5).float(), graph()
-    layer: Any = quantized(SGConv(64, OUT, 1), x, edge_index, bits=2, exclude="lin")
+    layer: Any = quantized(LGConv(), x, edge_index, bits=2)
     assert layer.step_quantizers["0"].is_one_bit
     torch.testing.assert_close(layer(x, edge_index), qgnn.restore_model(layer)(x, edge_index), rtol=1e-5, atol=1e-5)
 
