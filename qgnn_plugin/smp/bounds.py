@@ -93,8 +93,11 @@ def _bound(run: LayerRun, seen: Seen) -> tuple[float | str, float | None]:
 
 
 def _unknown(layer: Any) -> str:
+    """Why there is no bound of the result of ``layer``."""
     if isinstance(layer, QuantizedGINConv):
         return "a network of its own follows its sum"
+    if isinstance(layer, QuantizedPropagation):  # in a deep stack
+        return "maps of its own follow its steps"
     if layer.is_smoothing and type(layer).message in SCALED_MESSAGES:
         return "maps of its own follow its corrected aggregate"
     return "what it does with a message is not known"
