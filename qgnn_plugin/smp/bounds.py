@@ -68,8 +68,13 @@ def finding_of(run: LayerRun) -> Finding:
 
 
 def sites_of(layer: Any) -> dict[str, QLRQuantizer]:
-    """What counts as a layer's quantization: its own sites and, of GCNConv in a deep stack, the input of its map."""
+    """What counts as a layer's quantization: its own sites and, of GCNConv in a deep stack, the input of its map.
+
+    A SAGEConv that maps before it sends has the inputs of its maps as sites of its own; they are not messages.
+    """
     sites = dict(layer.own_quantizers())
+    if isinstance(layer, QuantizedSAGEConv) and layer.message_quantizer is not None:
+        sites = {name: site for name, site in sites.items() if name not in ("input_quantizer", "target_quantizer")}
     lin = getattr(layer, "lin", None) if isinstance(layer, DeepGCNConv) else None
     if isinstance(lin, QuantizedLinear) and lin.input_quantizer is not None:
         sites["lin.input_quantizer"] = lin.input_quantizer
