@@ -3,6 +3,7 @@
 For each data set, model and seed: the float model, the float model distilled from itself, and the converted model at
 8, 4 and 2 bits, all by the default :class:`qgnn_plugin.recipe.Recipe`.  Reported is the test accuracy of the epoch with
 the best validation accuracy.  Finished runs are kept one file each: an interrupted table goes on where it stopped.
+What is known about the rows, written by hand in ``accuracy-notes.md``, follows the table.
 """
 
 from __future__ import annotations
@@ -147,7 +148,9 @@ def report(out: Path) -> str:
     settings = dataclasses.asdict(Recipe())
     text = {"environment": environment(threads=1), "recipe": settings, "runs": cells}
     write_atomically(out / "accuracy.json", json.dumps(text, indent=1) + "\n")
-    write_atomically(out / "accuracy.md", f"# Accuracy\n\n{table}")
+    notes = out / "accuracy-notes.md"
+    explained = f"\n{notes.read_text()}" if notes.exists() else ""
+    write_atomically(out / "accuracy.md", f"# Accuracy\n\n{table}{explained}")
     return table
 
 
