@@ -119,7 +119,7 @@ class SmoothLayer:
 
     def refresh(self) -> None:
         """Read anew whether the correction acts, where the buffers were written since it was last asked."""
-        if self.multiplier.is_meta:
+        if self.smp is None or self.multiplier.is_meta:
             return
         written = tuple(_version(self._buffers.get(name)) for name in ("multiplier", "penalty"))
         if written != self._written:

@@ -158,6 +158,13 @@ def test_convolutions_stay_within_their_bound(name: str, directed: bool, multipl
         holds(layer)
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_without_a_constraint_have_a_report(name: str) -> None:
+    layer = report(LAYERS[name](), (features(), graph()), QuantConfig(bits=2, smp=None))
+    assert layer.carried > 0
+    holds(layer)
+
+
 def test_weighted_edges_stay_within_their_bound() -> None:
     edge_index = graph()
     args = (features(), edge_index, torch.rand(edge_index.size(1)))
