@@ -68,8 +68,9 @@ def interleaved(
 
 def set_threads(count: int) -> None:
     """Threads of torch (and with it of our kernels, MKL and oneDNN), and of numba's own loops."""
-    torch.set_num_threads(count)
+    # numba first: its threading layer, launched by the first call, sets OpenMP's threads for torch as well.
     numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
+    torch.set_num_threads(count)
 
 
 def copy_bandwidth(num_bytes: int = 1 << 28, rounds: int = 7) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import cached_property
+from threading import Lock
 from typing import Any
 
 import torch
@@ -130,6 +131,7 @@ class PlanCache:
     def __init__(self, capacity: int = 32) -> None:
         self.capacity = capacity
         self._entries: OrderedDict[tuple[Any, ...], _Entry] = OrderedDict()
+        self._lock = Lock()
 
     def get(self, tensors: tuple[Tensor | None, ...], key: tuple[Any, ...], build: Callable[[], Any]) -> Any:
         """Return the cached value for ``tensors`` and ``key``, building it on a miss."""
@@ -138,14 +140,17 @@ class PlanCache:
             return build()
         present = tuple(None if t is None else (t.layout, tuple(t.shape)) for t in tensors)
         full_key = (*key, present, *(_identity(part) for part in parts))
-        entry = self._entries.get(full_key)
+        with self._lock:
+            entry = self._entries.get(full_key)
+            if entry is not None:
+                self._entries.move_to_end(full_key)
         if entry is not None and entry.is_current(parts):
-            self._entries.move_to_end(full_key)
             return entry.value
         value = build()
-        self._entries[full_key] = _Entry(tensors, parts, value)
-        while len(self._entries) > self.capacity:
-            self._entries.popitem(last=False)
+        with self._lock:
+            self._entries[full_key] = _Entry(tensors, parts, value)
+            while len(self._entries) > self.capacity:
+                self._entries.popitem(last=False)
         return value
 
     def clear(self) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..arithmetic import is_per_row
 from ..layout import parts_per_byte
-from . import jit, weighted
+from . import jit, thresholds, weighted
 from .codesum import lane_capacity, neighbour_sum
 from .epilogue import code_pitch, epilogue, finish_rows, flat
 from .parallel import row_chunks, run_chunks
@@ -121,11 +121,15 @@ def aggregate(
         kernel = weighted.sum_kernel(bits)
         run_chunks(kernel, chunks, flat(words), stride, pointers, sources, *args, *tail)
         return out
+    lanes = tile_lanes(stride)
+    exact = int(stride % lanes == 0)
     if reduce == "max":
         kernel = weighted.max_kernel(bits)
+    elif bits == thresholds.BITS and thresholds.applies(spec):
+        kernel = thresholds.threshold_kernel(lanes, exact)
+        tail = (spec, code_pitch(num_features, out_bits))
     else:
-        lanes = tile_lanes(stride)
-        kernel = sum_kernel(bits, lanes, int(stride % lanes == 0))
+        kernel = sum_kernel(bits, lanes, exact)
     run_chunks(kernel, chunks, flat(words), stride, pointers, sources, *tail)
     return out
 

@@ -24,7 +24,7 @@ from .simd import (
     vstore,
 )
 
-__all__ = ["BLOCK", "lane_capacity", "neighbour_sum", "prefetch_rows"]
+__all__ = ["BLOCK", "lane_capacity", "neighbour_counts", "neighbour_sum", "prefetch_rows"]
 
 BLOCK = 8  # neighbours per tree of full adders
 LINE_WORDS = 16  # words per cache line
@@ -71,12 +71,15 @@ def _row_if(words, stride, tile, col, e, end, like, lanes):
 
 
 @njit(forceinline=True)
-def neighbour_sum(words, stride, tile, lanes, live, col, final, begin, end, zero, none, capacity, spill):
-    """Codes of one tile summed over the edges ``[begin, end)``, as int32 lanes.
+def neighbour_counts(words, stride, tile, lanes, live, col, final, begin, end, zero, none, capacity, spill):
+    """Codes of one tile counted over the edges ``[begin, end)``: ``low + 8 eights``, in narrow lanes.
 
     ``zero`` and ``none`` are zero vectors of a tile's words and of its unpacked codes; ``live`` is
     the count of words to read, or None for all ``lanes``; ``spill`` holds an int32 per code;
     ``final`` is the last edge of the graph.  Arrays are :func:`.simd.raw`.
+
+    Returns:
+        ``low``, ``eights``, and whether ``spill`` holds the codes of ``8 capacity`` edges or more, to be added.
     """
     ones, twos, fours, eights = zero, zero, zero, none
     blocks, spilled = 0, False
@@ -129,6 +132,15 @@ def neighbour_sum(words, stride, tile, lanes, live, col, final, begin, end, zero
         )
         eights = eights + vspread(carry, none)
     low = vspread(ones, none) + (vspread(twos, none) << 1) + (vspread(fours, none) << 2)
+    return low, eights, spilled
+
+
+@njit(forceinline=True)
+def neighbour_sum(words, stride, tile, lanes, live, col, final, begin, end, zero, none, capacity, spill):
+    """Codes of one tile summed over the edges ``[begin, end)``, as int32 lanes; see :func:`neighbour_counts`."""
+    low, eights, spilled = neighbour_counts(
+        words, stride, tile, lanes, live, col, final, begin, end, zero, none, capacity, spill
+    )
     if end - begin <= capacity:
         return vcast(low + (eights << 3), "i32")
     total = vcast(low, "i32") + (vcast(eights, "i32") << 3)

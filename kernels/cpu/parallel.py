@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar, copy_context
 from threading import Lock
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 
 from . import jit
 
-__all__ = ["even_chunks", "row_chunks", "run_chunks"]
+__all__ = ["even_chunks", "num_threads", "on_every_thread", "row_chunks", "run_chunks"]
 
 CHUNKS_PER_THREAD = 16
 ROW_COST = 8  # cost of a row without edges, in edges
@@ -27,6 +28,12 @@ SERIAL_COST = 1 << 14  # below this many edges one thread is faster
 _pool: ThreadPoolExecutor | None = None
 _pool_size = 0
 _lock = Lock()
+_alone: ContextVar[bool] = ContextVar("qgnn_alone", default=False)
+
+
+def num_threads() -> int:
+    """Threads of a kernel called from here."""
+    return 1 if _alone.get() else torch.get_num_threads()
 
 
 @jit.kernel
@@ -51,7 +58,7 @@ def row_chunks(rowptr: np.ndarray) -> np.ndarray:
     """Boundaries of chunks of destination rows, ``[chunks + 1]`` int64, for the current threads."""
     rows = rowptr.size - 1
     cost = int(rowptr[-1] - rowptr[0]) + ROW_COST * rows
-    threads = torch.get_num_threads()
+    threads = num_threads()
     if threads == 1 or cost < SERIAL_COST:
         return np.array([0, rows])
     bounds = np.empty(min(rows, CHUNKS_PER_THREAD * threads) + 1, np.int64)
@@ -61,7 +68,7 @@ def row_chunks(rowptr: np.ndarray) -> np.ndarray:
 
 def even_chunks(rows: int, row_cost: int) -> np.ndarray:
     """Boundaries of chunks of ``rows`` rows that cost the same, in edges, each."""
-    threads = torch.get_num_threads()
+    threads = num_threads()
     if threads == 1 or rows * row_cost < SERIAL_COST:
         return np.array([0, rows])
     return np.linspace(0, rows, min(rows, CHUNKS_PER_THREAD * threads) + 1).astype(np.int64)
@@ -70,14 +77,38 @@ def even_chunks(rows: int, row_cost: int) -> np.ndarray:
 def run_chunks(kernel: Callable[..., None], bounds: np.ndarray, *args: Any) -> None:
     """Call ``kernel(*args, bounds, counter)`` on every thread; all take chunks off ``counter``."""
     counter = np.zeros(1, np.int64)
-    helpers = min(torch.get_num_threads(), bounds.size - 1) - 1
+    helpers = min(num_threads(), bounds.size - 1) - 1
     if helpers <= 0:
         kernel(*args, bounds, counter)
         return
+    _with_helpers(helpers, kernel, *args, bounds, counter)
+
+
+def on_every_thread(work: Callable[[], None]) -> None:
+    """Run ``work`` on every thread at once, each of which then runs its kernels by itself.
+
+    ``work`` may call nothing but kernels: torch's own operations would each start a team of threads.  The caller's
+    context variables hold in all of them, gradients are off.
+    """
+    if num_threads() == 1:
+        work()
+        return
+
+    @torch.no_grad()
+    def alone() -> None:
+        _alone.set(True)
+        work()
+
+    contexts = [copy_context() for _ in range(num_threads())]  # a context is entered by one thread at a time
+    _with_helpers(len(contexts) - 1, lambda: contexts.pop().run(alone))
+
+
+def _with_helpers(helpers: int, function: Callable[..., None], *args: Any) -> None:
+    """Call ``function(*args)`` here and on as many other threads; the first error is raised when all are done."""
     pool = _executor(helpers)
-    pending = [pool.submit(kernel, *args, bounds, counter) for _ in range(helpers)]
+    pending = [pool.submit(function, *args) for _ in range(helpers)]
     try:
-        kernel(*args, bounds, counter)
+        function(*args)
     finally:
         for future in pending:
             future.result()

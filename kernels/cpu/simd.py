@@ -36,6 +36,7 @@ __all__ = [
     "vfma",
     "vfull_adder",
     "vheads",
+    "vjoin",
     "vlanes",
     "vlive",
     "vload",
@@ -45,8 +46,10 @@ __all__ = [
     "vround",
     "vsplat",
     "vspread",
+    "vstep",
     "vstore",
     "vstore_first",
+    "vstore_live",
     "vstore_parts",
     "vstream",
     "vsum",
@@ -303,6 +306,22 @@ def vwithin(typingctx, v, low, high, inside, outside):
 
 
 @intrinsic
+def vstep(typingctx, total, value, threshold, amount):
+    """``total + amount`` where ``value >= threshold``, else ``total``.
+
+    ``value`` has unsigned lanes, ``threshold`` and ``amount`` are integers that fit those of ``value`` and ``total``.
+    """
+
+    def codegen(context, builder, sig, args):
+        bound = builder.trunc(args[2], _ELEMENTS[value.element])
+        chosen = builder.icmp_unsigned(">=", args[1], _splat(builder, value, bound))
+        amounts = _splat(builder, total, builder.trunc(args[3], _ELEMENTS[total.element]))
+        return builder.add(args[0], builder.select(chosen, amounts, _constant(total, 0)))
+
+    return signature(total, total, value, types.int64, types.int64), codegen
+
+
+@intrinsic
 def vdot(typingctx, acc, unsigned, signed):
     """``acc + sum of four products`` per int32 lane, of bytes without and with sign (VNNI)."""
 
@@ -500,6 +519,20 @@ def vstore_first(typingctx, array, offset, value, count):
 
 
 @intrinsic
+def vstore_live(typingctx, array, offset, value, count):
+    """Store the first ``count`` lanes at ``array[offset]``, or all with a ``count`` of :obj:`None`."""
+    whole = isinstance(count, types.NoneType)
+
+    def codegen(context, builder, sig, args):
+        pointer = _vector_pointer(context, builder, array, args[0], args[1], value)
+        mask = None if whole else _first_lanes(builder, value, args[3])
+        _store_masked(builder, args[2], pointer, mask, value)
+        return context.get_dummy_value()
+
+    return signature(types.void, array, types.intp, value, count if whole else types.intp), codegen
+
+
+@intrinsic
 def peek(typingctx, array, offset):
     """``array[offset]`` of the flattened array, without numba's handling of negative indices."""
 
@@ -613,6 +646,25 @@ def vspread(typingctx, words, like):
         return joined if like.element == "u8" else builder.zext(joined, like.llvm)
 
     return signature(like, words, like), codegen
+
+
+@intrinsic
+def vjoin(typingctx, lanes, like):
+    """Pack ``u8`` lanes of codes into the int32 lanes of ``like``: :func:`vspread`, turned round."""
+    chunk = 4 * like.lanes
+    parts = lanes.lanes // chunk
+
+    def codegen(context, builder, sig, args):
+        word = None
+        for part in range(parts):
+            codes = builder.shuffle_vector(args[0], args[0], _order(range(part * chunk, (part + 1) * chunk)))
+            shifted = builder.bitcast(codes, like.llvm)
+            if part:
+                shifted = builder.shl(shifted, _constant(like, 8 // parts * part))
+            word = shifted if word is None else builder.or_(word, shifted)
+        return word
+
+    return signature(like, lanes, like), codegen
 
 
 @intrinsic(prefer_literal=True)

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from ..kernels.backend import backend_for
+from ..kernels.cpu.parallel import on_every_thread
 from ..kernels.quantize_pack import quantize_pack
 
 __all__ = [
@@ -99,6 +101,7 @@ class Producer:
             ``out_scale``, ``out_offset`` and ``out_bits``, as packed codes.
         is_fused: Whether packed codes come out of one kernel, without floats in between.
         adds: Whether ``run`` takes another matrix's rows as ``addend``, which it adds before ReLU.
+        only_kernels: Whether ``run`` calls nothing but kernels, so that threads may share blocks among them.
     """
 
     num_rows: int
@@ -107,11 +110,14 @@ class Producer:
     run: Callable[..., Tensor]
     is_fused: bool = True
     adds: bool = False
+    only_kernels: bool = False
 
     def __call__(self, **epilogue: Any) -> Tensor:
         """The whole matrix; ``epilogue`` as that of ``run``."""
         if self.is_fused:
             return self.run(0, self.num_rows, **epilogue)
+        if self.only_kernels and not torch.compiler.is_compiling() and backend_for(self.device) == "cpu":
+            return self._shared_out(**epilogue)
         return gathered(self.num_rows, self.blocks(**epilogue))
 
     def blocks(self, **epilogue: Any) -> Iterator[Block]:
@@ -119,13 +125,35 @@ class Producer:
         for rows in row_blocks(self.num_rows, self.num_features, self.device):
             yield rows, self.run(rows.start, rows.stop, **epilogue)
 
+    def _shared_out(self, **epilogue: Any) -> Tensor:
+        """The matrix, each block of it by one thread."""
+        blocks = row_blocks(self.num_rows, self.num_features, self.device)
+        rows = next(blocks)
+        first = self.run(rows.start, rows.stop, **epilogue)
+        if rows.stop == self.num_rows:
+            return first
+        out = first.new_empty((self.num_rows, first.size(1)))
+        _put(out, rows, first)
+        rest = list(blocks)[::-1]
+
+        def work() -> None:
+            while rest:
+                try:
+                    rows = rest.pop()
+                except IndexError:  # another thread was faster
+                    return
+                _put(out, rows, self.run(rows.start, rows.stop, **epilogue))
+
+        on_every_thread(work)
+        return out
+
     def then(self, step: Step) -> Producer:
         """With ``step``, which treats every row for itself, applied to the floats."""
 
         def run(start: int, stop: int, **out: Any) -> Tensor:
             return conclude(step(self.run(start, stop)), **out)
 
-        return replace(self, run=run, is_fused=False, adds=False)
+        return replace(self, run=run, is_fused=False, adds=False, only_kernels=False)
 
 
 def computed(value: Tensor) -> Producer:
@@ -147,7 +175,8 @@ def added(first: Producer, second: Producer) -> Producer:
             return second.run(start, stop, addend=y, **out)
         return conclude(y.add_(second.run(start, stop)), **out)
 
-    return Producer(first.num_rows, first.num_features, first.device, run, is_fused=False)
+    only_kernels = first.is_fused and second.adds
+    return Producer(first.num_rows, first.num_features, first.device, run, is_fused=False, only_kernels=only_kernels)
 
 
 class _Runs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from cpu_support import threads
 from graphs import erdos_renyi
 from packing.cases import ATTENTION, CLASSES, FEATURES, HIDDEN, MODELS, features, quantized
 from torch import Tensor, nn
@@ -17,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch_geometric.nn import GAT, GCN, GCNConv, GraphSAGE
 
 import qgnn_plugin
+from qgnn_plugin.kernels.backend import use_backend
+from qgnn_plugin.kernels.cpu.parallel import num_threads
 from qgnn_plugin.kernels.quantize_pack import quantize_pack
 from qgnn_plugin.packing import deferred
 from qgnn_plugin.packing.deferred import DeferredTensor, Producer, added, computed, is_deferring
@@ -227,6 +231,35 @@ def pair(model: nn.Module, nodes: int = 200, **config: Any) -> tuple[nn.Module, 
     args = features("dense", nodes), graph.edge_index
     qmodel = quantized(model, *args, **{"bits": 4, **config})
     return qmodel, qgnn_plugin.pack_model(qmodel), args
+
+
+@pytest.mark.parametrize("name", ["sage", "wide sage"])
+def test_blocks_are_shared_out_among_threads(
+    name: str, small_blocks: None, poison_empty: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each block is one thread's, every block is done once, and the result is that of a single thread."""
+    _, packed, args = pair(CHAINS[name](), nodes=2000)
+    done: list[tuple[int, int]] = []
+    shared_out = Producer._shared_out
+
+    def noted(self: Producer, **epilogue: Any) -> Tensor:
+        def run(start: int, stop: int, **out: Any) -> Tensor:
+            done.append((start, num_threads()))
+            return self.run(start, stop, **out)
+
+        return shared_out(dataclasses.replace(self, run=run), **epilogue)
+
+    monkeypatch.setattr(Producer, "_shared_out", noted)
+    outs = []
+    for count in (1, 3):
+        done.clear()
+        with threads(count), use_backend("cpu"):
+            outs.append(packed(*args))
+        starts = [start for start, _ in done]
+        assert len(starts) == starts.count(0) * 32  # of 64 rows
+        assert sorted(starts) == sorted(list(range(0, 2000, 64)) * starts.count(0))
+        assert all(used == (count if start == 0 else 1) for start, used in done)
+    assert torch.equal(*outs)
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "node"])
