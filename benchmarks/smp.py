@@ -50,16 +50,21 @@ def _file_name(cell: Iterable[Any]) -> str:
 def _settings(settings: Settings) -> dict[str, Any]:
     """What every run depends on: all but which and how many of them there are."""
     fields = dataclasses.asdict(settings)
-    return {k: v for k, v in json.loads(json.dumps(fields)).items() if k not in ("seeds", "steps", "datasets")}
+    which = ("seeds", "steps", "datasets", "plain_steps", "plain_datasets")
+    return {k: v for k, v in json.loads(json.dumps(fields)).items() if k not in which}
 
 
 def unpack_report(out: Path, settings: Settings) -> None:
-    """Put the runs of an earlier ``smp.json`` back as files, if they were made with the same settings."""
+    """Put the runs of an earlier ``smp.json`` back as files, if they were made with the same settings.
+
+    Settings that it does not name are of parts that came later.
+    """
     path = out / "smp.json"
     if not path.exists():
         return
     earlier = json.loads(path.read_text())
-    if earlier["settings"] != _settings(settings):
+    today = _settings(settings)
+    if any(today.get(name) != value for name, value in earlier["settings"].items()):
         return
     for cell in earlier["runs"]:
         target = out / "smp-runs" / _file_name((cell["part"], *cell["what"], cell["seed"]))

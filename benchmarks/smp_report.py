@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,10 @@ multipliers move: a weight on the edge between two codes keeps jumping, and the 
 AIMS = {"deep FP32": 80.0, "deep INT4": 79.0}
 LARGEST_RATIO = 1.02
 
+PLAIN = """\
+The same with plain steps `H <- A~ H`, which average everything away in the end, and a bound of `2 / K^2` on each, with
+its multiplier started where a bound binds that is as tight as this one."""
+
 NOTES = """\
 Test accuracy in percent at the best validation epoch, mean and standard deviation over seeds; all settings were chosen
 on validation accuracy.  *Energy* is `tr(H' (I - A~) H) / ||H||^2` of a layer's result: 0 where neighbours no longer
@@ -31,6 +35,7 @@ def markdown(cells: Cells) -> str:
         "constraint": _constraint,
         "depth": _depth,
         "propagation": _propagation,
+        "plain": _plain,
         "shallow": _shallow,
         "cost": _cost,
     }
@@ -115,20 +120,7 @@ def _propagation(cells: Cells) -> list[str]:
         "seeds; *better* and *worse* mean that it exceeds its standard deviation.",
         "",
     ]
-    rows, regimes = [], {"better": [], "worse": [], "no difference": [], "one seed": []}  # type: ignore[var-annotated]
-    for depth in depths:
-        runs = _of(cells, "propagation", depth)
-        for width in WIDTHS:
-            off, on = (_values(runs, f"{width} {state}", scale=100) for state in ("off", "on"))
-            difference, verdict = paired(off, on)
-            regimes[verdict].append(f"K = {depth} at {width} ({difference})")
-            more = []
-            for field, digits in (("energy", 3), ("error", 3)):
-                more += [_spread(_values(runs, f"{width} {state}", field), digits) for state in ("off", "on")]
-            rows.append((str(depth), width, str(len(off)), _spread(off), _spread(on), difference, verdict, *more))
-    header = ("K", "width", "seeds", "off", "on", "on - off", "", "energy off", "on", "error off", "on")
-    lines += [*_table(header, rows), ""]
-    lines += [f"- {verdict}: {', '.join(where) or 'nowhere'}" for verdict, where in regimes.items() if where]
+    lines += _sweep(("K",), {(str(depth),): _of(cells, "propagation", depth) for depth in depths})
     baselines = _of(cells, "baseline")
     if baselines:
         rows = []
@@ -141,6 +133,36 @@ def _propagation(cells: Cells) -> list[str]:
         header = ("K", "seeds", "APPNP", *BASELINES, *(f"energy {name}" for name in BASELINES))
         lines += ["", "Other FP32 models of the same depth:", "", *_table(header, rows)]
     return [*lines, "", "Accuracy over K: [smp-propagation.png](smp-propagation.png)."]
+
+
+def _plain(cells: Cells) -> list[str]:
+    whats = sorted({tuple(cell["what"]) for cell in _of(cells, "plain")})
+    groups = {(dataset, str(steps)): _of(cells, "plain", dataset, steps) for dataset, steps in whats}
+    lines = ["## Propagation without a teleport", "", PLAIN, "", *_sweep(("data set", "K"), groups), ""]
+    rows = []
+    for where, runs in groups.items():
+        states = [_values(runs, f"FP32 {state}", scale=100) for state in ("off", "on", "teleport")]
+        rows.append((*where, *map(_spread, states), *paired(states[2], states[1])))
+    header = ("data set", "K", "off", "on", "teleport 0.1 instead", "on - teleport", "")
+    return [*lines, "What a teleport, known before training, does instead, in FP32:", "", *_table(header, rows)]
+
+
+def _sweep(names: Sequence[str], groups: Mapping[tuple[str, ...], Cells]) -> list[str]:
+    """A row per group of runs and width, SMP off and on; then where it is better, and where it is not."""
+    rows = []
+    regimes: dict[str, list[str]] = {"better": [], "worse": [], "no difference": [], "one seed": []}
+    for where, runs in groups.items():
+        for width in WIDTHS:
+            off, on = (_values(runs, f"{width} {state}", scale=100) for state in ("off", "on"))
+            difference, verdict = paired(off, on)
+            regimes[verdict].append(f"{', '.join(where[:-1])} K = {where[-1]} at {width} ({difference})".lstrip())
+            more = []
+            for field in ("energy", "error"):
+                more += [_spread(_values(runs, f"{width} {state}", field), 3) for state in ("off", "on")]
+            rows.append((*where, width, str(len(off)), _spread(off), _spread(on), difference, verdict, *more))
+    header = (*names, "width", "seeds", "off", "on", "on - off", "", "energy off", "on", "error off", "on")
+    found = [f"- {verdict}: {', '.join(where)}" for verdict, where in regimes.items() if where]
+    return [*_table(header, rows), "", *found]
 
 
 def _shallow(cells: Cells) -> list[str]:

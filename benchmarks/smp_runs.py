@@ -36,7 +36,7 @@ from .timing import interleaved
 
 __all__ = ["PARTS", "WIDTHS", "Settings", "cells", "run_cell"]
 
-PARTS = ("constraint", "depth", "propagation", "baseline", "shallow", "cost")
+PARTS = ("constraint", "depth", "propagation", "baseline", "plain", "shallow", "cost")
 WIDTHS = {"FP32": OFF, "INT4": 4, "INT2": 2}
 BASELINES = ("GCNII", "GCN", "SGC")
 TELEPORT = 0.1
@@ -54,6 +54,9 @@ class Settings:
         depth: Layers of the deep GCN.
         steps: Propagation depths ``K``.
         alpha: A bound that binds, relative to the energy of a layer's input.
+        plain_datasets: Of propagation without a teleport.
+        plain_steps: Its depths ``K``.
+        plain_terms: Sweeps of its correction.
         float_epochs: Full-batch steps of a float model, ended early after ``patience`` evaluations.
         quantized_epochs: Those of a quantized model.
         deep_epochs: Those of a deep float model.
@@ -70,6 +73,9 @@ class Settings:
     depth: int = 32
     steps: tuple[int, ...] = (8, 16, 32, 64)
     alpha: float = 0.1
+    plain_datasets: tuple[str, ...] = ("Cora", "PubMed", "Photo", "CS")
+    plain_steps: tuple[int, ...] = (16,)
+    plain_terms: int = 16
     float_epochs: int = 120
     quantized_epochs: int = 60
     deep_epochs: int = 150
@@ -83,8 +89,9 @@ class Settings:
     def tiny(cls) -> Settings:
         """Seconds, on a made-up graph: to see that everything runs."""
         return cls(
-            seeds=2, datasets=(SYNTHETIC,), depth=5, steps=(2, 3), float_epochs=4, quantized_epochs=4, deep_epochs=4,
-            constraint_steps=6, settling_steps=3, rounds=2,
+            seeds=2, datasets=(SYNTHETIC,), depth=5, steps=(2, 3), plain_datasets=(SYNTHETIC,), plain_steps=(3,),
+            plain_terms=2, float_epochs=4, quantized_epochs=4, deep_epochs=4, constraint_steps=6, settling_steps=3,
+            rounds=2,
         )  # fmt: skip
 
     @property
@@ -119,6 +126,9 @@ def cells(settings: Settings, parts: tuple[str, ...] = PARTS) -> Iterator[tuple[
         for part in ("propagation", "baseline"):
             if part in parts:
                 yield from ((part, steps, seed) for steps in settings.steps)
+        if "plain" in parts:
+            for dataset in settings.plain_datasets:
+                yield from (("plain", dataset, steps, seed) for steps in settings.plain_steps)
 
 
 def run_cell(cell: tuple[Any, ...], settings: Settings, root: str) -> dict[str, Any]:
@@ -127,7 +137,7 @@ def run_cell(cell: tuple[Any, ...], settings: Settings, root: str) -> dict[str, 
     # Adam with weight decay drives unused weights into denormal numbers, a hundred times slower on a CPU.
     torch.set_flush_denormal(True)
     part, *what, seed = cell
-    name = what[0] if part == "constraint" else settings.datasets[0]
+    name = what[0] if part in ("constraint", "plain") else settings.datasets[0]
     data = _synthetic() if name == SYNTHETIC else load_dataset(name, root, seed=seed)
     data = to_sparse_features(data, max_density=SPARSE_BELOW)
     start = time.perf_counter()
@@ -291,6 +301,38 @@ def _propagation(data: Any, settings: Settings, seed: int, steps: int) -> dict[s
     return results
 
 
+def plain_bound(settings: Settings, steps: int) -> SMPConfig:
+    """A bound of ``2 / K^2``, so that ``K`` changes together can be about as rough as the input; and the multiplier
+    that meets it where differences are large, as a start.
+
+    Under a multiplier ``lambda`` a plain step changes a component of frequency ``l`` by ``l / (1 + 2 lambda l)``, at
+    most ``1 / (2 lambda)`` of it, which is ``sqrt(alpha)``.
+    """
+    alpha = 2 / steps**2
+    return SMPConfig(alpha=alpha, multiplier=0.5 / math.sqrt(alpha), terms=settings.plain_terms)
+
+
+def _plain(data: Any, settings: Settings, seed: int, dataset: str, steps: int) -> dict[str, Any]:
+    """An MLP and K steps without a teleport: nothing but the bound keeps them from averaging everything away.
+
+    Beside it, in floats, what a teleport does instead.
+    """
+    inputs, classes = _sizes(data)
+    torch.manual_seed(seed)
+    teleport = speed_up(Propagation(inputs, 64, classes, steps, TELEPORT, 0.5))
+    torch.manual_seed(seed)
+    results = {"FP32 teleport": _fitted(fit_float(teleport, data, settings.recipe), data, "prop")}
+    for state in ("off", "on"):
+        torch.manual_seed(seed)
+        model: nn.Module = speed_up(Propagation(inputs, 64, classes, steps, 0.0, 0.5))
+        smp = plain_bound(settings, steps) if state == "on" else None
+        if smp is not None:
+            model = qgnn.quantize_model(model, config=QuantConfig(bits=OFF, smp=smp), include=["prop"])
+        for width, result in _at_every_width(model, data, smp, settings, seed):
+            results[f"{width} {state}"] = _fitted(result, data, "prop")
+    return results
+
+
 def _shallow(data: Any, settings: Settings, seed: int) -> dict[str, Any]:
     """A GCN of two layers: without a constraint, with the default one, and with one that binds.
 
@@ -409,6 +451,7 @@ _RUNS: dict[str, Callable[..., dict[str, Any]]] = {
     "depth": _depth,
     "propagation": _propagation,
     "baseline": _baseline,
+    "plain": _plain,
     "shallow": _shallow,
     "cost": _cost,
 }

@@ -7,15 +7,16 @@ import pytest
 
 from benchmarks.smp import main
 from benchmarks.smp_report import paired
-from benchmarks.smp_runs import Settings, cells
+from benchmarks.smp_runs import Settings, cells, plain_bound
 
 
 def test_runs_resumes_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--tiny", "--seeds", "1", "--parts", "constraint", "depth", "propagation", "--out", str(tmp_path)]
+    parts = ["constraint", "depth", "propagation", "plain"]
+    arguments = ["--tiny", "--seeds", "1", "--parts", *parts, "--out", str(tmp_path)]
     main(arguments)
-    assert "[4/4]" in capsys.readouterr().out
+    assert "[5/5]" in capsys.readouterr().out
     first = json.loads((tmp_path / "smp.json").read_text())["runs"]
-    assert {run["part"] for run in first} == {"constraint", "depth", "propagation"}
+    assert {run["part"] for run in first} == set(parts)
     for name in ("smp.md", "smp-constraint.png", "smp-depth.png", "smp-propagation.png"):
         assert (tmp_path / name).stat().st_size > 500, name
     for path in (tmp_path / "smp-runs").iterdir():
@@ -28,15 +29,26 @@ def test_runs_resumes_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[
 @pytest.mark.slow
 def test_every_part(tmp_path: Path) -> None:
     main(["--tiny", "--out", str(tmp_path)])
-    assert "one seed" not in (tmp_path / "smp.md").read_text()
+    text = (tmp_path / "smp.md").read_text()
+    assert "one seed" not in text
+    assert text.count("\n## ") == 6
 
 
 def test_cells_are_distinct_and_complete() -> None:
     found = list(cells(Settings()))
-    assert len(set(found)) == len(found) == 2 + 1 + 10 * (1 + 1 + 4 + 4)
+    assert len(set(found)) == len(found) == 2 + 1 + 10 * (1 + 1 + 4 + 4 + 4)
 
 
 def test_a_difference_counts_where_it_exceeds_its_spread() -> None:
     assert paired([80.0, 81.0, 82.0], [82.0, 83.0, 84.5]) == ("+2.17 ± 0.29", "better")
     assert paired([80.0, 81.0, 82.0], [82.0, 80.0, 82.0])[1] == "no difference"
     assert paired([80.0, 81.0], [79.0, 80.1])[1] == "worse"
+
+
+def test_the_bound_of_plain_steps_is_met_by_its_first_multiplier() -> None:
+    """A component of frequency 1 or 2 changes by at most sqrt(alpha) of itself, and by nearly that."""
+    for steps in (4, 16, 64):
+        smp = plain_bound(Settings(), steps)
+        shares = [(frequency / (1 + 2 * smp.multiplier * frequency)) ** 2 / smp.alpha for frequency in (1, 2)]
+        assert all(0.5 < share <= 1 for share in shares)
+        assert steps**2 * smp.alpha == pytest.approx(2)

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from threading import Lock
 from typing import Any
 
 import torch
@@ -44,11 +45,20 @@ MEAN_ROUNDING = 0.25  # mean of |c - v| inside the range
 Recipe = Callable[[], Tensor]
 
 _compressing: ContextVar[bool] = ContextVar("qgnn_compressing", default=False)
+_open_contexts = 0  # of the whole process
+_lock = Lock()
 
 
 def compressing() -> bool:
     """Whether :func:`compressed_activations` is on."""
-    return _compressing.get()
+    # Compiled code can depend on a number, but cannot read a context variable.
+    return _open_contexts > 0 and _compressing.get()
+
+
+def _count(change: int) -> None:
+    global _open_contexts
+    with _lock:
+        _open_contexts += change
 
 
 @contextmanager
@@ -66,10 +76,12 @@ def compressed_activations() -> Iterator[None]:
         loss.backward()
     """
     token = _compressing.set(True)
+    _count(1)
     try:
         with OneBitMasks():
             yield
     finally:
+        _count(-1)
         _compressing.reset(token)
 
 
