@@ -14,10 +14,10 @@ from ..smp.constraint import attach_constraint
 from ..smp.propagation import Descent, Meter, PropagationLayer, StepOperator, Visit, dropped_edges
 from .base import QuantizerDict, SiteFactory
 from .gcn import propagate_codes
-from .graph import NormalizedGraph, gcn_graph
+from .graph import NormalizedGraph, NormalizedOperator
 from .message_passing import QuantizedConv, require_sum
 
-__all__ = ["NormalizedOperator", "QuantizedAPPNP", "QuantizedPropagation", "QuantizedSMPropagation"]
+__all__ = ["QuantizedAPPNP", "QuantizedPropagation", "QuantizedSMPropagation"]
 
 
 class QuantizedPropagation(PropagationLayer, QuantizedConv):
@@ -126,32 +126,6 @@ def _gap_site(sites: SiteFactory, smp: SMPConfig) -> QLRQuantizer:
     width = sites.config.bits_for("message") if smp.gap_bits is None else smp.gap_bits
     fixed = replace(sites, config=replace(sites.config, message_bits=width, learn_ranges=False, truncation=None))
     return fixed.make("message", "gap", levels="symmetric", granularity="node")
-
-
-class NormalizedOperator:
-    """Mixin of layers whose ``A~`` is the normalized adjacency of GCN."""
-
-    add_self_loops: bool
-    normalize: bool
-    flow: str
-
-    def normalized(self, x: Tensor, edge_index: Any, edge_weight: Tensor | None) -> NormalizedGraph:
-        r"""``A~`` for node features ``x`` [N, F].
-
-        Raises:
-            ValueError: If ``x`` is no matrix.
-        """
-        if x.dim() != 2:
-            raise ValueError(f"Expected node features of shape [N, F] (got {list(x.shape)})")
-        return gcn_graph(
-            edge_index,
-            edge_weight,
-            x.size(0),
-            add_self_loops=self.add_self_loops,
-            normalize=self.normalize,
-            flow=self.flow,
-            dtype=x.dtype,
-        )
 
 
 class QuantizedAPPNP(NormalizedOperator, QuantizedPropagation):

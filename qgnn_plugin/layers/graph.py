@@ -17,6 +17,7 @@ from ..kernels.spmm import segment_sum, spmm
 __all__ = [
     "Edges",
     "NormalizedGraph",
+    "NormalizedOperator",
     "edges_of",
     "fixed_graph",
     "gcn_graph",
@@ -275,3 +276,29 @@ def looped_plan(edge_index: Any, size: tuple[int, int], flow: str) -> GraphPlan:
         return GraphPlan.from_edges(looped.src, looped.dst, *size)
 
     return _cached((edge_index,), ("looped", size, flow), build)
+
+
+class NormalizedOperator:
+    """Mixin of layers whose ``A~`` is the normalized adjacency of GCN."""
+
+    add_self_loops: bool
+    normalize: bool
+    flow: str
+
+    def normalized(self, x: Tensor, edge_index: Any, edge_weight: Tensor | None) -> NormalizedGraph:
+        r"""``A~`` for node features ``x`` [N, F].
+
+        Raises:
+            ValueError: If ``x`` is no matrix.
+        """
+        if x.dim() != 2:
+            raise ValueError(f"Expected node features of shape [N, F] (got {list(x.shape)})")
+        return gcn_graph(
+            edge_index,
+            edge_weight,
+            x.size(0),
+            add_self_loops=self.add_self_loops,
+            normalize=self.normalize,
+            flow=self.flow,
+            dtype=x.dtype,
+        )

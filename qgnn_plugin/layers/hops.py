@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ..smp.constraint import attach_constraint
 from ..smp.propagation import Descent, Step
-from .appnp import NormalizedOperator, QuantizedPropagation
+from .appnp import QuantizedPropagation
 from .base import SiteFactory
-from .graph import NormalizedGraph
+from .graph import NormalizedGraph, NormalizedOperator
 
 __all__ = [
     "Hops",

@@ -23,7 +23,7 @@ from torch_geometric.nn import MessagePassing
 
 from ..config import SMPConfig
 from ..kernels.smp_step import step_factors
-from ..layers.graph import NormalizedGraph, gcn_graph
+from ..layers.graph import NormalizedGraph, NormalizedOperator
 from .constraint import BUFFERS, ConstraintState, Operator, SmoothLayer, attach_constraint, constraint_ratio, corrected
 from .multiplier import ascend
 
@@ -288,7 +288,7 @@ def dropped_edges(graph: NormalizedGraph, p: float, training: bool) -> Normalize
     return NormalizedGraph(graph.plan, F.dropout(weight, p=p), graph.source, graph.target)
 
 
-class SMPropagation(PropagationLayer, MessagePassing):
+class SMPropagation(NormalizedOperator, PropagationLayer, MessagePassing):
     r"""K steps of smoothness-aware propagation (arXiv 2308.14949, section 4.3); takes the place of
     :class:`torch_geometric.nn.APPNP`, with its arguments, its call and no weights.
 
@@ -367,19 +367,9 @@ class SMPropagation(PropagationLayer, MessagePassing):
 
     def normalized(self, x: Tensor, edge_index: Any, edge_weight: Tensor | None) -> NormalizedGraph:
         r"""``A~``, cached by the identity of its arguments; with ``cached``, that of the first call."""
-        if x.dim() != 2:
-            raise ValueError(f"Expected node features of shape [N, F] (got {list(x.shape)})")
         if self._cached_graph is not None:
             return self._cached_graph
-        graph = gcn_graph(
-            edge_index,
-            edge_weight,
-            x.size(0),
-            add_self_loops=self.add_self_loops,
-            normalize=self.normalize,
-            flow=self.flow,
-            dtype=x.dtype,
-        )
+        graph = super().normalized(x, edge_index, edge_weight)
         if self.cached:
             self._cached_graph = graph
         return graph
