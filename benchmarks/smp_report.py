@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .smp_runs import BASELINES, WIDTHS
+from .smp_runs import BASELINES, PLAIN_WIDTHS, WIDTHS
 
 __all__ = ["markdown", "plot"]
 
@@ -138,7 +138,7 @@ def _propagation(cells: Cells) -> list[str]:
 def _plain(cells: Cells) -> list[str]:
     whats = sorted({tuple(cell["what"]) for cell in _of(cells, "plain")})
     groups = {(dataset, str(steps)): _of(cells, "plain", dataset, steps) for dataset, steps in whats}
-    lines = ["## Propagation without a teleport", "", PLAIN, "", *_sweep(("data set", "K"), groups), ""]
+    lines = ["## Propagation without a teleport", "", PLAIN, "", *_sweep(("data set", "K"), groups, PLAIN_WIDTHS), ""]
     rows = []
     for where, runs in groups.items():
         states = [_values(runs, f"FP32 {state}", scale=100) for state in ("off", "on", "teleport")]
@@ -147,12 +147,14 @@ def _plain(cells: Cells) -> list[str]:
     return [*lines, "What a teleport, known before training, does instead, in FP32:", "", *_table(header, rows)]
 
 
-def _sweep(names: Sequence[str], groups: Mapping[tuple[str, ...], Cells]) -> list[str]:
+def _sweep(
+    names: Sequence[str], groups: Mapping[tuple[str, ...], Cells], widths: Iterable[str] = tuple(WIDTHS)
+) -> list[str]:
     """A row per group of runs and width, SMP off and on; then where it is better, and where it is not."""
     rows = []
     regimes: dict[str, list[str]] = {"better": [], "worse": [], "no difference": [], "one seed": []}
     for where, runs in groups.items():
-        for width in WIDTHS:
+        for width in widths:
             off, on = (_values(runs, f"{width} {state}", scale=100) for state in ("off", "on"))
             difference, verdict = paired(off, on)
             regimes[verdict].append(f"{', '.join(where[:-1])} K = {where[-1]} at {width} ({difference})".lstrip())

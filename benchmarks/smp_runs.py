@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -34,10 +34,11 @@ from .fast_layers import speed_up
 from .models import Propagation, TwoLayer, build_model, dropout
 from .timing import interleaved
 
-__all__ = ["PARTS", "WIDTHS", "Settings", "cells", "run_cell"]
+__all__ = ["PARTS", "PLAIN_WIDTHS", "WIDTHS", "Settings", "cells", "run_cell"]
 
 PARTS = ("constraint", "depth", "propagation", "baseline", "plain", "shallow", "cost")
 WIDTHS = {"FP32": OFF, "INT4": 4, "INT2": 2}
+PLAIN_WIDTHS = ("FP32", "INT2")  # the ends: a corrected step takes as many products as it has sweeps
 BASELINES = ("GCNII", "GCN", "SGC")
 TELEPORT = 0.1
 SPARSE_BELOW = 0.5
@@ -328,7 +329,7 @@ def _plain(data: Any, settings: Settings, seed: int, dataset: str, steps: int) -
         smp = plain_bound(settings, steps) if state == "on" else None
         if smp is not None:
             model = qgnn.quantize_model(model, config=QuantConfig(bits=OFF, smp=smp), include=["prop"])
-        for width, result in _at_every_width(model, data, smp, settings, seed):
+        for width, result in _at_every_width(model, data, smp, settings, seed, PLAIN_WIDTHS):
             results[f"{width} {state}"] = _fitted(result, data, "prop")
     return results
 
@@ -353,9 +354,15 @@ def _shallow(data: Any, settings: Settings, seed: int) -> dict[str, Any]:
 
 
 def _at_every_width(
-    model: nn.Module, data: Any, smp: SMPConfig | None, settings: Settings, seed: int
+    model: nn.Module,
+    data: Any,
+    smp: SMPConfig | None,
+    settings: Settings,
+    seed: int,
+    widths: Sequence[str] = tuple(WIDTHS),
 ) -> Iterator[tuple[str, StageResult]]:
-    for width, bits in WIDTHS.items():
+    for width in widths:
+        bits = WIDTHS[width]
         torch.manual_seed(seed)
         if bits == OFF:
             yield width, fit_float(model, data, settings.recipe)
