@@ -108,7 +108,7 @@ class DifferentialMultiplier(pl.Callback):
         assert layer.smp is not None
         rank_zero_warn(
             f"The smoothness multiplier of {name!r} saturates: {state.multiplier:.3g} of at most "
-            f"{layer.smp.max_multiplier:.3g}, with a violation of {state.violation:.3g}. The layer "
+            f"{layer.highest_multiplier:.3g}, with a violation of {state.violation:.3g}. The layer "
             "cannot meet its bound: raise SMPConfig(alpha=...) or lower SMPConfig(eta_lambda=...)."
         )
 

@@ -62,7 +62,8 @@ class SMPConfig:
         slack: Initial slack.
         damping: ``c`` of the modified method: the penalty ``c/2 h^2`` on the violation ``h`` adds ``c h`` to the
             multiplier that acts.  0 is the basic method (Platt and Barr, 1987).
-        max_multiplier: Upper end of the projection of the multiplier.
+        max_multiplier: Upper end of the projection of the multiplier; with the explicit correction it is
+            ``1 / (4 eta)`` at most, past which that is not stable.
         schedule: ``"step"``: :func:`qgnn_plugin.differential_multiplier_step`, or the Lightning callback, moves the
             multiplier once per optimizer step; ``"inner"``: it moves with every step of a propagation layer, within
             the forward pass, in training and in inference.  Convolutions take one step and know ``"step"`` only.

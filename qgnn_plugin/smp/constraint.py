@@ -20,6 +20,7 @@ __all__ = ["ConstraintState", "SmoothLayer", "attach_constraint", "corrected", "
 
 Operator = Callable[[Tensor], Tensor]
 BUFFERS = ("multiplier", "slack", "penalty")
+EXPLICIT_LIMIT = 0.25  # of eta lambda: past it the explicit correction turns changes of frequency 2 round
 
 
 def dirichlet_energy(x: Tensor, operator: Operator) -> Tensor:
@@ -98,6 +99,20 @@ class SmoothLayer:
         """The multiplier that acts: ``max(0, lambda + c h)``, which without damping is ``lambda`` itself."""
         penalty = self._buffers.get("penalty")
         return self.multiplier if penalty is None else (self.multiplier + penalty).clamp_min(0)
+
+    @property
+    def step_size(self) -> float:
+        """``eta`` of the explicit correction."""
+        assert self.smp is not None
+        return self.smp.eta
+
+    @property
+    def highest_multiplier(self) -> float:
+        """Upper end of the multiplier: that of the settings, or where the explicit correction stops being stable."""
+        assert self.smp is not None
+        if self.smp.correction == "proximal" or self.smp.algorithm == "reference":
+            return self.smp.max_multiplier
+        return min(self.smp.max_multiplier, EXPLICIT_LIMIT / self.step_size)
 
     @property
     def multiplier_value(self) -> float:

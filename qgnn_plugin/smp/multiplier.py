@@ -46,7 +46,9 @@ class Update(NamedTuple):
     penalty: Tensor
 
 
-def ascend(config: SMPConfig, multiplier: Tensor, slack: Tensor, ratio: Tensor) -> Update:
+def ascend(
+    config: SMPConfig, multiplier: Tensor, slack: Tensor, ratio: Tensor, highest: float | None = None
+) -> Update:
     r"""One step of the modified differential multiplier method (Platt and Barr, 1987, eqs. 9 and 19).
 
     With the violation :math:`h = g/b - 1 + s^2` and the acting multiplier :math:`\hat\lambda = \lambda + c h`,
@@ -54,15 +56,21 @@ def ascend(config: SMPConfig, multiplier: Tensor, slack: Tensor, ratio: Tensor) 
     .. math::
         s \leftarrow s - 2 \eta_s \hat\lambda s \qquad
         \lambda \leftarrow \mathrm{clip}(\lambda + \eta_\lambda h, 0, \lambda_{max})
+
+    Args:
+        config: Rates and damping.
+        multiplier: :math:`\lambda`.
+        slack: ``s``.
+        ratio: ``g / b``.
+        highest: :math:`\lambda_{max}`, also of the acting multiplier; default that of ``config``.
     """
+    highest = config.max_multiplier if highest is None else highest
     h = ratio - 1 + slack.square()
     penalty = config.damping * h if config.damping else torch.zeros_like(h)
-    force = (multiplier + penalty).clamp(0, config.max_multiplier)
-    return Update(
-        (multiplier + config.eta_lambda * h).clamp(0, config.max_multiplier),
-        slack - 2 * config.eta_slack * force * slack,
-        penalty.clamp(max=config.max_multiplier),
-    )
+    force = (multiplier + penalty).clamp(0, highest)
+    multiplier = (multiplier + config.eta_lambda * h).clamp(0, highest)
+    slack = slack - 2 * config.eta_slack * force * slack
+    return Update(multiplier, slack, torch.minimum(penalty, highest - multiplier))
 
 
 def smp_layers(model: nn.Module) -> dict[str, SmoothLayer]:
@@ -119,19 +127,20 @@ def _update(layer: SmoothLayer, ratio: Tensor) -> MultiplierState:
     config = layer.smp
     assert config is not None
     if not layer.moves_itself:
-        new = ascend(config, layer.multiplier.double().cpu(), layer.slack.double().cpu(), ratio)
+        multiplier, slack = (value.double().cpu() for value in (layer.multiplier, layer.slack))
+        new = ascend(config, multiplier, slack, ratio, layer.highest_multiplier)
         for name, value in new._asdict().items():
             if name in layer._buffers:
                 layer._buffers[name].copy_(value)
     layer.refresh()
-    multiplier, constraint = float(layer.multiplier), float(ratio)
-    high = config.max_multiplier
+    constraint = float(ratio)
+    high = layer.highest_multiplier
     return MultiplierState(
-        multiplier,
+        float(layer.multiplier),
         float(layer.slack),
         constraint,
         constraint - 1.0,
-        saturated=multiplier >= high,
-        saturating=multiplier >= high / 2 and constraint > 1,
+        saturated=float(layer.multiplier) >= high,
+        saturating=float(layer.multiplier) >= high / 2 and constraint > 1,
         force=layer.multiplier_value,
     )

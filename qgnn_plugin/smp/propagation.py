@@ -255,6 +255,7 @@ class _Multiplier:
     def __init__(self, layer: PropagationLayer) -> None:
         assert layer.smp is not None
         self.config, self.moves, self.force = layer.smp, layer.moves_itself, layer.force.detach()
+        self.highest = layer.highest_multiplier
         if self.moves:
             start = self.config
             self.multiplier = layer.multiplier if start.carry else torch.full_like(layer.multiplier, start.multiplier)
@@ -269,7 +270,9 @@ class _Multiplier:
         """Move with the violation of the last step."""
         if self.moves:
             ratio = meter.ratio.to(self.multiplier.dtype)
-            self.multiplier, self.slack, self.penalty = ascend(self.config, self.multiplier, self.slack, ratio)
+            self.multiplier, self.slack, self.penalty = ascend(
+                self.config, self.multiplier, self.slack, ratio, self.highest
+            )
             self._act()
 
     def store(self, layer: PropagationLayer) -> None:

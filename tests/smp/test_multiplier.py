@@ -62,6 +62,7 @@ def test_stays_finite(ratio: float) -> None:
     new = ascend(config, value(1.0), value(0.2), value(ratio))
     assert all(bool(part.isfinite()) for part in new)
     assert 0 <= float(new.multiplier) <= 7
+    assert float(new.multiplier + new.penalty) <= 7
 
 
 def test_penalty_acts_in_the_next_forward() -> None:
@@ -122,6 +123,26 @@ def test_saturation_is_announced_early() -> None:
         state = qgnn.differential_multiplier_step(layer)[""]
         flags.append((state.saturating, state.saturated))
     assert flags == [(False, False), (True, False), (True, False), (True, True), (True, True)]
+
+
+@pytest.mark.parametrize("schedule", ["inner", "step"])
+def test_the_explicit_correction_stays_stable(schedule: Any) -> None:
+    """Whatever it is asked for: the multiplier ends where a change of the highest frequency is at most turned round."""
+    x, edge_index = features(), to_undirected(graph())
+    smp = SMPConfig(alpha=1e-6, correction="explicit", schedule=schedule, eta_lambda=1.0, damping=0.5)
+    layer = SMPropagation(8, 0.2, smp=smp)
+    assert layer.highest_multiplier == pytest.approx(0.25 / 0.2)  # its step size is the teleport
+    plain = SMPropagation(8, 0.2)(x, edge_index)
+    for _ in range(20):
+        out = layer(x, edge_index)
+        state = qgnn.differential_multiplier_step(layer)[""]
+    assert state.saturated
+    assert state.multiplier == pytest.approx(layer.highest_multiplier)
+    assert state.force <= layer.highest_multiplier
+    assert out.norm() < 2 * plain.norm()
+    assert SMPropagation(4, 0.2, smp=SMPConfig()).highest_multiplier == SMPConfig().max_multiplier
+    lower = SMPConfig(correction="explicit", max_multiplier=0.5)
+    assert SMPropagation(4, 0.2, smp=lower).highest_multiplier == 0.5
 
 
 def test_mirror_follows_the_buffers() -> None:
