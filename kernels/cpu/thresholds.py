@@ -43,7 +43,7 @@ __all__ = ["BITS", "applies", "threshold_kernel"]
 
 BITS = 2  # of codes and results
 BLOCK = 4 * GROUP  # rows whose thresholds are found at a time
-STEPS = 3  # thresholds of a row
+STEPS = 3  # thresholds of a row, and the largest code
 WINDOW = 4  # whole numbers around a threshold's estimate that are tried
 TALLEST = 8 * lane_capacity(BITS, 8) - 1  # edges of a row that is summed in bytes and their eights
 PARTS = parts_per_byte(BITS)
@@ -93,7 +93,7 @@ def find_thresholds(rowptr, first, count, spec, thresholds):
         if flags & ROW_RANGE:
             inverse, low = vload_first(inverses, i, GROUP, left), vload_first(lows, i, GROUP, left)
         at_zero = degree * offset
-        most = degree * vsplat(np.float32(3.0), GROUP)
+        most = degree * vsplat(np.float32(STEPS), GROUP)
         # Not of rows that are scaled by nothing, or by a negative number, or whose range is none.
         good = vwithin(dst, smallest, infinite, one, zero) * vwithin(inverse, smallest, infinite, one, zero)
         good = good * vwithin(degree, one, vsplat(np.float32(TALLEST), GROUP), one, zero)
@@ -113,7 +113,7 @@ def find_thresholds(rowptr, first, count, spec, thresholds):
             tried = vsplat(np.float32(WINDOW), GROUP)
             inside = vwithin(short, one, tried - one, one, zero)
             under = vwithin(short, zero, zero, one, zero) * vwithin(lowest, beneath, zero, one, zero)
-            over = vwithin(short, tried, tried, one, zero) * vwithin(lowest + tried, most, infinite, one, zero)
+            over = vwithin(short, tried, tried, one, zero) * vwithin(lowest + tried, most + one, infinite, one, zero)
             good = good * vmax(inside, vmax(under, over))
             least = vmax(lowest + short, zero)
             vstore(found, j * BLOCK + r, vcast(least, "i32"))
