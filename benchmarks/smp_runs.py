@@ -302,17 +302,6 @@ def _propagation(data: Any, settings: Settings, seed: int, steps: int) -> dict[s
     return results
 
 
-def plain_bound(settings: Settings, steps: int) -> SMPConfig:
-    """A bound of ``2 / K^2``, so that ``K`` changes together can be about as rough as the input; and the multiplier
-    that meets it where differences are large, as a start.
-
-    Under a multiplier ``lambda`` a plain step changes a component of frequency ``l`` by ``l / (1 + 2 lambda l)``, at
-    most ``1 / (2 lambda)`` of it, which is ``sqrt(alpha)``.
-    """
-    alpha = 2 / steps**2
-    return SMPConfig(alpha=alpha, multiplier=0.5 / math.sqrt(alpha), terms=settings.plain_terms)
-
-
 def _plain(data: Any, settings: Settings, seed: int, dataset: str, steps: int) -> dict[str, Any]:
     """An MLP and K steps without a teleport: nothing but the bound keeps them from averaging everything away.
 
@@ -326,7 +315,7 @@ def _plain(data: Any, settings: Settings, seed: int, dataset: str, steps: int) -
     for state in ("off", "on"):
         torch.manual_seed(seed)
         model: nn.Module = speed_up(Propagation(inputs, 64, classes, steps, 0.0, 0.5))
-        smp = plain_bound(settings, steps) if state == "on" else None
+        smp = SMPConfig.for_steps(steps, terms=settings.plain_terms) if state == "on" else None
         if smp is not None:
             model = qgnn.quantize_model(model, config=QuantConfig(bits=OFF, smp=smp), include=["prop"])
         for width, result in _at_every_width(model, data, smp, settings, seed, PLAIN_WIDTHS):

@@ -139,6 +139,27 @@ class SMPConfig:
                 )
 
     @classmethod
+    def for_steps(cls, steps: int, **changes: Any) -> SMPConfig:
+        r"""A bound for ``K`` plain averaging steps that keeps them from averaging everything away.
+
+        With ``g <= 2 / K^2 tr(H' L H)`` a step's change is at most :math:`\sqrt 2 / K` times as rough as what it finds
+        (roughness being :math:`\sqrt{\mathrm{tr}(H' L H)}`), so that all of them together change about what is there.
+        Under a multiplier :math:`\lambda` a step ``H <- A~ H`` changes a component of frequency ``l`` by
+        :math:`l / (1 + 2 \lambda l)`, less than :math:`1 / (2 \lambda)` of it: training starts from the multiplier at
+        which that is the bound.
+
+        A corrected step takes ``1 + terms`` products with ``A~``.
+
+        Args:
+            steps: ``K``.
+            **changes: Other settings.
+        """
+        if steps < 1:
+            raise ValueError(f"Expected at least one step (got {steps})")
+        alpha = 2 / steps**2
+        return cls(**{"alpha": alpha, "multiplier": 0.5 / math.sqrt(alpha), "terms": 16, **changes})
+
+    @classmethod
     def reference(cls, **changes: Any) -> SMPConfig:
         r"""The update of the authors' code, for comparison; of propagation layers only.
 

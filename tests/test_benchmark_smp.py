@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.smp import main
 from benchmarks.smp_report import paired
-from benchmarks.smp_runs import Settings, cells, plain_bound
+from benchmarks.smp_runs import Settings, cells
 
 
 def test_runs_resumes_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,12 +43,3 @@ def test_a_difference_counts_where_it_exceeds_its_spread() -> None:
     assert paired([80.0, 81.0, 82.0], [82.0, 83.0, 84.5]) == ("+2.17 ± 0.29", "better")
     assert paired([80.0, 81.0, 82.0], [82.0, 80.0, 82.0])[1] == "no difference"
     assert paired([80.0, 81.0], [79.0, 80.1])[1] == "worse"
-
-
-def test_the_bound_of_plain_steps_is_met_by_its_first_multiplier() -> None:
-    """A component of frequency 1 or 2 changes by at most sqrt(alpha) of itself, and by nearly that."""
-    for steps in (4, 16, 64):
-        smp = plain_bound(Settings(), steps)
-        shares = [(frequency / (1 + 2 * smp.multiplier * frequency)) ** 2 / smp.alpha for frequency in (1, 2)]
-        assert all(0.5 < share <= 1 for share in shares)
-        assert steps**2 * smp.alpha == pytest.approx(2)

@@ -1,5 +1,6 @@
 """The smoothness constraint and its multiplier, against dense computations."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -328,6 +329,38 @@ def test_layers_state_and_saving() -> None:
 def test_settings_are_checked(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SMPConfig(**options)
+
+
+@pytest.mark.parametrize("steps", [4, 16, 64])
+def test_the_bound_for_steps_is_met_by_its_first_multiplier(steps: int) -> None:
+    """Components of every frequency change by at most sqrt(alpha) of themselves, the high ones by nearly that."""
+    smp = SMPConfig.for_steps(steps)
+    frequencies = torch.linspace(0.01, 2.0, 200)
+    shares = (frequencies / (1 + 2 * smp.multiplier * frequencies)).square() / smp.alpha
+    assert (shares < 1).all()
+    assert shares[-1] > 0.7
+    assert steps * smp.alpha**0.5 == pytest.approx(2**0.5)
+    assert SMPConfig.for_steps(steps, terms=3, slack=0.1) == dataclasses.replace(smp, terms=3, slack=0.1)
+    with pytest.raises(ValueError, match=r"at least one step \(got 0\)"):
+        SMPConfig.for_steps(0)
+
+
+def test_steps_without_a_teleport_keep_what_they_start_from() -> None:
+    """K = 64 plain steps leave differences where their bound is met, and next to none without it."""
+    torch.manual_seed(0)
+    data = FakeDataset(num_graphs=1, avg_num_nodes=80, avg_degree=12, num_channels=WIDTH)[0]
+    left = {}
+    for name, smp in (("off", None), ("on", SMPConfig.for_steps(64))):
+        config = QuantConfig(bits=8, granularity="node", smp=smp)
+        qmodel = qgnn.calibrate(qgnn.quantize_model(APPNP(64, 0.0), config=config), (data.x, data.edge_index))
+        with torch.no_grad():
+            out = qmodel.train()(data.x, data.edge_index)
+        plain = gcn_graph(data.edge_index, None, data.num_nodes)
+        left[name] = float(dirichlet_energy(out, plain.apply) / dirichlet_energy(data.x, plain.apply))
+        packed, expected = qgnn.pack_model(qmodel.eval()), qmodel(data.x, data.edge_index)
+        torch.testing.assert_close(packed(data.x, data.edge_index), expected, rtol=1e-4, atol=1e-4)
+    assert left["off"] < 1e-3
+    assert left["on"] > 0.02
 
 
 def test_packed_inference_costs_nothing_at_zero() -> None:
