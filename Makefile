@@ -51,7 +51,7 @@ demo: $(STAMP) $(CORA)
 bench-accuracy: $(STAMP) $(CORA)
 	$(BIN)/python -m benchmarks.accuracy $(ARGS)
 
-# Whether the smoothness constraint is met, what it is good for, and what it costs; about an hour on one core.
+# Whether the smoothness constraint is met, what it is good for, and what it costs; about four hours of one core (ARGS="--jobs 2").
 .PHONY: bench-smp
 bench-smp: $(STAMP) $(CORA)
 	$(BIN)/python -m benchmarks.smp $(ARGS)

@@ -153,6 +153,9 @@ class SMPConfig:
         Args:
             steps: ``K``.
             **changes: Other settings.
+
+        Raises:
+            ValueError: If ``steps`` is less than 1.
         """
         if steps < 1:
             raise ValueError(f"Expected at least one step (got {steps})")

@@ -49,7 +49,6 @@ __all__ = [
     "vstep",
     "vstore",
     "vstore_first",
-    "vstore_live",
     "vstore_parts",
     "vstream",
     "vsum",
@@ -508,18 +507,6 @@ vstream = _store("vstream", nontemporal=True)  # to whole cache lines
 
 @intrinsic
 def vstore_first(typingctx, array, offset, value, count):
-    """Store the first ``count`` lanes at ``array[offset]``."""
-
-    def codegen(context, builder, sig, args):
-        pointer = _vector_pointer(context, builder, array, args[0], args[1], value)
-        _store_masked(builder, args[2], pointer, _first_lanes(builder, value, args[3]), value)
-        return context.get_dummy_value()
-
-    return signature(types.void, array, types.intp, value, types.intp), codegen
-
-
-@intrinsic
-def vstore_live(typingctx, array, offset, value, count):
     """Store the first ``count`` lanes at ``array[offset]``, or all with a ``count`` of :obj:`None`."""
     whole = isinstance(count, types.NoneType)
 

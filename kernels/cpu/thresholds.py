@@ -34,7 +34,7 @@ from .simd import (
     vsplat,
     vstep,
     vstore,
-    vstore_live,
+    vstore_first,
     vstore_parts,
     vwithin,
 )
@@ -175,7 +175,7 @@ def threshold_kernel(lanes: int, exact: int):
                             else:
                                 total = vcast(low, "u16") + (vcast(eights, "u16") << 3)
                                 word = _compared(total, none, 65535, one, two, three, zero)
-                            vstore_live(out, i * stride + tile, word, live)
+                            vstore_first(out, i * stride + tile, word, live)
                         else:
                             total = neighbour_sum(
                                 source, stride, tile, lanes, live, edges, final, begin, end,

@@ -134,14 +134,10 @@ class Producer:
             return first
         out = first.new_empty((self.num_rows, first.size(1)))
         _put(out, rows, first)
-        rest = list(blocks)[::-1]
+        rest = iter(list(blocks))  # unlike a generator, it may be advanced by several threads
 
         def work() -> None:
-            while rest:
-                try:
-                    rows = rest.pop()
-                except IndexError:  # another thread was faster
-                    return
+            for rows in rest:
                 _put(out, rows, self.run(rows.start, rows.stop, **epilogue))
 
         on_every_thread(work)

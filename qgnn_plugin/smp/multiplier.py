@@ -133,14 +133,14 @@ def _update(layer: SmoothLayer, ratio: Tensor) -> MultiplierState:
             if name in layer._buffers:
                 layer._buffers[name].copy_(value)
     layer.refresh()
-    constraint = float(ratio)
-    high = layer.highest_multiplier
+    strength, constraint = float(layer.multiplier), float(ratio)
+    high = float(torch.tensor(layer.highest_multiplier, dtype=layer.multiplier.dtype))  # as the buffer can hold it
     return MultiplierState(
-        float(layer.multiplier),
+        strength,
         float(layer.slack),
         constraint,
         constraint - 1.0,
-        saturated=float(layer.multiplier) >= high,
-        saturating=float(layer.multiplier) >= high / 2 and constraint > 1,
+        saturated=strength >= high,
+        saturating=strength >= high / 2 and constraint > 1,
         force=layer.multiplier_value,
     )
