@@ -12,6 +12,7 @@ correctly rounded:
 * sums that round (edge weights, a range per row) are in the order of each backend's own kernel: in
   eval mode the fake-quantized model calls that kernel as well, so the two agree on one backend, and
   backends agree to rounding;
+* attention: ``y = ((float(sum k c) * s) * (1 / sum k)) + l``, with one division per row and head;
 * integer product: ``y = (((acc * sw) + (rowsum * lw)) * sx) + (colterm * lx)`` with
   ``colterm_o = (float(sum_k cw_ok) * sw_o) + (float(K) * lw_o)``;
 * epilogue, in this order: ``* dst_scale``, ``+ bias``, ``+ addend``, ``max(y, 0)``, ``* row_scale``,

@@ -6,7 +6,7 @@ quantized at ``attention_bits`` (:math:`k_{ij}` of :math:`Q_a` levels, see
 :func:`.arithmetic.attention_thresholds`) and normalized by their own sum:
 
 .. math::
-    y_i = \Big(s \sum_j k_{ij} c_j\Big) \Big/ \sum_j k_{ij} + l
+    y_i = \Big(s \sum_j k_{ij} c_j\Big) \cdot \Big(1 \Big/ \sum_j k_{ij}\Big) + l
 
 GAT: ``e = LeakyReLU(alpha_src[j] + alpha_dst[i] (+ alpha_edge[e]))``.  GATv2: ``e = <att,
     LeakyReLU(x^_j + x_dst[i])>``.
@@ -107,16 +107,16 @@ def attention_aggregate_reference(
         numerator = torch.searchsorted(thresholds, e.contiguous(), right=True).to(torch.float32)
     total = torch.zeros((num_dst, heads), dtype=torch.float64, device=e.device)
     total = total.index_add_(0, dst, numerator.double()).to(torch.float32)
-    share = per_feature(total, num_features)
+    inverse = per_feature(torch.where(total > 0, 1 / total, 0.0), num_features)
     exact = attention_bits != FLOAT_BITS and not is_per_row(scale) and not is_per_row(offset)
     weight = per_feature(numerator, num_features)
     if exact:
         # int64: 100,000 neighbours at 8 x 8 bits pass 2^31.
         y = sum_rows(codes.long(), rowptr, col, weight.long()).to(torch.float32)
-        y = (y * scale) / share + offset
+        y = (y * scale) * inverse + offset
     else:
-        y = sum_rows(x, rowptr, col, weight) / share
-    y = torch.where(share > 0, y, 0.0)
+        y = sum_rows(x, rowptr, col, weight) * inverse
+    y = torch.where(inverse > 0, y, 0.0)
     if not concat:
         y = y.view(num_dst, heads, -1).mean(1)
     return finish(y, bias, relu, out_scale, out_offset, out_bits)

@@ -37,6 +37,7 @@ __all__ = [
     "current_backend",
     "dispatch",
     "implementation",
+    "rehearsing",
     "use_backend",
 ]
 
@@ -44,6 +45,7 @@ BACKENDS = ("torch", "cpu", "triton", "interpret")
 _ENV = "QGNN_BACKEND"
 _FOLDER = {"cpu": "cpu", "triton": "triton", "interpret": "triton"}
 _requested: ContextVar[str | None] = ContextVar("qgnn_backend", default=None)
+_rehearsing: ContextVar[bool] = ContextVar("qgnn_rehearsing", default=False)
 
 
 @cache
@@ -60,7 +62,7 @@ def available_backends(device: torch.device | str = "cpu") -> tuple[str, ...]:
     """The backends that can run on ``device`` here, fastest first."""
     kind = torch.device(device).type
     found = []
-    if kind == "cuda" and _installed("triton") and not _interpreting():
+    if (kind == "cuda" or _rehearsing.get()) and _installed("triton") and not _interpreting():
         found.append("triton")
     if kind == "cpu" and _installed("numba"):
         found.append("cpu")
@@ -112,6 +114,16 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _requested.reset(token)
+
+
+@contextmanager
+def rehearsing() -> Iterator[None]:
+    """Let the Triton backend take tensors of any device in this context (:mod:`.triton.rehearsal`)."""
+    token = _rehearsing.set(True)
+    try:
+        yield
+    finally:
+        _rehearsing.reset(token)
 
 
 @cache

@@ -162,13 +162,13 @@ def _kernel(bits: int):
         values_owner = np.empty(EDGE_BLOCK * heads, np.float32)
         row_owner = np.empty(features, np.float32)
         peak_owner, total_owner = np.empty(heads, np.float32), np.empty(heads, np.float32)
-        share_owner, divisor_owner = np.empty(heads, np.float64), np.empty(heads, np.float32)
+        share_owner, inverse_owner = np.empty(heads, np.float64), np.empty(heads, np.float32)
         unpacked_owner = np.zeros(block * code_row, np.uint8)
         nothing_owner = np.zeros(block, np.float32)
         acc, logits, values, row = raw(acc_owner), raw(logits_owner), raw(values_owner), raw(row_owner)
         long_sums, short_sums = raw(sums_owner), raw(block_owner)
         peak, total, share = raw(peak_owner), raw(total_owner), raw(share_owner)
-        divisor, unpacked, nothing = raw(divisor_owner), raw(unpacked_owner), raw(nothing_owner)
+        inverse, unpacked, nothing = raw(inverse_owner), raw(unpacked_owner), raw(nothing_owner)
         alpha_src, alpha_dst, alpha_edge = raw(gat[0]), raw(gat[1]), raw(gat[2])
         att, x_dst, levels = raw(gatv2[0]), raw(gatv2[1]), raw(thresholds)
         scale, offset, row_scale, row_offset = raw(ranges[0]), raw(ranges[1]), raw(ranges[2]), raw(ranges[3])
@@ -233,9 +233,9 @@ def _kernel(bits: int):
                     else:
                         spread_sums(long_sums, stride, none, codes, parts, acc, r * pitch)
                     for h in range(heads):
-                        divisor_owner[h] = share_owner[h]
-                        total_owner[h] = total_owner[h] / divisor_owner[h] if per_row else np.float32(1.0)
-                    scale_heads(acc, r * pitch, heads, width, scale, offset, total, divisor)
+                        inverse_owner[h] = np.float32(1.0) / np.float32(share_owner[h])
+                        total_owner[h] = total_owner[h] * inverse_owner[h] if per_row else np.float32(1.0)
+                    scale_heads(acc, r * pitch, heads, width, scale, offset, total, inverse)
                     if not concat:
                         mean_heads(acc, r * pitch, heads, width)
                 finish_rows(acc, 0, pitch, nothing, first, count, spec, unpacked)
@@ -248,7 +248,7 @@ def _kernel(bits: int):
         keep(peak_owner)
         keep(total_owner)
         keep(share_owner)
-        keep(divisor_owner)
+        keep(inverse_owner)
         keep(unpacked_owner)
         keep(nothing_owner)
         keep(bytes_owner)

@@ -88,11 +88,11 @@ def spread_sums(sums, stride, none, codes, parts, acc, at):
 
 
 @jit.kernel
-def scale_heads(acc, at, heads, width, scale, offset, factor, divisor):
-    """``acc = (acc * scale) / divisor[head] + offset * factor[head]`` over a row's features."""
+def scale_heads(acc, at, heads, width, scale, offset, factor, inverse):
+    """``acc = (acc * scale) * inverse[head] + offset * factor[head]`` over a row's features."""
     for h in range(heads):
         for f in range(h * width, (h + 1) * width):
-            y = peek(acc, at + f) * peek(scale, f) / peek(divisor, h)
+            y = peek(acc, at + f) * peek(scale, f) * peek(inverse, h)
             poke(acc, at + f, y + peek(offset, f) * peek(factor, h))
 
 
@@ -125,11 +125,11 @@ def sum_kernel(bits: int):
         acc_owner = np.empty(block * pitch + GROUP, np.float32)
         sums_owner = np.empty(tiles * codes, np.float32)
         scratch_owner = np.empty(EDGE_BLOCK * heads, np.float32)
-        total_owner, divisor_owner = np.empty(heads, np.float32), np.ones(heads, np.float32)
+        total_owner, inverse_owner = np.empty(heads, np.float32), np.ones(heads, np.float32)
         unpacked_owner = np.zeros(block * code_row, np.uint8)
         nothing_owner = np.zeros(block, np.float32)
         acc, sums, scratch, total = raw(acc_owner), raw(sums_owner), raw(scratch_owner), raw(total_owner)
-        divisor, unpacked, nothing = raw(divisor_owner), raw(unpacked_owner), raw(nothing_owner)
+        inverse, unpacked, nothing = raw(inverse_owner), raw(unpacked_owner), raw(nothing_owner)
         source, edges, final, weights = raw(words), raw(col), col.size - 1, raw(weight)
         steps, lows, scales, offsets = raw(row_scale), raw(row_offset), raw(scale), raw(offset)
         has_weight, per_row = weight.size > 0, row_scale.size > 0
@@ -155,13 +155,13 @@ def sum_kernel(bits: int):
                             table, lanewise, none, codes, sums,
                         )  # fmt: skip
                     spread_sums(sums, stride, none, codes, parts, acc, r * pitch)
-                    scale_heads(acc, r * pitch, heads, width, scales, offsets, total, divisor)
+                    scale_heads(acc, r * pitch, heads, width, scales, offsets, total, inverse)
                 finish_rows(acc, 0, pitch, nothing, first, count, spec, unpacked)
         keep(acc_owner)
         keep(sums_owner)
         keep(scratch_owner)
         keep(total_owner)
-        keep(divisor_owner)
+        keep(inverse_owner)
         keep(unpacked_owner)
         keep(nothing_owner)
 

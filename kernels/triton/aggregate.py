@@ -13,11 +13,14 @@ from ..layout import parts_per_byte, row_words
 from .bits import ROW, finish, isolated_part, load_range, part_features, part_sums, power_of_two, store_words
 from .gather import heads_part, max_codes, spread_heads, sum_codes, sum_slots, sum_weighted
 from .launch import (
+    GRAPH_SIZES,
     MAGIC_BITS,
+    SECOND_STAGE,
     Config,
     check_devices,
     check_graph,
     config_for,
+    fewer_codes,
     launch,
     launch_options,
     next_power_of_two,
@@ -27,7 +30,7 @@ from .launch import (
 from .ranges import range_kind
 from .schedule import Schedule, schedule_for
 
-__all__ = ["aggregate", "aggregate_kernel", "heads_aligned", "hub_kernel"]
+__all__ = ["aggregate", "aggregate_kernel", "fitted", "heads_aligned", "hub_kernel"]
 
 
 @triton.jit
@@ -70,7 +73,7 @@ def _part(total, part: tl.constexpr, MODE: tl.constexpr, BITS: tl.constexpr, ROW
     return tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GRAPH_SIZES)
 def aggregate_kernel(  # type: ignore[no-untyped-def]
     words, col, row_of, begin_of, length_of, slot_of, weight, scale, offset, dst_scale, bias,
     out_scale, out_offset, out, partial, num_items, num_partial, magic,
@@ -135,7 +138,7 @@ def aggregate_kernel(  # type: ignore[no-untyped-def]
             store_words(out, packed, row, item_ok, first, W, WORDS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GRAPH_SIZES)
 def hub_kernel(  # type: ignore[no-untyped-def]
     partial, rowptr, hub_row, hub_first, hub_count, scale, offset, dst_scale, bias, out_scale,
     out_offset, out, num_partial,
@@ -195,6 +198,13 @@ def heads_aligned(num_features: int, heads: int, bits: int, tile_words: int) -> 
     return whole and words % max(1, heads // parts) == 0
 
 
+def fitted(config: Config, num_features: int, heads: int, bits: int) -> Config:
+    """``config`` for what threads must hold: of several heads that have to be told apart, a weight per code."""
+    words = row_words(num_features, bits)
+    _, tile = word_tile(config, words, bits=bits)
+    return config if heads == 1 or heads_aligned(num_features, heads, bits, tile) else fewer_codes(config, bits)
+
+
 def _launch(
     device: torch.device, tensors: dict[str, Tensor | None], out: Tensor, rowptr: Tensor,
     schedule: Schedule, mode: str, config: Config, meta: dict[str, Any], rows: int,
@@ -217,7 +227,7 @@ def _launch(
     launch(
         hub_kernel, (schedule.num_hubs, tiles), device,
         partial, rowptr, schedule.hub_row, schedule.hub_first, schedule.hub_count, *tail, out,
-        schedule.num_partial, MODE=mode, SLOTS=8, num_warps=4, **meta,
+        schedule.num_partial, MODE=mode, SLOTS=8, **launch_options(SECOND_STAGE), **meta,
     )  # fmt: skip
 
 
@@ -264,9 +274,9 @@ def aggregate(
     num_words = row_words(num_features, bits)
     width = num_words if out_bits else num_features
     out = words.new_empty((rowptr.numel() - 1, width), dtype=torch.int32 if out_bits else torch.float32)
-    config = config_for(f"aggregate_{mode}", device, num_words)
-    rows, tile = word_tile(config, num_words, warp_size(), bits)
     heads = edge_weight.size(1) if edge_weight is not None and edge_weight.dim() == 2 else 1
+    config = fitted(config_for(f"aggregate_{mode}", device, num_words), num_features, heads, bits)
+    rows, tile = word_tile(config, num_words, warp_size(), bits)
     meta = {
         "F": num_features, "W": num_words, "BITS": bits, "WORDS": tile, "HEADS": heads,
         "HEAD_TILE": next_power_of_two(heads), "ALIGNED": heads_aligned(num_features, heads, bits, tile),

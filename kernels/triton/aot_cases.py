@@ -16,7 +16,7 @@ from . import quantize_pack as quantize_module
 from . import smp_step as smp_module
 from . import unpack_dequantize as unpack_module
 from .aot import TARGETS, Case
-from .launch import Config, load_table, next_power_of_two, table_entry, whole_row_tile, word_tile
+from .launch import SECOND_STAGE, Config, load_table, next_power_of_two, table_entry, whole_row_tile, word_tile
 
 __all__ = ["BUILDERS", "shapes"]
 
@@ -49,6 +49,10 @@ def _codes_per_turn(constants: dict[str, Any], config: Config, target: str) -> f
     threads = config.num_warps * WARP[target]
     words = constants["ROWS"] * min(constants["WORDS"], constants["W"]) / threads
     return max(words, 1) * 32 / constants["BITS"] * config.unroll
+
+
+def _second_stage() -> dict[str, Any]:
+    return {"num_warps": SECOND_STAGE.num_warps, "max_registers": SECOND_STAGE.max_registers}
 
 
 def _without(constants: dict[str, Any], *names: str) -> dict[str, Any]:
@@ -95,27 +99,29 @@ def aggregate_cases(grid: str, target: str) -> Iterator[Case]:
                     facts=facts | {"out_bytes": 4 * words if pack else 4 * features},
                 )  # fmt: skip
             if mode == "weighted" and features % 4 == 0:
-                yield _weighted_heads(bits, features, constants, types, config, codes, facts)
+                yield _weighted_heads(bits, features, constants, types, config, facts, target)
             hub = _without(constants, "ROWS", "UNROLL")
             yield Case(
                 "aggregate", f"{mode} int{bits} F={features} hubs", aggregate_module.hub_kernel,
                 HUB_TYPES | ({"partial": "*fp32"} if mode == "weighted" else {}),
-                hub | {"SLOTS": 8},
-                facts={"bits": bits, "features": features},
+                hub | {"SLOTS": 8}, **_second_stage(), facts={"bits": bits, "features": features},
             )  # fmt: skip
 
 
 def _weighted_heads(
-    bits: int, features: int, constants: dict[str, Any], types: dict[str, str], config: Config, codes: float,
-    facts: dict[str, Any],
+    bits: int, features: int, constants: dict[str, Any], types: dict[str, str], config: Config,
+    facts: dict[str, Any], target: str,
 ) -> Case:  # fmt: skip
     """Four weights per edge, and a range per source row."""
+    config = aggregate_module.fitted(config, features, 4, bits)
+    constants = constants | _tile_constants(features, bits, config, target)
     aligned = aggregate_module.heads_aligned(features, 4, bits, constants["WORDS"])
-    heads = {"HEADS": 4, "HEAD_TILE": 4, "ALIGNED": aligned, "SCALE": ROW, "OFFSET": ROW}
+    constants |= {"HEADS": 4, "HEAD_TILE": 4, "ALIGNED": aligned, "SCALE": ROW, "OFFSET": ROW}
     return Case(
         "aggregate", f"weighted int{bits} F={features} H=4 rows", aggregate_module.aggregate_kernel, types,
-        constants | heads, config.num_warps, max_registers=config.max_registers, codes_per_iteration=codes,
-        facts=facts | {"mode": "heads"},
+        constants, config.num_warps, max_registers=config.max_registers,
+        codes_per_iteration=_codes_per_turn(constants, config, target),
+        facts=facts | {"mode": "heads", "out_bytes": 4 * features},
     )  # fmt: skip
 
 
@@ -170,34 +176,52 @@ def attention_cases(grid: str, target: str) -> Iterator[Case]:
             facts = {"bits": bits, "features": features, "row_bytes": 4 * words, "heads": heads}
             yield Case(
                 "attention_aggregate", name + " peak", logits_module.peak_kernel, types,
-                constants, config.num_warps, facts=facts,
+                constants, config.num_warps, max_registers=config.max_registers, facts=facts,
             )  # fmt: skip
             constants |= {
                 "UNROLL": config.unroll,
                 "RELU": False, "PACK": False, "OUT_SCALE": ONE, "OUT_OFFSET": ONE,
             }  # fmt: skip
             for attention_bits in (4, 32):
-                quantized = attention_bits != 32
-                yield Case(
-                    "attention_aggregate", f"{name} att{attention_bits}",
-                    attention_module.attention_kernel,
-                    types | {"peak": "*fp32", "bias": "*fp32"}
-                    | ({"thresholds": "*fp32", "partial": "*i32"} if quantized else {}),
-                    constants | {
-                        "INTEGER": quantized, "TOP": 15 if quantized else 0,
-                        "PAIRED": quantized and attention_module.fits_pairs(4, bits)
-                        and (constants["ALIGNED"] or heads == 1),
-                    },
-                    config.num_warps, max_registers=config.max_registers,
-                    codes_per_iteration=_codes_per_turn(constants, config, target),
-                    facts=facts | {"mode": "v2" if v2 else "gat"},
-                )  # fmt: skip
+                yield _attention(name, types, constants, attention_bits, config, facts, target)
+            if v2:
+                config = attention_module.fitted(config, bits, v2, COLUMN, COLUMN)
+                rows, tile = whole_row_tile(config, words, WARP[target], bits)
+                columns = constants | {"ROWS": rows, "WORDS": tile, "SCALE": COLUMN, "OFFSET": COLUMN}
+                yield _attention(name + " columns", types, columns, 4, config, facts, target)
             if not v2:
                 hub = _without(constants, "ROWS", "V2", "UNROLL") | {"SLOTS": 4, "INTEGER": True}
                 yield Case(
                     "attention_aggregate", f"{name} hubs", attention_module.attention_hub_kernel,
-                    _without(HUB_TYPES, "rowptr", "dst_scale"), hub, facts=facts,
+                    _without(HUB_TYPES, "rowptr", "dst_scale"), hub, **_second_stage(), facts=facts,
                 )  # fmt: skip
+    for heads in (1, 4):
+        yield Case(
+            "attention_aggregate", f"H={heads} peaks of hubs", logits_module.hub_peak_kernel,
+            {n: HUB_TYPES[n] for n in ("hub_row", "hub_first", "hub_count", "out")} | {"partial": "*fp32"},
+            {"HEADS": heads, "HEAD_TILE": heads, "SLOTS": 32}, num_warps=1, facts={"bits": 32, "features": heads},
+        )  # fmt: skip
+
+
+def _attention(
+    name: str, types: dict[str, str], constants: dict[str, Any], attention_bits: int, config: Config,
+    facts: dict[str, Any], target: str,
+) -> Case:  # fmt: skip
+    quantized = attention_bits != 32
+    paired = quantized and attention_module.fits_pairs(4, constants["BITS"])
+    types = types | {"peak": "*fp32", "bias": "*fp32"}
+    if quantized:
+        types |= {"thresholds": "*fp32", "partial": "*i32"}
+    return Case(
+        "attention_aggregate", f"{name} att{attention_bits}", attention_module.attention_kernel, types,
+        constants | {
+            "INTEGER": quantized, "TOP": 15 if quantized else 0,
+            "PAIRED": paired and (constants["ALIGNED"] or constants["HEADS"] == 1),
+        },
+        config.num_warps, max_registers=config.max_registers,
+        codes_per_iteration=_codes_per_turn(constants, config, target),
+        facts=facts | {"mode": "v2" if constants["V2"] else "gat", "unroll": config.unroll},
+    )  # fmt: skip
 
 
 def linear_cases(grid: str, target: str) -> Iterator[Case]:
@@ -222,18 +246,23 @@ def linear_cases(grid: str, target: str) -> Iterator[Case]:
             }  # fmt: skip
             yield Case(
                 "linear", name, linear_module.linear_kernel, types, constants, config.num_warps,
-                config.num_stages, facts=facts,
+                config.num_stages, config.max_registers, facts=facts,
             )  # fmt: skip
             packed = {
                 "OUT_BITS": x_bits, "OUT_BYTES": row_bytes(outputs, x_bits), "BLOCK_N": outputs,
                 "BLOCK_M": max(16, config.block_m * config.block_n // outputs),
             }  # fmt: skip
-            yield Case(
-                "linear", name + " packed", linear_module.linear_kernel,
-                types | PACKED_TYPES | {"out": "*i8", "row_scale": "*fp32"}, constants | packed,
-                config.num_warps, config.num_stages,
-                facts=facts | {"row_traffic": row_bytes(features, x_bits) + row_bytes(outputs, x_bits)},
-            )  # fmt: skip
+            traffic = row_bytes(features, x_bits) + row_bytes(outputs, x_bits)
+            packed_types = types | PACKED_TYPES | {"out": "*i8"}
+            for label, more, bytes_more in (
+                (" packed", {"row_scale": "*fp32"}, 4),
+                (" packed, added", {"row_scale": "*fp32", "addend": "*fp32"}, 4 + 4 * outputs),
+            ):  # fmt: skip
+                yield Case(
+                    "linear", name + label, linear_module.linear_kernel, packed_types | more, constants | packed,
+                    config.num_warps, config.num_stages, config.max_registers,
+                    facts=facts | {"row_traffic": traffic + bytes_more},
+                )  # fmt: skip
 
 
 def training_cases(grid: str, target: str) -> Iterator[Case]:
@@ -277,14 +306,21 @@ def smp_cases(grid: str, target: str) -> Iterator[Case]:
             "smp_step", f"float sum F={features}", float_module.float_sum_kernel,
             types | {"x": "*fp32", "dst_scale": "*fp32", "partial": "*fp32"},
             {"F": features, "HEADS": 1, "ROWS": rows, "COLUMNS": columns, "UNROLL": config.unroll},
-            config.num_warps, codes_per_iteration=floats, facts=facts | {"row_bytes": 4 * features},
+            config.num_warps, codes_per_iteration=floats,
+            facts=facts | {"row_bytes": 4 * features, "unroll": config.unroll},
         )  # fmt: skip
         yield Case(
             "spmm", f"weighted sum F={features}", float_module.float_sum_kernel,
             _without(types, "dst_scale")
             | {"x": "*fp32", "partial": "*fp32", "weight": "*fp32", "edge_of": "*i64"},
             {"F": features, "HEADS": 1, "ROWS": rows, "COLUMNS": columns, "UNROLL": config.unroll},
-            config.num_warps, codes_per_iteration=floats, facts=facts | {"row_bytes": 4 * features},
+            config.num_warps, codes_per_iteration=floats,
+            facts=facts | {"row_bytes": 4 * features, "unroll": config.unroll},
+        )  # fmt: skip
+        yield Case(
+            "spmm", f"hubs F={features}", float_module.float_sum_hub_kernel,
+            {n: HUB_TYPES[n] for n in ("hub_row", "hub_first", "hub_count", "dst_scale", "out")} | {"partial": "*fp32"},
+            {"F": features, "SLOTS": 8, "COLUMNS": columns}, **_second_stage(), facts=facts,
         )  # fmt: skip
         rows, columns = whole_row_tile(config, features, WARP[target])
         yield Case(

@@ -23,6 +23,7 @@ from ..layout import row_words, top_code
 from .aggregate import heads_aligned
 from .attention_logits import gat_logits, load_heads, numerator, peaks, v2_inputs, v2_logits
 from .bits import (
+    COLUMN,
     HEAD,
     ROW,
     field_floats,
@@ -40,11 +41,14 @@ from .bits import (
 )
 from .gather import gather_words, heads_part, per_code, spread_heads, sum_slots
 from .launch import (
+    GRAPH_SIZES,
     MAGIC_BITS,
+    SECOND_STAGE,
     Config,
     check_devices,
     check_graph,
     config_for,
+    fewer_codes,
     launch,
     launch_options,
     next_power_of_two,
@@ -61,23 +65,28 @@ FLOAT_BITS = 32
 
 @triton.jit
 def _normalize(  # type: ignore[no-untyped-def]
-    total, share, offsets, scale, offset, first, part: tl.constexpr,
+    total, inverse, offsets, scale, offset, first, part: tl.constexpr,
     F: tl.constexpr, W: tl.constexpr, WORDS: tl.constexpr, SCALE: tl.constexpr,
     OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """``(s total) / share + l`` of a part tile; 0 where ``share`` is 0."""
+    """``(s total) inverse + l`` of a part tile; 0 where ``inverse`` is 0."""
     feature, feature_ok = part_features(first, part, F, W, WORDS)
     total = total.to(tl.float32)
-    share = share.to(tl.float32)
-    divisor = tl.where(share > 0, share, 1.0)
     if SCALE < ROW:
         total = total * load_range(scale, SCALE, 0, True, feature, feature_ok)
     if OFFSET >= ROW:
-        y = tl.div_rn(total + offsets, divisor)
+        y = (total + offsets) * inverse
     else:
         start = load_range(offset, OFFSET, 0, True, feature, feature_ok)
-        y = tl.div_rn(total, divisor) + start
-    return tl.where(share > 0, y, 0.0)
+        y = total * inverse + start
+    return tl.where(inverse > 0, y, 0.0)
+
+
+@triton.jit
+def _inverse(share):
+    """``1 / share`` per head, correctly rounded; 0 for rows without edges."""
+    share = share.to(tl.float32)
+    return tl.where(share > 0, tl.div_rn(1.0, tl.where(share > 0, share, 1.0)), 0.0)
 
 
 @triton.jit
@@ -169,7 +178,7 @@ def _part(  # type: ignore[no-untyped-def]
     return tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GRAPH_SIZES)
 def attention_kernel(  # type: ignore[no-untyped-def]
     words, col, row_of, begin_of, length_of, slot_of, scale, offset, alpha_src, alpha_dst,
     alpha_edge, att, x_dst, peak, thresholds, bias, out_scale, out_offset, out, partial, slope,
@@ -212,13 +221,13 @@ def attention_kernel(  # type: ignore[no-untyped-def]
         if OFFSET >= ROW:
             tl.store(target + tl.cast(num_partial, tl.int64) * HEADS, offsets, mask=ok)
     else:
-        shares = spread_heads(share, word, F, W, BITS, ROWS, WORDS, HEADS, ALIGNED)
+        inverses = spread_heads(_inverse(share), word, F, W, BITS, ROWS, WORDS, HEADS, ALIGNED)
         starts = spread_heads(offsets, word, F, W, BITS, ROWS, WORDS, HEADS, ALIGNED)
         packed = tl.zeros([ROWS, WORDS], tl.int32)
         for part in tl.static_range(parts):
             y = _normalize(
                 _part(total, part, BITS, ROWS, WORDS, INTEGER, PAIRED),
-                heads_part(shares, part, BITS, ROWS, WORDS), heads_part(starts, part, BITS, ROWS, WORDS),
+                heads_part(inverses, part, BITS, ROWS, WORDS), heads_part(starts, part, BITS, ROWS, WORDS),
                 scale, offset, 0, part, F, W, WORDS, SCALE, OFFSET,
             )  # fmt: skip
             packed |= finish(
@@ -229,7 +238,7 @@ def attention_kernel(  # type: ignore[no-untyped-def]
             store_words(out, packed, row, item_ok, 0, W, WORDS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GRAPH_SIZES)
 def attention_hub_kernel(  # type: ignore[no-untyped-def]
     partial, hub_row, hub_first, hub_count, scale, offset, bias, out_scale, out_offset, out,
     num_partial,
@@ -252,14 +261,14 @@ def attention_hub_kernel(  # type: ignore[no-untyped-def]
     offsets = tl.zeros([1, HEAD_TILE], tl.float32)
     if OFFSET >= ROW:
         offsets = sum_slots(sums + slots * HEADS, count, HEADS, kind, SLOTS, HEADS, HEAD_TILE)
-    shares = spread_heads(share, word, F, W, BITS, 1, WORDS, HEADS, ALIGNED)
+    inverses = spread_heads(_inverse(share), word, F, W, BITS, 1, WORDS, HEADS, ALIGNED)
     starts = spread_heads(offsets, word, F, W, BITS, 1, WORDS, HEADS, ALIGNED)
     packed = tl.zeros([1, WORDS], tl.int32)
     for part in tl.static_range(8 // BITS):
         source = partial + first_slot * width + part * 4 * W
         y = _normalize(
             sum_slots(source, count, width, kind, SLOTS, 4 * W, 4 * WORDS),
-            heads_part(shares, part, BITS, 1, WORDS), heads_part(starts, part, BITS, 1, WORDS),
+            heads_part(inverses, part, BITS, 1, WORDS), heads_part(starts, part, BITS, 1, WORDS),
             scale, offset, 0, part, F, W, WORDS, SCALE, OFFSET,
         )  # fmt: skip
         packed |= finish(
@@ -268,6 +277,11 @@ def attention_hub_kernel(  # type: ignore[no-untyped-def]
         )  # fmt: skip
     if PACK:
         store_words(out, packed, row, row >= 0, 0, W, WORDS)
+
+
+def fitted(config: Config, bits: int, v2: bool, scale_kind: int, offset_kind: int) -> Config:
+    """``config`` for what threads must hold: of GATv2 with ranges per column, those of their codes as well."""
+    return fewer_codes(config, bits) if v2 and COLUMN.value in (scale_kind, offset_kind) else config
 
 
 @cache
@@ -288,7 +302,7 @@ def _launch(
     per_row = (ROW.value, HEAD.value)
     integer = quantized and meta["SCALE"] not in per_row and meta["OFFSET"] not in per_row
     paired = integer and (meta["ALIGNED"] or meta["HEADS"] == 1) and fits_pairs(attention_bits, meta["BITS"])
-    peak = peaks(device, tensors, schedule, out.size(0), slope, meta, config.num_warps)
+    peak = peaks(device, tensors, schedule, out.size(0), slope, meta, config)
     words, bits, heads = meta["W"], meta["BITS"], meta["HEADS"]
     planes = 2 if meta["OFFSET"] in per_row else 1
     partial = out.new_empty(
@@ -311,7 +325,7 @@ def _launch(
         attention_hub_kernel, (schedule.num_hubs,), device,
         partial, schedule.hub_row, schedule.hub_first, schedule.hub_count, tensors["scale"],
         tensors["offset"], *tail, out, schedule.num_partial, SLOTS=4, INTEGER=integer,
-        num_warps=4, **hub, **epilogue,
+        **launch_options(SECOND_STAGE), **hub, **epilogue,
     )  # fmt: skip
 
 
@@ -362,6 +376,7 @@ def attention_aggregate(
         dtype=torch.int32 if out_bits else torch.float32,
     )
     config = config_for("attention" if att is None else "attention_v2", device, num_words)
+    config = fitted(config, bits, att is not None, range_kind(scale), range_kind(offset))
     rows, tile = whole_row_tile(config, num_words, warp_size(), bits)  # heads are computed once per edge
     meta = {
         "F": num_features, "W": num_words, "BITS": bits, "ROWS": rows, "WORDS": tile,

@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .bits import COLUMN, HEAD, ONE, field_floats, isolate, power_of_two, row_magic
+from .bits import COLUMN, HEAD, ONE, field_codes, isolate, row_magic
 from .gather import entry_features, gather_words, per_code, spread_heads, sum_heads
-from .launch import MAGIC_BITS, launch
+from .launch import GRAPH_SIZES, MAGIC_BITS, Config, launch, launch_options
 from .schedule import Schedule
 
 __all__ = [
@@ -91,7 +91,7 @@ def v2_logits(  # type: ignore[no-untyped-def]
     """
     entry = tl.arange(0, 32 // BITS)
     shift = (entry // 4 * BITS + entry % 2 * 8)[None, None, :]
-    codes = field_floats(fields, magic) * power_of_two(-shift)  # exact
+    codes = field_codes(fields, shift, magic)
     s = _source_range(scale, SCALE, source, ok, word, head, F, W, BITS, ROWS, WORDS, HEADS, ALIGNED)
     start = _source_range(offset, OFFSET, source, ok, word, head, F, W, BITS, ROWS, WORDS, HEADS, ALIGNED)
     terms = _leaky(codes * s + start + target, slope) * weights
@@ -117,7 +117,7 @@ def numerator(e, ok, thresholds, TOP: tl.constexpr):  # type: ignore[no-untyped-
     return value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GRAPH_SIZES)
 def peak_kernel(  # type: ignore[no-untyped-def]
     words, col, row_of, begin_of, length_of, slot_of, scale, offset, alpha_src, alpha_dst,
     alpha_edge, att, x_dst, out, partial, slope, num_items, num_partial, magic,
@@ -183,7 +183,7 @@ def hub_peak_kernel(  # type: ignore[no-untyped-def]
 
 def peaks(
     device: torch.device, tensors: dict[str, Tensor | None], schedule: Schedule, num_dst: int,
-    slope: float, meta: dict[str, Any], num_warps: int,
+    slope: float, meta: dict[str, Any], config: Config,
 ) -> Tensor:  # fmt: skip
     """``[num_dst, HEADS]`` float32, the peak logits."""
     heads = meta["HEADS"]
@@ -197,7 +197,7 @@ def peaks(
         peak_kernel, (triton.cdiv(schedule.num_items, meta["ROWS"]),), device,
         tensors["words"], tensors["col"], schedule.row, schedule.begin, schedule.length,
         schedule.slot, *(tensors[name] for name in names), out, partial, slope,
-        schedule.num_items, schedule.num_partial, MAGIC_BITS, num_warps=num_warps, **meta,
+        schedule.num_items, schedule.num_partial, MAGIC_BITS, **launch_options(config), **meta,
     )  # fmt: skip
     launch(
         hub_peak_kernel, (schedule.num_hubs,), device,

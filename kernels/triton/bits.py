@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 
 __all__ = [
-    "COLUMN", "HEAD", "ONE", "ROW", "by_feature", "feature_tile", "field_floats", "field_max", "finish",
-    "isolate", "isolated_part", "load_range", "load_words", "pack_features", "part_features",
-    "part_sums", "power_of_two", "quantize", "row_magic", "select_part", "spread", "store_words", "sums_by_part",
+    "COLUMN", "HEAD", "ONE", "ROW", "by_feature", "feature_tile", "field_codes", "field_floats", "field_max", "finish",
+    "isolate", "isolated_part", "load_range", "load_words", "pack_features", "part_features", "part_sums",
+    "power_of_two", "quantize", "relu", "row_magic", "select_part", "spread", "store_words", "sums_by_part",
 ]  # fmt: skip
 
 # Kinds of range tensors: one element, one per column, one per row.
@@ -179,6 +179,15 @@ def field_floats(fields, magic):
 
 
 @triton.jit
+def field_codes(fields, shift, magic):
+    """``fields >> shift`` as float32, exactly, in one more instruction than the mask: both the shift and the removal
+    of 2^23 are those of a fused multiplication and addition.
+    """
+    small = power_of_two(-shift)
+    return tl.fma((fields | magic).to(tl.float32, bitcast=True), small, small * -_TWO_23)
+
+
+@triton.jit
 def load_words(pointers, mask):
     return tl.load(pointers, mask=mask, other=0).to(tl.uint32, bitcast=True)
 
@@ -207,11 +216,17 @@ def load_range(ptr, kind: tl.constexpr, row, row_ok, feature, feature_ok):  # ty
 
 @triton.jit
 def quantize(x, scale, offset, bits: tl.constexpr):  # type: ignore[no-untyped-def]
-    """``clamp(floor((x - l) * (1 / s) + 1/2), 0, Q)`` in float32; 0 for NaN."""
+    """``clamp(floor((x - l) * (1 / s) + 1/2), 0, Q)`` as int32; 0 for NaN."""
     top: tl.constexpr = (1 << bits) - 1
-    code = tl.floor((x - offset) * tl.div_rn(1.0, scale) + 0.5)
-    code = tl.where(code > 0, code, 0.0)  # false for NaN
-    return tl.where(code < top, code, top * 1.0)
+    position = (x - offset) * tl.div_rn(1.0, scale) + 0.5
+    position = tl.where(position > 0, position, 0.0)  # false for NaN
+    return tl.minimum(position, top * 1.0).to(tl.int32)  # from 0 on, truncation is the floor
+
+
+@triton.jit
+def relu(x):
+    """``max(x, 0)``, and NaN for NaN, as torch has it."""
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -260,11 +275,13 @@ def finish(  # type: ignore[no-untyped-def]
     if bias is not None:
         y = y + tl.load(bias + feature, mask=feature_ok, other=0.0)[None, :]
     if RELU:
-        y = tl.where(y < 0, 0.0, y)  # keeps NaN, as torch does
+        y = relu(y)
     if PACK:
         scale = load_range(out_scale, OUT_SCALE, row, row_ok, feature, feature_ok)
         offset = load_range(out_offset, OUT_OFFSET, row, row_ok, feature, feature_ok)
-        codes = tl.where(feature_ok[None, :], quantize(y, scale, offset, BITS).to(tl.int32), 0)
+        codes = quantize(y, scale, offset, BITS)
+        if F * BITS < 32 * W:  # bits that no feature has are 0
+            codes = tl.where(feature_ok[None, :], codes, 0)
         lanes = tl.reshape(codes, [ROWS, WORDS, 4]) << (8 * tl.arange(0, 4))[None, None, :]
         tile = tl.sum(lanes, 2) << (part * BITS)
     else:

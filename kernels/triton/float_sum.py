@@ -9,13 +9,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import check_devices, check_graph, config_for, launch, warp_size, whole_row_tile, word_tile
+from .launch import (
+    GRAPH_SIZES,
+    SECOND_STAGE,
+    check_devices,
+    check_graph,
+    config_for,
+    launch,
+    launch_options,
+    warp_size,
+    whole_row_tile,
+    word_tile,
+)
 from .schedule import schedule_for
 
 __all__ = ["edge_dots", "edge_dots_kernel", "float_sum", "float_sum_hub_kernel", "float_sum_kernel"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GRAPH_SIZES)
 def float_sum_kernel(  # type: ignore[no-untyped-def]
     x, col, row_of, begin_of, length_of, slot_of, src_scale, dst_scale, weight, edge_of, out, partial,
     num_items, num_partial,
@@ -84,7 +95,7 @@ def float_sum_hub_kernel(  # type: ignore[no-untyped-def]
     tl.store(out + row * F + column, y, mask=column < F)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GRAPH_SIZES)
 def edge_dots_kernel(  # type: ignore[no-untyped-def]
     a, b, col, row_of, begin_of, length_of, out, num_items,
     F: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -171,6 +182,6 @@ def float_sum(
     launch(
         float_sum_hub_kernel, (schedule.num_hubs, tiles), device,
         partial, schedule.hub_row, schedule.hub_first, schedule.hub_count, dst_scale, out,
-        F=features, SLOTS=8, COLUMNS=columns, num_warps=4,
+        F=features, SLOTS=8, COLUMNS=columns, **launch_options(SECOND_STAGE),
     )  # fmt: skip
     return out

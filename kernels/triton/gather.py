@@ -61,12 +61,14 @@ def sum_codes(  # type: ignore[no-untyped-def]
     total = spread(zero, BITS, 16)
     for first in range(0, longest, RUN):
         lanes = spread(zero, BITS, LANE)
+        next_edge = edge + first  # a pointer of its own leaves the counter, and comparisons with it, at 32 bits
         for k in range(first, tl.minimum(first + RUN, longest), UNROLL):
             early = spread(zero, BITS, EARLY)
             for u in tl.static_range(UNROLL):
                 ok = k + u < length
-                source = tl.load(edge + (k + u), mask=ok, other=0)
+                source = tl.load(next_edge + u, mask=ok, other=0)
                 early += spread(gather_words(words, source, ok, word, W), BITS, EARLY)
+            next_edge += UNROLL
             lanes += spread(early, EARLY, LANE)
         total += spread(lanes, LANE, 16)
     return sums_by_part(total, BITS, ROWS, WORDS)
@@ -164,7 +166,7 @@ def heads_part(tile, part: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr,
     """One part of what :func:`spread_heads` returns: ``[ROWS, 4 * WORDS or 1]``."""
     parts: tl.constexpr = 8 // BITS
     if tile.shape[1] * tile.shape[2] == 1:
-        tile = tl.reshape(tile, [ROWS, 1])
+        tile, _ = isolated_part(per_code(tile, BITS, ROWS, WORDS), part, BITS, ROWS, WORDS)
     elif tile.shape[2] == parts:
         tile = select_part(tile, part, parts)
         if tile.shape[1] > 1:

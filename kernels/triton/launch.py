@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,18 +24,22 @@ from ..backend import check_devices
 
 __all__ = [
     "CONFIGS_ENV",
+    "GRAPH_SIZES",
     "MAGIC_BITS",
+    "SECOND_STAGE",
     "Config",
     "architecture",
     "check_devices",
     "check_graph",
     "config_for",
     "debug_checks",
+    "fewer_codes",
     "launch",
     "launch_options",
     "load_table",
     "next_power_of_two",
     "override",
+    "rehearsed_for",
     "table_entry",
     "warp_size",
     "whole_row_tile",
@@ -46,10 +50,13 @@ CONFIGS_ENV = "QGNN_TRITON_CONFIGS"
 DEBUG_ENV = "QGNN_DEBUG"
 TABLE_VERSION = 1
 MAGIC_BITS = 0x4B000000  # of 2^23 in float32, for the kernels' argument ``magic``
+GRAPH_SIZES = ("num_items", "num_partial", "num_rows", "magic")  # arguments whose values must not make new binaries
+MORE_REGISTERS, MOST_REGISTERS = 168, 248  # of a thread: three programs of 128 threads fit a processor, or two
 MAX_ROWS = 256  # of a program: the row alignment of schedules
 MAX_ROW_WORDS = 4096  # of kernels that hold a row in one tile
 
 _debug: ContextVar[bool | None] = ContextVar("qgnn_triton_debug", default=None)
+_rehearsed: ContextVar[str | None] = ContextVar("qgnn_triton_target", default=None)
 _override: ContextVar[dict[str, Config] | None] = ContextVar("qgnn_triton_config", default=None)
 
 
@@ -86,17 +93,23 @@ class Config:
             power_of_two = isinstance(value, int) and value > 0 and value & (value - 1) == 0
             if not power_of_two and field.name not in ("num_stages", "segment", "max_registers"):
                 raise ValueError(f"Expected '{field.name}' to be a power of two (got {value!r})")
-        if self.max_registers % 8 or not 0 <= self.max_registers <= 248:
-            raise ValueError(f"Expected 'max_registers' to be 0, 8, 16, ... or 248 (got {self.max_registers!r})")
+        if self.max_registers % 8 or not 0 <= self.max_registers <= MOST_REGISTERS:
+            raise ValueError(
+                f"Expected 'max_registers' to be 0, 8, 16, ... or {MOST_REGISTERS} (got {self.max_registers!r})"
+            )
         if self.unroll > 4:
             raise ValueError(f"Expected 'unroll' of at most 4 (got {self.unroll})")
 
 
 def launch_options(config: Config, cuda: bool | None = None) -> dict[str, int]:
     """What the compiler is told for a loop over edges, on CUDA or on another platform (default: torch's own)."""
-    cuda = torch.version.hip is None if cuda is None else cuda
+    cuda = not _on_hip() if cuda is None else cuda
     registers = {"maxnreg": config.max_registers} if config.max_registers and cuda else {}
     return {"num_warps": config.num_warps, **registers}
+
+
+# Of a second stage, which holds one row; with a limit the compiler does not spill for more programs per processor.
+SECOND_STAGE = Config(num_warps=4, max_registers=128)
 
 
 def next_power_of_two(n: int) -> int:
@@ -105,6 +118,9 @@ def next_power_of_two(n: int) -> int:
 
 def architecture(device: torch.device) -> str:
     """The table's key for a device: ``"sm_90"``, ``"gfx942"``, or ``"default"`` off the GPU."""
+    rehearsed = _rehearsed.get()
+    if rehearsed is not None:
+        return rehearsed
     if device.type != "cuda":
         return "default"
     properties = torch.cuda.get_device_properties(device)
@@ -162,12 +178,20 @@ def override(**configs: Config) -> Iterator[None]:
 
 
 def word_tile(config: Config, words: int, warp_size: int = 32, bits: int = 8) -> tuple[int, int]:
-    """``(rows, words)`` of a program's tile: every thread holds ``words_per_thread`` words, or a
-    whole row where that is shorter, or what ``max_codes`` codes of ``bits`` bits take.
+    """``(rows, words)`` of a program's tile: every thread holds ``words_per_thread`` words, or as many as rows are
+    aligned to (more could not be loaded at once), or what ``max_codes`` codes of ``bits`` bits take.
     """
     width = min(next_power_of_two(words), config.tile_words)
-    of_thread = min(config.words_per_thread, width, config.max_codes * bits // 32)
+    of_thread = max(1, min(config.words_per_thread, words & -words, width, config.max_codes * bits // 32))
     return max(1, min(MAX_ROWS, config.num_warps * warp_size * of_thread // width)), width
+
+
+def fewer_codes(config: Config, bits: int) -> Config:
+    """``config`` for threads that hold something else per code as well: half as many codes and more registers, all
+    there are at 1 bit, where a single word has 32 codes.
+    """
+    most = MOST_REGISTERS if bits == 1 else MORE_REGISTERS
+    return replace(config, max_codes=max(1, config.max_codes // 2), max_registers=max(config.max_registers, most))
 
 
 def whole_row_tile(config: Config, words: int, warp_size: int = 32, bits: int = 8) -> tuple[int, int]:
@@ -186,8 +210,23 @@ def whole_row_tile(config: Config, words: int, warp_size: int = 32, bits: int = 
     return max(1, rows * tile // width), width
 
 
+def _on_hip() -> bool:
+    rehearsed = _rehearsed.get()
+    return rehearsed.startswith("gfx") if rehearsed is not None else torch.version.hip is not None
+
+
 def warp_size() -> int:
-    return 64 if torch.version.hip else 32
+    return 64 if _on_hip() else 32
+
+
+@contextmanager
+def rehearsed_for(arch: str) -> Iterator[None]:
+    """Configure launches in this context for an architecture that need not be there (:mod:`.rehearsal`)."""
+    token = _rehearsed.set(arch)
+    try:
+        yield
+    finally:
+        _rehearsed.reset(token)
 
 
 @contextmanager

@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import row_bytes, row_words
-from .bits import load_range, quantize
-from .launch import check_devices, config_for, launch
+from .bits import load_range, quantize, relu
+from .launch import GRAPH_SIZES, check_devices, config_for, launch, launch_options
 from .ranges import range_kind
 
 __all__ = ["linear", "linear_kernel"]
@@ -50,7 +50,7 @@ def _codes(  # type: ignore[no-untyped-def]
     return ((value.to(tl.int32) >> shift) & ((1 << BITS) - 1)).to(tl.int8)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GRAPH_SIZES)
 def linear_kernel(  # type: ignore[no-untyped-def]
     x, w, x_scale, x_offset, w_scale, w_offset, bias, row_scale, addend, out, out_scale,
     out_offset, num_rows, num_out,
@@ -116,7 +116,7 @@ def _finish(  # type: ignore[no-untyped-def]
     if addend is not None:
         y = y + tl.load(addend + row64 * num_out + column[None, :], mask=ok, other=0.0)
     if RELU:
-        y = tl.where(y < 0, 0.0, y)
+        y = relu(y)
     if row_scale is not None:
         y = y * tl.load(row_scale + row, mask=row_ok, other=0.0)[:, None]
     if OUT_BITS == 0:
@@ -126,7 +126,7 @@ def _finish(  # type: ignore[no-untyped-def]
         scale = load_range(out_scale, OUT_SCALE, row, row_ok, column[None, :], column_ok[None, :])
         start = load_range(out_offset, OUT_OFFSET, row, row_ok, column[None, :], column_ok[None, :])
         tile = tl.reshape(y, [BLOCK_M, 1, BLOCK_N])
-        codes = tl.where(ok[:, None, :], quantize(tile, scale, start, OUT_BITS).to(tl.int32), 0)
+        codes = tl.where(ok[:, None, :], quantize(tile, scale, start, OUT_BITS), 0)
         codes = tl.reshape(codes, [BLOCK_M, parts, BLOCK_N // parts])
         lanes = tl.sum(codes << (OUT_BITS * tl.arange(0, parts))[None, :, None], 1)
         byte = tl.arange(0, BLOCK_N // parts)[None, :]
@@ -187,7 +187,7 @@ def linear(
         W_SCALE=w_scale.numel() > 1, W_OFFSET=w_offset.numel() > 1, RELU=relu,
         OUT_BITS=out_bits if packs else 0, OUT_BYTES=row_bytes(num_out, out_bits) if packs else 0,
         OUT_SCALE=range_kind(out_scale), OUT_OFFSET=range_kind(out_offset),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        **launch_options(config), num_stages=config.num_stages,
     )  # fmt: skip
     return out
 

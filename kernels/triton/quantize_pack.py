@@ -9,13 +9,13 @@ from torch import Tensor
 
 from ..layout import row_words
 from .bits import feature_tile, load_range, pack_features, quantize
-from .launch import check_devices, config_for, launch, warp_size, word_tile
+from .launch import GRAPH_SIZES, check_devices, config_for, launch, warp_size, word_tile
 from .ranges import range_kind
 
 __all__ = ["pack_scaled", "quantize_pack", "quantize_pack_kernel"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GRAPH_SIZES)
 def quantize_pack_kernel(  # type: ignore[no-untyped-def]
     x, factor, scale, offset, out, num_rows,
     F: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
@@ -33,7 +33,7 @@ def quantize_pack_kernel(  # type: ignore[no-untyped-def]
         value = value * tl.load(factor + row, mask=row_ok, other=0.0)[:, None, None]
     s = load_range(scale, SCALE, row, row_ok, feature, feature_ok)
     offsets = load_range(offset, OFFSET, row, row_ok, feature, feature_ok)
-    codes = tl.where(feature_ok[None, :, :], quantize(value, s, offsets, BITS).to(tl.int32), 0)
+    codes = tl.where(feature_ok[None, :, :], quantize(value, s, offsets, BITS), 0)
     word = first + tl.arange(0, WORDS)
     tl.store(
         out + row64[:, None] * W + word[None, :],

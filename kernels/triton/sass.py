@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-__all__ = ["Binary", "Instruction", "inner_loop", "read_amdgcn", "read_cubin"]
+__all__ = ["Binary", "Instruction", "inner_loop", "longest_way", "read_amdgcn", "read_cubin"]
 
 # Memory, float, control and conversion instructions.  Of AMD's, scalar ones as well: the unit of their own
 # executes them once per wave.
@@ -46,6 +46,7 @@ class Binary:
         widest_load: Bytes of the widest global load of one thread.
         loop: Instruction mix of the inner loop, by opcode.
         loop_loads: Widths in bytes of the global loads in the inner loop, widest first.
+        outside: Instructions outside the inner loop on the longest way through the kernel that repeats no loop.
     """
 
     registers: int
@@ -55,6 +56,7 @@ class Binary:
     widest_load: int
     loop: dict[str, int]
     loop_loads: tuple[int, ...]
+    outside: int
 
     @property
     def integer_instructions(self) -> int:
@@ -108,13 +110,7 @@ def inner_loop(instructions: list[Instruction]) -> list[Instruction]:
 
 def _natural_loops(instructions: list[Instruction]) -> list[frozenset[int]]:
     """One set of instruction numbers per loop header: all that reach one of its back edges without passing it."""
-    index = {instruction.address: i for i, instruction in enumerate(instructions)}
-    after: list[list[int]] = []
-    for i, instruction in enumerate(instructions):
-        follows = [i + 1] if instruction.falls_through and i + 1 < len(instructions) else []
-        if instruction.target is not None:
-            follows.append(index[instruction.target])
-        after.append(follows)
+    after = _successors(instructions)
     before: list[list[int]] = [[] for _ in instructions]
     for i, follows in enumerate(after):
         for j in follows:
@@ -129,6 +125,38 @@ def _natural_loops(instructions: list[Instruction]) -> list[frozenset[int]]:
         if latches:
             loops.append(frozenset({header}.union(*(_reached(before, i, header) for i in latches))))
     return loops
+
+
+def _successors(instructions: list[Instruction]) -> list[list[int]]:
+    index = {instruction.address: i for i, instruction in enumerate(instructions)}
+    after = []
+    for i, instruction in enumerate(instructions):
+        follows = [i + 1] if instruction.falls_through and i + 1 < len(instructions) else []
+        if instruction.target is not None:
+            follows.append(index[instruction.target])
+        after.append(follows)
+    return after
+
+
+def longest_way(instructions: list[Instruction], without: list[Instruction]) -> int:
+    """Instructions on the longest way from the entry that repeats no loop; those in ``without`` do not count."""
+    if not instructions:
+        return 0
+    after, free = _successors(instructions), {i.address for i in without}
+    length: dict[int, int] = {}
+    under_way, stack = {0}, [(0, iter(after[0]))]
+    while stack:
+        i, follows = stack[-1]
+        j = next((j for j in follows if j not in length and j not in under_way), None)
+        if j is not None:
+            under_way.add(j)
+            stack.append((j, iter(after[j])))
+            continue
+        stack.pop()
+        under_way.discard(i)
+        # Successors that are still under way are the headers of loops.
+        length[i] = (instructions[i].address not in free) + max((length.get(j, 0) for j in after[i]), default=0)
+    return length[0]
 
 
 def _reached(edges: list[list[int]], start: int, without: int) -> set[int]:
@@ -153,6 +181,7 @@ def _binary(instructions: list[Instruction], registers: int, local: int, spills:
         widest_load=max((load_bytes(i.opcode) for i in instructions), default=0),
         loop=dict(Counter(i.opcode for i in loop)),
         loop_loads=tuple(loads),
+        outside=longest_way(instructions, loop),
     )
 
 

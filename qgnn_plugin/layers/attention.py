@@ -175,7 +175,7 @@ class _QuantizedAttention(QuantizedConv):
 
 
 def _weighted_mean(messages: QuantizedTensor, plan: GraphPlan, weight: Tensor, divisor: Tensor) -> Tensor:
-    r"""``(sum_j w_ij c_j) s / t_i + (sum_j w_ij / t_i) l``, ``[num_dst, H, C]``, for divisors ``t`` [num_dst, H].
+    r"""``(sum_j w_ij c_j) s (1 / t_i) + (sum_j w_ij / t_i) l``, ``[num_dst, H, C]``, for divisors ``t`` [num_dst, H].
 
     Where ranges differ by node or channel, values take the place of codes.
     """
@@ -186,10 +186,11 @@ def _weighted_mean(messages: QuantizedTensor, plan: GraphPlan, weight: Tensor, d
         )
     if messages.scale.numel() > 1:
         messages = QuantizedTensor.identity(messages.dequantize())
-    out = spmm(plan, messages.codes, weight) * messages.scale / divisor.unsqueeze(-1)
+    inverse = 1 / divisor  # once per row and head, as kernels have it
+    out = spmm(plan, messages.codes, weight) * messages.scale * inverse.unsqueeze(-1)
     if messages.unsigned:
         return out
-    share = segment_sum(plan, weight) / divisor
+    share = segment_sum(plan, weight) / divisor  # exactly 1 where nothing is dropped
     return out + share.unsqueeze(-1) * messages.lower
 
 

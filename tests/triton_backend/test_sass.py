@@ -1,6 +1,6 @@
 """Reading binaries: which instructions belong to the inner loop."""
 
-from qgnn_plugin.kernels.triton.sass import Instruction, _parse_sass, inner_loop, load_bytes, read_amdgcn
+from qgnn_plugin.kernels.triton.sass import Instruction, _parse_sass, inner_loop, load_bytes, longest_way, read_amdgcn
 
 # The latch of the inner loop stands before its header and falls into it; an out-of-line block follows the loop.
 AMD = """
@@ -53,6 +53,20 @@ def test_the_innermost_of_nested_loops() -> None:
 
 def test_no_loop() -> None:
     assert inner_loop([Instruction(0, "LDG.E"), Instruction(16, "EXIT", falls_through=False)]) == []
+
+
+def test_the_longest_way_repeats_no_loop() -> None:
+    instructions = _parse_sass(SASS)
+    assert longest_way(instructions, []) == len(instructions)
+    assert longest_way(instructions, inner_loop(instructions)) == 4
+    # Of two branches the longer, and the end of the shorter does not count.
+    branch = [
+        Instruction(0, "MOV"), Instruction(16, "BRA", target=64), Instruction(32, "FADD"), Instruction(48, "FADD"),
+        Instruction(64, "STG"), Instruction(80, "BRA", target=112), Instruction(96, "EXIT", falls_through=False),
+        Instruction(112, "EXIT", falls_through=False),
+    ]  # fmt: skip
+    assert longest_way(branch, []) == 7
+    assert longest_way([], []) == 0
 
 
 def test_widths_of_loads() -> None:

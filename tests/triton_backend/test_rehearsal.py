@@ -1,0 +1,57 @@
+"""Every op and model goes the whole way of a launch on a card that is not there."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qgnn_plugin.kernels.backend import available_backends
+from qgnn_plugin.kernels.triton.rehearsal import rehearse
+
+ROOT = Path(__file__).parents[2]
+OPS = {
+    "quantize_pack", "unpack_dequantize", "fake_quantize", "fake_quantize_backward", "linear", "aggregate", "hub",
+    "peak", "hub_peak", "attention", "attention_hub", "float_sum", "float_sum_hub", "update", "correct",
+}  # fmt: skip
+REGISTERS = 65536  # of a processor
+
+
+def rehearsed(target: str, *bits: str) -> dict[str, Any]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(__file__).with_name("rehearsed.py")), target, *bits]
+    done = subprocess.run(command, env={**environment, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def check(document: dict[str, Any]) -> None:
+    first, second = document["launches"]
+    assert {kernel.removesuffix("_kernel") for kernel in first} == OPS
+    assert first == second
+    assert document["new"] == [], "a graph of another size made new binaries"
+    for entry in document["ops"] + document["models"]:
+        if "registers" in entry:
+            assert entry["spills"] == entry["local_bytes"] == 0, entry
+            assert entry["registers"] * entry["threads"] <= REGISTERS, entry
+
+
+def test_every_launch_on_a_hopper_card() -> None:
+    check(rehearsed("sm_90", "4"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_every_launch(target: str) -> None:
+    check(rehearsed(target, "2", "4", "8"))
+
+
+def test_not_under_the_interpreter() -> None:
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"), rehearse("sm_90"):
+        pass
+    with pytest.raises(ValueError, match="sm_80"), rehearse("sm_12"):
+        pass
+    assert "triton" not in available_backends("cpu")
