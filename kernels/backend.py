@@ -137,7 +137,7 @@ def implementation(op: str, backend: str) -> Callable[..., Any]:
 
 
 # Ops that live in the module of another one.
-_HOME = {"fake_quantize_backward": "fake_quantize"}
+_HOME = {"fake_quantize_backward": "fake_quantize", "edge_dots": "float_sum", "segment_largest": "float_sum"}
 
 
 def dispatch(op: str, device: torch.device) -> Callable[..., Any]:

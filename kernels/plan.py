@@ -84,6 +84,21 @@ class GraphPlan:
         """The plan of the reversed edges; its ``perm`` refers to CSR positions of this plan."""
         return GraphPlan.from_edges(self.dst, self.col.long(), self.num_dst, self.num_src)
 
+    @cached_property
+    def positions(self) -> Tensor:
+        """``[num_edges]`` int64, the CSR positions in order."""
+        return torch.arange(self.num_edges, device=self.device)
+
+    @cached_property
+    def own_sources(self) -> Tensor:
+        """``[num_edges]`` int32, in place of ``col`` where each edge is its own source."""
+        return self.positions.to(torch.int32)
+
+    @cached_property
+    def numbers(self) -> Tensor:
+        """``[num_edges]`` int64, ``perm``, or the positions where they coincide."""
+        return self.positions if self.perm is None else self.perm
+
     def edges(self, start: int, stop: int) -> slice:
         """The CSR positions of the edges into the destinations ``[start, stop)``."""
         return slice(int(self.rowptr[start]), int(self.rowptr[stop]))

@@ -4,15 +4,19 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from llvmlite import ir
 from numba.core.typing.templates import signature
 from numba.extending import intrinsic
+from torch import Tensor
 
+from ..float_sum import edge_dots_reference, float_sum_reference, segment_largest_reference
 from . import jit
+from .memory import empty
 from .parallel import row_chunks, run_chunks
 from .simd import Vector, atomic_add, peek, vfma, vload, vload_first, vsplat, vstore, vstore_first
 
-__all__ = ["edge_dots", "float_sum", "float_sum_weighted", "segment_largest"]
+__all__ = ["edge_dots", "float_sum", "segment_largest"]
 
 LANES = 16
 TILE = 4 * LANES
@@ -164,7 +168,7 @@ def _edge_dots(rowptr, col, heads, grad, x, width, out, bounds, counter):
 
 
 @jit.kernel
-def segment_largest(rowptr, x, empty, out):
+def _largest(rowptr, x, empty, out):
     """``out[i, h]``: the largest of ``x[e, h]`` over the rows ``e`` of segment ``i``, or ``empty``."""
     for i in range(rowptr.size - 1):
         for h in range(x.shape[1]):
@@ -177,29 +181,63 @@ def segment_largest(rowptr, x, empty, out):
                 out[i, h] = max(out[i, h], x[e, h])
 
 
-def float_sum(rowptr: np.ndarray, col: np.ndarray, x: np.ndarray, out: np.ndarray) -> None:
-    """``out[i] = sum x[col[e]]`` over the edges of row ``i``; ``x`` and ``out`` are C-contiguous ``[*, F]`` float32."""
-    run_chunks(_sum, row_chunks(rowptr), rowptr, col, x, x.shape[1], out)
+def _array(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().contiguous().numpy()
 
 
-def float_sum_weighted(
-    rowptr: np.ndarray,
-    col: np.ndarray,
-    edge: np.ndarray,
-    weight: np.ndarray,
-    x: np.ndarray,
-    out: np.ndarray,
+def _reads(tensor: Tensor) -> bool:
+    """Whether kernels here take it: float32, and not empty."""
+    return tensor.dtype == torch.float32 and tensor.numel() > 0
+
+
+def float_sum(
+    x: Tensor,
+    rowptr: Tensor,
+    col: Tensor,
+    dst_scale: Tensor | None = None,
+    src_scale: Tensor | None = None,
+    weight: Tensor | None = None,
+    edge: Tensor | None = None,
+) -> Tensor:
+    if not _reads(x) or rowptr.numel() == 1:
+        return float_sum_reference(x, rowptr, col, dst_scale, src_scale, weight, edge)
+    out = empty((rowptr.numel() - 1, x.size(1)), torch.float32)
+    if src_scale is not None:
+        x = x * src_scale.unsqueeze(1)
+    pointers, sources = _array(rowptr), _array(col)
+    if weight is None:
+        run_chunks(_sum, row_chunks(pointers), pointers, sources, _array(x), x.size(1), out.numpy())
+    else:
+        edge = torch.arange(col.numel()) if edge is None else edge
+        _weighted(pointers, sources, _array(edge), _array(weight), _array(x), out.numpy())
+    return out if dst_scale is None else out.mul_(dst_scale.unsqueeze(1))
+
+
+def _weighted(
+    rowptr: np.ndarray, col: np.ndarray, edge: np.ndarray, weight: np.ndarray, x: np.ndarray, out: np.ndarray
 ) -> None:
-    """``out[i, h] = sum weight[edge[e], h] x[col[e], h]``; ``x`` and ``out`` are ``[*, H, C]`` float32."""
-    heads, width = x.shape[1:]
+    heads = weight.shape[1]
+    width = x.shape[1] // heads
     if width == 8 and heads % 8 == 0:
         run_chunks(_sum_eights, row_chunks(rowptr), rowptr, col, edge, weight, heads, x, out)
     else:
-        run_chunks(
-            _sum_weighted, row_chunks(rowptr), rowptr, col, edge, weight, heads, x, width, out
-        )
+        run_chunks(_sum_weighted, row_chunks(rowptr), rowptr, col, edge, weight, heads, x, width, out)
 
 
-def edge_dots(rowptr: np.ndarray, col: np.ndarray, grad: np.ndarray, x: np.ndarray, out: np.ndarray) -> None:
-    """``out[e, h] = <grad[i, h], x[col[e], h]>`` for the edges ``e`` of each row ``i``; ``[*, H, C]`` float32."""
-    run_chunks(_edge_dots, row_chunks(rowptr), rowptr, col, x.shape[1], grad, x, x.shape[2], out)
+def edge_dots(a: Tensor, b: Tensor, rowptr: Tensor, col: Tensor, heads: int = 1) -> Tensor:
+    if not _reads(a) or col.numel() == 0:
+        return edge_dots_reference(a, b, rowptr, col, heads)
+    out = empty((col.numel(), heads), torch.float32)
+    pointers, width = _array(rowptr), a.size(1) // heads
+    run_chunks(
+        _edge_dots, row_chunks(pointers), pointers, _array(col), heads, _array(a), _array(b), width, out.numpy()
+    )
+    return out
+
+
+def segment_largest(values: Tensor, rowptr: Tensor, empty: float = 0.0) -> Tensor:
+    if not _reads(values):
+        return segment_largest_reference(values, rowptr, empty)
+    out = values.new_empty((rowptr.numel() - 1, values.size(1)))
+    _largest(_array(rowptr), _array(values), empty, out.numpy())
+    return out

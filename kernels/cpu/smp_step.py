@@ -75,12 +75,6 @@ def _correct(h, sums, norm, c2, width, out, constraint, bounds, counter):
         constraint[block] = total
 
 
-def _neighbour_sums(x: Tensor, rowptr: Tensor, col: Tensor) -> Tensor:
-    out = empty((rowptr.numel() - 1, x.size(1)), torch.float32)
-    float_sum(rowptr.numpy(), col.numpy(), x.numpy(), out.numpy())
-    return out
-
-
 def smp_step(
     h: Tensor,
     x0: Tensor,
@@ -117,7 +111,7 @@ def smp_step(
     for block in _blocks(rows, width):
         pointers = rowptr[block.start : block.stop + 1]
         if words is None:
-            neighbours = _neighbour_sums(scaled, pointers, col) * norm[block].view(-1, 1)
+            neighbours = float_sum(scaled, pointers, col) * norm[block].view(-1, 1)
         else:
             neighbours = aggregate(words, pointers, col, scale, offset, width, bits, dst_scale=norm[block])
         bounds, energy = _partial_sums(block, stats[1])
@@ -128,7 +122,7 @@ def smp_step(
         if not again:
             pack(block)
     for block in _blocks(rows, width) if again else ():
-        sums = _neighbour_sums(change, rowptr[block.start : block.stop + 1], col)
+        sums = float_sum(change, rowptr[block.start : block.stop + 1], col)
         bounds, constraint = _partial_sums(block, stats[0])
         run_chunks(
             _correct, bounds, flat(h[block]), flat(sums), flat(norm[block]), np.float32(c2), width,

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..float_sum import edge_dots_reference, float_sum_reference, segment_largest_reference
 from .launch import (
     GRAPH_SIZES,
     SECOND_STAGE,
@@ -23,7 +24,11 @@ from .launch import (
 )
 from .schedule import schedule_for
 
-__all__ = ["edge_dots", "edge_dots_kernel", "float_sum", "float_sum_hub_kernel", "float_sum_kernel"]
+__all__ = [
+    "edge_dots", "edge_dots_kernel", "float_sum", "float_sum_hub_kernel", "float_sum_kernel", "segment_largest",
+]  # fmt: skip
+
+segment_largest = segment_largest_reference  # of logits alone, in training: torch's own kernel, on their device
 
 
 @triton.jit(do_not_specialize=GRAPH_SIZES)
@@ -128,6 +133,8 @@ def _checked(rowptr: Tensor, col: Tensor, x: Tensor, *others: Tensor | None) -> 
 
 def edge_dots(a: Tensor, b: Tensor, rowptr: Tensor, col: Tensor, heads: int = 1) -> Tensor:
     """``<a_i, b_j>`` per edge and head, ``[E, heads]``, of ``a`` ``[num_dst, F]`` and ``b`` ``[num_src, F]``."""
+    if a.dtype != torch.float32:
+        return edge_dots_reference(a, b, rowptr, col, heads)
     device = _checked(rowptr, col, b, a)
     features = a.size(1)
     out = a.new_empty((col.numel(), heads))
@@ -162,6 +169,8 @@ def float_sum(
         weight: ``[E, H]`` float32, head ``h`` covering the features ``[h F / H, (h + 1) F / H)``, or ones.
         edge: ``[E]`` int64, the row of ``weight`` of each edge; default its position.
     """
+    if x.dtype != torch.float32:
+        return float_sum_reference(x, rowptr, col, dst_scale, src_scale, weight, edge)
     device = _checked(rowptr, col, x, dst_scale, src_scale, weight, edge)
     x, features = x.contiguous(), x.size(1)
     out = x.new_empty((rowptr.numel() - 1, features))

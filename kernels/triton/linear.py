@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..layout import row_bytes, row_words
 from .bits import load_range, quantize, relu
-from .launch import GRAPH_SIZES, check_devices, config_for, launch, launch_options
+from .launch import GRAPH_SIZES, Config, check_devices, config_for, launch, launch_options
 from .ranges import range_kind
 
 __all__ = ["linear", "linear_kernel"]
@@ -183,7 +183,8 @@ def linear(
         out.view(torch.int8) if packs else out, out_scale, out_offset, num_rows, num_out,
         K=in_features, X_BITS=x_bits, W_BITS=w_bits, X_BYTES=row_bytes(in_features, x_bits),
         W_BYTES=row_bytes(in_features, w_bits), BLOCK_M=block_m, BLOCK_N=block_n,
-        BLOCK_K=config.block_k, X_SCALE=x_scale.numel() > 1, X_OFFSET=x_offset.numel() > 1,
+        BLOCK_K=block_k(config, in_features, x_bits, w_bits),
+        X_SCALE=x_scale.numel() > 1, X_OFFSET=x_offset.numel() > 1,
         W_SCALE=w_scale.numel() > 1, W_OFFSET=w_offset.numel() > 1, RELU=relu,
         OUT_BITS=out_bits if packs else 0, OUT_BYTES=row_bytes(num_out, out_bits) if packs else 0,
         OUT_SCALE=range_kind(out_scale), OUT_OFFSET=range_kind(out_offset),
@@ -193,6 +194,16 @@ def linear(
 
 
 MAX_PACKED_OUT = 256
+SMALLEST_BLOCK_K = 32  # of an int8 product
+
+
+def block_k(config: Config, in_features: int, x_bits: int, w_bits: int) -> int:
+    """Features per step: those of ``config`` where blocks are plain, vectorized loads of fewer than 8 bits.
+
+    Elsewhere positions or bytes take registers of their own.
+    """
+    plain = all(row_bytes(in_features, bits) % config.block_k == 0 and bits < 8 for bits in (x_bits, w_bits))
+    return config.block_k if plain else SMALLEST_BLOCK_K
 
 
 def packs_in_tile(num_out: int, out_bits: int) -> bool:

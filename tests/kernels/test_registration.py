@@ -11,6 +11,7 @@ from qgnn_plugin.kernels import (  # noqa: F401
     aggregate,
     attention_aggregate,
     fake_quantize,
+    float_sum,
     linear,
     quantize_pack,
     smp_step,
@@ -28,6 +29,7 @@ def _cases() -> dict[str, Callable[[], tuple[Any, ...]]]:
     def words(rows: int = plan.num_src) -> torch.Tensor:
         return random_words(rows, WIDTH, 2)
 
+    weight, edges = torch.rand(plan.num_edges, 2), torch.arange(plan.num_edges).flip(0)
     x, alpha = torch.randn(plan.num_src, WIDTH), torch.randn(plan.num_src, 2)
     return {
         "quantize_pack": lambda: (x, one, zero, 2),
@@ -50,6 +52,9 @@ def _cases() -> dict[str, Callable[[], tuple[Any, ...]]]:
         "attention with a range per head": lambda: (
             words(), *graph, alpha.abs(), alpha, WIDTH, 2, 2, 4, 0.2, alpha, alpha,
         ),
+        "float_sum": lambda: (x, *graph, None, None, weight, edges),
+        "edge_dots": lambda: (x, x, *graph, 2),
+        "segment_largest": lambda: (weight, plan.rowptr, -1.0),
         "smp_step": lambda: (x, x, *graph, alpha[:, 0].abs(), 0.1, 9.0, 0.1, True),
     }  # fmt: skip
 
