@@ -94,7 +94,10 @@ def v2_logits(  # type: ignore[no-untyped-def]
     codes = field_codes(fields, shift, magic)
     s = _source_range(scale, SCALE, source, ok, word, head, F, W, BITS, ROWS, WORDS, HEADS, ALIGNED)
     start = _source_range(offset, OFFSET, source, ok, word, head, F, W, BITS, ROWS, WORDS, HEADS, ALIGNED)
-    terms = _leaky(codes * s + start + target, slope) * weights
+    # What does not depend on the edge is added first, outside the loop; their order has no canon, as that of the sum.
+    tile: tl.constexpr = codes.shape
+    hidden = tl.fma(codes, tl.broadcast_to(s, tile), tl.broadcast_to(start + target, tile))
+    terms = _leaky(hidden, slope) * weights
     return sum_heads(terms, word, F, W, BITS, ROWS, WORDS, HEADS, HEAD_TILE, ALIGNED)
 
 

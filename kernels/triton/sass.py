@@ -41,7 +41,8 @@ class Binary:
     Attributes:
         registers: Per thread (AMD: vector registers).
         local_bytes: Stack or local memory per thread.
-        spills: Spilled registers; for NVIDIA the loads and stores of local memory.
+        spills: For NVIDIA the loads and stores of local memory, for AMD spilled vector registers.  (Scalar ones move
+            to lanes of a vector register; what goes to memory is in ``local_bytes``.)
         shared_bytes: Per program.
         widest_load: Bytes of the widest global load of one thread.
         loop: Instruction mix of the inner loop, by opcode.
@@ -263,6 +264,6 @@ def read_amdgcn(text: str) -> Binary:
         instructions,
         field("vgpr_count"),
         field("private_segment_fixed_size"),
-        field("vgpr_spill_count") + field("sgpr_spill_count"),
+        field("vgpr_spill_count"),
         field("group_segment_fixed_size"),
     )

@@ -132,8 +132,9 @@ def fixed_graph() -> Iterator[None]:
     """Let ``torch.compile(fullgraph=True)`` trace models on one graph.
 
     A compiled function cannot look a graph up by its memory.  Inside the context the calls of layers remember their
-    graph, and what is compiled there uses it as a constant: run the model once, compile it, and call it with that graph
-    only::
+    graph, and what is compiled there uses it as a constant: run the model once (for training with its backward pass),
+    compile it, and call it with that graph only.  (:func:`qgnn_plugin.compressed_activations` still breaks the graph.)
+    ::
 
         with qgnn.fixed_graph():
             packed(x, edge_index)

@@ -12,7 +12,6 @@ import pytest
 TARGETS = ("sm_80", "sm_90", "gfx942")
 INTEGER_INSTRUCTIONS_PER_CODE = {("sum", 2): 1.0, ("sum", 4): 1.0, ("max", 2): 1.0, ("max", 4): 2.0}  # at most
 VECTOR_BYTES = 16
-CODES_PER_THREAD = 64  # at one bit they take 8 bytes
 VECTOR_GATHERS = ("sum", "max", "weighted", "heads", "gat")  # GATv2 holds more per code, hence fewer codes per thread
 
 # One specialization or two of each kernel: what `make test` compiles.
@@ -22,6 +21,12 @@ QUICK = (
     "attention_aggregate gat int4 F=256 H=4 peak", "attention_aggregate v2 int4 F=64 H=4 att4",
     "linear int4 x int4 K=256 packed", "quantize_pack int4 F=256", "unpack_dequantize int4 F=256",
     "fake_quantize int4 F=256*", "smp_step * F=64", "spmm * F=64",
+)  # fmt: skip
+
+# All of them, in parts that can run side by side.
+GRID = (
+    ("aggregate",), ("attention_aggregate",), ("linear",),
+    ("quantize_pack", "unpack_dequantize", "fake_quantize", "smp_step", "spmm"),
 )  # fmt: skip
 
 
@@ -43,10 +48,12 @@ def check(rows: list[dict[str, Any]]) -> None:
         assert row["local_bytes"] == 0, f"{name} uses {row['local_bytes']} bytes of local memory"
         mode = row.get("mode")
         if mode in VECTOR_GATHERS and row["codes_per_iteration"] and row["row_bytes"] % VECTOR_BYTES == 0:
-            widest = min(VECTOR_BYTES, CODES_PER_THREAD * row["bits"] // 8)
-            assert max(row["loop_loads"]) == widest, f"{name} loads {row['loop_loads']}"
+            codes_per_thread = row["codes_per_iteration"] / row["unroll"]
+            widest = min(VECTOR_BYTES, int(codes_per_thread * row["bits"] / 8))
+            assert max(row["loop_loads"]) >= widest, f"{name} loads {row['loop_loads']}"
         limit = INTEGER_INSTRUCTIONS_PER_CODE.get((mode, row["bits"]))
-        if limit is not None and row["codes_per_iteration"] and row["features"] >= 64:
+        # Rows that are not whole vectors take an address per word: up to 1.6 per code at 100 features of 4 bits.
+        if limit is not None and row["codes_per_iteration"] and row["row_bytes"] % VECTOR_BYTES == 0:
             per_code = row["integer_instructions"] / row["codes_per_iteration"]
             assert per_code <= limit, f"{name}: {per_code:.2f} per code"
 
@@ -60,7 +67,8 @@ def test_every_kernel(tmp_path: Path, target: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("grid", ["small", "full"])
+@pytest.mark.parametrize("ops", GRID, ids=lambda ops: ops[0])
 @pytest.mark.parametrize("target", TARGETS)
-def test_grid(tmp_path: Path, target: str, grid: str) -> None:
-    check(compile_grid(tmp_path, "--target", target, "--grid", grid))
+def test_grid(tmp_path: Path, target: str, ops: tuple[str, ...]) -> None:
+    patterns = [argument for op in ops for argument in ("--case", f"{op} *")]
+    check(compile_grid(tmp_path, "--target", target, "--grid", "full", *patterns))
