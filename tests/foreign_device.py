@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["DEVICE", "ForeignTensor", "foreign_device"]
+__all__ = ["DEVICE", "ForeignTensor", "foreign_device", "waits"]
 
 DEVICE = torch.device("meta")
 aten = torch.ops.aten
+waits: list[str] = []  # what a device would have been waited for: values read back, and results sized by them
 
 
 class ForeignTensor(torch.Tensor):
@@ -37,22 +38,29 @@ class ForeignTensor(torch.Tensor):
 
     is_meta = False
 
+    def _read(self) -> Tensor:
+        waits.append("a value read back")
+        return self.held
+
     def item(self) -> Any:
-        return self.held.item()
+        return self._read().item()
 
     def tolist(self) -> Any:
-        return self.held.tolist()
+        return self._read().tolist()
 
     def __bool__(self) -> bool:
-        return bool(self.held)
+        return bool(self._read())
 
     def __float__(self) -> float:
-        return float(self.held)
+        return float(self._read())
 
     def __int__(self) -> int:
-        return int(self.held)
+        return int(self._read())
 
     __index__ = __int__
+
+    def data_ptr(self) -> int:
+        return self.held.data_ptr()
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"ForeignTensor({self.held})"
@@ -72,11 +80,20 @@ def _held(value: Any) -> Any:
     return value.held if isinstance(value, ForeignTensor) else value
 
 
+def _waits(func: Any, args: Any) -> bool:
+    """Whether the result's size depends on values, or is one."""
+    if func is aten.index.Tensor:
+        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    return torch.Tag.dynamic_output_shape in func.tags or func is aten.equal.default
+
+
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run ``func`` on the values; the result is where the operands are, or where it is asked for."""
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     foreign = [isinstance(tensor, ForeignTensor) for tensor in tensors]
     copies = func in (aten._to_copy.default, aten.copy_.default)
+    if any(foreign) and _waits(func, args):
+        waits.append(str(func))
     if any(foreign) and not copies and not all(f or t.dim() == 0 for f, t in zip(foreign, tensors, strict=True)):
         shapes = [(type(tensor).__name__, list(tensor.shape)) for tensor in tensors]
         raise RuntimeError(f"Expected all tensors of {func} on one device (got {shapes})")
@@ -85,6 +102,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         result_is_foreign = foreign[0]
     if kwargs.get("device") is not None:
         result_is_foreign = _is_foreign(kwargs["device"])
+        if any(foreign) and not result_is_foreign:
+            waits.append("a copy to the CPU")
         kwargs = {**kwargs, "device": torch.device("cpu")}
     known = {id(_held(tensor)): tensor for tensor in tensors}
     out = func(*tree_map(_held, args), **tree_map(_held, kwargs))

@@ -169,7 +169,7 @@ class _QuantizedAttention(QuantizedConv):
         return out if self.bias is None else out + self.bias
 
     def _smoothed(self: Any, z: Tensor, out: Tensor, alpha: Tensor, plan: GraphPlan) -> Tensor:
-        if self.smp is None or not (self.training or self.multiplier_value > 0):
+        if self.smp is None or not (self.training or self.is_smoothing):
             return out
         return self.smooth(z, out, lambda v: spmm(plan, v, alpha.to(v.dtype)), plan.num_edges, averaged=True)
 

@@ -47,7 +47,7 @@ class QuantizedGINConv(QuantizedConv):
         if x_dst is not None:
             own = sent if x_dst is x_src else self.message_quantizer(x_dst)
             out = out + _multiple(own, own_weight)
-        if self.smp is not None and x_dst is x_src and (self.training or self.multiplier_value > 0):
+        if self.smp is not None and x_dst is x_src and (self.training or self.is_smoothing):
             # A sum grows with the degree; the constraint is on the mean that it is a multiple of.  Where no correction
             # acts it is measured only.
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.is_smoothing):

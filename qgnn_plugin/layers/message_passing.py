@@ -52,7 +52,7 @@ class QuantizedConv(QuantizedLayer, SmoothLayer):
         # x may have been quantized; the constraint is on what the layer does to what it propagates.
         if self.smp is None or bipartite or not isinstance(x, Tensor) or x.shape != out.shape or not self._is_square(x):
             return out
-        if not (self.training or self.multiplier_value > 0):
+        if not (self.training or self.is_smoothing):
             return out
         graph = gcn_graph(edge_index, None, x.size(0), flow=self.flow, dtype=x.dtype)
         return self.smooth(x, out, graph.apply, graph.plan.num_edges)

@@ -76,7 +76,7 @@ class QuantizedSAGEConv(QuantizedConv):
         out = aggregate_sum(self.message_quantizer(z), graph.plan, graph.weight, exact=not self.training)
         if graph.target is not None:
             out = out * graph.target
-        if smooth and self.smp is not None and (self.training or self.multiplier_value > 0):
+        if smooth and self.smp is not None and (self.training or self.is_smoothing):
             smoother = mean_graph(edge_index, size, self.flow, z.dtype)
             out = self.smooth(z, out, smoother.apply, graph.plan.num_edges, averaged=self.aggr == "mean")
         return out if self.lin_l.bias is None else out + self.lin_l.bias
