@@ -95,7 +95,7 @@ class GraphPlan:
         return self.positions.to(torch.int32)
 
     @cached_property
-    def numbers(self) -> Tensor:
+    def edge_ids(self) -> Tensor:
         """``[num_edges]`` int64, ``perm``, or the positions where they coincide."""
         return self.positions if self.perm is None else self.perm
 

@@ -43,7 +43,7 @@ class _Spmm(torch.autograd.Function):
         grad = grad.contiguous()
         grad_x = grad_weight = None
         if ctx.needs_input_grad[1]:
-            edge = None if weight is None else plan.transpose.numbers
+            edge = None if weight is None else plan.transpose.edge_ids
             grad_x = _forward(plan.transpose, grad, weight, edge)
         if weight is not None and ctx.needs_input_grad[2]:
             grad_weight = edge_products(plan, grad, x)
