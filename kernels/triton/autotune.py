@@ -3,15 +3,15 @@
     python -m qgnn_plugin.kernels.triton.autotune --output configs.json
     export QGNN_TRITON_CONFIGS=configs.json
 
-Times every candidate of each graph kernel on a generated power-law graph, then the fastest one with fewer registers per
-thread, and keeps the best per bucket of row width.  Runs only when called.
+Times the kernels on a generated power-law graph.  Per kernel and bucket of row width, it starts from the configuration
+that is in use and changes one setting at a time for as long as that helps.  Runs only when called.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
+import math
 import os
 import statistics
 import sys
@@ -26,15 +26,40 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from ..aggregate import aggregate
+from ..attention_aggregate import attention_aggregate
+from ..backend import use_backend
 from ..layout import row_words
+from ..linear import linear
 from ..plan import GraphPlan
-from .launch import TABLE_VERSION, Config, architecture, load_table, override
+from ..quantize_pack import quantize_pack
+from ..spmm import spmm
+from .launch import TABLE_VERSION, Config, architecture, config_for, load_table, override
 
-__all__ = ["candidates", "main", "median_time", "power_law_plan", "tune", "write_table"]
+__all__ = ["SEARCH", "main", "median_time", "power_law_plan", "tune", "write_table"]
 
-REGISTER_CAPS = (64, 96, 128, 168)  # of a thread: 8, 5, 4 and 3 programs of four warps share 65,536 registers
 BUCKETS = (2, 4, 8, 16, 32, 1 << 20)  # words per row; the last takes the rest
-FIELDS = ("num_warps", "words_per_thread", "tile_words", "unroll", "segment", "max_registers")
+WIDEST = 64  # words per row that stand for the last bucket
+HEADS = 4
+OUTPUTS = 256  # of linear
+PASSES = 2  # over the settings
+GAIN = 0.01  # a setting is changed for at least this share of the time
+
+# What is tried, kernel by kernel. Registers of a thread: 8, 5, 4 and 3 programs of four warps share 65,536.
+_EDGES: dict[str, tuple[int, ...]] = {
+    "num_warps": (1, 2, 4, 8), "words_per_thread": (1, 2, 4), "unroll": (1, 2, 4), "segment": (128, 256),
+    "max_registers": (0, 64, 96, 128, 168),
+}  # fmt: skip
+_TILED = {**_EDGES, "tile_words": (4, 8, 16, 32, 64)}
+SEARCH: dict[str, dict[str, tuple[int, ...]]] = {
+    **dict.fromkeys(("aggregate_sum", "aggregate_max", "aggregate_weighted", "float_sum"), _TILED),
+    **dict.fromkeys(("attention", "attention_v2"), _EDGES),
+    "linear": {
+        "num_warps": (4, 8), "block_m": (32, 64, 128), "block_n": (32, 64, 128), "block_k": (32, 64, 128),
+        "num_stages": (1, 2, 3), "max_registers": (0, 128, 168),
+    },
+    "elementwise": {"num_warps": (2, 4, 8), "words_per_thread": (1, 2, 4), "tile_words": (16, 32, 64)},
+}  # fmt: skip
 
 
 def power_law_plan(num_nodes: int, num_edges: int, device: torch.device | str) -> GraphPlan:
@@ -48,14 +73,6 @@ def power_law_plan(num_nodes: int, num_edges: int, device: torch.device | str) -
     target = torch.randperm(num_nodes, generator=generator, device=place)[rank]
     source = torch.randint(num_nodes, (num_edges,), generator=generator, device=place)
     return GraphPlan.from_edges(source, target, num_nodes, num_nodes)
-
-
-def candidates(words: int) -> Iterator[Config]:
-    """Configurations worth timing for rows of ``words`` words."""
-    widths = [w for w in (4, 8, 16, 32) if w <= max(4, 2 * words)]
-    for warps, held, width, unroll, segment in itertools.product((2, 4, 8), (1, 2, 4), widths, (2, 4), (128, 256)):
-        if held <= min(words, width):
-            yield Config(num_warps=warps, words_per_thread=held, tile_words=width, unroll=unroll, segment=segment)
 
 
 def median_time(run: Callable[[], Any], repeats: int = 10) -> float:
@@ -73,22 +90,38 @@ def median_time(run: Callable[[], Any], repeats: int = 10) -> float:
 
 
 def tune(
-    kernel: str, words: int, run: Callable[[], Any], timer: Callable[[Callable[[], Any]], float] = median_time
+    kernel: str, start: Config, run: Callable[[], Any], timer: Callable[[Callable[[], Any]], float] = median_time
 ) -> tuple[float, Config]:
-    """The least time of ``run`` and the configuration of ``kernel`` that gave it, for rows of ``words`` words.
+    """The least time of ``run`` and the configuration of ``kernel`` that gave it, found from ``start`` on."""
 
-    Registers are limited for the fastest candidate only: a limit for each would multiply what is compiled.
-    """
+    def timed(config: Config) -> float:
+        with override(**{kernel: config}), suppress(OutOfResources):  # too much shared memory, or too many threads
+            return timer(run)
+        return math.inf
 
-    def timed(configs: Iterator[Config]) -> list[tuple[float, Config]]:
-        found = []
-        for config in configs:
-            with override(**{kernel: config}), suppress(OutOfResources):  # too much shared memory, or too many threads
-                found.append((timer(run), config))
-        return found
+    least, best = timed(start), start
+    for _ in range(PASSES):
+        before = best
+        for setting, values in SEARCH[kernel].items():
+            for value in values:
+                if value == getattr(best, setting):
+                    continue
+                config = replace(best, **{setting: value})
+                found = timed(config)
+                if found < (1 - GAIN) * least:
+                    least, best = found, config
+        if best == before:
+            break
+    if least == math.inf:
+        raise RuntimeError(f"Expected a configuration of '{kernel}' that this card can launch (got none)")
+    return least, best
 
-    free = min(timed(candidates(words)), key=lambda pair: pair[0])
-    return min(free, *timed(replace(free[1], max_registers=cap) for cap in REGISTER_CAPS), key=lambda pair: pair[0])
+
+def entry(kernel: str, bucket: int, config: Config) -> dict[str, int]:
+    """``config`` as an entry of a launch table: what was searched, and what is not as by default."""
+    default = Config()
+    chosen = {k: v for k, v in asdict(config).items() if k in SEARCH[kernel] or v != getattr(default, k)}
+    return {"max_words": bucket, **chosen}
 
 
 def write_table(path: Path, architectures: Mapping[str, Any]) -> None:
@@ -104,20 +137,34 @@ def write_table(path: Path, architectures: Mapping[str, Any]) -> None:
         raise
 
 
-def _runs(plan: GraphPlan, words: int) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    from .aggregate import aggregate
-
-    bits, device = 2, plan.device
+def _runs(plan: GraphPlan, words: int) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Every kernel of :data:`SEARCH`, on rows of ``words`` words: codes of 2 bits, or floats where it reads those."""
+    bits, device, nodes = 2, plan.device, plan.num_src
     features = words * 32 // bits
-    rows = torch.randint(-(2**31), 2**31 - 1, (plan.num_src, words), device=device)
-    packed = rows.to(torch.int32)
-    scale, offset = torch.ones(1, device=device), torch.zeros(1, device=device)
-    weight = torch.rand(plan.num_edges, device=device)
-    args = (packed, plan.rowptr, plan.col, scale, offset, features, bits)
     assert row_words(features, bits) == words
-    yield "aggregate_sum", lambda: aggregate(*args)
-    yield "aggregate_max", lambda: aggregate(*args, reduce="max")
-    yield "aggregate_weighted", lambda: aggregate(*args, edge_weight=weight)
+    packed = _random_words(nodes, words, device)
+    one, zero = torch.ones(1, device=device), torch.zeros(1, device=device)
+    rows = (packed, plan, one, zero, features, bits)
+    weight = torch.rand(plan.num_edges, device=device)
+    yield "aggregate_sum", lambda: aggregate(*rows)
+    yield "aggregate_max", lambda: aggregate(*rows, reduce="max")
+    yield "aggregate_weighted", lambda: aggregate(*rows, edge_weight=weight)
+    source, target = torch.randn(2, nodes, HEADS, device=device)
+    gat: dict[str, Any] = {"heads": HEADS, "attention_bits": 4, "alpha_src": source, "alpha_dst": target}
+    yield "attention", lambda: attention_aggregate(*rows, **gat)
+    att, x_dst = torch.randn(HEADS, features // HEADS, device=device), torch.randn(nodes, features, device=device)
+    v2: dict[str, Any] = {"heads": HEADS, "attention_bits": 4, "att": att, "x_dst": x_dst}
+    yield "attention_v2", lambda: attention_aggregate(*rows, **v2)
+    weights = _random_words(OUTPUTS, words, device)
+    out: dict[str, Any] = {"out_scale": one, "out_offset": zero, "out_bits": bits}
+    yield "linear", lambda: linear(packed, weights, one, zero, one, zero, features, bits, bits, **out)
+    yield "elementwise", lambda: quantize_pack(x_dst, one, zero, bits)
+    values = x_dst[:, :words].contiguous()
+    yield "float_sum", lambda: spmm(plan, values)
+
+
+def _random_words(rows: int, words: int, device: torch.device) -> Tensor:
+    return torch.randint(-(2**31), 2**31 - 1, (rows, words), device=device).to(torch.int32)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -133,13 +180,13 @@ def main(argv: list[str] | None = None) -> int:
     plan = power_law_plan(options.nodes, options.edges, device)
     tables = {name: dict(entries) for name, entries in load_table().items()}
     own: dict[str, list[dict[str, int]]] = {}
-    for bucket in BUCKETS:
-        words = min(bucket, 64)
-        for name, run in _runs(plan, words):
-            least, best = tune(name, words, run)
-            chosen = {k: v for k, v in asdict(best).items() if k in FIELDS}
-            own.setdefault(name, []).append({"max_words": bucket, **chosen})
-            print(f"{name:20} {words:3} words: {least:.3f} ms {chosen}", flush=True)
+    with use_backend("triton"):
+        for bucket in BUCKETS:
+            words = min(bucket, WIDEST)
+            for name, run in _runs(plan, words):
+                least, best = tune(name, config_for(name, device, words), run)
+                own.setdefault(name, []).append(entry(name, bucket, best))
+                print(f"{name:20} {words:3} words: {least:.3f} ms {own[name][-1]}", flush=True)
     arch = architecture(device)
     write_table(options.output, {**tables, arch: {**tables.get(arch, {}), **own}})
     return 0
