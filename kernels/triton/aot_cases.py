@@ -229,11 +229,11 @@ def linear_cases(grid: str, target: str) -> Iterator[Case]:
     for x_bits, w_bits in pairs:
         for features in WIDTHS[grid]:
             config = _config("linear", row_words(features, x_bits), target)
+            config = linear_module.fitted(config, features, x_bits, w_bits)
             constants = {
                 "K": features, "X_BITS": x_bits, "W_BITS": w_bits,
                 "X_BYTES": row_bytes(features, x_bits), "W_BYTES": row_bytes(features, w_bits),
-                "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
-                "BLOCK_K": linear_module.block_k(config, features, x_bits, w_bits),
+                "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
                 "X_SCALE": False, "X_OFFSET": False, "W_SCALE": True, "W_OFFSET": True,
                 "RELU": True, "OUT_BITS": 0, "OUT_BYTES": 0, "OUT_SCALE": ONE, "OUT_OFFSET": ONE,
             }  # fmt: skip

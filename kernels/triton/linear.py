@@ -11,6 +11,8 @@ and row and column sums come out of the same tensor cores, as products with ones
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -156,7 +158,7 @@ def linear(
         addend,
     )  # fmt: skip
     num_rows, num_out = x_words.size(0), w_words.size(0)
-    config = config_for("linear", device, row_words(in_features, x_bits))
+    config = fitted(config_for("linear", device, row_words(in_features, x_bits)), in_features, x_bits, w_bits)
     packs = out_bits != 0 and packs_in_tile(num_out, out_bits)
     if out_bits and not packs:
         from .quantize_pack import quantize_pack
@@ -169,7 +171,7 @@ def linear(
         assert out_offset is not None
         return quantize_pack(y, out_scale, out_offset, out_bits)
     block_n = num_out if packs else config.block_n
-    block_m = max(16, min(config.block_m, config.block_m * config.block_n // block_n))
+    block_m = max(SMALLEST_BLOCK_M, min(config.block_m, config.block_m * config.block_n // block_n))
     shape = (num_rows, row_words(num_out, out_bits) if packs else num_out)
     out = x_words.new_empty(shape, dtype=torch.int32 if packs else torch.float32)
     x, w = x_words.contiguous().view(torch.int8), w_words.contiguous().view(torch.int8)
@@ -183,7 +185,7 @@ def linear(
         out.view(torch.int8) if packs else out, out_scale, out_offset, num_rows, num_out,
         K=in_features, X_BITS=x_bits, W_BITS=w_bits, X_BYTES=row_bytes(in_features, x_bits),
         W_BYTES=row_bytes(in_features, w_bits), BLOCK_M=block_m, BLOCK_N=block_n,
-        BLOCK_K=block_k(config, in_features, x_bits, w_bits),
+        BLOCK_K=config.block_k,
         X_SCALE=x_scale.numel() > 1, X_OFFSET=x_offset.numel() > 1,
         W_SCALE=w_scale.numel() > 1, W_OFFSET=w_offset.numel() > 1, RELU=relu,
         OUT_BITS=out_bits if packs else 0, OUT_BYTES=row_bytes(num_out, out_bits) if packs else 0,
@@ -194,16 +196,16 @@ def linear(
 
 
 MAX_PACKED_OUT = 256
-SMALLEST_BLOCK_K = 32  # of an int8 product
+SMALLEST_BLOCK_M, SMALLEST_BLOCK_K = 16, 32  # of an int8 product
 
 
-def block_k(config: Config, in_features: int, x_bits: int, w_bits: int) -> int:
-    """Features per step: those of ``config`` where blocks are plain, vectorized loads of fewer than 8 bits.
-
-    Elsewhere positions or bytes take registers of their own.
+def fitted(config: Config, in_features: int, x_bits: int, w_bits: int) -> Config:
+    """``config`` for what threads must hold: bytes at 8 bits, and positions where blocks are no plain loads, take
+    registers of their own.
     """
-    plain = all(row_bytes(in_features, bits) % config.block_k == 0 and bits < 8 for bits in (x_bits, w_bits))
-    return config.block_k if plain else SMALLEST_BLOCK_K
+    if any(row_bytes(in_features, bits) % config.block_k for bits in (x_bits, w_bits)):
+        return replace(config, block_k=SMALLEST_BLOCK_K, block_m=max(SMALLEST_BLOCK_M, config.block_m // 2))
+    return replace(config, block_k=SMALLEST_BLOCK_K) if max(x_bits, w_bits) == 8 else config
 
 
 def packs_in_tile(num_out: int, out_bits: int) -> bool:
