@@ -11,6 +11,8 @@ import pytest
 
 TARGETS = ("sm_80", "sm_90", "gfx942")
 INTEGER_INSTRUCTIONS_PER_CODE = {("sum", 2): 1.0, ("sum", 4): 1.0, ("max", 2): 1.0, ("max", 4): 2.0}  # at most
+# At most, of a row with whole vectors: a canonical epilogue with bias, ReLU and packing takes about 18.
+OUTSIDE_INSTRUCTIONS_PER_CODE = {**dict.fromkeys(("sum", "max", "weighted", "heads", "gat"), 26), "v2": 36}
 VECTOR_BYTES = 16
 VECTOR_GATHERS = ("sum", "max", "weighted", "heads", "gat")  # GATv2 holds more per code, hence fewer codes per thread
 
@@ -51,6 +53,10 @@ def check(rows: list[dict[str, Any]]) -> None:
             codes_per_thread = row["codes_per_iteration"] / row["unroll"]
             widest = min(VECTOR_BYTES, int(codes_per_thread * row["bits"] / 8))
             assert max(row["loop_loads"]) >= widest, f"{name} loads {row['loop_loads']}"
+        outside = OUTSIDE_INSTRUCTIONS_PER_CODE.get(mode, 0)
+        if outside and row["row_bytes"] % VECTOR_BYTES == 0 and row["target"].startswith("sm_"):
+            per_code = row["outside"] * row["unroll"] / row["codes_per_iteration"]
+            assert per_code <= outside, f"{name}: {per_code:.1f} per code outside the loop"
         limit = INTEGER_INSTRUCTIONS_PER_CODE.get((mode, row["bits"]))
         # Rows that are not whole vectors take an address per word: up to 1.6 per code at 100 features of 4 bits.
         if limit is not None and row["codes_per_iteration"] and row["row_bytes"] % VECTOR_BYTES == 0:
