@@ -6,6 +6,8 @@ r"""Sums of float rows over neighbours, products per edge and largest values per
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,7 @@ SUM_SCHEMA = (
     "Tensor? edge=None) -> Tensor"
 )
 DOTS_SCHEMA = "(Tensor a, Tensor b, Tensor rowptr, Tensor col, int heads=1) -> Tensor"
-LARGEST_SCHEMA = "(Tensor values, Tensor rowptr, float empty=0.) -> Tensor"
+LARGEST_SCHEMA = "(Tensor values, Tensor rowptr, float fill=0.) -> Tensor"
 
 
 def float_sum_reference(
@@ -61,22 +63,14 @@ def edge_dots_reference(a: Tensor, b: Tensor, rowptr: Tensor, col: Tensor, heads
     return products.view(products.size(0), heads, a.size(1) // heads).sum(-1)
 
 
-def segment_largest_reference(values: Tensor, rowptr: Tensor, empty: float = 0.0) -> Tensor:
-    """The largest of ``values`` ``[E, H]`` in each segment, or ``empty``: ``[num_dst, H]``."""
+def segment_largest_reference(values: Tensor, rowptr: Tensor, fill: float = 0.0) -> Tensor:
+    """The largest of ``values`` ``[E, H]`` in each segment, or ``fill``: ``[num_dst, H]``."""
     index = destinations(rowptr, values.size(0)).unsqueeze(1).expand_as(values)
-    out = values.new_full((rowptr.numel() - 1, values.size(1)), empty)
+    out = values.new_full((rowptr.numel() - 1, values.size(1)), fill)
     return out.scatter_reduce_(0, index, values, "amax", include_self=False)
 
 
-def _fake_sum(
-    x: Tensor,
-    rowptr: Tensor,
-    col: Tensor,
-    dst_scale: Tensor | None = None,
-    src_scale: Tensor | None = None,
-    weight: Tensor | None = None,
-    edge: Tensor | None = None,
-) -> Tensor:
+def _fake_sum(x: Tensor, rowptr: Tensor, *others: Any, **options: Any) -> Tensor:
     return x.new_empty((rowptr.numel() - 1, x.size(1)))
 
 
@@ -84,7 +78,7 @@ def _fake_dots(a: Tensor, b: Tensor, rowptr: Tensor, col: Tensor, heads: int = 1
     return a.new_empty((col.numel(), heads))
 
 
-def _fake_largest(values: Tensor, rowptr: Tensor, empty: float = 0.0) -> Tensor:
+def _fake_largest(values: Tensor, rowptr: Tensor, fill: float = 0.0) -> Tensor:
     return values.new_empty((rowptr.numel() - 1, values.size(1)))
 
 

@@ -191,5 +191,5 @@ def test_the_device_is_foreign() -> None:
         assert there.nonzero().size(0) == 6
         there.to("cpu")
         assert waits == ["a value read back", "aten.nonzero.default", "a copy to the CPU"]
-    with pytest.raises((RuntimeError, TypeError, NotImplementedError)):
+    with pytest.raises(RuntimeError, match="subclass"):
         there.numpy()

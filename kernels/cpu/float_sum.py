@@ -235,9 +235,9 @@ def edge_dots(a: Tensor, b: Tensor, rowptr: Tensor, col: Tensor, heads: int = 1)
     return out
 
 
-def segment_largest(values: Tensor, rowptr: Tensor, empty: float = 0.0) -> Tensor:
+def segment_largest(values: Tensor, rowptr: Tensor, fill: float = 0.0) -> Tensor:
     if not _reads(values):
-        return segment_largest_reference(values, rowptr, empty)
-    out = values.new_empty((rowptr.numel() - 1, values.size(1)))
-    _largest(_array(rowptr), _array(values), empty, out.numpy())
+        return segment_largest_reference(values, rowptr, fill)
+    out = empty((rowptr.numel() - 1, values.size(1)), torch.float32)
+    _largest(_array(rowptr), _array(values), fill, out.numpy())
     return out

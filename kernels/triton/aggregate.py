@@ -13,9 +13,9 @@ from ..layout import parts_per_byte, row_words
 from .bits import ROW, finish, isolated_part, load_range, part_features, part_sums, power_of_two, store_words
 from .gather import heads_part, max_codes, spread_heads, sum_codes, sum_slots, sum_weighted
 from .launch import (
-    GRAPH_SIZES,
     MAGIC_BITS,
     SECOND_STAGE,
+    UNSPECIALIZED,
     Config,
     check_devices,
     check_graph,
@@ -73,7 +73,7 @@ def _part(total, part: tl.constexpr, MODE: tl.constexpr, BITS: tl.constexpr, ROW
     return tile
 
 
-@triton.jit(do_not_specialize=GRAPH_SIZES)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def aggregate_kernel(  # type: ignore[no-untyped-def]
     words, col, row_of, begin_of, length_of, slot_of, weight, scale, offset, dst_scale, bias,
     out_scale, out_offset, out, partial, num_items, num_partial, magic,
@@ -138,7 +138,7 @@ def aggregate_kernel(  # type: ignore[no-untyped-def]
             store_words(out, packed, row, item_ok, first, W, WORDS)
 
 
-@triton.jit(do_not_specialize=GRAPH_SIZES)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def hub_kernel(  # type: ignore[no-untyped-def]
     partial, rowptr, hub_row, hub_first, hub_count, scale, offset, dst_scale, bias, out_scale,
     out_offset, out, num_partial,

@@ -41,9 +41,9 @@ from .bits import (
 )
 from .gather import gather_words, heads_part, per_code, spread_heads, sum_slots
 from .launch import (
-    GRAPH_SIZES,
     MAGIC_BITS,
     SECOND_STAGE,
+    UNSPECIALIZED,
     Config,
     check_devices,
     check_graph,
@@ -178,7 +178,7 @@ def _part(  # type: ignore[no-untyped-def]
     return tile
 
 
-@triton.jit(do_not_specialize=GRAPH_SIZES)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_kernel(  # type: ignore[no-untyped-def]
     words, col, row_of, begin_of, length_of, slot_of, scale, offset, alpha_src, alpha_dst,
     alpha_edge, att, x_dst, peak, thresholds, bias, out_scale, out_offset, out, partial, slope,
@@ -238,7 +238,7 @@ def attention_kernel(  # type: ignore[no-untyped-def]
             store_words(out, packed, row, item_ok, 0, W, WORDS)
 
 
-@triton.jit(do_not_specialize=GRAPH_SIZES)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_hub_kernel(  # type: ignore[no-untyped-def]
     partial, hub_row, hub_first, hub_count, scale, offset, bias, out_scale, out_offset, out,
     num_partial,

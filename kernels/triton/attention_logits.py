@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .bits import COLUMN, HEAD, ONE, field_codes, isolate, row_magic
 from .gather import entry_features, gather_words, per_code, spread_heads, sum_heads
-from .launch import GRAPH_SIZES, MAGIC_BITS, Config, launch, launch_options
+from .launch import MAGIC_BITS, UNSPECIALIZED, Config, launch, launch_options
 from .schedule import Schedule
 
 __all__ = [
@@ -120,7 +120,7 @@ def numerator(e, ok, thresholds, TOP: tl.constexpr):  # type: ignore[no-untyped-
     return value
 
 
-@triton.jit(do_not_specialize=GRAPH_SIZES)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def peak_kernel(  # type: ignore[no-untyped-def]
     words, col, row_of, begin_of, length_of, slot_of, scale, offset, alpha_src, alpha_dst,
     alpha_edge, att, x_dst, out, partial, slope, num_items, num_partial, magic,

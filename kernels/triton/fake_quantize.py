@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .bits import COLUMN, ONE, quantize
-from .launch import GRAPH_SIZES, check_devices, config_for, launch, next_power_of_two
+from .launch import UNSPECIALIZED, check_devices, config_for, launch, next_power_of_two
 from .ranges import range_kind
 
 __all__ = [
@@ -39,7 +39,7 @@ def _range(ptr, kind: tl.constexpr, row, row_ok, column, column_ok):  # type: ig
     return value
 
 
-@triton.jit(do_not_specialize=GRAPH_SIZES)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def fake_quantize_kernel(  # type: ignore[no-untyped-def]
     x, scale, offset, out, num_rows, num_columns,
     BITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -73,7 +73,7 @@ def _store_partial(  # type: ignore[no-untyped-def]
         tl.store(out + index, tl.sum(value, 1), mask=row_ok)
 
 
-@triton.jit(do_not_specialize=GRAPH_SIZES)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def fake_quantize_backward_kernel(  # type: ignore[no-untyped-def]
     grad, x, scale, offset, grad_x, partial_scale, partial_offset, num_rows, num_columns,
     BITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..float_sum import edge_dots_reference, float_sum_reference, segment_largest_reference
 from .launch import (
-    GRAPH_SIZES,
     SECOND_STAGE,
+    UNSPECIALIZED,
     check_devices,
     check_graph,
     config_for,
@@ -31,7 +31,7 @@ __all__ = [
 segment_largest = segment_largest_reference  # of logits alone, in training: torch's own kernel, on their device
 
 
-@triton.jit(do_not_specialize=GRAPH_SIZES)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def float_sum_kernel(  # type: ignore[no-untyped-def]
     x, col, row_of, begin_of, length_of, slot_of, src_scale, dst_scale, weight, edge_of, out, partial,
     num_items, num_partial,
@@ -100,7 +100,7 @@ def float_sum_hub_kernel(  # type: ignore[no-untyped-def]
     tl.store(out + row * F + column, y, mask=column < F)
 
 
-@triton.jit(do_not_specialize=GRAPH_SIZES)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def edge_dots_kernel(  # type: ignore[no-untyped-def]
     a, b, col, row_of, begin_of, length_of, out, num_items,
     F: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -132,7 +132,6 @@ def _checked(rowptr: Tensor, col: Tensor, x: Tensor, *others: Tensor | None) -> 
 
 
 def edge_dots(a: Tensor, b: Tensor, rowptr: Tensor, col: Tensor, heads: int = 1) -> Tensor:
-    """``<a_i, b_j>`` per edge and head, ``[E, heads]``, of ``a`` ``[num_dst, F]`` and ``b`` ``[num_src, F]``."""
     if a.dtype != torch.float32:
         return edge_dots_reference(a, b, rowptr, col, heads)
     device = _checked(rowptr, col, b, a)
@@ -160,15 +159,6 @@ def float_sum(
     weight: Tensor | None = None,
     edge: Tensor | None = None,
 ) -> Tensor:
-    """``dst_scale_i * sum_e weight_e src_scale_j x_j`` over the edges, ``[num_dst, F]`` float32.
-
-    Args:
-        x: ``[num_src, F]`` float32.
-        rowptr, col: The graph, by destination.
-        dst_scale, src_scale: ``[num_dst]`` and ``[num_src]`` float32, or ones.
-        weight: ``[E, H]`` float32, head ``h`` covering the features ``[h F / H, (h + 1) F / H)``, or ones.
-        edge: ``[E]`` int64, the row of ``weight`` of each edge; default its position.
-    """
     if x.dtype != torch.float32:
         return float_sum_reference(x, rowptr, col, dst_scale, src_scale, weight, edge)
     device = _checked(rowptr, col, x, dst_scale, src_scale, weight, edge)

@@ -24,9 +24,9 @@ from ..backend import check_devices
 
 __all__ = [
     "CONFIGS_ENV",
-    "GRAPH_SIZES",
     "MAGIC_BITS",
     "SECOND_STAGE",
+    "UNSPECIALIZED",
     "Config",
     "architecture",
     "check_devices",
@@ -50,7 +50,8 @@ CONFIGS_ENV = "QGNN_TRITON_CONFIGS"
 DEBUG_ENV = "QGNN_DEBUG"
 TABLE_VERSION = 1
 MAGIC_BITS = 0x4B000000  # of 2^23 in float32, for the kernels' argument ``magic``
-GRAPH_SIZES = ("num_items", "num_partial", "num_rows", "magic")  # arguments whose values must not make new binaries
+# Arguments that make no new binary: sizes of graphs, and a number that the compiler must not see.
+UNSPECIALIZED = ("num_items", "num_partial", "num_rows", "magic")
 MORE_REGISTERS, MOST_REGISTERS = 168, 248  # of a thread: three programs of 128 threads fit a processor, or two
 MAX_ROWS = 256  # of a program: the row alignment of schedules
 MAX_ROW_WORDS = 4096  # of kernels that hold a row in one tile

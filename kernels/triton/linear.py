@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..layout import row_bytes, row_words
 from .bits import load_range, quantize, relu
-from .launch import GRAPH_SIZES, Config, check_devices, config_for, launch, launch_options
+from .launch import UNSPECIALIZED, Config, check_devices, config_for, launch, launch_options
 from .ranges import range_kind
 
 __all__ = ["linear", "linear_kernel"]
@@ -52,7 +52,7 @@ def _codes(  # type: ignore[no-untyped-def]
     return ((value.to(tl.int32) >> shift) & ((1 << BITS) - 1)).to(tl.int8)
 
 
-@triton.jit(do_not_specialize=GRAPH_SIZES)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def linear_kernel(  # type: ignore[no-untyped-def]
     x, w, x_scale, x_offset, w_scale, w_offset, bias, row_scale, addend, out, out_scale,
     out_offset, num_rows, num_out,

@@ -43,6 +43,7 @@ class Launch:
         num_warps: Warps per program.
         shared_bytes: Of a program.
         code: The binary; equal for launches of one specialization.
+        hip: Whether it is AMD's.
     """
 
     kernel: str
@@ -54,9 +55,13 @@ class Launch:
 
     @cached_property
     def binary(self) -> Binary:
-        """What the binary shows."""
+        """What the binary shows.
+
+        Raises:
+            ValueError: For AMD's, which is read from assembly instead (see :mod:`.aot`).
+        """
         if self.hip:
-            raise NotImplementedError("Expected an NVIDIA binary (got an AMD one); use the aot module")
+            raise ValueError("Expected an NVIDIA binary (got an AMD one); use the aot module")
         return read_cubin(self.code, self.shared_bytes)
 
 

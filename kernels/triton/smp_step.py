@@ -17,7 +17,7 @@ from ..smp_step import step_factors
 from .aggregate import aggregate
 from .fake_quantize import tile_shape
 from .float_sum import float_sum
-from .launch import GRAPH_SIZES, check_devices, check_graph, config_for, launch
+from .launch import UNSPECIALIZED, check_devices, check_graph, config_for, launch
 from .quantize_pack import pack_scaled
 
 __all__ = ["correct_kernel", "smp_step", "update_kernel"]
@@ -38,7 +38,7 @@ def _store_product(a, b, partial):
     tl.store(partial + index, tl.sum(tl.sum(product, 1), 0))
 
 
-@triton.jit(do_not_specialize=GRAPH_SIZES)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def update_kernel(  # type: ignore[no-untyped-def]
     h, x0, neighbours, norm, out, scaled, energy, c0, c1, eta, num_rows,
     F: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -55,7 +55,7 @@ def update_kernel(  # type: ignore[no-untyped-def]
     _store_product(state, state - average, energy)
 
 
-@triton.jit(do_not_specialize=GRAPH_SIZES)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def correct_kernel(  # type: ignore[no-untyped-def]
     h, u, change, constraint, c2, num_rows,
     F: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from ..layout import row_words
 from .bits import by_feature, feature_tile, load_range, load_words, spread
-from .launch import GRAPH_SIZES, check_devices, config_for, launch, warp_size, word_tile
+from .launch import UNSPECIALIZED, check_devices, config_for, launch, warp_size, word_tile
 from .ranges import range_kind
 
 __all__ = ["unpack_dequantize", "unpack_dequantize_kernel"]
 
 
-@triton.jit(do_not_specialize=GRAPH_SIZES)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def unpack_dequantize_kernel(  # type: ignore[no-untyped-def]
     words, scale, offset, out, num_rows,
     F: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
