@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..config import OFF, SMPConfig
 from ..quantizers import QLRQuantizer
+from ..quantizers.autocast import full_precision
 from ..smp.constraint import attach_constraint
 from ..smp.propagation import Descent, Meter, PropagationLayer, StepOperator, Visit, dropped_edges
 from .base import QuantizerDict, SiteFactory
@@ -61,6 +62,11 @@ class QuantizedPropagation(PropagationLayer, QuantizedConv):
         """The constraint that the converted layer will have."""
         return sites.config.smp
 
+    @property
+    def follows_autocast(self) -> bool:
+        return self.is_plain
+
+    @full_precision
     def forward(self: Any, x: Tensor, edge_index: Any, edge_weight: Tensor | None = None) -> Tensor:
         if self.is_plain and not (self.smp is not None and (self.is_smoothing or self.moves_itself)):
             return self.unquantized(x, edge_index, edge_weight)

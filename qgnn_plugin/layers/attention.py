@@ -29,6 +29,7 @@ from ..kernels.layout import pack_codes
 from ..kernels.plan import GraphPlan
 from ..kernels.spmm import segment_max, segment_sum, spmm
 from ..quantizers import QLRQuantizer, QuantizedTensor
+from ..quantizers.autocast import full_precision
 from ..quantizers.functional import HALF, levels
 from ..smp.constraint import attach_constraint
 from . import compressed
@@ -197,6 +198,7 @@ def _weighted_mean(messages: QuantizedTensor, plan: GraphPlan, weight: Tensor, d
 class QuantizedGATConv(_QuantizedAttention):
     """Quantized :class:`torch_geometric.nn.GATConv`; logits come from accumulators, before messages are quantized."""
 
+    @full_precision
     def forward(
         self: Any,
         x: Any,
@@ -255,6 +257,7 @@ class QuantizedGATv2Conv(_QuantizedAttention):
         super().attach(layer, sites)
         layer.target_quantizer = sites.message("target")
 
+    @full_precision
     def forward(self: Any, x: Any, edge_index: Any, edge_attr: Any = None, return_attention_weights: Any = None) -> Any:
         if self.is_off:
             return super().forward(x, edge_index, edge_attr, return_attention_weights)  # type: ignore[misc]

@@ -56,6 +56,11 @@ class QuantizedLayer:
         """Whether every site of this layer is at full precision."""
         return all(q.bits == OFF for _, q in self.own_quantizers())
 
+    @property
+    def follows_autocast(self) -> bool:
+        """Whether the layer runs as its float class does, under autocast too (see :mod:`..quantizers.autocast`)."""
+        return self.is_off
+
 
 class QuantizerDict(nn.ModuleDict):
     """Quantizers of a layer, by argument name or step."""

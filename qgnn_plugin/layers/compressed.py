@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from ..kernels.plan import GraphPlan
 from ..kernels.spmm import edge_products, segment_sum, spmm
+from ..quantizers.autocast import backward_without_autocast
 from ..quantizers.compressed import Recipe, compressing, recipe
 from ..quantizers.packed import Packed
 
@@ -130,6 +131,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @backward_without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, w = _factors(ctx)
         grad_codes = grad @ w.values() if ctx.needs_input_grad[0] else None

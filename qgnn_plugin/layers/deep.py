@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..quantizers import QLRQuantizer
+from ..quantizers.autocast import full_precision
 from ..smp.constraint import attach_constraint
 from ..smp.deep import DeepLayer
 from .attention import QuantizedGATConv, QuantizedGATv2Conv
@@ -35,6 +36,7 @@ class DeepGCNConv(DeepLayer, QuantizedGCNConv):
             layer.message_quantizer = sites.make("message", "message", channels=layer.in_channels)
         attach_constraint(layer, sites.config.smp, sites.device)
 
+    @full_precision
     def forward(self: Any, x: Tensor, edge_index: Any, edge_weight: Tensor | None = None) -> Tensor:
         self.refuse_explain()
         initial = self.initial_features(x)
@@ -63,6 +65,7 @@ class DeepConv(DeepLayer, QuantizedConv):
         widths = conv_widths(layer)
         layer.support_quantizer = sites.make("message", "support", channels=widths and widths[0])
 
+    @full_precision
     def forward(self: Any, x: Tensor, edge_index: Any, *args: Any, **kwargs: Any) -> Any:
         initial = self.initial_features(x)
         mixed = self.with_initial(x, initial)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..quantizers import QLRQuantizer
+from ..quantizers.autocast import full_precision
 from ..smp.constraint import attach_constraint
 from . import compressed
 from .arithmetic import aggregate_sum
@@ -35,6 +36,7 @@ class QuantizedGCNConv(QuantizedConv):
         layer.message_quantizer = sites.message("message", layer.out_channels)
         attach_constraint(layer, sites.config.smp, sites.device)
 
+    @full_precision
     def forward(self: Any, x: Tensor, edge_index: Any, edge_weight: Tensor | None = None) -> Tensor:
         if self.is_off or isinstance(x, (tuple, list)):
             return super().forward(x, edge_index, edge_weight)  # type: ignore[misc]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..quantizers import QLRQuantizer, QuantizedTensor
+from ..quantizers.autocast import full_precision
 from ..smp.constraint import Operator, attach_constraint
 from . import compressed
 from .arithmetic import aggregate_sum
@@ -35,6 +36,7 @@ class QuantizedGINConv(QuantizedConv):
         layer.message_quantizer = sites.features("message") if sites.first[0] else sites.message("message")
         attach_constraint(layer, sites.config.smp, sites.device)
 
+    @full_precision
     def forward(self: Any, x: Any, edge_index: Any, size: Any = None) -> Tensor:
         if self.is_off or self.aggr not in ("add", "sum"):
             return super().forward(x, edge_index, size)  # type: ignore[misc]

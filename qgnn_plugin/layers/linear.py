@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..quantizers import QLRQuantizer, QuantizedTensor
+from ..quantizers.autocast import full_precision
 from .arithmetic import linear
 from .base import QuantizedLayer, SiteFactory
 
@@ -35,6 +36,7 @@ class QuantizedLinear(QuantizedLayer):
         """The linear map without its bias."""
         return self.apply_to(x, None)
 
+    @full_precision
     def apply_to(self, x: Tensor | QuantizedTensor, bias: Tensor | None) -> Tensor:
         """The linear map with another bias (or none)."""
         if isinstance(x, QuantizedTensor):

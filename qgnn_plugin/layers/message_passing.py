@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..quantizers import QLRQuantizer
+from ..quantizers.autocast import is_autocasting
 from ..smp.constraint import SmoothLayer, attach_constraint
 from .base import QuantizedLayer, QuantizerDict, SiteFactory
 from .graph import gcn_graph
@@ -108,5 +109,5 @@ def _quantize_values(value: Any, quantizer: QLRQuantizer) -> Any:
     if isinstance(value, (tuple, list)):
         return (_quantize_values(value[0], quantizer), *value[1:])
     if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1 and value.layout == torch.strided:
-        return quantizer(value).dequantize()
+        return quantizer(value.float() if is_autocasting() else value).dequantize()
     return value

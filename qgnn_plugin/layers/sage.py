@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..quantizers import QLRQuantizer, QuantizedTensor
+from ..quantizers.autocast import full_precision
 from ..smp.constraint import attach_constraint
 from .arithmetic import aggregate_sum
 from .base import SiteFactory
@@ -43,6 +44,12 @@ class QuantizedSAGEConv(QuantizedConv):
             convert_layer(getattr(layer, child), QuantizedLinear, sites.within(child), own_input=own_input)
         attach_constraint(layer, sites.config.smp, sites.device)
 
+    @property
+    def follows_autocast(self: Any) -> bool:
+        inner = (getattr(self, unit, None) for unit in self.units)
+        return self.is_off and all(lin is None or lin.is_off for lin in inner)
+
+    @full_precision
     def forward(self: Any, x: Any, edge_index: Any, size: Any = None) -> Tensor:
         if self.is_off and self.lin_l.is_off and (not self.root_weight or self.lin_r.is_off):
             return super().forward(x, edge_index, size)  # type: ignore[misc]

@@ -18,6 +18,7 @@ from ..layers.arithmetic import aggregate_sum
 from ..layers.base import QuantizedLayer
 from ..layers.graph import NormalizedGraph
 from ..quantizers import QuantizedTensor
+from ..quantizers.autocast import full_precision
 from ..smp.constraint import SmoothLayer
 from ..smp.deep import StackPlace
 from .deferred import DeferredTensor, Producer, conclude, is_deferring, plain
@@ -96,6 +97,7 @@ def inference(forward: Forward) -> Forward:
     """Guard a packed layer's forward: eval mode only, no gradient, output quantization."""
 
     @functools.wraps(forward)
+    @full_precision
     def guarded(self: PackedLayer, *args: Any, **kwargs: Any) -> Any:
         if self.training:
             raise RuntimeError(

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .autocast import backward_without_autocast
 from .masks import OneBitMasks
 from .packed import Packed, pack, unpack
 
@@ -140,6 +141,7 @@ class _QuantizeAgain(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @backward_without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         v = _steps(ctx.recipe(), *ctx.saved_tensors)
         outside = (v < 0) | (v > ctx.qmax)
