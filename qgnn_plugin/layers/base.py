@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -15,17 +15,67 @@ from ..quantizers import QLRQuantizer
 from ..smp.constraint import SmoothLayer, detach_constraint
 from ..smp.deep import StackPlace
 
-__all__ = ["QuantizedLayer", "SiteFactory", "quantized_class", "restore_class"]
+__all__ = ["QuantizedLayer", "SiteFactory", "SwappedLayer", "named_as", "quantized_class", "restore_class"]
 
 
-class QuantizedLayer:
+class SwappedLayer:
+    """Mixin of a layer whose class was swapped for a subclass of (mixin, the layer's own class), of the same name."""
+
+    float_class: ClassVar[type[nn.Module]]
+
+    def own_sites(self) -> dict[str, int]:
+        """Bits of its quantization sites, by name."""
+        raise NotImplementedError
+
+    def as_float(self) -> nn.Module:
+        """The layer as its own class describes it, without what was added: a view to read, not to run or keep."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        """That of the layer's own class, and what is quantized."""
+        return annotated(repr(self.as_float()), _bits(self.own_sites()))
+
+
+def _bits(sites: Mapping[str, int]) -> str:
+    """``bits=4``, or the bits of every site where they differ; nothing where all are off."""
+    if all(bits == OFF for bits in sites.values()):
+        return ""
+    if len(set(sites.values())) == 1:
+        return f"bits={next(iter(sites.values()))}"
+    return "bits=" + "/".join(f"{bits} {site}" for site, bits in sites.items())
+
+
+def annotated(text: str, *notes: str) -> str:
+    """The ``repr`` of a module with further arguments."""
+    note = ", ".join(filter(None, notes))
+    if not note:
+        return text
+    head, opening, rest = text.partition("(")
+    if not opening or not text.endswith(")"):
+        return f"{text} ({note})"
+    if rest.startswith("\n"):  # of one with children: a line of its own
+        return f"{head}(\n  {note}{rest}"
+    return f"{head}({note})" if rest == ")" else f"{text[:-1]}, {note})"
+
+
+def named_as(float_class: type[nn.Module]) -> dict[str, Any]:
+    """What makes a subclass go by the name of ``float_class``: models look layers up by it."""
+    return {
+        "float_class": float_class,
+        "__module__": float_class.__module__,
+        "__qualname__": float_class.__qualname__,
+        "__doc__": float_class.__doc__,
+    }
+
+
+class QuantizedLayer(SwappedLayer):
     """Mixin of every converted layer.
 
     Converting sets ``layer.__class__`` to a subclass of (mixin, the layer's own class), so parameters, hooks, buffers
-    and ``isinstance`` stay as they were.  The subclass is made on demand; copies and pickles refer to it by the pair.
+    and ``isinstance`` stay as they were, and so does the class's name.  The subclass is made on demand; copies and
+    pickles refer to it by the pair.
     """
 
-    float_class: ClassVar[type[nn.Module]]
     mixin: ClassVar[type[QuantizedLayer]]
     quantizes_output: ClassVar[bool]
     units: ClassVar[tuple[str, ...]] = ()  # inner layers that this one converts itself, where it has them
@@ -51,6 +101,16 @@ class QuantizedLayer:
             elif isinstance(child, QuantizerDict):
                 yield from ((f"{name}.{key}", q) for key, q in child.items() if isinstance(q, QLRQuantizer))
 
+    def own_sites(self) -> dict[str, int]:
+        return {name.removesuffix("_quantizer"): quantizer.bits for name, quantizer in self.own_quantizers()}
+
+    def as_float(self) -> nn.Module:
+        view = object.__new__(type(self).float_class)
+        view.__dict__.update(self.__dict__)
+        children = self.__dict__["_modules"].items()
+        view._modules = {name: m for name, m in children if not isinstance(m, (QLRQuantizer, QuantizerDict))}
+        return view
+
     @property
     def is_off(self) -> bool:
         """Whether every site of this layer is at full precision."""
@@ -73,13 +133,9 @@ def quantized_class(mixin: type[QuantizedLayer], float_class: type[nn.Module], o
     """The subclass of ``(mixin, float_class)``, made once; with ``output`` its result is quantized as well."""
     key = (mixin, float_class, output)
     if key not in _CLASSES:
-        namespace: dict[str, Any] = {
-            "float_class": float_class,
-            "mixin": mixin,
-            "quantizes_output": output,
-            "__module__": mixin.__module__,
-            "__doc__": f"Quantized :class:`{float_class.__module__}.{float_class.__qualname__}`.",
-        }
+        namespace = {**named_as(float_class), "mixin": mixin, "quantizes_output": output}
+        # Before those of a class that shares a base with the mixin, which then comes first.
+        namespace["__repr__"] = SwappedLayer.__repr__
         # PyG generates a `propagate` onto a subclass that has none in its own namespace, on the first copy or
         # unpickling of an instance, and `explain` reads the two aliases: all three must be in the concrete class.
         propagate = getattr(mixin, "quantized_propagate", None)
@@ -88,7 +144,7 @@ def quantized_class(mixin: type[QuantizedLayer], float_class: type[nn.Module], o
         bases: tuple[type, ...] = (mixin, float_class)
         if output:
             namespace["forward"] = _quantizing_output(getattr(mixin, "forward", float_class.forward))
-        _CLASSES[key] = type(f"Quantized{float_class.__name__}", bases, namespace)
+        _CLASSES[key] = type(float_class.__name__, bases, namespace)
     return _CLASSES[key]
 
 

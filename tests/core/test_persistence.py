@@ -99,7 +99,8 @@ def test_classes_are_made_once() -> None:
     first, second = (qgnn.quantize_model(GCNConv(3, 3), 4) for _ in range(2))
     assert type(first) is type(second)
     assert isinstance(first, GCNConv)
-    assert type(first).__name__ == "QuantizedGCNConv"
+    assert type(first).__name__ == type(first).__qualname__ == "GCNConv"
+    assert type(first).__module__ == GCNConv.__module__
     assert type(first) is not type(qgnn.quantize_model(GCNConv(3, 3), config=QuantConfig(output_bits=4)))
 
 
