@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from . import __version__
+from .atomic import atomic_file
 from .data import load_dataset
 from .recipe import Recipe, Stage, StageResult, fit_float, fit_quantized
 from .report import model_bytes, summary
@@ -60,9 +60,8 @@ def _recipe(epochs: int | None) -> Recipe:
 
 def _save(model: torch.nn.Module, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    torch.save(model.state_dict(), temporary)
-    temporary.replace(path)
+    with atomic_file(path) as file:
+        torch.save(model.state_dict(), file)
 
 
 def _train(args: argparse.Namespace) -> None:

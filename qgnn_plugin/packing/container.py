@@ -5,34 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from ..atomic import PathLike, atomic_file, shown
 from ..kernels.layout import LAYOUT_VERSION
+from . import tensor_file
 
-__all__ = ["read", "write"]
+__all__ = ["PathLike", "read", "refuse", "write"]
 
 FORMAT = "qgnn_plugin"
 VERSION = 1
 DIGEST_BYTES = 8
 DIGEST_CHARS = 2 * DIGEST_BYTES
-PathLike = str | os.PathLike[str]
 
 
 def _digest(data: Any) -> str:
     return hashlib.blake2b(data, digest_size=DIGEST_BYTES).hexdigest()
-
-
-def _tensor_digest(tensor: Tensor) -> str:
-    flat = tensor.reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
-    return _digest(flat.numpy())
 
 
 def write(path: PathLike, kind: str, tensors: Mapping[str, Tensor], description: Any) -> None:
@@ -40,72 +31,92 @@ def write(path: PathLike, kind: str, tensors: Mapping[str, Tensor], description:
 
     The header holds the bit layout's version, a checksum of the description and one of every tensor
     (in the order of their sorted names).
+
+    Raises:
+        OSError: If there is no such folder, ``path`` is one, or it cannot be written.
+        ValueError: If a tensor is sparse or of a type that the format does not know.
     """
-    path = Path(path)
-    stored = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    stored = {name: _on_host(name, tensor) for name, tensor in tensors.items()}
     header = {
         "version": VERSION,
         "layout": LAYOUT_VERSION,
         "kind": kind,
-        "checksums": "".join(_tensor_digest(stored[name]) for name in sorted(stored)),
+        "checksums": "".join(_digest(tensor_file.as_bytes(stored[name])) for name in sorted(stored)),
         "description": description,
     }
-    text = json.dumps(header, separators=(",", ":"))
-    # One entry: safetensors writes several in random order, and equal models shall give equal files.
-    metadata = {FORMAT: _digest(text.encode()) + text}
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        save_file(stored, temporary, metadata)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    text = json.dumps(header, separators=(",", ":"), allow_nan=False)
+    with atomic_file(path) as file:
+        tensor_file.write(file, stored, {FORMAT: _digest(text.encode()) + text})
 
 
-def read(path: PathLike, kind: str, *, verify: bool = True) -> tuple[dict[str, Tensor], Any]:
-    """Read what :func:`write` wrote: memory-mapped tensors and the description; nothing is executed.
+def _on_host(name: str, tensor: Tensor) -> Tensor:
+    tensor_file.check(name, tensor)
+    return tensor.detach().cpu().contiguous().resolve_conj()
+
+
+def read(path: PathLike, kind: str, *, verify: bool = True, mmap: bool = False) -> tuple[dict[str, Tensor], Any]:
+    """Read what :func:`write` wrote: tensors and the description; nothing is executed.
 
     Args:
         path: The file.
         kind: What it must hold.
-        verify: Compare every tensor with its checksum (reads the file once); otherwise pages are
-            read when they are first used.
+        verify: Compare every tensor with its checksum.
+        mmap: Map the file instead of reading it into memory of its own.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it is damaged, truncated, foreign, or of another kind or version.
     """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"Expected a file (got '{path}')")
+    name = os.fsdecode(path)
+    if not os.path.isfile(name):
+        found = "a folder" if os.path.isdir(name) else "nothing" if not os.path.lexists(name) else "no regular file"
+        raise FileNotFoundError(f"Expected a file (got {found} at '{shown(path)}')")
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            header = _header(path, file.metadata() or {}, kind)
-            names = sorted(file.keys())
-            tensors = {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, OSError, UnicodeDecodeError) as error:
+        tensors, metadata = tensor_file.read(name, mmap=mmap)
+        header = _header(metadata)
+    except (tensor_file.FormatError, UnicodeError) as error:
         raise ValueError(
-            f"Expected a file written by qgnn_plugin (got '{path}', which is damaged, truncated or not a "
+            f"Expected a file written by qgnn_plugin (got '{shown(path)}', which is damaged, truncated or not a "
             f"safetensors file: {error})"
         ) from error
-    sums = header["checksums"]
-    width = DIGEST_CHARS
-    if len(sums) != width * len(names):
-        raise ValueError(f"'{path}' is damaged: {len(names)} tensors, {len(sums) // width} checksums")
-    for i, name in enumerate(names if verify else []):
-        if _tensor_digest(tensors[name]) != sums[width * i : width * (i + 1)]:
-            raise ValueError(f"'{path}' is damaged: the checksum of tensor '{name}' does not match")
-    return tensors, header["description"]
+    if header is None:
+        raise ValueError(
+            f"Expected a file written by qgnn_plugin (got '{shown(path)}', a safetensors file from elsewhere)"
+        )
+    for field, value in {"version": VERSION, "layout": LAYOUT_VERSION, "kind": kind}.items():
+        if header.get(field) != value:
+            raise ValueError(f"Expected {field} {value!r} in '{shown(path)}' (got {_brief(header.get(field))})")
+    _check_sums(path, tensors, header.get("checksums"), verify)
+    return tensors, header.get("description")
 
 
-def _header(path: PathLike, metadata: Mapping[str, str], kind: str) -> dict[str, Any]:
+def _header(metadata: Mapping[str, str]) -> dict[str, Any] | None:
+    """The description and what is around it, :obj:`None` where there is none of ours."""
     if FORMAT not in metadata:
-        raise ValueError(f"Expected a file written by qgnn_plugin (got '{path}', a safetensors file from elsewhere)")
+        return None
     digest, text = metadata[FORMAT][:DIGEST_CHARS], metadata[FORMAT][DIGEST_CHARS:]
     if _digest(text.encode()) != digest:
-        raise ValueError(f"'{path}' is damaged: the checksum of its description does not match")
-    header = json.loads(text)
-    for name, value in {"version": VERSION, "layout": LAYOUT_VERSION, "kind": kind}.items():
-        if header.get(name) != value:
-            raise ValueError(f"Expected {name} {value!r} in '{path}' (got {header.get(name)!r})")
+        raise tensor_file.FormatError("the checksum of its description does not match")
+    header = tensor_file.parse_json(text)
+    if not isinstance(header, dict):
+        raise tensor_file.FormatError("its description is no mapping")
     return header
+
+
+def _check_sums(path: PathLike, tensors: Mapping[str, Tensor], sums: Any, verify: bool) -> None:
+    names, width = sorted(tensors), DIGEST_CHARS
+    if not isinstance(sums, str) or len(sums) != width * len(names):
+        refuse(path, "checksums", f"one for each of {len(names)} tensors", sums)
+    for i, name in enumerate(names if verify else []):
+        if _digest(tensor_file.as_bytes(tensors[name])) != sums[width * i : width * (i + 1)]:
+            raise ValueError(f"'{shown(path)}' is damaged: the checksum of tensor '{name}' does not match")
+
+
+def refuse(path: PathLike, field: str, expected: str, found: Any) -> NoReturn:
+    """Say which field of a file's description is not what it must be."""
+    raise ValueError(f"Expected {expected} in the field '{field}' of '{shown(path)}' (got {_brief(found)})")
+
+
+def _brief(value: Any, limit: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}..."

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..kernels.layout import check_packed, pack_codes, top_code, unpack_codes
+from ..atomic import shown
+from ..kernels.layout import check_bits, check_packed, pack_codes, top_code, unpack_codes
 from ..kernels.quantize_pack import quantize_pack
 from ..kernels.unpack_dequantize import unpack_dequantize
 from ..layers.base import QuantizedLayer
@@ -44,6 +44,11 @@ class PackedEmbeddings:
     bits: int
 
     def __post_init__(self) -> None:
+        if type(self.num_features) is not int or self.num_features < 0:
+            raise ValueError(f"Expected 'num_features' >= 0 (got {self.num_features!r})")
+        for name in ("words", "scale", "lower"):
+            if not isinstance(getattr(self, name), Tensor):
+                raise TypeError(f"Expected a tensor for '{name}' (got {type(getattr(self, name)).__name__})")
         check_packed(self.words, self.num_features, self.bits)
         for name in ("scale", "lower"):
             value = getattr(self, name)
@@ -53,11 +58,37 @@ class PackedEmbeddings:
                     f"Expected '{name}' of one float32 element or [{len(self)}, 1], as the other end "
                     f"(got {value.dtype}, {list(value.shape)})"
                 )
+            if value.device != self.words.device:
+                raise ValueError(f"Expected '{name}' on {self.words.device}, as 'words' (got {value.device})")
+
+    def _check_values(self) -> None:
+        """Raise unless ranges are finite and codes are of features only, as packing leaves them."""
+        for name in ("scale", "lower"):
+            if not bool(getattr(self, name).isfinite().all()):
+                raise ValueError(f"Expected finite values in '{name}' (got NaN or infinity)")
+        if not bool((self.scale > 0).all()):
+            raise ValueError(f"Expected steps > 0 in 'scale' (got {float(self.scale.min()):g})")
+        used = pack_codes(torch.full((1, self.num_features), top_code(self.bits), dtype=torch.int32), self.bits)
+        unused = ~used.to(self.words.device)
+        for rows in self.words.split(max(1, CHUNK // max(1, self.words.size(1)))):
+            if bool((rows & unused).any()):
+                raise ValueError(f"Expected the bits of no feature in 'words' to be zero, of {self.num_features}")
 
     @classmethod
     def from_codes(cls, codes: Tensor, scale: Tensor, lower: Tensor, bits: int) -> PackedEmbeddings:
-        """Pack integer codes ``[N, F]`` in ``[0, 2^bits - 1]``."""
-        return cls(pack_codes(codes, bits), scale, lower, codes.size(1), bits)
+        """Pack integer codes ``[N, F]`` in ``[0, 2^bits - 1]``.
+
+        Raises:
+            ValueError: If a code is out of this range, or a range is not finite with a step above zero.
+        """
+        if codes.dim() != 2:
+            raise ValueError(f"Expected codes [N, F] (got {list(codes.shape)})")
+        check_bits(bits)
+        if codes.numel() and not (int(codes.min()) >= 0 and int(codes.max()) <= top_code(bits)):
+            raise ValueError(f"Expected codes of 0 to {top_code(bits)} (got {int(codes.min())} to {int(codes.max())})")
+        packed = cls(pack_codes(codes, bits), scale, lower, codes.size(1), bits)
+        packed._check_values()
+        return packed
 
     @classmethod
     def from_float(
@@ -79,6 +110,8 @@ class PackedEmbeddings:
         """
         if x.dim() != 2 or not x.is_floating_point() or not x.numel():
             raise ValueError(f"Expected a float matrix [N, F] (got {x.dtype}, {list(x.shape)})")
+        if bits not in (2, 4, 8):
+            raise ValueError(f"Expected 'bits' to be 2, 4 or 8 (got {bits!r})")
         if granularity not in ("node", "tensor"):
             raise ValueError(f"Expected 'granularity' to be 'node' or 'tensor' (got {granularity!r})")
         x = x.detach().to(torch.float32)
@@ -117,7 +150,15 @@ class PackedEmbeddings:
         return self.words.size(0)
 
     def __getitem__(self, index: Tensor | slice) -> PackedEmbeddings:
-        """Some of the rows: ``index`` int64 ``[M]``, boolean ``[N]``, or a slice."""
+        """Some of the rows: ``index`` int64 ``[M]``, boolean ``[N]``, or a slice.
+
+        Raises:
+            TypeError: If it is something else.
+        """
+        if not isinstance(index, slice) and not (isinstance(index, Tensor) and index.dim() == 1):
+            raise TypeError(
+                f"Expected a slice or a tensor [M] of rows (got {type(index).__name__}); one row: [i : i + 1]"
+            )
         scale, lower = (t[index] if t.dim() == 2 else t for t in (self.scale, self.lower))
         return PackedEmbeddings(self.words[index], scale, lower, self.num_features, self.bits)
 
@@ -158,10 +199,10 @@ class PackedEmbeddings:
         Returns:
             Products ``[M, k]`` float64, in descending order, and indices ``[M, k]`` int64 (``[k]`` for one query).
         """
-        if not 1 <= k <= len(self):
-            raise ValueError(f"Expected 'k' between 1 and {len(self)} (got {k})")
-        if chunk < 1:
-            raise ValueError(f"Expected 'chunk' >= 1 (got {chunk})")
+        if type(k) is not int or not 1 <= k <= len(self):
+            raise ValueError(f"Expected 'k' between 1 and {len(self)} (got {k!r})")
+        if type(chunk) is not int or chunk < 1:
+            raise ValueError(f"Expected 'chunk' >= 1 (got {chunk!r})")
         single = isinstance(query, Tensor) and query.dim() == 1
         packed = self._packed_query(query)
         width = max(1, self.num_features)
@@ -178,6 +219,13 @@ class PackedEmbeddings:
         return scores, torch.zeros((0, k), dtype=torch.int64, device=device)
 
     def _packed_query(self, query: Tensor | PackedEmbeddings) -> PackedEmbeddings:
+        if not isinstance(query, (Tensor, PackedEmbeddings)):
+            raise TypeError(f"Expected a tensor or PackedEmbeddings as query (got {type(query).__name__})")
+        if isinstance(query, Tensor) and (query.dim() not in (1, 2) or not query.is_floating_point()):
+            raise ValueError(f"Expected a float query [F] or [M, F] (got {query.dtype}, {list(query.shape)})")
+        device = (query if isinstance(query, Tensor) else query.words).device
+        if device != self.words.device:
+            raise ValueError(f"Expected the query on {self.words.device}, as the embeddings (got {device})")
         features = query.num_features if isinstance(query, PackedEmbeddings) else query.size(-1)
         if features != self.num_features:
             raise ValueError(f"Expected a query of {self.num_features} features (got {features})")
@@ -221,16 +269,35 @@ class PackedEmbeddings:
         container.write(path, KIND, tensors, {"num_features": self.num_features, "bits": self.bits})
 
     @classmethod
-    def load(cls, path: container.PathLike, *, verify: bool = True) -> PackedEmbeddings:
-        """Read what :meth:`save` wrote, memory-mapped.
+    def load(cls, path: container.PathLike, *, verify: bool = True, mmap: bool = False) -> PackedEmbeddings:
+        """Read what :meth:`save` wrote.
+
+        Args:
+            path: The file.
+            verify: Compare every tensor with its checksum, and check that the values are those of embeddings.
+            mmap: Map the file instead of reading it: a table is there at once and pages come when they are used, but
+                whoever overwrites or cuts the file (replacing it is fine) changes results or ends the process.
 
         Raises:
             FileNotFoundError: If there is no such file.
             ValueError: If it is damaged, truncated or foreign.
         """
-        tensors, description = container.read(path, KIND, verify=verify)
-        fields: Mapping[str, Any] = description
-        return cls(**tensors, num_features=fields["num_features"], bits=fields["bits"])
+        tensors, description = container.read(path, KIND, verify=verify, mmap=mmap)
+        fields = ("num_features", "bits")
+        if not isinstance(description, dict) or set(description) != set(fields):
+            container.refuse(path, "description", "num_features and bits", description)
+        for field in fields:
+            if type(description[field]) is not int:
+                container.refuse(path, field, "an integer", description[field])
+        if set(tensors) != {"words", "scale", "lower"}:
+            raise ValueError(f"Expected the tensors words, scale and lower in '{shown(path)}' (got {sorted(tensors)})")
+        try:
+            table = cls(**tensors, **description)
+            if verify:
+                table._check_values()
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"Expected packed embeddings in '{shown(path)}' (got others): {error}") from error
+        return table
 
 
 def _quantized_rows(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:

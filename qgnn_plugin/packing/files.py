@@ -38,14 +38,16 @@ def save_packed(packed: nn.Module, path: container.PathLike) -> None:
     container.write(path, KIND, tensors, {"model": model, **_describe(specs)})
 
 
-def load_packed(path: container.PathLike, model: nn.Module, *, verify: bool = True) -> nn.Module:
+def load_packed(path: container.PathLike, model: nn.Module, *, verify: bool = True, mmap: bool = False) -> nn.Module:
     """Read a packed model.
 
     Args:
         path: A file written by :func:`save_packed`; nothing in it is executed.
         model: The float architecture, any instance; its weights are not used and it is not changed.
-        verify: Compare every tensor with its checksum; otherwise the file is mapped into memory and
-            read when a layer first runs.
+        verify: Compare every tensor with its checksum.
+        mmap: Map the file into memory instead of reading it: pages come when a layer first uses them (or when
+            ``verify`` does), and several processes share them.  Replacing the file, as :func:`save_packed` does, is
+            fine; whoever overwrites or cuts it in place changes results or ends the process.
 
     Returns:
         The packed model, bitwise the one saved, in eval mode on the device of ``model``.
@@ -59,7 +61,7 @@ def load_packed(path: container.PathLike, model: nn.Module, *, verify: bool = Tr
         raise TypeError(f"Expected the float model, a torch.nn.Module (got {type(model).__name__})")
     if is_packed(model) or is_quantized(model):
         raise ValueError("Expected the float architecture as 'model' (got a converted model)")
-    tensors, description = container.read(path, KIND, verify=verify)
+    tensors, description = container.read(path, KIND, verify=verify, mmap=mmap)
     specs = _specs(description)
     if description.get("model") != type(model).__name__:
         _differ(path, "the model", str(description.get("model")), type(model).__name__)
