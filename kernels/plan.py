@@ -6,17 +6,15 @@ A plan orders the edges by destination.  Row ``i`` of the plan lists the sources
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable
-from functools import cached_property
-from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["GraphPlan", "PlanCache", "graph_plan", "plan_cache"]
+from .cache import PlanCache, pinned_plans
+from .streams import derived
 
+__all__ = ["GraphPlan", "PlanCache", "check_nodes", "graph_plan", "pinned_plans", "plan_cache"]
 
 MAX_NODES = 2**31 - 1
 
@@ -41,20 +39,48 @@ class GraphPlan:
 
     @classmethod
     def from_edges(cls, src: Tensor, dst: Tensor, num_src: int, num_dst: int) -> GraphPlan:
-        """Sort an edge list (``[E]`` sources, ``[E]`` destinations) by destination; stable, hence deterministic."""
-        _check_range(src, num_src, "source")
-        _check_range(dst, num_dst, "destination")
+        """Sort an edge list (``[E]`` sources, ``[E]`` destinations) by destination; stable, hence deterministic.
+
+        The plan shares no memory with the edges.
+
+        Raises:
+            TypeError: If these are no integers.
+            ValueError: If there are nodes that do not exist, more than 32 bits can number, or two devices.
+        """
         if (largest := max(num_src, num_dst)) > MAX_NODES:
             raise ValueError(f"Expected at most {MAX_NODES:,} nodes, numbered in 32 bits (got {largest:,})")
         if src.device != dst.device:
             raise ValueError(f"Expected source and destination nodes on one device (got {src.device} and {dst.device})")
+        check_nodes(src, num_src, "source nodes")
+        check_nodes(dst, num_dst, "destination nodes")
         counts = torch.bincount(dst, minlength=num_dst)
         rowptr = torch.zeros(num_dst + 1, dtype=torch.int64, device=dst.device)
         torch.cumsum(counts, 0, out=rowptr[1:])
-        if dst.numel() and bool((dst[1:] >= dst[:-1]).all()):
-            return cls(rowptr, src.to(torch.int32), num_src)
+        if bool((dst[1:] >= dst[:-1]).all()):
+            return cls(rowptr, src.to(torch.int32, copy=True), num_src)
         perm = torch.argsort(dst, stable=True)
         return cls(rowptr, src[perm].to(torch.int32), num_src, perm)
+
+    @classmethod
+    def from_csr(cls, rowptr: Tensor, col: Tensor, num_src: int) -> GraphPlan:
+        """Take the pattern of a CSR matrix with ``num_src`` columns; shares no memory with it.
+
+        Raises:
+            TypeError: If indices are no integers.
+            ValueError: If row pointers do not rise from 0 to the number of columns listed, or a column does not exist.
+        """
+        check_nodes(col, num_src, "columns", "check the sparse matrix: torch.sparse.check_sparse_tensor_invariants")
+        pointers = rowptr.to(torch.int64, copy=True)
+        ends = pointers.cummax(0).values.eq(pointers).all() & (pointers[0] == 0) & (pointers[-1] == col.numel())
+        if not bool(ends):
+            raise ValueError(
+                f"Expected row pointers that rise from 0 to {col.numel()} (got {pointers.tolist()[:4]} ...); "
+                f"check the sparse matrix: torch.sparse.check_sparse_tensor_invariants"
+            )
+        return cls(pointers, col.to(torch.int32, copy=True), num_src)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_derived"}
 
     def __repr__(self) -> str:
         return f"GraphPlan(num_src={self.num_src}, num_dst={self.num_dst}, num_edges={self.num_edges})"
@@ -63,38 +89,38 @@ class GraphPlan:
     def device(self) -> torch.device:
         return self.rowptr.device
 
-    @cached_property
+    @derived
     def degree(self) -> Tensor:
         """``[num_dst]`` float32, number of incoming edges."""
         return (self.rowptr[1:] - self.rowptr[:-1]).to(torch.float32)
 
-    @cached_property
+    @derived
     def max_degree(self) -> int:
         """Largest number of edges into one node."""
         return int((self.rowptr[1:] - self.rowptr[:-1]).max()) if self.num_dst else 0
 
-    @cached_property
+    @derived
     def dst(self) -> Tensor:
         """``[num_edges]`` int64, destination of each edge in CSR order."""
         nodes = torch.arange(self.num_dst, device=self.device)
         return torch.repeat_interleave(nodes, self.rowptr[1:] - self.rowptr[:-1], output_size=self.num_edges)
 
-    @cached_property
+    @derived
     def transpose(self) -> GraphPlan:
         """The plan of the reversed edges; its ``perm`` refers to CSR positions of this plan."""
         return GraphPlan.from_edges(self.dst, self.col.long(), self.num_dst, self.num_src)
 
-    @cached_property
+    @derived
     def positions(self) -> Tensor:
         """``[num_edges]`` int64, the CSR positions in order."""
         return torch.arange(self.num_edges, device=self.device)
 
-    @cached_property
+    @derived
     def own_sources(self) -> Tensor:
         """``[num_edges]`` int32, in place of ``col`` where each edge is its own source."""
         return self.positions.to(torch.int32)
 
-    @cached_property
+    @derived
     def edge_ids(self) -> Tensor:
         """``[num_edges]`` int64, ``perm``, or the positions where they coincide."""
         return self.positions if self.perm is None else self.perm
@@ -124,90 +150,22 @@ class GraphPlan:
         return torch.empty_like(per_edge).index_copy_(0, self.perm, per_edge)
 
 
-def _check_range(index: Tensor, size: int, what: str) -> None:
-    if index.numel() == 0 or index.device.type != "cpu":
-        return
-    low, high = torch.aminmax(index)
-    if int(low) < 0 or int(high) >= size:
-        raise ValueError(
-            f"Expected {what} nodes in the interval [0, {size}) (got {int(low)} to {int(high)}); "
-            f"check that 'edge_index' belongs to this feature matrix"
-        )
+def check_nodes(
+    index: Tensor, size: int, what: str, remedy: str = "check that 'edge_index' belongs to this feature matrix"
+) -> None:
+    """Refuse what does not number ``size`` nodes; once per plan, since it waits for the device.
 
-
-class PlanCache:
-    """A bounded least-recently-used cache of values derived from tensors.
-
-    Entries are keyed by the identity of the tensors' memory and their version counters, and keep the tensors alive:
-    an address cannot be reused while its entry exists, and a tensor changed in place misses.  Inference tensors count
-    no versions: theirs are compared by value.
+    Raises:
+        TypeError: If ``index`` holds no integers.
+        ValueError: If one is outside ``[0, size)``.
     """
-
-    def __init__(self, capacity: int = 32) -> None:
-        self.capacity = capacity
-        self._entries: OrderedDict[tuple[Any, ...], _Entry] = OrderedDict()
-        self._lock = Lock()
-
-    def get(self, tensors: tuple[Tensor | None, ...], key: tuple[Any, ...], build: Callable[[], Any]) -> Any:
-        """Return the cached value for ``tensors`` and ``key``, building it on a miss."""
-        parts = [part for t in tensors if t is not None for part in _parts(t)]
-        if not all(_has_memory(part) for part in parts):
-            return build()
-        present = tuple(None if t is None else (t.layout, tuple(t.shape)) for t in tensors)
-        full_key = (*key, present, *(_identity(part) for part in parts))
-        with self._lock:
-            entry = self._entries.get(full_key)
-            if entry is not None:
-                self._entries.move_to_end(full_key)
-        if entry is not None and entry.is_current(parts):
-            return entry.value
-        value = build()
-        with self._lock:
-            self._entries[full_key] = _Entry(tensors, parts, value)
-            while len(self._entries) > self.capacity:
-                self._entries.popitem(last=False)
-        return value
-
-    def clear(self) -> None:
-        self._entries.clear()
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-
-class _Entry:
-    """A cached value with the tensors it was derived from."""
-
-    def __init__(self, tensors: tuple[Tensor | None, ...], parts: list[Tensor], value: Any) -> None:
-        self.value = value
-        self._alive = (tensors, parts)
-        self._copies = [part.clone() if part.is_inference() else None for part in parts]
-
-    def is_current(self, parts: list[Tensor]) -> bool:
-        """Whether the tensors without a version counter still hold the same values."""
-        pairs = zip(parts, self._copies, strict=True)
-        return all(copy is None or torch.equal(part, copy) for part, copy in pairs)
-
-
-def _identity(tensor: Tensor) -> tuple[Any, ...]:
-    version = 0 if tensor.is_inference() else tensor._version
-    return (tensor.data_ptr(), version, tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
-
-
-def _has_memory(tensor: Tensor) -> bool:
-    """A tensor subclass that wraps another, and a meta tensor, have no address to be told apart by."""
-    return tensor.numel() == 0 or tensor.data_ptr() != 0
-
-
-def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
-    """The strided tensors that hold ``tensor``."""
-    if tensor.layout == torch.strided:
-        return (tensor,)
-    if tensor.layout == torch.sparse_csr:
-        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
-    if tensor.layout == torch.sparse_csc:
-        return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
-    return tensor._indices(), tensor._values()
+    if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+        raise TypeError(f"Expected {what} as integers (got {index.dtype}); convert them with '.long()'")
+    if index.numel() == 0:
+        return
+    low, high = torch.stack(torch.aminmax(index)).tolist()
+    if low < 0 or high >= size:
+        raise ValueError(f"Expected {what} in the interval [0, {size}) (got {low} to {high}); {remedy}")
 
 
 plan_cache = PlanCache()

@@ -181,9 +181,14 @@ def plain_graph(edge_index: Any, size: tuple[int, int], flow: str, weight: Tenso
         edges = edges_of(edge_index, weight, flow)
         plan = GraphPlan.from_edges(edges.src, edges.dst, *size)
         values = edges.weight if isinstance(edge_index, Tensor) else weight
-        return NormalizedGraph(plan, None if values is None else plan.sort(values), None, None)
+        return NormalizedGraph(plan, None if values is None else _sorted(plan, values), None, None)
 
     return _cached((edge_index, weight), ("plain", size, flow), build)
+
+
+def _sorted(plan: GraphPlan, weight: Tensor) -> Tensor:
+    """The weights in CSR order, in memory of their own: what is cached must not follow the caller's tensor."""
+    return weight.clone() if plan.perm is None else plan.sort(weight)
 
 
 def mean_graph(
@@ -228,7 +233,7 @@ def gcn_graph(
                     edges = _without_loops(edges)
                 edges = _with_loops(edges, num_nodes, fill, dtype)
         plan = GraphPlan.from_edges(edges.src, edges.dst, num_nodes, num_nodes)
-        weight = None if edges.weight is None else plan.sort(edges.weight).to(dtype)
+        weight = None if edges.weight is None else _sorted(plan, edges.weight).to(dtype)
         if not normalize:
             return NormalizedGraph(plan, weight, None, None)
         degree = plan.degree.to(dtype) if weight is None else segment_sum(plan, weight)

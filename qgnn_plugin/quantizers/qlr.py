@@ -377,9 +377,7 @@ def _split(x: Tensor) -> tuple[Tensor, GraphPlan | None]:
     if x.layout != torch.sparse_csr:
         raise TypeError(f"Expected dense or torch.sparse_csr features (got layout {x.layout}); use .to_sparse_csr()")
     crow, col = x.crow_indices(), x.col_indices()
-    pattern = plan_cache.get(
-        (crow, col), ("features", x.size(1)), lambda: GraphPlan(crow.long(), col.to(torch.int32), x.size(1))
-    )
+    pattern = plan_cache.get((crow, col), ("features", x.size(1)), lambda: GraphPlan.from_csr(crow, col, x.size(1)))
     return x.values(), pattern
 
 

@@ -1,0 +1,175 @@
+"""Values derived from tensors, kept for as long as the tensors hold what they held.
+
+Plans of graphs, patterns of sparse features and weights prepared for a kernel are all found by the memory they were
+made from.  That memory is the caller's, who may write it in ways that nothing counts (NumPy, ``.data``, DLPack, another
+process), move it (``share_memory_``, a queue) or hand its address on to another tensor (``set_``, ``resize_``).
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from threading import Lock
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+
+from .checksum import checksum
+from .streams import Built
+
+__all__ = ["Fingerprint", "PlanCache", "parts_of", "pinned_plans"]
+
+_pins: ContextVar[list[Any] | None] = ContextVar("qgnn_pins", default=None)
+
+
+@contextmanager
+def pinned_plans() -> Iterator[list[Any]]:
+    """Collect what caches hand out inside, so that it outlives their bounds.
+
+    Caches forget what has not been used for long; a captured CUDA graph goes on reading it.  Keep the list that this
+    context gives for as long as the capture may be replayed::
+
+        with pinned_plans() as pins, torch.cuda.graph(graph):
+            out = packed(x, edge_index)
+    """
+    outer = _pins.get()
+    pins: list[Any] = []
+    token = _pins.set(pins)
+    try:
+        yield pins
+    finally:
+        _pins.reset(token)
+        if outer is not None:
+            outer.extend(pins)
+
+
+class Fingerprint:
+    """What shows whether tensors still are where they were, and hold what they held.
+
+    Memory of the CPU is compared by a checksum: version counters see torch's own operations alone.  On accelerators,
+    where a checksum would wait for the device, the version counter decides, and for inference tensors, which have
+    none, a copy; what is written there through ``.data`` is not seen.
+    """
+
+    __slots__ = ("addresses", "contents", "memory")
+
+    def __init__(self, parts: tuple[Tensor, ...]) -> None:
+        self.memory = tuple(part.detach() for part in parts)  # the storages, whatever the caller's tensors come to be
+        self.addresses = tuple(part.data_ptr() for part in parts)
+        self.contents = tuple(_contents(part) for part in parts)
+
+    def holds_for(self, parts: tuple[Tensor, ...]) -> bool:
+        """Whether ``parts``, of the same form, are that memory, where it was and unchanged."""
+        for held, part, address, before in zip(self.memory, parts, self.addresses, self.contents, strict=True):
+            if held.data_ptr() != address or part.data_ptr() != address:
+                return False
+            if isinstance(before, Tensor):
+                if not torch.equal(part, before):
+                    return False
+            elif _contents(part) != before or (part.device.type != "cpu" and held._version != before):
+                return False
+        return True
+
+
+def _contents(part: Tensor) -> Any:
+    if part.device.type == "cpu":
+        return checksum(part)
+    return part.clone() if part.is_inference() else part._version
+
+
+def parts_of(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, ...] | None:
+    """The strided tensors that hold ``tensors``; :obj:`None` where one has no memory to be known by.
+
+    That is a tensor subclass that wraps another, and a meta tensor.
+    """
+    found: list[Tensor] = []
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        layout = tensor.layout
+        if layout is torch.strided:
+            found.append(tensor)
+        elif layout is torch.sparse_coo:
+            found += (tensor._indices(), tensor._values())
+        elif layout in (torch.sparse_csr, torch.sparse_bsr):
+            found += (tensor.crow_indices(), tensor.col_indices(), tensor.values())
+        else:
+            found += (tensor.ccol_indices(), tensor.row_indices(), tensor.values())
+    if any(part.data_ptr() == 0 and part.numel() for part in found):
+        return None
+    return tuple(found)
+
+
+class PlanCache:
+    """A bounded least-recently-used cache of values derived from tensors.
+
+    An entry is found by the address and the form of its tensors' memory, keeps that memory alive, and counts only while
+    its :class:`Fingerprint` holds; one that does not is replaced.  Safe to use from several threads, each of which may
+    build a value that the others build too, and in a child process forked meanwhile.
+    """
+
+    def __init__(self, capacity: int = 32) -> None:
+        self.capacity = capacity
+        self._entries: OrderedDict[tuple[Any, ...], tuple[Fingerprint, Built]] = OrderedDict()
+        self._lock = Lock()
+        _caches.add(self)
+
+    def get(self, tensors: tuple[Tensor | None, ...], key: tuple[Any, ...], build: Callable[[], Any]) -> Any:
+        """Return the cached value for ``tensors`` and ``key``, building it on a miss."""
+        parts = parts_of(tensors)
+        if parts is None:
+            return build()
+        full_key = (key, tuple(map(_form, tensors)), *map(_place, parts))
+        entry = self._entries.get(full_key)
+        if entry is not None and entry[0].holds_for(parts):
+            built = entry[1]
+            built.wait()
+            with self._lock:
+                if full_key in self._entries:
+                    self._entries.move_to_end(full_key)
+        else:
+            fingerprint = Fingerprint(parts)  # of what is read next
+            built = Built(build())
+            with self._lock:
+                self._entries[full_key] = (fingerprint, built)
+                self._entries.move_to_end(full_key)
+                while len(self._entries) > self.capacity:
+                    self._entries.popitem(last=False)
+        if (pins := _pins.get()) is not None:
+            pins.append((built.value, parts))
+        return built.value
+
+    def clear(self) -> None:
+        with self._lock:
+            self._entries.clear()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+def _form(tensor: Tensor | None) -> Any:
+    if tensor is None or tensor.layout is torch.strided:
+        return tensor is None
+    return (tensor.layout, tensor.shape, tensor.layout is torch.sparse_coo and tensor.is_coalesced())
+
+
+def _place(part: Tensor) -> tuple[Any, ...]:
+    return (part.data_ptr(), part.shape, part.stride(), part.dtype, part.device)
+
+
+_caches: WeakSet[PlanCache] = WeakSet()
+
+
+def _renew_locks() -> None:
+    """Another thread's lock stays locked in a child process, which has no such thread to open it."""
+    for cache in _caches:
+        cache._lock = Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)
