@@ -66,6 +66,7 @@ bench-cpu: $(STAMP)
 kernel-report: $(STAMP)
 	$(BIN)/python -m benchmarks.kernel_report $(ARGS)
 
-# Correctness of every op on the device, then timings; ARGS=--dry-run works without a GPU.
+# Correctness on the device, then every timing; ARGS=--dry-run works without a GPU. On a machine without a package index
+# no environment is needed: `python3 -m benchmarks.gpu --out DIR`.
 bench-gpu: $(STAMP)
 	$(BIN)/python -m benchmarks.gpu $(ARGS)

@@ -8,5 +8,6 @@ one module per op         kernel and host launcher, named like the op
 ``gather``                the inner loops over a row's edges
 ``aot``, ``sass``         compilation without a GPU and what the binaries show
 ``autotune``              rewrites the launch configurations on the user's own card
+``replay``                times of calls as replayed CUDA graphs
 ========================= ==========================================================================
 """

@@ -3,8 +3,9 @@
     python -m qgnn_plugin.kernels.triton.autotune --output configs.json
     export QGNN_TRITON_CONFIGS=configs.json
 
-Times the kernels on a generated power-law graph.  Per kernel and bucket of row width, it starts from the configuration
-that is in use and changes one setting at a time for as long as that helps.  Runs only when called.
+Times the kernels on a generated power-law graph, as replayed CUDA graphs.  Per kernel and bucket of row width, it
+starts from the configuration that is in use and changes one setting at a time for as long as that helps.  Runs only
+when called.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import argparse
 import json
 import math
 import os
-import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -35,8 +35,9 @@ from ..plan import GraphPlan
 from ..quantize_pack import quantize_pack
 from ..spmm import spmm
 from .launch import TABLE_VERSION, Config, architecture, config_for, load_table, override
+from .replay import median_replay
 
-__all__ = ["SEARCH", "main", "median_time", "power_law_plan", "tune", "write_table"]
+__all__ = ["SEARCH", "main", "power_law_plan", "tune", "write_table"]
 
 BUCKETS = (2, 4, 8, 16, 32, 1 << 20)  # words per row; the last takes the rest
 WIDEST = 64  # words per row that stand for the last bucket
@@ -75,22 +76,8 @@ def power_law_plan(num_nodes: int, num_edges: int, device: torch.device | str) -
     return GraphPlan.from_edges(source, target, num_nodes, num_nodes)
 
 
-def median_time(run: Callable[[], Any], repeats: int = 10) -> float:
-    """Median milliseconds of ``run``, by device events where there are any."""
-    run()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
-
-
 def tune(
-    kernel: str, start: Config, run: Callable[[], Any], timer: Callable[[Callable[[], Any]], float] = median_time
+    kernel: str, start: Config, run: Callable[[], Any], timer: Callable[[Callable[[], Any]], float] = median_replay
 ) -> tuple[float, Config]:
     """The least time of ``run`` and the configuration of ``kernel`` that gave it, found from ``start`` on."""
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_checks import checks
-from benchmarks.gpu_models import edge_index_of, packed_model
+from benchmarks.gpu.checks import checks
+from benchmarks.gpu.graphs import edge_index_of
+from benchmarks.gpu.models import packed_model
 from benchmarks.stacks import STACKS, build_stack
 from qgnn_plugin.kernels.plan import GraphPlan
 from qgnn_plugin.kernels.triton.autotune import power_law_plan

@@ -1,4 +1,4 @@
-"""Correctness of every op on the device against its reference; timings start only when it holds."""
+"""Correctness of every op and model on the device against its reference: what fails is not timed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qgnn_plugin.kernels.aggregate import aggregate
 from qgnn_plugin.kernels.attention_aggregate import attention_aggregate
@@ -18,9 +18,17 @@ from qgnn_plugin.kernels.linear import linear
 from qgnn_plugin.kernels.plan import GraphPlan
 from qgnn_plugin.kernels.quantize_pack import quantize_pack
 from qgnn_plugin.kernels.smp_step import smp_step
+from qgnn_plugin.kernels.triton.autotune import power_law_plan
+from qgnn_plugin.kernels.triton.replay import graph_of
 from qgnn_plugin.kernels.unpack_dequantize import unpack_dequantize
 
-__all__ = ["checks", "model_checks", "poisoned", "run_checks"]
+from .graphs import edge_index_of
+from .record import Row
+from .worker import Run, Unit
+
+__all__ = ["checked", "checks", "compare", "differs", "model_units", "op_units", "poisoned"]
+
+BITS, DRY_BITS = (2, 4, 8), (2,)
 
 Check = tuple[str, bool, Callable[[], Any]]  # name, whether bitwise, what to run
 
@@ -55,9 +63,9 @@ def _packed(rows: int, features: int, bits: int, device: torch.device) -> Tensor
     return pack_codes(torch.randint(0, 2**bits, (rows, features), device=device), bits)
 
 
-def checks(plan: GraphPlan, features: int, heads: int) -> Iterator[Check]:
-    """Every op at 2, 4 and 8 bits with fresh random inputs."""
-    for bits in (2, 4, 8):
+def checks(plan: GraphPlan, features: int, heads: int, widths: tuple[int, ...] = BITS) -> Iterator[Check]:
+    """Every op at these widths with fresh random inputs."""
+    for bits in widths:
         for name, exact, run in _rowwise(plan, features, bits):
             yield f"{name} int{bits}", exact, run
         for name, exact, run in _over_edges(plan, features, heads, bits):
@@ -121,7 +129,7 @@ def _fake_quantize(x: Tensor, grad: Tensor, scale: Tensor, offset: Tensor, bits:
     return y.detach(), *(leaf.grad for leaf in leaves)
 
 
-def _differs(want: Tensor, got: Tensor, exact: bool) -> str | None:
+def differs(want: Tensor, got: Tensor, exact: bool) -> str | None:
     if want.shape != got.shape or want.dtype != got.dtype:
         return f"{got.dtype} {list(got.shape)} for {want.dtype} {list(want.shape)}"
     if exact or not want.is_floating_point():
@@ -132,44 +140,84 @@ def _differs(want: Tensor, got: Tensor, exact: bool) -> str | None:
     return None if error <= 1e-4 else f"relative error {error:.2e}"
 
 
-def run_checks(plan: GraphPlan, features: int, heads: int, backend: str) -> list[dict[str, Any]]:
-    """One row per check; ``error`` is :obj:`None` where it holds."""
-    rows = []
-    for name, exact, run in checks(plan, features, heads):
-        try:
-            with use_backend("torch"):
-                want = run()
-            with use_backend(backend), poisoned():
-                got = run()
-            pairs = zip(*(v if isinstance(v, tuple) else (v,) for v in (want, got)), strict=True)
-            found = [message for a, b in pairs if (message := _differs(a, b, exact))]
-            error = "; ".join(found) or None
-        except Exception as problem:
-            error = f"{type(problem).__name__}: {problem}"
-        rows.append({"check": name, "features": features, "exact": exact, "error": error})
-        print(f"{name:28} F={features:4} {'ok' if error is None else 'FAILED ' + error}", flush=True)
-    return rows
+def compare(run: Callable[[], Any], exact: bool, backend: str) -> str | None:
+    """How ``run`` on ``backend``, its outputs poisoned, differs from the reference; :obj:`None` if it does not."""
+    with use_backend("torch"):
+        want = run()
+    with use_backend(backend), poisoned():
+        got = run()
+    pairs = zip(*(v if isinstance(v, tuple) else (v,) for v in (want, got)), strict=True)
+    return "; ".join(message for a, b in pairs if (message := differs(a, b, exact))) or None
 
 
-def model_checks(plan: GraphPlan, widths: tuple[int, ...], backend: str) -> list[dict[str, Any]]:
-    """Packed models on the device against the same models on the reference backend."""
-    from benchmarks.gpu_models import edge_index_of, packed_model
+def checked(key: str, run: Callable[[], str | None], **facts: Any) -> Row:
+    """The row of one check; ``error`` is :obj:`None` where it holds.  An exception is a failed check."""
+    try:
+        error = run()
+    except Exception as problem:
+        error = f"{type(problem).__name__}: {problem}"[:600]
+    return {"kind": "check", "key": key, **facts, "error": error}
+
+
+def op_units(run: Run) -> Iterator[Unit]:
+    """Every op at 2, 4 and 8 bits, at a width that fills words and at one that does not."""
+    sizes = [(24, 60, 8, 2)] if run.dry else [(5000, 80_000, 256, 4), (3000, 40_000, 40, 4)]
+    for nodes, edges, features, heads in sizes:
+        plan = power_law_plan(nodes, edges, run.device)
+        for name, exact, op in checks(plan, features, heads, DRY_BITS if run.dry else BITS):
+
+            def rows(
+                op: Callable[[], Any] = op, exact: bool = exact, name: str = name, features: int = features
+            ) -> Iterator[Row]:
+                facts = {"check": name, "features": features, "exact": exact}
+                yield checked(key_of(name), lambda: compare(op, exact, run.backend), **facts)
+
+            yield Unit(f"{name} F={features}", rows)
+
+
+def key_of(name: str) -> str:
+    """What is left out when a check fails, ``"aggregate int2"`` for ``"aggregate packed int2"``."""
+    return f"{name.split()[0].rstrip(',')} {name.split()[-1]}"
+
+
+def model_units(run: Run) -> Iterator[Unit]:
+    """Packed models against the same models on the reference backend; replayed from a CUDA graph as well."""
+    from benchmarks.gpu.models import MODEL_WIDTHS, TINY_WIDTHS, packed_model
     from benchmarks.stacks import STACKS, build_stack
 
-    x, edge_index = torch.randn(plan.num_src, widths[0], device=plan.device), edge_index_of(plan)
-    rows = []
+    widths = TINY_WIDTHS if run.dry else MODEL_WIDTHS
+    plan = power_law_plan(*((24, 60) if run.dry else (3000, 40_000)), run.device)
+    edge_index = edge_index_of(plan)
     for name in STACKS:
-        for bits in (2, 4):
-            try:
-                model = packed_model(build_stack(name, widths).to(plan.device).eval(), x, edge_index, bits)
-                fresh = torch.randn_like(x)
-                with use_backend("torch"):
-                    want = model(fresh, edge_index)
-                with use_backend(backend), poisoned():
-                    got = model(fresh, edge_index)
-                error = _differs(want, got, exact=False)
-            except Exception as problem:
-                error = f"{type(problem).__name__}: {problem}"
-            rows.append({"check": f"{name} int{bits}", "features": widths[0], "exact": False, "error": error})
-            print(f"{name:24} int{bits} {'ok' if error is None else 'FAILED ' + error}", flush=True)
-    return rows
+        for bits in (2,) if run.dry else (2, 4):
+
+            def rows(name: str = name, bits: int = bits) -> Iterator[Row]:
+                x, fresh = torch.randn(2, plan.num_src, widths[0], device=run.device)
+                model = packed_model(build_stack(name, widths).to(run.device).eval(), x, edge_index, bits)
+
+                def forward(model: nn.Module = model) -> Tensor:
+                    with torch.no_grad():
+                        return model(fresh, edge_index)
+
+                key = f"{name} int{bits}"
+                yield checked(key, lambda: compare(forward, False, run.backend), check=key)
+                if not run.dry:
+                    yield checked(key, lambda: _replayed(model, x, fresh, edge_index), check=f"{key}, replayed")
+
+            yield Unit(f"{name} int{bits}", rows)
+
+
+def _replayed(model: nn.Module, x: Tensor, fresh: Tensor, edge_index: Tensor) -> str | None:
+    """A captured forward pass on features that it was not captured with, against an eager one."""
+    held, result = x.clone(), []
+
+    def forward() -> None:
+        with torch.no_grad():
+            result[:] = [model(held, edge_index)]
+
+    graph = graph_of([forward])
+    captured = result[0]
+    held.copy_(fresh)
+    graph.replay()
+    with torch.no_grad():
+        return differs(model(fresh, edge_index), captured, exact=True)
