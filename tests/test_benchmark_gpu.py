@@ -26,7 +26,8 @@ def conduct(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, limits
     head = (
         "import argparse, json, os, sys, time\n"
         "p = argparse.ArgumentParser(); p.add_argument('section'); p.add_argument('--rows')\n"
-        "o, _ = p.parse_known_args(sys.argv[3:]); m = sys.stdin.readline(); m = json.loads(m) if m.strip() else sys.exit()\n"
+        "o, _ = p.parse_known_args(sys.argv[3:])\n"
+        "m = sys.stdin.readline(); m = json.loads(m) if m.strip() else sys.exit()\n"
         "def row(**kw): open(o.rows, 'a').write(json.dumps({'section': o.section, **kw}) + '\\n')\n"
     )
     file = tmp_path / "process.py"
@@ -125,7 +126,7 @@ def test_a_unit_that_fails_is_a_row_and_the_others_go_on() -> None:
 @pytest.mark.parametrize("trouble", ["capture_error", "error"])
 def test_after_trouble_the_device_is_tried_and_its_loss_ends_the_process(trouble: str) -> None:
     rows: list[dict[str, Any]] = []
-    units = [Unit("a", lambda: [{"kind": "inference", "ms": 1.0, trouble: "not permitted"}]), Unit("b", lambda: [])]
+    units = [Unit("a", lambda: [{"kind": "inference", "ms": 1.0, trouble: "not permitted"}]), Unit("b", list)]
     assert not run_units(units, set(), set(), rows.append, lambda: False)
     assert [row["unit"] for row in rows if row["kind"] == "start"] == ["a"]
     assert rows[-1] == {"kind": "lost", "unit": "a"}
@@ -165,7 +166,8 @@ def test_kernels_alone_import_neither_pyg_nor_what_it_needs(tmp_path: Path) -> N
     script = (
         f"import importlib, sys\nfor name in {sorted(modules)}: importlib.import_module('benchmarks.gpu.' + name)\n"
         "import benchmarks.gpu.worker; assert 'kernels-only' in sys.modules['qgnn_plugin'].__file__\n"
-        "print(sorted({'torch_geometric', 'numba', 'safetensors', 'torchmetrics', 'pytorch_lightning'} & set(sys.modules)))"
+        "heavy = {'torch_geometric', 'numba', 'safetensors', 'torchmetrics', 'pytorch_lightning'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
     )
     environment = {**os.environ, "PYTHONPATH": str(layout.lay_out_kernels(tmp_path))}
     command = [sys.executable, "-c", script]
@@ -221,13 +223,13 @@ def test_ratios_are_to_the_fastest_baseline_of_a_group() -> None:
 def test_the_table_of_a_run_that_was_cut_off() -> None:
     rows: list[dict[str, Any]] = [
         {"kind": "device", "name": "NVIDIA Card-7 80GB"},
-        {"kind": "check", "key": "linear int2", "check": "linear int2", "features": 256, "error": "3 of 9 entries differ"},
+        {"kind": "check", "key": "linear int2", "check": "linear int2", "features": 256, "error": "3 of 9 differ"},
         {"kind": "failure", "section": "linear", "unit": "int2", "error": "left out"},
         {"kind": "section", "section": "linear", "status": "cut at its limit", "seconds": 30.0},
     ]
     text = report.markdown(rows)
     assert report.report_name(rows) == "gpu-nvidia-card-7-80gb"
-    for expected in ("NVIDIA Card-7 80GB", "1 checks of ops", "3 of 9 entries", "cut at its limit", "left out"):
+    for expected in ("NVIDIA Card-7 80GB", "1 checks of ops", "3 of 9 differ", "cut at its limit", "left out"):
         assert expected in text
 
 
