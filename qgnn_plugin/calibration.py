@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .conversion import is_quantized, quantizers
+from .conversion import expect_converted, quantizers
 from .inputs import model_inputs
 
 __all__ = ["calibrate"]
@@ -34,8 +34,7 @@ def calibrate(qmodel: nn.Module, data_or_loader: Any, *, forward: Forward | None
     Raises:
         ValueError: If ``qmodel`` is plain, no batch came, or a site saw a NaN or an infinity (named).
     """
-    if not is_quantized(qmodel):
-        raise ValueError("Expected a model made by quantize_model (got a plain one)")
+    expect_converted(qmodel)
     sites = quantizers(qmodel)
     modes = {module: module.training for module in qmodel.modules()}
     batches = _batches(data_or_loader)

@@ -19,12 +19,21 @@ Truncation = Literal["bt", "sbt"]
 Site = Literal["input", "weight", "activation", "message", "attention", "output"]
 
 CONFIG_VERSION = 1
+MOST_TERMS = 1000  # sweeps of the proximal correction
 
 
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     if value not in allowed:
         hint = _did_you_mean(value, allowed) if isinstance(value, str) else ""
         raise ValueError(f"Expected '{name}' to be one of {', '.join(map(repr, allowed))} (got {value!r}){hint}")
+
+
+def _number(name: str, value: Any, *, positive: bool | None) -> None:
+    """Raise unless ``value`` is a finite number: above zero, at least zero, or, with :obj:`None`, any."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or (positive is not None and value < 0) or (positive and value == 0):
+        bound = "" if positive is None else " > 0" if positive else " >= 0"
+        raise ValueError(f"Expected {name!r}{bound}, a finite number (got {value!r})")
 
 
 def _did_you_mean(value: str, allowed: tuple[Any, ...] | list[str]) -> str:
@@ -106,14 +115,20 @@ class SMPConfig:
         _one_of("algorithm", self.algorithm, ("smp", "reference"))
         for name, widths in (("state_bits", BITS), ("gap_bits", (None, *BITS))):
             _one_of(name, getattr(self, name), widths)
-        if self.terms < 1:
-            raise ValueError(f"Expected 'terms' >= 1 (got {self.terms})")
+            if type(getattr(self, name)) not in (int, type(None)):
+                raise ValueError(f"Expected {name!r} to be an integer (got {getattr(self, name)!r})")
+        if type(self.terms) is not int or not 1 <= self.terms <= MOST_TERMS:
+            raise ValueError(f"Expected 'terms' to be an integer between 1 and {MOST_TERMS} (got {self.terms!r})")
         for name in ("alpha", "eta", "eta_lambda", "max_multiplier"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"Expected {name!r} > 0 (got {getattr(self, name)})")
+            _number(name, getattr(self, name), positive=True)
         for name in ("mu", "eta_slack", "multiplier", "damping"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"Expected {name!r} >= 0 (got {getattr(self, name)})")
+            _number(name, getattr(self, name), positive=False)
+        _number("slack", self.slack, positive=None)
+        if type(self.carry) is not bool:
+            raise ValueError(f"Expected 'carry' to be True or False (got {self.carry!r})")
+        for name in ("initial_residual", "identity_map"):
+            if getattr(self, name) is not None:
+                _number(name, getattr(self, name), positive=False)
         self._check_algorithm()
         if self.initial_residual is not None and not 0 <= self.initial_residual < 1:
             raise ValueError(f"Expected 'initial_residual' in [0, 1) (got {self.initial_residual})")
@@ -256,6 +271,9 @@ class QuantConfig:
         _one_of("message_levels", self.message_levels, ("affine", "unsigned", "symmetric", "half"))
         _one_of("weight_levels", self.weight_levels, ("affine", "unsigned", "symmetric", "half"))
         _one_of("truncation", self.truncation, (None, "bt", "sbt"))
+        for name in ("learn_ranges", "learn_input_ranges"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"Expected {name!r} to be True or False (got {getattr(self, name)!r})")
         if self.smp is not None and not isinstance(self.smp, SMPConfig):
             raise TypeError(f"Expected 'smp' to be an SMPConfig or None (got {type(self.smp).__name__})")
         known = [f.name for f in fields(self) if f.name not in ("overrides", "version")]

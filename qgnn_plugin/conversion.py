@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -20,14 +20,25 @@ from .layers.registry import convert_layer, mixin_for
 from .quantizers import QLRQuantizer
 from .smp.deep import DeepLayer, StackPlace, close_scopes, connect_stacks, find_stacks
 
-__all__ = ["is_quantized", "quantize_model", "quantized_layers", "quantizers", "range_parameters", "restore_model"]
+__all__ = [
+    "convert_as",
+    "expect_converted",
+    "is_quantized",
+    "quantize_model",
+    "quantized_layers",
+    "quantizers",
+    "range_parameters",
+    "restore_model",
+]
+
+DEFAULT_BITS = 4
 
 Selector = str | type[nn.Module]
 
 
 def quantize_model(
     model: nn.Module,
-    bits: int = 4,
+    bits: int | QuantConfig | None = None,
     *,
     config: QuantConfig | None = None,
     include: Selector | Iterable[Selector] | None = None,
@@ -41,8 +52,8 @@ def quantize_model(
 
     Args:
         model: Any module with ``Linear`` or ``MessagePassing`` layers; it is untouched unless ``inplace``.
-        bits: 2, 4, 8, or 32 = off, for every site; exclusive with ``config``.
-        config: The full configuration.
+        bits: 2, 4, 8, or 32 = off, for every site; default 4.  A configuration is taken as ``config``.
+        config: The full configuration, in place of ``bits``.
         include: Layer names, patterns or types to convert; default all.
         exclude: Layer names, patterns or types to leave alone, together with what is inside them.
         inplace: Convert ``model`` itself.
@@ -51,39 +62,85 @@ def quantize_model(
         The converted model, on the same device, in the same dtype and mode.
 
     Raises:
-        ValueError: If nothing matches, a layer is lazy and not yet initialized, the model is already converted, an
-            override names no layer, or deep stacks are asked for and there is none.
+        ValueError: If both ``bits`` and ``config`` are given, nothing matches, a layer is lazy and not yet
+            initialized, the model is already converted, an override names no layer, or deep stacks are asked for and
+            there is none.
     """
-    if config is None:
-        config = QuantConfig(bits=bits)
-    elif bits not in (4, config.bits):
-        raise ValueError(f"Expected 'bits' or 'config', not both (got bits={bits} and config.bits={config.bits})")
+    config = _configuration(bits, config)
     if not isinstance(model, nn.Module):
-        raise TypeError(f"Expected a torch.nn.Module (got {type(model).__name__})")
+        raise TypeError(f"Expected a torch.nn.Module (got {_kind(model)})")
     _check_unconverted(model)
     chosen = _select(model, _selectors(include), _selectors(exclude))
     config.check_overrides([name for name, _ in chosen])
     _check_materialized(chosen)
     _check_units(chosen)
-    places = _stack_places(chosen, config)
+    places = _stack_places(chosen, config.for_layer)
     if not inplace:
         model = copy.deepcopy(model)
-    names = [name for name, _ in chosen]
+    _convert_or_undo(model, [name for name, _ in chosen], config.for_layer, places)
+    return model
+
+
+def convert_as(model: nn.Module, configs: Mapping[str, QuantConfig]) -> None:
+    """Convert the layers of a plain model that a converted one had, in place, each by its own configuration.
+
+    Args:
+        model: A plain model of the same architecture.
+        configs: The configuration of every converted layer, by qualified name.
+
+    Raises:
+        ValueError: If a layer is missing or cannot be converted, or as :func:`quantize_model`.
+    """
+    _check_unconverted(model)
+    layers = dict(model.named_modules())
+    for name in configs:
+        if name not in layers or mixin_for(type(layers[name])) is None:
+            found = f"a {type(layers[name]).__name__}" if name in layers else "no such layer"
+            raise ValueError(f"Expected a layer that can be converted at '{name}' (got {found})")
+    chosen = [(name, layer) for name, layer in layers.items() if name in configs]
+    _check_materialized(chosen)
+    _check_units(chosen)
+    config_of = configs.__getitem__
+    _convert_or_undo(model, [name for name, _ in chosen], config_of, _stack_places(chosen, config_of))
+
+
+def _configuration(bits: int | QuantConfig | None, config: QuantConfig | None) -> QuantConfig:
+    """The one that is given."""
+    if bits is not None and config is not None:
+        raise ValueError(
+            f"Expected 'bits' or 'config', not both (got bits={bits!r} and a configuration of "
+            f"{getattr(config, 'bits', '?')} bits); set the width in the configuration: QuantConfig(bits={bits!r}, ...)"
+        )
+    if isinstance(bits, QuantConfig):
+        return bits
+    if config is None:
+        return QuantConfig(bits=DEFAULT_BITS if bits is None else bits)
+    if not isinstance(config, QuantConfig):
+        raise TypeError(
+            f"Expected a QuantConfig as 'config' (got {type(config).__name__}); from a dictionary: "
+            f"QuantConfig.from_dict(...)"
+        )
+    return config
+
+
+ConfigOf = Callable[[str], QuantConfig]
+
+
+def _convert_or_undo(model: nn.Module, names: list[str], config_of: ConfigOf, places: dict[str, StackPlace]) -> None:
     try:
-        _convert(model, names, config, places)
+        _convert(model, names, config_of, places)
         connect_stacks(model, places)
     except Exception:
         for layer in model.modules():
             if isinstance(layer, QuantizedLayer):
                 restore_class(layer)
         raise
-    return model
 
 
-def _stack_places(chosen: list[tuple[str, nn.Module]], config: QuantConfig) -> dict[str, StackPlace]:
+def _stack_places(chosen: list[tuple[str, nn.Module]], config_of: ConfigOf) -> dict[str, StackPlace]:
     """The deep stacks among the layers to be converted."""
     convs = {name: layer for name, layer in chosen if issubclass(mixin_for(type(layer)) or object, QuantizedConv)}
-    deep = {name for name in convs if (smp := config.for_layer(name).smp) is not None and smp.deep}
+    deep = {name for name in convs if (smp := config_of(name).smp) is not None and smp.deep}
     if not deep:
         return {}
     widths = {name: conv_widths(conv) for name, conv in convs.items()}
@@ -103,7 +160,7 @@ def _can_stack(conv: nn.Module, deep: bool) -> bool:
     return deep and deep_mixin(mixin_for(type(conv))) is not None
 
 
-def _convert(model: nn.Module, names: list[str], config: QuantConfig, places: dict[str, StackPlace]) -> None:
+def _convert(model: nn.Module, names: list[str], config_of: ConfigOf, places: dict[str, StackPlace]) -> None:
     layers = dict(model.named_modules())
     first = [True]
     last = _output_layer(names)
@@ -115,9 +172,9 @@ def _convert(model: nn.Module, names: list[str], config: QuantConfig, places: di
         mixin = mixin_for(type(layer)) if place is None else deep_mixin(mixin_for(type(layer)))
         assert mixin is not None
         device, dtype = _placement(layer, model)
-        settings = config.for_layer(name)
+        settings = config_of(name)
         output = name == last and settings.bits_for("output") != OFF
-        sites = SiteFactory(name, settings, device, dtype, first, config.for_layer, place)
+        sites = SiteFactory(name, settings, device, dtype, first, config_of, place)
         convert_layer(layer, mixin, sites, output=output)
 
 
@@ -181,7 +238,44 @@ def _candidates(model: nn.Module, names: list[str]) -> str:
     )
 
 
+def _state(model: Any) -> str:
+    """``"plain"``, ``"converted"``, ``"packed"``, or empty for what is no module."""
+    from .packing.model import is_packed  # which imports this module
+
+    if not isinstance(model, nn.Module):
+        return ""
+    return "packed" if is_packed(model) else "converted" if is_quantized(model) else "plain"
+
+
+def _kind(model: Any) -> str:
+    """What ``model`` is, for errors."""
+    return " ".join(filter(None, ("a", _state(model), type(model).__name__)))
+
+
+_REMEDIES = {
+    "": "give the model itself",
+    "packed": "go on from the model that pack_model was given: packed weights are integers, made for inference only",
+    "plain": "convert it first: qgnn_plugin.quantize_model(model)",
+}
+
+
+def expect_converted(model: Any) -> None:
+    """Raise unless ``model`` was made by :func:`quantize_model`.
+
+    Raises:
+        TypeError: If it is no module.
+        ValueError: If it is plain or packed.
+    """
+    state = _state(model)
+    if state == "converted":
+        return
+    error = ValueError if state else TypeError
+    raise error(f"Expected a model made by quantize_model (got {_kind(model)}); {_REMEDIES[state]}")
+
+
 def _check_unconverted(model: nn.Module) -> None:
+    if _state(model) == "packed":
+        raise ValueError(f"Expected a plain model (got {_kind(model)}); {_REMEDIES['packed']}")
     converted = [name for name, m in model.named_modules() if isinstance(m, QuantizedLayer)]
     if converted:
         raise ValueError(
@@ -229,8 +323,7 @@ def restore_model(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     Raises:
         ValueError: If ``model`` holds no converted layer.
     """
-    if not is_quantized(model):
-        raise ValueError(f"Expected a model made by quantize_model (got a plain {type(model).__name__})")
+    expect_converted(model)
     if not inplace:
         model = copy.deepcopy(model)
     for layer in list(model.modules()):

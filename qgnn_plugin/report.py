@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .config import OFF
-from .conversion import is_quantized, quantized_layers
+from .conversion import expect_converted, is_quantized, quantized_layers
 from .packing.model import is_packed, packed_bytes
 from .packing.report import PackedSummary, packed_summary
 from .quantizers import QLRQuantizer, RangeKind
@@ -99,12 +99,12 @@ def summary(qmodel: nn.Module) -> Summary | PackedSummary:
     Raises:
         ValueError: If ``qmodel`` is not a converted model.
     """
-    return packed_summary(qmodel) if is_packed(qmodel) else _summary(qmodel)
+    packed = isinstance(qmodel, nn.Module) and is_packed(qmodel)
+    return packed_summary(qmodel) if packed else _summary(qmodel)
 
 
 def _summary(qmodel: nn.Module) -> Summary:
-    if not is_quantized(qmodel):
-        raise ValueError("Expected a model made by quantize_model (got a plain one)")
+    expect_converted(qmodel)
     layers = [_report(name, layer) for name, layer in quantized_layers(qmodel).items()]
     before = sum(layer.float_bytes for layer in layers)
     extra = {id(t) for module in qmodel.modules() if isinstance(module, QLRQuantizer) for t in _tensors(module)}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..conversion import is_quantized, quantized_layers, unquantized
+from ..conversion import expect_converted, quantized_layers, unquantized
 from ..inputs import model_inputs
 from ..layers.graph import gcn_graph
 from ..layers.message_passing import QuantizedConv
@@ -112,10 +112,11 @@ def error_report(qmodel: nn.Module, data: Any, *, float_model: nn.Module | None 
             deep stacks rewritten.
 
     Raises:
-        ValueError: If ``qmodel`` is plain.
+        ValueError: If ``qmodel`` is plain or packed.
     """
-    if not is_quantized(qmodel):
-        raise ValueError(f"Expected a model made by quantize_model (got a plain {type(qmodel).__name__})")
+    expect_converted(qmodel)
+    if float_model is not None and not isinstance(float_model, nn.Module):
+        raise TypeError(f"Expected a torch.nn.Module as 'float_model' (got {type(float_model).__name__})")
     model = copy.deepcopy(qmodel).double().eval()
     plain = unquantized(qmodel) if float_model is None else copy.deepcopy(float_model)
     args, kwargs = model_inputs(model, data)

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from typing import Any
 
 import pytest
 import torch
@@ -317,6 +318,11 @@ def lazy() -> nn.Module:
         (Plain, {"include": "norm"}, ValueError, "'norm' matches no layer"),
         (Plain, {"bits": 3}, ValueError, r"'bits' to be one of 2, 4, 8 or 32 = off \(got 3\)"),
         (Plain, {"bits": 2, "config": QuantConfig(bits=8)}, ValueError, "'bits' or 'config', not both"),
+        (Plain, {"bits": 4, "config": QuantConfig(bits=8)}, ValueError, r"not both \(got bits=4 and .* of 8 bits"),
+        (Plain, {"bits": 4, "config": QuantConfig(bits=4)}, ValueError, "not both"),
+        (Plain, {"bits": QuantConfig(bits=4), "config": QuantConfig(bits=4)}, ValueError, "not both"),
+        (Plain, {"config": {"bits": 8}}, TypeError, r"a QuantConfig as 'config' \(got dict\).*from_dict"),
+        (Plain, {"bits": "4"}, ValueError, r"'bits' to be one of 2, 4, 8 or 32 = off \(got '4'\)"),
         (Plain, {"config": QuantConfig(overrides={"convs.9": {}})}, ValueError,
          "'convs.9' matches no layer.*Did you mean 'convs.[01]'"),
         (lazy, {}, ValueError, r"initialized layers \(got lazy ones: 0.lin, 1\); run the model once"),
@@ -411,9 +417,40 @@ def test_training_is_kept_by_restoring() -> None:
     assert restored.encoder.weight is weight
 
 
-def test_restoring_a_plain_model_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"made by quantize_model \(got a plain Plain\)"):
-        qgnn.restore_model(Plain())
+def test_a_configuration_is_taken_in_the_place_of_bits() -> None:
+    by_place, by_name = (
+        qgnn.quantize_model(Plain(), *args, **options)
+        for args, options in (((QuantConfig(bits=8),), {}), ((), {"config": QuantConfig(bits=8)}))
+    )
+    assert {q.bits for q in qgnn.quantizers(by_place).values()} == {8}
+    assert [q.bits for q in qgnn.quantizers(by_place).values()] == [q.bits for q in qgnn.quantizers(by_name).values()]
+    assert qgnn.quantize_model(Plain()).encoder.quant_config.bits == 4
+
+
+@pytest.mark.parametrize(
+    ("use", "kind"),
+    [
+        (qgnn.restore_model, "quantize_model"),
+        (lambda model: qgnn.calibrate(model, (features(), graph())), "quantize_model"),
+        (lambda model: qgnn.error_report(model, (features(), graph())), "quantize_model"),
+        (qgnn.pack_model, "quantize_model"),
+        (qgnn.summary, "quantize_model"),
+        (qgnn.quantize_model, "plain"),
+    ],
+)
+def test_models_of_another_kind_are_refused(use: Any, kind: str) -> None:
+    """By what they are, with the way on."""
+    packed = qgnn.pack_model(quantized(GCN(WIDTH, 8, 2, OUT), features(), graph(), bits=4))
+    for model, found in ((Plain(), "plain"), (packed, "packed")):
+        if (use is qgnn.summary and found == "packed") or kind == found:
+            use(model)
+            continue
+        with pytest.raises(ValueError, match=rf"Expected .*{kind}.*\(got .*{found}.*") as caught:
+            use(model)
+        assert "; " in str(caught.value) or "already packed" in str(caught.value)
+    for wrong in (None, {"a": 1}, Plain):
+        with pytest.raises(TypeError, match=r"Expected a .*\(got (a )?(NoneType|dict|type)\)"):
+            use(wrong)
 
 
 def test_range_parameters_are_the_ranges() -> None:
