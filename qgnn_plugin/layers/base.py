@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -12,16 +13,26 @@ from torch import Tensor, nn
 
 from ..config import OFF, Granularity, Levels, QuantConfig, Site
 from ..quantizers import QLRQuantizer
-from ..smp.constraint import SmoothLayer, detach_constraint
+from ..smp.constraint import BUFFERS, CONSTRAINT_ATTRIBUTES, SmoothLayer
 from ..smp.deep import StackPlace
 
-__all__ = ["QuantizedLayer", "SiteFactory", "SwappedLayer", "named_as", "quantized_class", "restore_class"]
+__all__ = [
+    "QuantizedLayer",
+    "SiteFactory",
+    "SwappedLayer",
+    "annotated",
+    "float_state",
+    "named_as",
+    "quantized_class",
+    "restore_class",
+]
 
 
 class SwappedLayer:
     """Mixin of a layer whose class was swapped for a subclass of (mixin, the layer's own class), of the same name."""
 
     float_class: ClassVar[type[nn.Module]]
+    notes: ClassVar[tuple[str, ...]] = ()  # for its ``repr``
 
     def own_sites(self) -> dict[str, int]:
         """Bits of its quantization sites, by name."""
@@ -33,7 +44,7 @@ class SwappedLayer:
 
     def __repr__(self) -> str:
         """That of the layer's own class, and what is quantized."""
-        return annotated(repr(self.as_float()), _bits(self.own_sites()))
+        return annotated(repr(self.as_float()), _bits(self.own_sites()), *self.notes)
 
 
 def _bits(sites: Mapping[str, int]) -> str:
@@ -106,9 +117,7 @@ class QuantizedLayer(SwappedLayer):
 
     def as_float(self) -> nn.Module:
         view = object.__new__(type(self).float_class)
-        view.__dict__.update(self.__dict__)
-        children = self.__dict__["_modules"].items()
-        view._modules = {name: m for name, m in children if not isinstance(m, (QLRQuantizer, QuantizerDict))}
+        view.__dict__.update(float_state(self))
         return view
 
     @property
@@ -164,15 +173,31 @@ def _rebuild(mixin: type[QuantizedLayer], float_class: type[nn.Module], output: 
     return object.__new__(cls)
 
 
+def float_state(layer: Any) -> dict[str, Any]:
+    """The ``__dict__`` that a layer, converted or not, has as a float layer: a new one, of the same values."""
+    state: dict[str, Any] = layer.__dict__.copy()
+    for name in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
+        state[name] = copy.copy(state[name])
+    if not isinstance(layer, QuantizedLayer):
+        return state
+    children = state["_modules"].items()
+    state["_modules"] = {name: m for name, m in children if not isinstance(m, (QLRQuantizer, QuantizerDict))}
+    if not issubclass(type(layer).float_class, SmoothLayer):
+        for name in BUFFERS:
+            state["_buffers"].pop(name, None)
+            state["_non_persistent_buffers_set"].discard(name)
+        for name in CONSTRAINT_ATTRIBUTES:
+            state.pop(name, None)
+    for name in _ATTRIBUTES:
+        state.pop(name, None)
+    return state
+
+
 def restore_class(layer: Any) -> None:
     """Undo a conversion in place: remove quantizers and buffers, give the layer its own class back."""
-    for name, child in list(layer.named_children()):
-        if isinstance(child, (QLRQuantizer, QuantizerDict)):
-            delattr(layer, name)
-    if not issubclass(type(layer).float_class, SmoothLayer):
-        detach_constraint(layer)
-    for name in _ATTRIBUTES:
-        layer.__dict__.pop(name, None)
+    plain = float_state(layer)
+    layer.__dict__.clear()
+    layer.__dict__.update(plain)
     layer.__class__ = type(layer).float_class
     release_propagate(layer)
     state: Any = layer

@@ -60,6 +60,11 @@ def mixin_for(layer_class: type[nn.Module]) -> type[QuantizedLayer] | None:
     return QuantizedMessagePassing if issubclass(layer_class, MessagePassing) else None
 
 
+def classes_of(mixin: type[QuantizedLayer]) -> list[type[nn.Module]]:
+    """The layer types that ``mixin`` is registered for."""
+    return [layer_class for layer_class, found in _REGISTRY.items() if found is mixin]
+
+
 def _behaves_like(cls: type, base: type) -> bool:
     return all(getattr(cls, name, None) is getattr(base, name, None) for name in _BEHAVIOUR)
 

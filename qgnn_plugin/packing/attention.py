@@ -46,10 +46,9 @@ class _PackedAttention(PackedConv):
     lin_edge: Any
     res: Any
 
-    def __init__(self, layer: Any, spec: LayerSpec, memo: dict[int, Any]) -> None:
-        super().__init__(layer, spec, memo)
+    def freeze(self: Any, layer: Any, spec: LayerSpec) -> None:
+        super().freeze(layer, spec)
         self.attention_bits = spec.attention_bits
-        self.fill_value = layer.fill_value
 
     @classmethod
     def refuses(cls, layer: Any) -> str | None:
@@ -102,8 +101,6 @@ class _PackedAttention(PackedConv):
 class PackedGATConv(_PackedAttention):
     """Packed :class:`torch_geometric.nn.GATConv`."""
 
-    children_kept = ("lin", "lin_src", "lin_dst", "lin_edge", "res")
-    tensors_kept = ("att_src", "att_dst", "att_edge", "bias")
     att_src: Tensor
     att_dst: Tensor
     att_edge: Tensor
@@ -171,14 +168,8 @@ class PackedGATConv(_PackedAttention):
 class PackedGATv2Conv(_PackedAttention):
     """Packed :class:`torch_geometric.nn.GATv2Conv`: logits come from the packed messages themselves."""
 
-    children_kept = ("lin_l", "lin_r", "lin_edge", "res")
-    tensors_kept = ("att", "bias")
     target_quantizer: PackedRange
     att: Tensor
-
-    @classmethod
-    def idle_sites(cls, layer: Any) -> tuple[str, ...]:
-        return ("target_quantizer",) if layer.share_weights else ()
 
     @inference
     def forward(self, x: Any, edge_index: Any, edge_attr: Any = None, return_attention_weights: Any = None) -> Any:

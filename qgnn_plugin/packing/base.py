@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -10,29 +9,38 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch_geometric.nn import MessagePassing
 
 from ..config import OFF, QuantConfig
 from ..kernels.aggregate import aggregate
 from ..kernels.layout import pack_codes
 from ..layers.arithmetic import aggregate_sum
-from ..layers.base import QuantizedLayer
+from ..layers.base import QuantizedLayer, SwappedLayer, float_state, named_as
 from ..layers.graph import NormalizedGraph
 from ..quantizers import QuantizedTensor
 from ..quantizers.autocast import full_precision
-from ..smp.constraint import SmoothLayer
+from ..smp.constraint import BUFFERS, SmoothLayer
 from ..smp.deep import StackPlace
 from .deferred import DeferredTensor, Producer, conclude, is_deferring, plain
 from .ranges import UNSET, PackedRange, PackedTensor, SiteSpec
 
-__all__ = ["LayerSpec", "PackedConv", "PackedLayer", "inference", "packed_class", "register_packed"]
+__all__ = [
+    "LayerSpec",
+    "PackedConv",
+    "PackedLayer",
+    "frozen_class",
+    "inference",
+    "packed_class",
+    "register_packed",
+]
 
 Activation = PackedTensor | QuantizedTensor
 Forward = TypeVar("Forward", bound=Callable[..., Any])
 
 _REGISTRY: dict[type[QuantizedLayer], type[PackedLayer]] = {}
 
-# Settings that conversion adds, held in the description instead.
-_OWN = {"layer_name", "quant_config", "attention_bits", "training", "constraint_state", "smp"}
+WEIGHT = "weight_quantizer"  # the site of a weight, whose range is held with its words
+NEVER_RAN = "never ran"  # the reason of a layer that no data reached while ranges were set
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,11 @@ class LayerSpec:
     check: bool = False
     deep_place: StackPlace | None = None
 
+    @property
+    def stays_plain(self) -> bool:
+        """Whether the layer goes on as its float class; one of a deep stack computes something else."""
+        return self.reason == NEVER_RAN and self.deep_place is None
+
     @classmethod
     def of(cls, name: str, layer: Any, reason: str | None) -> LayerSpec:
         """Describe a converted layer.
@@ -87,10 +100,8 @@ def _sites(layer: Any, reason: str | None) -> dict[str, SiteSpec]:
     own = dict(layer.own_quantizers())
     if reason is not None:
         return {site: SiteSpec.outline(quantizer) for site, quantizer in own.items()}
-    cls = packed_class(type(layer).mixin)
-    assert cls is not None
-    idle = cls.idle_sites(layer)
-    return {site: SiteSpec(UNSET) if site in idle and not q.is_set else SiteSpec.of(q) for site, q in own.items()}
+    # Other sites that nothing reached, such as that of targets where there were none, raise once something does.
+    return {site: SiteSpec.of(q) if q.is_set or site == WEIGHT else SiteSpec(UNSET) for site, q in own.items()}
 
 
 def inference(forward: Forward) -> Forward:
@@ -101,7 +112,7 @@ def inference(forward: Forward) -> Forward:
     def guarded(self: PackedLayer, *args: Any, **kwargs: Any) -> Any:
         if self.training:
             raise RuntimeError(
-                f"Expected the packed '{self.spec.name}' in eval mode (got training mode): packed "
+                f"Expected the packed '{self._packed.spec.name}' in eval mode (got training mode): packed "
                 f"models only run inference; call .eval(), or train the quantized model"
             )
         with torch.no_grad():
@@ -113,78 +124,134 @@ def inference(forward: Forward) -> Forward:
     return guarded  # type: ignore[return-value]
 
 
-class PackedLayer(nn.Module):
-    """Base of packed layers.
+@dataclass
+class PackedState:
+    """What a packed layer knows of itself beside the float layer's own attributes.
 
     Args:
-        layer: The float layer, or its converted form: read for settings, shapes and its children.
         spec: Its description.
-        memo: Replacements for the modules inside it, as :func:`copy.deepcopy` takes them.
+        float_bytes: Bytes of its float parameters and buffers.
+        defers: Whether its result may be put off: until one was needed twice, then floats are written once.
     """
 
-    children_kept: ClassVar[tuple[str, ...]] = ()  # modules inside the layer that go on as they are
-    tensors_kept: ClassVar[tuple[str, ...]] = ("bias",)  # float parameters and buffers that go on
+    spec: LayerSpec
+    float_bytes: int
+    defers: bool = True
+
+    def write_floats(self) -> None:
+        self.defers = False
+
+
+class PackedLayer(SwappedLayer):
+    """Mixin of packed layers: a copy of the converted layer with its numbers frozen.
+
+    The class of the copy is a subclass of (mixin, the layer's own class), as that of a converted layer, and the copy
+    has everything that the float layer has: attributes, children, hooks.  What is packed takes the place of the
+    parameters named in ``packs``.
+    """
+
+    packed_mixin: ClassVar[type[PackedLayer]]
+    notes = ("packed",)
+    packs: ClassVar[tuple[str, ...]] = ()  # float parameters that packed words take the place of
     entry: ClassVar[str] = "input_quantizer"  # the site that a layer's input passes first, if it has one
     output_quantizer: PackedRange | None
+    training: bool
+    _packed: PackedState
+    _modules: dict[str, Any]
+    _forward_hooks: dict[int, Any]
+    _forward_pre_hooks: dict[int, Any]
 
-    def __init__(self, layer: Any, spec: LayerSpec, memo: dict[int, Any]) -> None:
-        super().__init__()
-        self.spec = spec
-        for name, value in vars(layer).items():
-            plain = value is None or isinstance(value, (bool, int, float, str))
-            if plain and not name.startswith("_") and name not in _OWN:
-                setattr(self, name, value)
-        for name in ("_forward_hooks", "_forward_pre_hooks"):
-            for suffix in ("", "_with_kwargs"):
-                getattr(self, name + suffix).update(copy.copy(getattr(layer, name + suffix)))
-        for name in self.children_kept:
-            child = getattr(layer, name, None)
-            kept = copy.deepcopy(child, memo) if isinstance(child, nn.Module) else None
-            setattr(self, name, kept)
-        for name in self.tensors_kept:
-            value = getattr(layer, name, None)
-            value = value.detach().clone() if isinstance(value, Tensor) else None
-            self.register_buffer(name, value)
+    @classmethod
+    def kept(cls, layer: Any) -> dict[str, Any]:
+        """What a copy of ``layer``, a float or a converted one, takes over."""
+        state = float_state(layer)
+        for name in cls.packs:
+            state["_parameters"].pop(name, None)
+        return state
+
+    def freeze(self: Any, layer: Any, spec: LayerSpec) -> None:
+        """Add what packing brings, numbers still to be filled in.
+
+        Args:
+            layer: The float layer, or its converted form, of which this one has a copy of everything kept.
+            spec: Its description.
+        """
+        self._packed = PackedState(spec, _float_bytes(layer))
         device = next((p.device for p in layer.parameters()), None)
         for site, described in spec.sites.items():
-            if site != "weight_quantizer":
+            if site != WEIGHT:
                 self._add_range(site, described, device, check=spec.check and site == self.entry_of(layer))
         if not spec.output:
             self.output_quantizer = None
-        self.float_bytes = _float_bytes(layer)
-        self.defers = True  # until a result of it was needed twice: then floats are written once
-        self.eval()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._forward_hooks or self._forward_pre_hooks:  # these see plain tensors
             args, kwargs = plain(args), plain(kwargs)
-        return super().__call__(*args, **kwargs)
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        cls = type(self)
+        return _rebuild_packed, (cls.packed_mixin, cls.float_class), self.__dict__.copy()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if hasattr(type(self), "float_class"):
+            super().__setstate__(state)  # type: ignore[misc]
+        else:
+            _adopt(self, state)
+
+    def upgrade(self, state: dict[str, Any]) -> None:
+        """Bring the attributes of an old pickle to their names of today."""
+
+    # Words and ranges are parameters and buffers of the usual kind, whatever the layer's own class does with its own.
+
+    def _save_to_state_dict(self: Any, destination: Any, prefix: str, keep_vars: bool) -> None:
+        nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self: Any, *args: Any, **kwargs: Any) -> None:
+        nn.Module._load_from_state_dict(self, *args, **kwargs)
+
+    def reset_parameters(self) -> None:
+        """Refused: there are no float parameters to initialize.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            f"Expected no reset_parameters() on the packed '{self._packed.spec.name}': its weights are packed words; "
+            f"reset the float model, convert and train it, and pack it again"
+        )
+
+    def own_sites(self) -> dict[str, int]:
+        return {name.removesuffix("_quantizer"): site.bits for name, site in self._packed.spec.sites.items()}
+
+    def as_float(self) -> nn.Module:
+        view = object.__new__(type(self).float_class)
+        view.__dict__.update(self.__dict__)
+        added = {site.partition(".")[0] for site in self._packed.spec.sites}
+        view._modules = {name: module for name, module in self._modules.items() if name not in added}
+        return view
 
     def deferred(self, producer: Producer) -> Tensor:
         """What ``producer`` computes, put off where the packed model around may never need it as floats."""
-        if not (self.defers and is_deferring()) or self._forward_hooks:
+        if not (self._packed.defers and is_deferring()) or self._forward_hooks:
             return producer()
-        return DeferredTensor(producer, self._write_floats)
+        return DeferredTensor(producer, self._packed.write_floats)
 
-    def _write_floats(self) -> None:
-        self.defers = False
-
-    def _add_range(self, site: str, spec: SiteSpec, device: torch.device | None, check: bool) -> None:
+    def _add_range(self: Any, site: str, spec: SiteSpec, device: torch.device | None, check: bool) -> None:
         owner: nn.Module = self
         *path, last = site.split(".")
         for name in path:
             if name not in owner._modules:
                 owner.add_module(name, nn.ModuleDict())
             owner = owner._modules[name]  # type: ignore[assignment]
-        label = f"{self.spec.name}.{site.removesuffix('_quantizer')}"
-        packed = PackedRange(spec, label, check=check, device=device)
-        owner.add_module(last, packed)
+        label = f"{self._packed.spec.name}.{site.removesuffix('_quantizer')}"
+        owner.add_module(last, PackedRange(spec, label, check=check, device=device))
 
-    def fill(self, layer: Any) -> None:
+    def fill(self: Any, layer: Any) -> None:
         """Take the numbers of the converted ``layer``."""
         for site, quantizer in layer.own_quantizers():
-            if site != "weight_quantizer":
-                self.get_submodule(site).fill(quantizer)  # type: ignore[operator]
+            if site != WEIGHT:
+                self.get_submodule(site).fill(quantizer)
 
     @classmethod
     def entry_of(cls, layer: Any) -> str | None:
@@ -198,32 +265,71 @@ class PackedLayer(nn.Module):
         del layer
         return None
 
-    @classmethod
-    def idle_sites(cls, layer: Any) -> tuple[str, ...]:
-        """Sites that ``layer`` may never use: these need no range."""
-        del layer
-        return ()
+
+_CLASSES: dict[tuple[type, type], type] = {}
+
+
+def frozen_class(mixin: type[PackedLayer], float_class: type[nn.Module]) -> type:
+    """The subclass of ``(mixin, float_class)``, made once, under the name of ``float_class``."""
+    key = (mixin, float_class)
+    if key not in _CLASSES:
+        namespace = {**named_as(float_class), "packed_mixin": mixin}
+        # Before those of a class that shares a base with the mixin, which then comes first.
+        namespace |= {"__repr__": SwappedLayer.__repr__, "reset_parameters": PackedLayer.reset_parameters}
+        if issubclass(float_class, MessagePassing):
+            # PyG would generate one onto this class; methods of the user's own find that of the layer.
+            original: Any = float_class
+            for name in ("propagate", "_orig_propagate", "_jinja_propagate"):
+                namespace[name] = getattr(original, name, original.propagate)
+        _CLASSES[key] = type(float_class.__name__, (mixin, float_class), namespace)
+    return _CLASSES[key]
+
+
+def _rebuild_packed(mixin: type[PackedLayer], float_class: type[nn.Module]) -> Any:
+    return object.__new__(frozen_class(mixin, float_class))
+
+
+def _adopt(layer: Any, state: dict[str, Any]) -> None:
+    """Restore a layer from a pickle of the time when packed layers were no subclasses of the user's class."""
+    from ..layers.registry import classes_of  # the registry imports what is packed here
+
+    spec = state.pop("spec")
+    mixins = [mixin for mixin, packed in _REGISTRY.items() if packed is type(layer)]
+    known = [float_class for mixin in mixins for float_class in classes_of(mixin)]
+    named = [float_class for float_class in known if float_class.__name__ == spec.type]
+    layer.__class__ = frozen_class(type(layer), (named or known)[0])
+    layer._packed = PackedState(spec, state.pop("float_bytes"), state.pop("defers"))
+    layer.upgrade(state)
+    nn.Module.__setstate__(layer, state)
 
 
 def _float_bytes(layer: nn.Module) -> int:
     """Bytes of the layer's own float parameters and buffers, without what conversion added."""
-    buffers = [b for k, b in layer.named_buffers(recurse=False) if k not in ("multiplier", "slack")]
+    buffers = [b for k, b in layer.named_buffers(recurse=False) if k not in BUFFERS]
     return sum(t.numel() * t.element_size() for t in (*layer.parameters(recurse=False), *buffers))
 
 
 class PackedConv(PackedLayer, SmoothLayer):
     """Base of packed convolutions: sums over packed messages, and the smoothness correction where it acts."""
 
-    def __init__(self, layer: Any, spec: LayerSpec, memo: dict[int, Any]) -> None:
-        super().__init__(layer, spec, memo)
+    def freeze(self: Any, layer: Any, spec: LayerSpec) -> None:
+        super().freeze(layer, spec)
         self.smp = spec.config.smp if spec.smooth else None
         if spec.smooth:
             device = next((p.device for p in layer.parameters()), None)
             self.register_buffer("multiplier", torch.zeros((), device=device))
 
+    @property
+    def is_smoothing(self) -> bool:
+        return self._packed.spec.smooth
+
+    @property
+    def force(self) -> Tensor:
+        return self.multiplier
+
     def fill(self, layer: Any) -> None:
         super().fill(layer)
-        if self.smp is not None:
+        if self.is_smoothing:
             self.multiplier.copy_(layer.force)
 
     def aggregation(self, x: Activation, graph: NormalizedGraph, **epilogue: Any) -> Producer:

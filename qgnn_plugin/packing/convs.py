@@ -37,7 +37,6 @@ def _graph_size(x_src: Tensor, x_dst: Tensor | None, size: Any) -> tuple[int, in
 class PackedGCNConv(PackedConv):
     r"""Packed GCNConv: :math:`t_i \sum_j w_{ij} Q(s_j z_j) + b` with ``z`` from the integer product."""
 
-    children_kept = ("lin",)
     message_quantizer: PackedRange
     bias: Tensor | None
     lin: Any
@@ -90,8 +89,8 @@ class PackedDeepGCNConv(DeepLayer, PackedGCNConv):
 
     entry = "message_quantizer"
 
-    def __init__(self, layer: Any, spec: LayerSpec, memo: dict[int, Any]) -> None:
-        super().__init__(layer, spec, memo)
+    def freeze(self: Any, layer: Any, spec: LayerSpec) -> None:
+        super().freeze(layer, spec)
         assert spec.deep_place is not None
         assert spec.config.smp is not None
         self.deep_place, self.deep_config, self.layer_name = spec.deep_place, spec.config.smp, spec.name
@@ -113,8 +112,6 @@ class PackedDeepGCNConv(DeepLayer, PackedGCNConv):
 class PackedSAGEConv(PackedConv):
     """Packed SAGEConv: one packed input feeds both linear maps, in the order the converted layer chose."""
 
-    children_kept = ("lin", "lin_l", "lin_r")
-    tensors_kept = ()
     input_quantizer: PackedRange
     message_quantizer: PackedRange
     target_quantizer: PackedRange | None
@@ -127,8 +124,8 @@ class PackedSAGEConv(PackedConv):
     project: bool
     root_weight: bool
 
-    def __init__(self, layer: Any, spec: LayerSpec, memo: dict[int, Any]) -> None:
-        super().__init__(layer, spec, memo)
+    def freeze(self: Any, layer: Any, spec: LayerSpec) -> None:
+        super().freeze(layer, spec)
         self.transforms_first = _transforms_first(layer)
         if "target_quantizer" not in spec.sites:
             self.target_quantizer = None
@@ -148,10 +145,6 @@ class PackedSAGEConv(PackedConv):
         if layer.aggr == "max" and (rows or layer.input_quantizer.bits == OFF):
             return "a maximum over ranges per node"
         return None
-
-    @classmethod
-    def idle_sites(cls, layer: Any) -> tuple[str, ...]:
-        return () if _transforms_first(layer) else ("message_quantizer",)
 
     @inference
     def forward(self, x: Any, edge_index: Any, size: Any = None) -> Tensor:
@@ -207,8 +200,6 @@ class PackedGINConv(PackedConv):
     """Packed GINConv: sums of packed features, the node's own from the same codes, then the layer's network."""
 
     entry = "message_quantizer"
-    children_kept = ("nn",)
-    tensors_kept = ("eps",)
     message_quantizer: PackedRange
     nn: Any
     eps: Tensor

@@ -12,6 +12,7 @@ from ..config import QuantConfig, SMPConfig
 from ..conversion import is_quantized
 from ..layers.base import QuantizedLayer, SiteFactory, restore_class
 from ..layers.registry import convert_layer
+from ..quantizers import QLRQuantizer
 from ..smp.deep import StackPlace, connect_stacks
 from . import container
 from .base import LayerSpec
@@ -128,9 +129,9 @@ def _convert_rest(packed: nn.Module, specs: list[LayerSpec], keys: set[str]) -> 
     configs = {spec.name: spec.config for spec in specs}
     for spec in specs:
         layer = packed.get_submodule(spec.name)
-        if spec.reason is None or isinstance(layer, QuantizedLayer):
+        if spec.reason is None or spec.stays_plain or isinstance(layer, QuantizedLayer):
             continue
-        if not any(_converted(layer, spec, keys, configs, first) for first in (False, True)):
+        if not any(_converted(packed, layer, spec, keys, configs, first) for first in (False, True)):
             raise ValueError(f"Expected the sites of layer '{spec.name}' as saved (got others)")
     connect_stacks(packed, stack_places(specs))
     packed.eval()
@@ -139,7 +140,12 @@ def _convert_rest(packed: nn.Module, specs: list[LayerSpec], keys: set[str]) -> 
 
 
 def _converted(
-    layer: nn.Module, spec: LayerSpec, keys: set[str], configs: Mapping[str, QuantConfig], first: bool
+    packed: nn.Module,
+    layer: nn.Module,
+    spec: LayerSpec,
+    keys: set[str],
+    configs: Mapping[str, QuantConfig],
+    first: bool,
 ) -> bool:
     """Convert ``layer`` as the first or a later one of its model; undo it where that is not what was saved."""
     mixin = layer_mixin(layer, spec)
@@ -153,13 +159,19 @@ def _converted(
     convert_layer(layer, mixin, factory, output=spec.output)
     own: Any = layer
     sites = {name: SiteSpec.outline(quantizer) for name, quantizer in own.own_quantizers()}
-    prefix = f"{spec.name}." if spec.name else ""
-    if sites == spec.sites and {prefix + key for key in layer.state_dict()} <= keys:
+    if sites == spec.sites and _sites_state(packed, layer) <= keys:
         return True
     for module in list(layer.modules()):
         if isinstance(module, QuantizedLayer):
             restore_class(module)
     return False
+
+
+def _sites_state(packed: nn.Module, layer: nn.Module) -> set[str]:
+    """Names of what the sites of ``layer`` hold; a module that has two names is saved under the first."""
+    names = {id(module): name for name, module in packed.named_modules()}
+    sites = [module for module in layer.modules() if isinstance(module, QLRQuantizer)]
+    return {f"{names[id(site)]}.{key}" for site in sites for key in site.state_dict()}
 
 
 def _load(packed: nn.Module, tensors: dict[str, Tensor], path: container.PathLike) -> None:

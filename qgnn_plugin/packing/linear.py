@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import OFF
 from ..kernels import linear as kernel
@@ -15,13 +15,12 @@ from ..kernels.plan import plan_cache
 from ..layers.arithmetic import EXACT_FLOAT32, linear
 from ..layers.linear import QuantizedLinear
 from ..quantizers import QuantizedTensor
-from .base import Activation, LayerSpec, PackedLayer, inference, register_packed
+from .base import WEIGHT, Activation, LayerSpec, PackedLayer, inference, register_packed
 from .deferred import Producer, conclude
-from .ranges import PackedRange, PackedTensor
+from .ranges import PackedRange, PackedTensor, SiteSpec
+from .weight import FrozenWeight, read_only
 
 __all__ = ["PackedLinear"]
-
-WEIGHT = "weight_quantizer"
 
 
 class PackedLinear(PackedLayer):
@@ -30,40 +29,66 @@ class PackedLinear(PackedLayer):
     A 32-bit weight stays a float matrix; everything around it is as in the converted layer.
     """
 
+    packs = ("weight",)
     input_quantizer: PackedRange | None
     bias: Tensor | None
     words: Tensor | None
     float_weight: Tensor | None
     weight_scale: Tensor
     weight_lower_end: Tensor | None
+    site: SiteSpec
 
-    def __init__(self, layer: Any, spec: LayerSpec, memo: dict[int, Any]) -> None:
-        super().__init__(layer, spec, memo)
+    def freeze(self: Any, layer: Any, spec: LayerSpec) -> None:
+        super().freeze(layer, spec)
         if "input_quantizer" not in spec.sites:
             self.input_quantizer = None
-        weight = layer.weight
+        weight = layer.weight.detach()
         self.out_features, self.in_features = weight.shape
         self.site = site = spec.sites[WEIGHT]
-        self.register_buffer("words", None)
-        self.register_buffer("float_weight", None)
+        words = full = scale = lower = None
         if site.bits == OFF:
-            self.float_weight = weight.detach().clone()
+            full = nn.Parameter(weight.clone(), requires_grad=False)
         else:
             shape = (self.out_features, row_words(self.in_features, site.bits))
-            self.words = torch.zeros(shape, dtype=torch.int32, device=weight.device)
-        self.register_buffer("weight_scale", None)
-        self.register_buffer("weight_lower_end", None)
-        if self.words is not None:
+            words = torch.zeros(shape, dtype=torch.int32, device=weight.device)
             width = self.out_features if site.channels or site.granularity == "node" else 1
-            self.weight_scale = torch.ones(width, device=weight.device)
-            if site.zero_code is None:
-                self.weight_lower_end = torch.zeros_like(self.weight_scale)
+            scale = nn.Parameter(torch.ones(width, device=weight.device), requires_grad=False)
+            lower = torch.zeros_like(scale) if site.zero_code is None else None
+        self.register_buffer("words", words)
+        self.register_parameter("float_weight", full)
+        self.register_parameter("weight_scale", scale)  # a parameter, as the weight was: it tells device and dtype
+        self.register_buffer("weight_lower_end", lower)
 
     @classmethod
     def refuses(cls, layer: Any) -> str | None:
         if layer.weight.dtype != torch.float32:
             return f"its weight is {str(layer.weight.dtype).removeprefix('torch.')}"
         return "32 bits" if layer.is_off else None
+
+    @property
+    def weight(self) -> Tensor:
+        """``W`` as the float matrix that the words stand for, read only; dequantized where its values are touched."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return self._dequantized()
+        shape = torch.Size((self.out_features, self.in_features))
+        return FrozenWeight(self._packed.spec.name, self._dequantized, shape, self._weight_device)
+
+    @property
+    def _weight_device(self) -> torch.device:
+        return (self.float_weight if self.words is None else self.words).device  # type: ignore[union-attr]
+
+    def _dequantized(self) -> Tensor:
+        return self._weight_codes().dequantize()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise read_only(self._packed.spec.name, "an assignment")
+        super().__setattr__(name, value)
+
+    def as_float(self) -> nn.Module:
+        view = super().as_float()
+        view.__dict__["weight"] = self.weight
+        return view
 
     @torch.no_grad()
     def fill(self, layer: Any) -> None:
@@ -83,9 +108,6 @@ class PackedLinear(PackedLayer):
             return self.weight_lower_end
         assert self.site.zero_code is not None
         return self.weight_scale * -self.site.zero_code
-
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, weight_bits={self.site.bits}"
 
     @inference
     def forward(self, x: Tensor) -> Tensor:
@@ -184,16 +206,16 @@ class PackedLinear(PackedLayer):
 
     def _wide(self, x: Activation, bias: Tensor | None) -> Tensor:
         """In floats over unpacked codes, as the converted layer computes it."""
+        quantized = x.quantized() if isinstance(x, PackedTensor) else x
+        return linear(quantized, self._weight_codes(), bias, exact=True)
+
+    def _weight_codes(self) -> QuantizedTensor:
         if self.words is None:
             assert self.float_weight is not None
-            weight = QuantizedTensor.identity(self.float_weight)
-        else:
-            codes = unpack_codes(self.words, self.in_features, self.site.bits).to(torch.float32)
-            scale, lower = self.weight_scale.view(-1, 1), self.weight_lower.view(-1, 1)
-            unsigned = self.site.zero_code == 0
-            weight = QuantizedTensor(codes, scale, lower, top_code(self.site.bits), unsigned)
-        quantized = x.quantized() if isinstance(x, PackedTensor) else x
-        return linear(quantized, weight, bias, exact=True)
+            return QuantizedTensor.identity(self.float_weight)
+        codes = unpack_codes(self.words, self.in_features, self.site.bits).to(torch.float32)
+        scale, lower = self.weight_scale.view(-1, 1), self.weight_lower.view(-1, 1)
+        return QuantizedTensor(codes, scale, lower, top_code(self.site.bits), self.site.zero_code == 0)
 
 
 register_packed(QuantizedLinear, PackedLinear)

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ..config import OFF
 from ..conversion import is_quantized, quantized_layers
-from ..layers.base import QuantizedLayer
+from ..layers.base import QuantizedLayer, float_state
 from ..layers.deep import deep_mixin
 from ..layers.registry import mixin_for
 from ..layers.sage import QuantizedSAGEConv
 from ..quantizers import QLRQuantizer
+from ..smp.constraint import BUFFERS
 from ..smp.deep import DeepLayer, StackPlace, connect_stacks
-from .base import LayerSpec, PackedLayer, packed_class
+from .base import NEVER_RAN, WEIGHT, LayerSpec, PackedLayer, frozen_class, packed_class
 from .deferred import defer_inside
 from .ranges import PackedRange
 
@@ -43,7 +45,8 @@ def pack_model(qmodel: nn.Module) -> nn.Module:
 
     The user's modules and their ``forward`` stay as they are; converted layers are swapped for packed
     ones that hold their weights as packed words and run on fused kernels.  A layer that cannot be
-    packed keeps its quantized-float path (:func:`qgnn_plugin.summary` says which, and why).
+    packed keeps its quantized-float path, and one that never ran while ranges were set stays as the float layer that
+    it was, with a warning (:func:`qgnn_plugin.summary` says which, and why).
 
     Args:
         qmodel: A converted model whose ranges are set; it is left untouched.
@@ -53,7 +56,7 @@ def pack_model(qmodel: nn.Module) -> nn.Module:
         parameter requires a gradient.
 
     Raises:
-        ValueError: If ``qmodel`` is plain or already packed, or a range is unset (names it).
+        ValueError: If ``qmodel`` is plain or already packed, or no range was set at all.
     """
     if not isinstance(qmodel, nn.Module):
         raise TypeError(f"Expected a torch.nn.Module (got {type(qmodel).__name__})")
@@ -66,6 +69,7 @@ def pack_model(qmodel: nn.Module) -> nn.Module:
         )
     layers = quantized_layers(qmodel)
     specs = _describe(layers)
+    _say_what_never_ran(specs)
     packed = assemble(qmodel, layers, specs)
     for name, layer in layers.items():
         target = packed.get_submodule(name)
@@ -77,11 +81,21 @@ def pack_model(qmodel: nn.Module) -> nn.Module:
 def assemble(model: nn.Module, layers: Mapping[str, Any], specs: Iterable[LayerSpec]) -> nn.Module:
     """Copy ``model`` with ``layers`` swapped for packed ones as described; their numbers are still to be filled in."""
     specs = list(specs)
-    memo: dict[int, Any] = {}
-    for spec in reversed(specs):  # inner layers first: the memo hands them to the layer around them
+    memo: dict[int, Any] = {}  # what stands for a layer, before anything that refers to it is copied
+    for spec in specs:
         layer = layers[spec.name]
         if spec.reason is None:
-            memo[id(layer)] = _packed_class(layer, spec)(layer, spec, memo)
+            memo[id(layer)] = object.__new__(frozen_class(_packed_class(layer, spec), _float_class(layer)))
+        elif spec.stays_plain:
+            memo[id(layer)] = object.__new__(_float_class(layer))
+    for spec in specs:
+        layer = layers[spec.name]
+        if (copied := memo.get(id(layer))) is not None:
+            is_packed = isinstance(copied, PackedLayer)
+            kept = type(copied).kept(layer) if is_packed else float_state(layer)
+            copied.__dict__.update(copy.deepcopy(kept, memo))
+            if is_packed:
+                copied.freeze(layer, spec)
     packed = copy.deepcopy(model, memo)
     for parameter in packed.parameters():
         parameter.requires_grad_(False)
@@ -105,6 +119,10 @@ def layer_mixin(layer: Any, spec: LayerSpec) -> type[QuantizedLayer] | None:
     return mixin if spec.deep_place is None else deep_mixin(mixin)
 
 
+def _float_class(layer: Any) -> type[nn.Module]:
+    return type(layer).float_class if isinstance(layer, QuantizedLayer) else type(layer)
+
+
 def _packed_class(layer: Any, spec: LayerSpec) -> type[PackedLayer]:
     mixin = layer_mixin(layer, spec)
     cls = None if mixin is None else packed_class(mixin)
@@ -120,6 +138,10 @@ def _describe(layers: Mapping[str, Any]) -> list[LayerSpec]:
         cls = packed_class(type(layer).mixin)
         if id(layer) in decided:
             reason = decided[id(layer)]
+            if reason is None and not _has_run(layer):
+                reason = NEVER_RAN
+        elif not _has_run(layer):
+            reason = NEVER_RAN
         elif cls is None:
             deep = " in a deep stack" if isinstance(layer, DeepLayer) else ""
             reason = f"no packed {type(layer).float_class.__name__}{deep}"
@@ -127,7 +149,7 @@ def _describe(layers: Mapping[str, Any]) -> list[LayerSpec]:
             reason = cls.refuses(layer)
         if isinstance(layer, QuantizedSAGEConv):
             # Its two maps take codes from it, not values: they are of its kind.
-            inner = None if reason is None else f"part of '{name}'"
+            inner = reason if reason in (None, NEVER_RAN) else f"part of '{name}'"
             maps = (getattr(layer, child, None) for child in ("lin_l", "lin_r"))
             decided |= {id(child): inner for child in maps if child is not None}
         spec = LayerSpec.of(name, layer, reason)
@@ -137,12 +159,43 @@ def _describe(layers: Mapping[str, Any]) -> list[LayerSpec]:
     return specs
 
 
+def _has_run(layer: Any) -> bool:
+    """Whether data reached ``layer`` while ranges were set; a layer that quantizes nothing needs no data."""
+    used = {site: quantizer for site, quantizer in layer.own_quantizers() if quantizer.bits != OFF}
+    data = [quantizer for site, quantizer in used.items() if site != WEIGHT] or list(used.values())
+    return not data or any(quantizer.is_set for quantizer in data)
+
+
+def _say_what_never_ran(specs: list[LayerSpec]) -> None:
+    """Warn of layers that stay float because nothing reached them.
+
+    Raises:
+        ValueError: If nothing reached any layer.
+    """
+    idle = [spec for spec in specs if spec.reason == NEVER_RAN]
+    if not idle:
+        return
+    ran = [spec for spec in specs if spec.reason != NEVER_RAN and any(s.bits != OFF for s in spec.sites.values())]
+    if not ran:
+        site = next(iter(idle[0].sites)).removesuffix("_quantizer")
+        raise ValueError(
+            f"Expected every range to be set (got none at '{idle[0].name}.{site}'): call "
+            f"qgnn_plugin.calibrate(model, data) or train before packing"
+        )
+    names = ", ".join(f"'{spec.name}'" for spec in idle)
+    warnings.warn(
+        f"Layers that never ran while ranges were set stay float in the packed model: {names}; calibrate on data that "
+        f"reach them and pack again, or leave it where they are not used",
+        stacklevel=3,
+    )
+
+
 def is_packed(model: nn.Module) -> bool:
     """Whether ``model`` was made by :func:`pack_model` or :func:`qgnn_plugin.load_packed`."""
     return hasattr(model, SPECS) or any(isinstance(m, PackedLayer) for m in model.modules())
 
 
-def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
+def packed_layers(model: nn.Module) -> dict[str, Any]:
     """Every packed layer, by qualified name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, PackedLayer)}
 
@@ -173,30 +226,18 @@ def packed_bytes(packed: nn.Module) -> PackedBytes:
     state = packed.state_dict()
     unique = {t.data_ptr() if t.numel() else key: t for key, t in state.items()}
     size = sum(t.numel() * t.element_size() for t in unique.values())
-    inside = {id(t) for m in layers.values() for t in _own_tensors(m)}
-    before = sum(layer.float_bytes for layer in layers.values())
+    before = sum(layer._packed.float_bytes for layer in layers.values())
     for module in packed.modules():
-        before += sum(t.numel() * t.element_size() for key, t in _float_state(module) if id(t) not in inside)
+        if not isinstance(module, PackedLayer):
+            before += sum(t.numel() * t.element_size() for t in _float_state(module))
     return PackedBytes(before, size)
 
 
-def _own_tensors(layer: PackedLayer) -> list[torch.Tensor]:
-    """Buffers of a packed layer and its ranges, without those of layers inside it."""
-    found = list(layer.buffers(recurse=False))
-    for module in layer.modules():
-        if isinstance(module, PackedRange):
-            found += list(module.buffers(recurse=False))
-    return found
-
-
-def _float_state(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+def _float_state(module: nn.Module) -> list[Tensor]:
     """What a module holds in the float model: a quantizer and a multiplier are not there."""
-    if isinstance(module, QLRQuantizer):
+    if isinstance(module, (QLRQuantizer, PackedRange)):
         return []
-    dropped = {"multiplier", "slack"} if isinstance(module, QuantizedLayer) else set()
-    persistent = [
-        (k, b)
-        for k, b in module.named_buffers(recurse=False)
-        if k not in module._non_persistent_buffers_set and k not in dropped
-    ]
-    return [*module.named_parameters(recurse=False), *persistent]
+    dropped = set(BUFFERS) if isinstance(module, QuantizedLayer) else set()
+    dropped |= module._non_persistent_buffers_set
+    persistent = [b for k, b in module.named_buffers(recurse=False) if k not in dropped]
+    return [*module.parameters(recurse=False), *persistent]

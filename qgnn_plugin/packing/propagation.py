@@ -21,6 +21,7 @@ from ..layers.hops import (
     SSGHops,
     TAGHops,
 )
+from ..smp.constraint import BUFFERS
 from ..smp.propagation import Descent, PropagationLayer, SMPropagation, Visit
 from .base import LayerSpec, PackedConv, inference, register_packed
 from .deferred import plain
@@ -40,10 +41,12 @@ class PackedSteps(PropagationLayer, PackedConv):
     flow: str
     K: int
 
-    def __init__(self, layer: Any, spec: LayerSpec, memo: dict[int, Any]) -> None:
-        super().__init__(layer, spec, memo)
+    def freeze(self: Any, layer: Any, spec: LayerSpec) -> None:
+        super().freeze(layer, spec)
         if isinstance(layer, SMPropagation):
-            self.smp = layer.smp if spec.smooth else None
+            self.smp = layer.smp  # its own, whether it acts or not, and so are the buffers
+            kept = [name for name in BUFFERS if name in self._buffers]
+            self._non_persistent_buffers_set.update(name for name in kept if not spec.smooth or name != "multiplier")
         for site in ("gap_quantizer", "state_quantizers"):
             if not hasattr(self, site):
                 setattr(self, site, None)
@@ -58,10 +61,6 @@ class PackedSteps(PropagationLayer, PackedConv):
             return "a multiplier that moves within the forward pass"
         dtypes = {quantizer.log_scale.dtype for _, quantizer in layer.own_quantizers()}
         return None if dtypes == {torch.float32} else "its ranges are not float32"
-
-    @classmethod
-    def idle_sites(cls, layer: Any) -> tuple[str, ...]:
-        return () if layer.smp is not None and layer.multiplier_value > 0 else ("gap_quantizer",)
 
     def normalized(self, edge_index: Any, edge_weight: Tensor | None, num_nodes: int) -> NormalizedGraph:
         """``A~``."""
@@ -96,12 +95,11 @@ class PackedSteps(PropagationLayer, PackedConv):
 class PackedPropagation(PackedSteps):
     r"""Packed APPNP and SMPropagation; without correction, a step is one kernel."""
 
-    tensors_kept = ()
     input_quantizer: PackedRange
     mu: float | None  # infinite without teleport: None
 
-    def __init__(self, layer: Any, spec: LayerSpec, memo: dict[int, Any]) -> None:
-        super().__init__(layer, spec, memo)
+    def freeze(self: Any, layer: Any, spec: LayerSpec) -> None:
+        super().freeze(layer, spec)
         if isinstance(layer, SMPropagation):
             self.eta, self.mu = layer.smp.eta, layer.smp.mu
         else:
@@ -120,7 +118,7 @@ class PackedPropagation(PackedSteps):
         x0 = self.input_quantizer(x).dequantize()
         ranges = [self.step_quantizers[str(k)] for k in range(self.K)]
         symmetric = graph.weight is None and graph.source is not None and graph.source is graph.target
-        plain_steps = self.smp is None and self.state_quantizers is None and self.mu is not None
+        plain_steps = not self.is_smoothing and self.state_quantizers is None and self.mu is not None
         if plain_steps and symmetric and all(sent.spec.is_fixed for sent in ranges):
             return self._steps_in_kernel(x0, graph, ranges)
         return self.steps(x0, graph)
@@ -143,7 +141,6 @@ class PackedPropagation(PackedSteps):
 class PackedHops(PackedSteps):
     """Base of packed SGConv, SSGConv, TAGConv and LGConv: sums of packed states, integer products of these."""
 
-    children_kept = ("lin", "lins")
     maps_first: Callable[[Any], bool]
 
     @classmethod

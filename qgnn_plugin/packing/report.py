@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from ..smp.deep import StackPlace
-from .base import LayerSpec, PackedLayer
+from .base import WEIGHT, LayerSpec
 from .model import PackedBytes, packed_bytes, packed_layers, specs_of
 from .ranges import PackedRange
 
@@ -77,15 +78,16 @@ def packed_summary(packed: nn.Module) -> PackedSummary:
     return PackedSummary(reports, packed_bytes(packed))
 
 
-def _report(spec: LayerSpec, layer: PackedLayer | None, packed: nn.Module) -> PackedLayerReport:
+def _report(spec: LayerSpec, layer: Any, packed: nn.Module) -> PackedLayerReport:
     bits = {site.removesuffix("_quantizer"): s.bits for site, s in spec.sites.items()}
     if layer is None:
         own = packed.get_submodule(spec.name).parameters(recurse=False)
         size = sum(p.numel() * p.element_size() for p in own)
         return PackedLayerReport(spec.name, spec.type, spec.reason, bits, PackedBytes(size, size), spec.deep_place)
-    tensors = list(layer.buffers(recurse=False))
+    tensors = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
     for site in spec.sites:
-        owner = layer.get_submodule(site) if site != "weight_quantizer" else None
+        owner = layer.get_submodule(site) if site != WEIGHT else None
         tensors += list(owner.buffers()) if isinstance(owner, PackedRange) else []
     size = sum(t.numel() * t.element_size() for t in tensors)
-    return PackedLayerReport(spec.name, spec.type, None, bits, PackedBytes(layer.float_bytes, size), spec.deep_place)
+    sizes = PackedBytes(layer._packed.float_bytes, size)
+    return PackedLayerReport(spec.name, spec.type, None, bits, sizes, spec.deep_place)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import SMPConfig
 
@@ -20,6 +20,7 @@ __all__ = ["ConstraintState", "SmoothLayer", "attach_constraint", "corrected", "
 
 Operator = Callable[[Tensor], Tensor]
 BUFFERS = ("multiplier", "slack", "penalty")
+CONSTRAINT_ATTRIBUTES = ("constraint_state", "smp", "_smoothing", "_written")  # beside them
 EXPLICIT_LIMIT = 0.25  # of eta lambda: past it the explicit correction turns changes of frequency 2 round
 
 
@@ -216,12 +217,3 @@ def attach_constraint(layer: Any, config: SMPConfig | None, device: torch.device
     for name, value in zip(BUFFERS, (config.multiplier, config.slack, 0.0), strict=True):
         if name != "penalty" or config.damping > 0:
             layer.register_buffer(name, torch.tensor(value, device=device))
-
-
-def detach_constraint(layer: nn.Module) -> None:
-    """Undo :func:`attach_constraint`."""
-    for name in BUFFERS:
-        layer._buffers.pop(name, None)
-        layer._non_persistent_buffers_set.discard(name)
-    for name in ("constraint_state", "smp", "_smoothing", "_written"):
-        layer.__dict__.pop(name, None)

@@ -1,0 +1,133 @@
+"""The weight of a packed layer, to be read as the float matrix it stands for."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+__all__ = ["FrozenWeight", "read_only"]
+
+
+def read_only(layer: str, attempt: str) -> ValueError:
+    """The error of whoever writes to a weight that is held as packed words."""
+    return ValueError(
+        f"Expected the weight of the packed '{layer}' to be read only (got {attempt}): it is dequantized from packed "
+        f"words, and a write would be lost; change the quantized model and pack it again, or work on a .clone()"
+    )
+
+
+class FrozenWeight(Tensor):
+    """A float32 matrix that is dequantized when its values are touched; what would write to it raises.
+
+    Shape, dtype and device are known without.  Views of it, such as ``.t()`` or ``.data``, are read-only too.
+
+    Args:
+        layer: Name of its layer, for errors.
+        value: The matrix, or what computes it.
+        shape: Its shape, of a value yet to be computed.
+        device: Its device, likewise.
+    """
+
+    _layer: str
+    _value: Tensor | Callable[[], Tensor]
+
+    @staticmethod
+    def __new__(
+        cls, layer: str, value: Tensor | Callable[[], Tensor], shape: torch.Size, device: torch.device
+    ) -> FrozenWeight:
+        strides = value.stride() if isinstance(value, Tensor) else None
+        dtype = value.dtype if isinstance(value, Tensor) else torch.float32
+        weight = Tensor._make_wrapper_subclass(cls, shape, strides=strides, dtype=dtype, device=device)
+        weight._layer, weight._value = layer, value
+        return weight
+
+    # Fast paths of torch.nn that would take the matrix past its layer leave tensors with a torch function alone.
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        written = _written(func, args, kwargs)
+        if written is not None:
+            raise read_only(written._layer, func.__name__)
+        out = func(*_plain(args), **_plain(kwargs))
+        if all(value.alias_info is None for value in func._schema.returns):
+            return out
+        layer = next(leaf._layer for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, cls))
+        return tree_map_only(Tensor, lambda view: cls(layer, view, view.shape, view.device), out)
+
+    def plain(self) -> Tensor:
+        """The matrix as an ordinary tensor."""
+        if not isinstance(self._value, Tensor):
+            with torch.no_grad():
+                self._value = self._value()
+        return self._value
+
+    @property
+    def data(self) -> Tensor:  # type: ignore[override]
+        return self
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise read_only(self._layer, "an assignment to .data")
+
+    def requires_grad_(self, requires_grad: bool = True) -> Tensor:  # type: ignore[override]
+        if requires_grad:
+            raise read_only(self._layer, "requires_grad_()")
+        return self
+
+    # What reads memory without passing the dispatcher:
+
+    def numpy(self, *args: Any, **kwargs: Any) -> Any:
+        array = self.plain().numpy(*args, **kwargs)
+        array.flags.writeable = False
+        return array
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.plain().__array__(*args, **kwargs).copy()
+
+    def tolist(self) -> Any:
+        return self.plain().tolist()
+
+    def data_ptr(self) -> int:
+        return self.plain().data_ptr()
+
+    def untyped_storage(self) -> Any:
+        return self.plain().untyped_storage()
+
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.plain().clone().__dlpack__(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return copy.deepcopy(self.plain(), memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.plain().__reduce_ex__(protocol)
+
+    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
+        return self.plain().__repr__(**kwargs)
+
+
+def _plain(value: Any) -> Any:
+    return tree_map_only(FrozenWeight, FrozenWeight.plain, value)
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> FrozenWeight | None:
+    """The frozen weight that ``func`` would write to."""
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[i] if i < len(args) else kwargs.get(argument.name)
+            for leaf in tree_leaves(value):
+                if isinstance(leaf, FrozenWeight):
+                    return leaf
+    return None
