@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from .arithmetic import check_range, finish, is_per_row
+from .checks import check_float, check_plan
+from .indices import check_csr
 from .layout import check_bits, check_packed, row_words, top_code, unpack_codes
 from .library import register
 from .plan import GraphPlan
@@ -136,7 +138,52 @@ def _fake(
     return new_output(words, rowptr.size(0) - 1, num_features, out_bits)
 
 
-register("aggregate", SCHEMA, _fake)
+def _check(
+    words: Tensor,
+    rowptr: Tensor,
+    col: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    num_features: int,
+    bits: int,
+    reduce: str = "sum",
+    edge_weight: Tensor | None = None,
+    dst_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    relu: bool = False,
+    out_scale: Tensor | None = None,
+    out_offset: Tensor | None = None,
+    out_bits: int = 0,
+    schedule: Tensor | None = None,
+) -> None:
+    check_packed(words, num_features, bits)
+    check_csr(rowptr, col, words.size(0))
+    check_range(scale, offset, words.size(0), num_features)
+    num_dst = rowptr.numel() - 1
+    if reduce not in ("sum", "max"):
+        raise ValueError(f"Expected 'reduce' to be 'sum' or 'max' (got {reduce!r})")
+    if edge_weight is not None:
+        _check_weight(edge_weight, col.numel(), num_features, reduce)
+    check_float(dst_scale, "dst_scale", (num_dst,))
+    check_float(bias, "bias", (num_features,))
+    check_output_range(out_scale, out_offset, out_bits, num_dst, num_features)
+
+
+def _check_weight(edge_weight: Tensor, num_edges: int, num_features: int, reduce: str) -> None:
+    if reduce == "max":
+        raise ValueError("Expected no 'edge_weight' with reduce='max' (got one)")
+    heads = edge_weight.size(1) if edge_weight.dim() == 2 else 1
+    shaped = edge_weight.dim() in (1, 2) and edge_weight.size(0) == num_edges
+    if not shaped or heads == 0 or num_features % heads:
+        raise ValueError(
+            f"Expected 'edge_weight' of shape [{num_edges}] or [{num_edges}, H] with H "
+            f"dividing {num_features} (got {list(edge_weight.shape)})"
+        )
+    if edge_weight.dtype is not torch.float32:
+        raise TypeError(f"Expected 'edge_weight' to be float32 (got {edge_weight.dtype})")
+
+
+register("aggregate", SCHEMA, _fake, _check)
 
 
 def new_output(like: Tensor, num_rows: int, num_features: int, out_bits: int) -> Tensor:
@@ -205,21 +252,15 @@ def aggregate(
         ``[num_dst, F]`` float32, or ``[num_dst, row_words(F, out_bits)]`` int32 with ``out_bits``.
         Unweighted results are bitwise the same on every backend, weighted ones to float32 rounding.
     """
-    check_packed(words, num_features, bits)
-    check_range(scale, offset, words.size(0), num_features)
-    check_output_range(out_scale, out_offset, out_bits, plan.num_dst, num_features)
-    if words.size(0) != plan.num_src:
-        raise ValueError(
-            f"Expected one packed row per source node, {plan.num_src} (got {words.size(0)})"
-        )
+    check_plan(plan, words, "packed row")
     if reduce not in REDUCTIONS:
         raise ValueError(f"Expected 'reduce' to be one of {REDUCTIONS} (got {reduce!r})")
+    check_bits(bits)
     limit = (2**31 - 1) // top_code(bits)
     if plan.num_edges > limit and plan.max_degree > limit:
         raise ValueError(f"Expected at most {limit} edges into a node at {bits} bits (got {plan.max_degree})")
-    if edge_weight is not None:
-        _check_weight(edge_weight, plan, num_features, reduce)
     if reduce == "mean":
+        check_float(dst_scale, "dst_scale", (plan.num_dst,))
         inverse = plan.degree.clamp(min=1).reciprocal()
         dst_scale = inverse if dst_scale is None else inverse * dst_scale
         reduce = "sum"
@@ -227,19 +268,3 @@ def aggregate(
         words, plan.rowptr, plan.col, scale, offset, num_features, bits, reduce, edge_weight,
         dst_scale, bias, relu, out_scale, out_offset, out_bits,
     )  # fmt: skip
-
-
-def _check_weight(edge_weight: Tensor, plan: GraphPlan, num_features: int, reduce: str) -> None:
-    if reduce == "max":
-        raise ValueError("Expected no 'edge_weight' with reduce='max' (got one)")
-    heads = edge_weight.size(1) if edge_weight.dim() == 2 else 1
-    if (
-        edge_weight.dim() > 2
-        or edge_weight.size(0) != plan.num_edges
-        or heads == 0
-        or num_features % heads
-    ):
-        raise ValueError(
-            f"Expected 'edge_weight' of shape [{plan.num_edges}] or [{plan.num_edges}, H] with H "
-            f"dividing {num_features} (got {list(edge_weight.shape)})"
-        )

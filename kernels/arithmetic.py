@@ -41,16 +41,23 @@ __all__ = [
 
 def check_range(scale: Tensor, offset: Tensor, rows: int, features: int, what: str = "") -> None:
     """Raise unless ``scale`` and ``offset`` are float32 tensors of one element, ``[features]`` or
-    ``[rows, 1]``.
+    ``[rows, 1]``, and not one of each of the last two.
     """
-    for name, value in ((what + "scale", scale), (what + "offset", offset)):
-        if value.dtype != torch.float32:
-            raise TypeError(f"Expected '{name}' to be float32 (got {value.dtype})")
-        if value.numel() == 1 or tuple(value.shape) in ((features,), (rows, 1)):
-            continue
+    if scale.dtype is not torch.float32 or offset.dtype is not torch.float32:
+        raise TypeError(f"Expected '{what}scale' and '{what}offset' to be float32 (got {scale.dtype}, {offset.dtype})")
+    shared = scale.numel() == 1, offset.numel() == 1
+    if all(shared):
+        return
+    for name, value, is_shared in (("scale", scale, shared[0]), ("offset", offset, shared[1])):
+        if not is_shared and value.shape not in ((features,), (rows, 1)):
+            raise ValueError(
+                f"Expected '{what}{name}' of one element, of shape [{features}] or [{rows}, 1] "
+                f"(got {list(value.shape)})"
+            )
+    if not any(shared) and scale.dim() != offset.dim():
         raise ValueError(
-            f"Expected '{name}' of one element, of shape [{features}] or [{rows}, 1] "
-            f"(got {list(value.shape)})"
+            f"Expected '{what}scale' and '{what}offset' both per column or both per row "
+            f"(got {list(scale.shape)} and {list(offset.shape)})"
         )
 
 

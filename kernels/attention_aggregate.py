@@ -21,6 +21,8 @@ from torch import Tensor
 
 from .aggregate import check_output_range, destinations, new_output, per_feature, sum_rows
 from .arithmetic import attention_thresholds, check_range, dequantize_codes, finish, is_per_row
+from .checks import check_float, check_plan
+from .indices import check_csr
 from .layout import check_packed, unpack_codes
 from .library import register
 from .plan import GraphPlan
@@ -150,7 +152,60 @@ def _fake(
     return new_output(words, rowptr.size(0) - 1, width, out_bits)
 
 
-register("attention_aggregate", SCHEMA, _fake)
+def _check(
+    words: Tensor,
+    rowptr: Tensor,
+    col: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    num_features: int,
+    bits: int,
+    heads: int,
+    attention_bits: int,
+    negative_slope: float,
+    alpha_src: Tensor | None = None,
+    alpha_dst: Tensor | None = None,
+    alpha_edge: Tensor | None = None,
+    att: Tensor | None = None,
+    x_dst: Tensor | None = None,
+    concat: bool = True,
+    bias: Tensor | None = None,
+    relu: bool = False,
+    out_scale: Tensor | None = None,
+    out_offset: Tensor | None = None,
+    out_bits: int = 0,
+    schedule: Tensor | None = None,
+) -> None:
+    check_packed(words, num_features, bits)
+    num_src, num_dst = words.size(0), rowptr.numel() - 1
+    check_csr(rowptr, col, num_src)
+    if heads < 1 or num_features % heads:
+        raise ValueError(f"Expected 'heads' to divide {num_features} features (got {heads})")
+    if scale.shape != (num_src, heads) or offset.shape != (num_src, heads):
+        check_range(scale, offset, num_src, num_features)
+    elif scale.dtype is not torch.float32 or offset.dtype is not torch.float32:
+        raise TypeError(f"Expected 'scale' and 'offset' to be float32 (got {scale.dtype}, {offset.dtype})")
+    if attention_bits not in (2, 4, 8, FLOAT_BITS):
+        raise ValueError(f"Expected 'attention_bits' to be 2, 4, 8 or {FLOAT_BITS} (got {attention_bits})")
+    gat = alpha_src is not None and alpha_dst is not None and att is None and x_dst is None
+    gatv2 = att is not None and x_dst is not None and alpha_src is None and alpha_dst is None and alpha_edge is None
+    if not (gat or gatv2):
+        given = {"alpha_src": alpha_src, "alpha_dst": alpha_dst, "alpha_edge": alpha_edge, "att": att, "x_dst": x_dst}
+        names = [name for name, value in given.items() if value is not None]
+        raise ValueError(
+            f"Expected either 'alpha_src' and 'alpha_dst' (GAT) or 'att' and 'x_dst' (GATv2) (got {names})"
+        )
+    check_float(alpha_src, "alpha_src", (num_src, heads))
+    check_float(alpha_dst, "alpha_dst", (num_dst, heads))
+    check_float(alpha_edge, "alpha_edge", (col.numel(), heads))
+    check_float(att, "att", (heads, num_features // heads))
+    check_float(x_dst, "x_dst", (num_dst, num_features))
+    width = num_features if concat else num_features // heads
+    check_float(bias, "bias", (width,))
+    check_output_range(out_scale, out_offset, out_bits, num_dst, width)
+
+
+register("attention_aggregate", SCHEMA, _fake, _check)
 
 
 def attention_aggregate(
@@ -201,31 +256,7 @@ def attention_aggregate(
         ``[num_dst, F or C]`` float32, or packed words with ``out_bits``.  A row without neighbours
         gives 0 (before the bias).
     """
-    check_packed(words, num_features, bits)
-    if heads < 1 or num_features % heads:
-        raise ValueError(f"Expected 'heads' to divide {num_features} features (got {heads})")
-    if any(tuple(value.shape) != (words.size(0), heads) for value in (scale, offset)):
-        check_range(scale, offset, words.size(0), num_features)
-    if attention_bits not in (2, 4, 8, FLOAT_BITS):
-        raise ValueError(f"Expected 'attention_bits' to be 2, 4, 8 or {FLOAT_BITS} (got {attention_bits})")
-    shapes = {
-        "alpha_src": (alpha_src, (plan.num_src, heads)),
-        "alpha_dst": (alpha_dst, (plan.num_dst, heads)),
-        "alpha_edge": (alpha_edge, (plan.num_edges, heads)),
-        "att": (att, (heads, num_features // heads)),
-        "x_dst": (x_dst, (plan.num_dst, num_features)),
-    }
-    for name, (value, shape) in shapes.items():
-        if value is not None and tuple(value.shape) != shape:
-            raise ValueError(f"Expected '{name}' of shape {list(shape)} (got {list(value.shape)})")
-    given = {name for name, (value, _) in shapes.items() if value is not None} - {"alpha_edge"}
-    gatv2 = given == {"att", "x_dst"} and alpha_edge is None
-    if not gatv2 and given != {"alpha_src", "alpha_dst"}:
-        raise ValueError(
-            f"Expected either 'alpha_src' and 'alpha_dst' (GAT) or 'att' and 'x_dst' (GATv2) (got {sorted(given)})"
-        )
-    width = num_features if concat else num_features // heads
-    check_output_range(out_scale, out_offset, out_bits, plan.num_dst, width)
+    check_plan(plan, words, "packed row")
     return torch.ops.qgnn.attention_aggregate(
         words, plan.rowptr, plan.col, scale, offset, num_features, bits, heads, attention_bits,
         negative_slope, alpha_src, alpha_dst, alpha_edge, att, x_dst, concat, bias, relu,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .arithmetic import check_range
+from .checks import check_float, check_matrix
 from .layout import check_bits, top_code
 from .library import register
 
@@ -71,8 +72,19 @@ def _fake_backward(
     )
 
 
-register("fake_quantize", SCHEMA, _fake)
-register("fake_quantize_backward", BACKWARD_SCHEMA, _fake_backward)
+def _check(x: Tensor, scale: Tensor, offset: Tensor, bits: int) -> None:
+    check_bits(bits)
+    check_matrix(x, "x")
+    check_range(scale, offset, *x.shape)
+
+
+def _check_backward(grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor, bits: int) -> None:
+    _check(x, scale, offset, bits)
+    check_float(grad, "grad", tuple(x.shape))
+
+
+register("fake_quantize", SCHEMA, _fake, _check)
+register("fake_quantize_backward", BACKWARD_SCHEMA, _fake_backward, _check_backward)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -105,8 +117,4 @@ def fake_quantize(x: Tensor, scale: Tensor, offset: Tensor, bits: int) -> Tensor
     Returns:
         ``[N, F]`` float32, bitwise ``unpack_dequantize(quantize_pack(x))``.
     """
-    check_bits(bits)
-    if x.dim() != 2 or x.dtype != torch.float32:
-        raise ValueError(f"Expected 'x' to be a float32 matrix (got {x.dtype}, {list(x.shape)})")
-    check_range(scale, offset, *x.shape)
     return torch.ops.qgnn.fake_quantize(x, scale, offset, bits)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from .aggregate import destinations
+from .checks import check_float, check_matrix
+from .indices import check_csr, check_edge_rows, check_rowptr
 from .library import register
 
 __all__ = ["edge_dots_reference", "float_sum_reference", "segment_largest_reference"]
@@ -82,6 +84,51 @@ def _fake_largest(values: Tensor, rowptr: Tensor, fill: float = 0.0) -> Tensor:
     return values.new_empty((rowptr.numel() - 1, values.size(1)))
 
 
-register("float_sum", SUM_SCHEMA, _fake_sum)
-register("edge_dots", DOTS_SCHEMA, _fake_dots)
-register("segment_largest", LARGEST_SCHEMA, _fake_largest)
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def _check_sum(
+    x: Tensor,
+    rowptr: Tensor,
+    col: Tensor,
+    dst_scale: Tensor | None = None,
+    src_scale: Tensor | None = None,
+    weight: Tensor | None = None,
+    edge: Tensor | None = None,
+) -> None:
+    check_matrix(x, "x", *FLOATS)
+    check_csr(rowptr, col, x.size(0))
+    check_float(dst_scale, "dst_scale", (rowptr.numel() - 1,), dtype=x.dtype)
+    check_float(src_scale, "src_scale", (x.size(0),), dtype=x.dtype)
+    if weight is None:
+        if edge is not None:
+            raise ValueError("Expected 'weight' with 'edge' (got None)")
+        return
+    check_matrix(weight, "weight", x.dtype)
+    heads = weight.size(1)
+    if heads == 0 or x.size(1) % heads:
+        raise ValueError(f"Expected 'weight' of heads that divide {x.size(1)} features (got {heads})")
+    if edge is not None:
+        check_edge_rows(edge, col.numel(), weight.size(0))
+    elif weight.size(0) != col.numel():
+        raise ValueError(f"Expected a row of 'weight' per edge, {col.numel()} (got {weight.size(0)})")
+
+
+def _check_dots(a: Tensor, b: Tensor, rowptr: Tensor, col: Tensor, heads: int = 1) -> None:
+    check_matrix(a, "a", *FLOATS)
+    check_matrix(b, "b", a.dtype)
+    check_csr(rowptr, col, b.size(0))
+    if a.shape != (rowptr.numel() - 1, b.size(1)):
+        raise ValueError(f"Expected 'a' of shape {[rowptr.numel() - 1, b.size(1)]} (got {list(a.shape)})")
+    if heads < 1 or a.size(1) % heads:
+        raise ValueError(f"Expected 'heads' to divide {a.size(1)} features (got {heads})")
+
+
+def _check_largest(values: Tensor, rowptr: Tensor, fill: float = 0.0) -> None:
+    check_matrix(values, "values", *FLOATS)
+    check_rowptr(rowptr, values.size(0))
+
+
+register("float_sum", SUM_SCHEMA, _fake_sum, _check_sum)
+register("edge_dots", DOTS_SCHEMA, _fake_dots, _check_dots)
+register("segment_largest", LARGEST_SCHEMA, _fake_largest, _check_largest)

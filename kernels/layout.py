@@ -36,7 +36,7 @@ _LANE_ONES = 0x01010101  # one in each byte lane of a word
 
 def check_bits(bits: int, what: str = "bits") -> int:
     """Return ``bits`` if rows can be packed at that width; raise ValueError otherwise."""
-    if bits not in PACKED_BITS:
+    if type(bits) is not int or bits not in PACKED_BITS:
         raise ValueError(f"Expected '{what}' to be one of {PACKED_BITS} (got {bits!r})")
     return bits
 
@@ -69,10 +69,11 @@ def lane_mask(bits: int) -> int:
 def check_packed(words: Tensor, num_features: int, bits: int, what: str = "words") -> None:
     """Raise unless ``words`` is an int32 ``[N, row_words(num_features, bits)]`` matrix."""
     check_bits(bits)
-    if words.dtype != torch.int32:
-        raise TypeError(
-            f"Expected '{what}' to be packed int32 words (got {words.dtype}); see 'quantize_pack'"
-        )
+    if num_features < 0:
+        raise ValueError(f"Expected 'num_features' >= 0 (got {num_features})")
+    found = getattr(words, "dtype", type(words).__name__)
+    if found is not torch.int32:
+        raise TypeError(f"Expected '{what}' to be packed int32 words (got {found}); see 'quantize_pack'")
     expected = row_words(num_features, bits)
     if words.dim() != 2 or words.size(1) != expected:
         raise ValueError(
@@ -93,6 +94,12 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
         ``[N, row_words(F, bits)]`` int32.
     """
     check_bits(bits)
+    if not isinstance(codes, Tensor):
+        raise TypeError(f"Expected 'codes' to be a tensor (got {type(codes).__name__})")
+    if codes.is_complex():
+        raise TypeError(f"Expected real 'codes' (got {codes.dtype})")
+    if codes.dim() != 2:
+        raise ValueError(f"Expected 'codes' of shape [N, F] (got {list(codes.shape)})")
     num_rows, num_features = codes.shape
     width, parts = row_bytes(num_features, bits), parts_per_byte(bits)
     lanes = codes.new_zeros((num_rows, parts * width), dtype=torch.int32)

@@ -14,16 +14,27 @@ __all__ = ["register"]
 _library = torch.library.Library("qgnn", "DEF")
 
 
-def register(op: str, schema: str, fake: Callable[..., Any]) -> None:
+def register(op: str, schema: str, fake: Callable[..., Any], check: Callable[..., None]) -> None:
     """Define ``qgnn::<op>`` with its fake (meta) implementation; devices dispatch through
     :mod:`.backend`.
+
+    ``check`` takes the op's arguments and raises on those with which a kernel would read or write out of bounds, or
+    answer something else than its reference.
     """
     _library.define(op + schema, tags=(torch.Tag.pt2_compliant_tag,))
 
+    def device_of(args: Any, kwargs: Any) -> torch.device:
+        return check_devices(*(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)))
+
+    def run_fake(*args: Any, **kwargs: Any) -> Any:
+        device_of(args, kwargs)
+        return fake(*args, **kwargs)
+
     def run(*args: Any, **kwargs: Any) -> Any:
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-        return dispatch(op, check_devices(*tensors))(*args, **kwargs)
+        device = device_of(args, kwargs)
+        check(*args, **kwargs)
+        return dispatch(op, device)(*args, **kwargs)
 
     for key in ("CPU", "CUDA"):
         _library.impl(op, run, key)
-    torch.library.register_fake(f"qgnn::{op}", fake, lib=_library)
+    torch.library.register_fake(f"qgnn::{op}", run_fake, lib=_library)

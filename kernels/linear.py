@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from .aggregate import check_output_range, new_output
-from .arithmetic import check_range, finish
+from .arithmetic import finish
+from .checks import check_float
 from .layout import check_packed, top_code, unpack_codes
 from .library import register
 
@@ -85,7 +86,49 @@ def _fake(
     return new_output(x_words, x_words.size(0), w_words.size(0), out_bits)
 
 
-register("linear", SCHEMA, _fake)
+def _check(
+    x_words: Tensor,
+    w_words: Tensor,
+    x_scale: Tensor,
+    x_offset: Tensor,
+    w_scale: Tensor,
+    w_offset: Tensor,
+    in_features: int,
+    x_bits: int,
+    w_bits: int,
+    bias: Tensor | None = None,
+    relu: bool = False,
+    out_scale: Tensor | None = None,
+    out_offset: Tensor | None = None,
+    out_bits: int = 0,
+    row_scale: Tensor | None = None,
+    addend: Tensor | None = None,
+) -> None:
+    check_packed(x_words, in_features, x_bits, "x_words")
+    check_packed(w_words, in_features, w_bits, "w_words")
+    num_rows, num_out = x_words.size(0), w_words.size(0)
+    limit = (2**31 - 1) // (top_code(x_bits) * top_code(w_bits))
+    if in_features > limit:
+        raise ValueError(
+            f"Expected at most {limit} features at {x_bits} x {w_bits} bits (got {in_features})"
+        )
+    for name, value in (("x_scale", x_scale), ("x_offset", x_offset)):
+        if value.numel() != 1:
+            check_float(value, name, (num_rows, 1))
+        elif value.dtype is not torch.float32:
+            raise TypeError(f"Expected '{name}' to be float32 (got {value.dtype})")
+    for name, value in (("w_scale", w_scale), ("w_offset", w_offset)):
+        if value.numel() != 1:
+            check_float(value, name, (num_out,), (num_out, 1))
+        elif value.dtype is not torch.float32:
+            raise TypeError(f"Expected '{name}' to be float32 (got {value.dtype})")
+    check_float(bias, "bias", (num_out,))
+    check_float(row_scale, "row_scale", (num_rows,))
+    check_float(addend, "addend", (num_rows, num_out))
+    check_output_range(out_scale, out_offset, out_bits, num_rows, num_out)
+
+
+register("linear", SCHEMA, _fake, _check)
 
 
 def linear(
@@ -129,31 +172,6 @@ def linear(
         ``[N, O]`` float32, or ``[N, row_words(O, out_bits)]`` int32 with ``out_bits``.  Bitwise the
         same on every backend.
     """
-    check_packed(x_words, in_features, x_bits, "x_words")
-    check_packed(w_words, in_features, w_bits, "w_words")
-    num_rows, num_out = x_words.size(0), w_words.size(0)
-    limit = (2**31 - 1) // (top_code(x_bits) * top_code(w_bits))
-    if in_features > limit:
-        raise ValueError(
-            f"Expected at most {limit} features at {x_bits} x {w_bits} bits (got {in_features})"
-        )
-    for name, value in (("x_scale", x_scale), ("x_offset", x_offset)):
-        if value.numel() != 1 and tuple(value.shape) != (num_rows, 1):
-            raise ValueError(
-                f"Expected '{name}' of one element or [{num_rows}, 1] (got {list(value.shape)})"
-            )
-    if addend is not None and (addend.dtype != torch.float32 or tuple(addend.shape) != (num_rows, num_out)):
-        found = f"{addend.dtype}, {list(addend.shape)}"
-        raise ValueError(f"Expected 'addend' to be a float32 [{num_rows}, {num_out}] matrix (got {found})")
-    for name, value in (("w_scale", w_scale), ("w_offset", w_offset)):
-        if value.numel() != 1 and value.numel() != num_out:
-            raise ValueError(
-                f"Expected '{name}' of one element or [{num_out}] (got {list(value.shape)})"
-            )
-    check_range(x_scale, x_offset, num_rows, in_features, "x_")
-    if row_scale is not None and tuple(row_scale.shape) != (num_rows,):
-        raise ValueError(f"Expected 'row_scale' of shape [{num_rows}] (got {list(row_scale.shape)})")
-    check_output_range(out_scale, out_offset, out_bits, num_rows, num_out)
     return torch.ops.qgnn.linear(
         x_words, w_words, x_scale, x_offset, w_scale, w_offset, in_features, x_bits, w_bits, bias,
         relu, out_scale, out_offset, out_bits, row_scale, addend,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .cache import PlanCache, pinned_plans
+from .indices import inherit_csr
 from .streams import derived
 
 __all__ = ["GraphPlan", "PlanCache", "check_nodes", "graph_plan", "pinned_plans", "plan_cache"]
@@ -135,7 +136,9 @@ class GraphPlan:
             return self
         edges = self.edges(start, stop)
         perm = None if self.perm is None else self.perm[edges]
-        return GraphPlan(self.rowptr[start : stop + 1] - edges.start, self.col[edges], self.num_src, perm)
+        part = GraphPlan(self.rowptr[start : stop + 1] - edges.start, self.col[edges], self.num_src, perm)
+        inherit_csr((self.rowptr, self.col), (part.rowptr, part.col))
+        return part
 
     def sort(self, per_edge: Tensor) -> Tensor:
         """Bring a per-edge tensor ``[E, ...]`` from the caller's order into CSR order."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .arithmetic import check_range, quantize_codes
+from .checks import check_matrix
 from .layout import check_bits, pack_codes, row_words
 from .library import register
 
@@ -22,7 +23,13 @@ def _fake(x: Tensor, scale: Tensor, offset: Tensor, bits: int) -> Tensor:
     return x.new_empty((x.size(0), row_words(x.size(1), bits)), dtype=torch.int32)
 
 
-register("quantize_pack", SCHEMA, _fake)
+def _check(x: Tensor, scale: Tensor, offset: Tensor, bits: int) -> None:
+    check_bits(bits)
+    check_matrix(x, "x")
+    check_range(scale, offset, *x.shape)
+
+
+register("quantize_pack", SCHEMA, _fake, _check)
 
 
 def quantize_pack(x: Tensor, scale: Tensor, offset: Tensor, bits: int) -> Tensor:
@@ -37,8 +44,4 @@ def quantize_pack(x: Tensor, scale: Tensor, offset: Tensor, bits: int) -> Tensor
     Returns:
         ``[N, row_words(F, bits)]`` int32 words.  Bitwise the same on every backend.
     """
-    check_bits(bits)
-    if x.dim() != 2 or x.dtype != torch.float32:
-        raise ValueError(f"Expected 'x' to be a float32 matrix (got {x.dtype}, {list(x.shape)})")
-    check_range(scale, offset, *x.shape)
     return torch.ops.qgnn.quantize_pack(x, scale, offset, bits)

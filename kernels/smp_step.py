@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from .aggregate import check_output_range, sum_rows
-from .arithmetic import check_range, finish
+from .arithmetic import check_range, finish, is_per_row
+from .checks import check_float, check_matrix, check_plan
+from .indices import check_csr
 from .layout import check_packed, row_words, unpack_codes
 from .library import register
 from .plan import GraphPlan
@@ -114,7 +116,44 @@ def _fake(
     return out, h.new_empty(shape, dtype=torch.int32), h.new_empty((2,), dtype=torch.float32)
 
 
-register("smp_step", SCHEMA, _fake)
+def _check(
+    h: Tensor,
+    x0: Tensor,
+    rowptr: Tensor,
+    col: Tensor,
+    norm: Tensor,
+    eta: float,
+    mu: float,
+    multiplier: float,
+    measure: bool = False,
+    words: Tensor | None = None,
+    scale: Tensor | None = None,
+    offset: Tensor | None = None,
+    bits: int = 0,
+    out_scale: Tensor | None = None,
+    out_offset: Tensor | None = None,
+    out_bits: int = 0,
+) -> None:
+    check_matrix(h, "h")
+    num_rows, num_features = h.shape
+    check_float(x0, "x0", (num_rows, num_features))
+    check_float(norm, "norm", (num_rows,))
+    check_csr(rowptr, col, num_rows)
+    if rowptr.numel() != num_rows + 1:
+        raise ValueError(f"Expected a graph of {num_rows} nodes, as rows of 'h' (got {rowptr.numel() - 1})")
+    if words is not None:
+        if scale is None or offset is None:
+            raise ValueError("Expected 'scale' and 'offset' with packed 'words' (got None)")
+        check_packed(words, num_features, bits)
+        if words.size(0) != num_rows:
+            raise ValueError(f"Expected one packed row per node, {num_rows} (got {words.size(0)})")
+        check_range(scale, offset, num_rows, num_features)
+        if is_per_row(scale) or is_per_row(offset):
+            raise ValueError("Expected one range per tensor or column of 'words' (got one per row)")
+    check_output_range(out_scale, out_offset, out_bits, num_rows, num_features)
+
+
+register("smp_step", SCHEMA, _fake, _check)
 
 
 def smp_step(
@@ -154,22 +193,7 @@ def smp_step(
         float32 with the constraint ``g = <D, D - A~ D>`` (0 where not measured) and the energy
         ``<H, H - A~ H>``.
     """
-    num_rows, num_features = h.shape
-    if (
-        plan.num_src != num_rows
-        or plan.num_dst != num_rows
-        or norm.numel() != num_rows
-        or x0.shape != h.shape
-    ):
-        raise ValueError(
-            f"Expected 'h', 'x0', 'norm' and a square plan over {num_rows} nodes (got {plan})"
-        )
-    if words is not None:
-        if scale is None or offset is None:
-            raise ValueError("Expected 'scale' and 'offset' with packed 'words' (got None)")
-        check_packed(words, num_features, bits)
-        check_range(scale, offset, num_rows, num_features)
-    check_output_range(out_scale, out_offset, out_bits, num_rows, num_features)
+    check_plan(plan, h)
     return torch.ops.qgnn.smp_step(
         h, x0, plan.rowptr, plan.col, norm, eta, mu, multiplier, measure, words, scale, offset,
         bits, out_scale, out_offset, out_bits,

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import float_sum as _ops  # noqa: F401 (registers them)
+from .checks import check_plan, check_tensor
 from .plan import GraphPlan
 
 __all__ = ["edge_products", "segment_max", "segment_sum", "spmm"]
@@ -58,6 +59,10 @@ def edge_products(plan: GraphPlan, a: Tensor, b: Tensor) -> Tensor:
         a: ``[num_dst, H, C]``.
         b: ``[num_src, H, C]``.
     """
+    check_plan(plan, b)
+    check_tensor(a, "a")
+    if a.dim() != 3 or a.shape[1:] != b.shape[1:]:
+        raise ValueError(f"Expected 'a' and 'b' of shape [*, H, C] (got {list(a.shape)} and {list(b.shape)})")
     a2, b2 = (v.reshape(v.size(0), v.size(1) * v.size(2)) for v in (a, b))
     return torch.ops.qgnn.edge_dots(a2, b2, plan.rowptr, plan.col, a.size(1))
 
@@ -73,18 +78,30 @@ def spmm(plan: GraphPlan, x: Tensor, weight: Tensor | None = None) -> Tensor:
     Returns:
         ``[num_dst, F]`` or ``[num_dst, H, C]``; differentiable in ``x`` and ``weight``.
     """
-    if x.size(0) != plan.num_src:
-        raise ValueError(f"Expected one row per source node, {plan.num_src} (got {x.size(0)})")
+    check_plan(plan, x)
+    if x.dim() not in (2, 3):
+        raise ValueError(f"Expected 'x' of shape [num_src, F] or [num_src, H, C] (got {list(x.shape)})")
     flat = x.dim() == 2
     x3 = x.unsqueeze(1) if flat else x
     if weight is not None:
-        weight = weight.unsqueeze(1) if weight.dim() == 1 else weight
+        check_tensor(weight, "weight")
+        if not weight.is_floating_point():
+            raise TypeError(f"Expected 'weight' to be a float tensor (got {weight.dtype})")
+        weight = (weight.unsqueeze(1) if weight.dim() == 1 else weight).to(x.dtype)
         if weight.shape != (plan.num_edges, x3.size(1)):
             raise ValueError(
                 f"Expected edge weights of shape [{plan.num_edges}, {x3.size(1)}] (got {list(weight.shape)})"
             )
     out = _Spmm.apply(plan, x3, weight)
     return out.squeeze(1) if flat else out
+
+
+def _check_per_edge(plan: GraphPlan, per_edge: Tensor) -> None:
+    if not isinstance(plan, GraphPlan):
+        raise TypeError(f"Expected 'plan' to be a GraphPlan (got {type(plan).__name__})")
+    if not isinstance(per_edge, Tensor) or per_edge.dim() == 0 or per_edge.size(0) != plan.num_edges:
+        found = list(per_edge.shape) if isinstance(per_edge, Tensor) else type(per_edge).__name__
+        raise ValueError(f"Expected one value per edge, {plan.num_edges} (got {found})")
 
 
 class _SegmentSum(torch.autograd.Function):
@@ -103,10 +120,12 @@ class _SegmentSum(torch.autograd.Function):
 
 def segment_sum(plan: GraphPlan, per_edge: Tensor) -> Tensor:
     """Sum per-edge values ``[E, ...]`` (CSR order) into their destinations, ``[num_dst, ...]``."""
+    _check_per_edge(plan, per_edge)
     return _SegmentSum.apply(plan, per_edge)
 
 
 def segment_max(plan: GraphPlan, per_edge: Tensor, empty: float = 0.0) -> Tensor:
     """Largest per-edge value ``[E, H]`` (CSR order) of each destination, ``empty`` without edges; no gradient."""
+    _check_per_edge(plan, per_edge)
     rows = per_edge.detach().reshape(plan.num_edges, math.prod(per_edge.shape[1:]))
     return torch.ops.qgnn.segment_largest(rows, plan.rowptr, empty).view(plan.num_dst, *per_edge.shape[1:])

@@ -24,7 +24,12 @@ def _fake(words: Tensor, scale: Tensor, offset: Tensor, num_features: int, bits:
     return words.new_empty((words.size(0), num_features), dtype=torch.float32)
 
 
-register("unpack_dequantize", SCHEMA, _fake)
+def _check(words: Tensor, scale: Tensor, offset: Tensor, num_features: int, bits: int) -> None:
+    check_packed(words, num_features, bits)
+    check_range(scale, offset, words.size(0), num_features)
+
+
+register("unpack_dequantize", SCHEMA, _fake, _check)
 
 
 def unpack_dequantize(
@@ -36,6 +41,4 @@ def unpack_dequantize(
     ``scale`` and ``offset`` have one element, ``[F]`` or ``[N, 1]``.  Bitwise the same on every
     backend.
     """
-    check_packed(words, num_features, bits)
-    check_range(scale, offset, words.size(0), num_features)
     return torch.ops.qgnn.unpack_dequantize(words, scale, offset, num_features, bits)
