@@ -94,7 +94,7 @@ def convert_as(model: nn.Module, configs: Mapping[str, QuantConfig]) -> None:
     _check_unconverted(model)
     layers = dict(model.named_modules())
     for name in configs:
-        if name not in layers or mixin_for(type(layers[name])) is None:
+        if name not in layers or mixin_for(layers[name]) is None:
             found = f"a {type(layers[name]).__name__}" if name in layers else "no such layer"
             raise ValueError(f"Expected a layer that can be converted at '{name}' (got {found})")
     chosen = [(name, layer) for name, layer in layers.items() if name in configs]
@@ -139,7 +139,7 @@ def _convert_or_undo(model: nn.Module, names: list[str], config_of: ConfigOf, pl
 
 def _stack_places(chosen: list[tuple[str, nn.Module]], config_of: ConfigOf) -> dict[str, StackPlace]:
     """The deep stacks among the layers to be converted."""
-    convs = {name: layer for name, layer in chosen if issubclass(mixin_for(type(layer)) or object, QuantizedConv)}
+    convs = {name: layer for name, layer in chosen if issubclass(mixin_for(layer) or object, QuantizedConv)}
     deep = {name for name in convs if (smp := config_of(name).smp) is not None and smp.deep}
     if not deep:
         return {}
@@ -157,7 +157,7 @@ def _stack_places(chosen: list[tuple[str, nn.Module]], config_of: ConfigOf) -> d
 
 
 def _can_stack(conv: nn.Module, deep: bool) -> bool:
-    return deep and deep_mixin(mixin_for(type(conv))) is not None
+    return deep and deep_mixin(mixin_for(conv)) is not None
 
 
 def _convert(model: nn.Module, names: list[str], config_of: ConfigOf, places: dict[str, StackPlace]) -> None:
@@ -169,7 +169,7 @@ def _convert(model: nn.Module, names: list[str], config_of: ConfigOf, places: di
         if isinstance(layer, QuantizedLayer):
             continue  # converted together with the layer around it
         place = places.get(name)
-        mixin = mixin_for(type(layer)) if place is None else deep_mixin(mixin_for(type(layer)))
+        mixin = mixin_for(layer) if place is None else deep_mixin(mixin_for(layer))
         assert mixin is not None
         device, dtype = _placement(layer, model)
         settings = config_of(name)
@@ -202,7 +202,7 @@ def _matches(name: str, module: nn.Module, selectors: list[Selector]) -> bool:
 def _select(
     model: nn.Module, include: list[Selector] | None, exclude: list[Selector] | None
 ) -> list[tuple[str, nn.Module]]:
-    convertible = [(n, m) for n, m in model.named_modules() if mixin_for(type(m)) is not None]
+    convertible = [(n, m) for n, m in model.named_modules() if mixin_for(m) is not None]
     names = [name for name, _ in convertible]
     for selector in (include or []) + (exclude or []):
         if not any(_matches(name, module, [selector]) for name, module in convertible):
@@ -299,7 +299,7 @@ def _check_units(layers: list[tuple[str, nn.Module]]) -> None:
     """A layer that quantizes its inner ones itself is converted with them or not at all."""
     names = {name for name, _ in layers}
     for name, layer in layers:
-        for child in getattr(mixin_for(type(layer)), "units", ()):
+        for child in getattr(mixin_for(layer), "units", ()):
             inner = f"{name}.{child}" if name else child
             if hasattr(layer, child) and inner not in names:
                 raise ValueError(

@@ -150,6 +150,9 @@ def quantized_class(mixin: type[QuantizedLayer], float_class: type[nn.Module], o
         propagate = getattr(mixin, "quantized_propagate", None)
         if propagate is not None:
             namespace |= {"propagate": propagate, "_orig_propagate": propagate, "_jinja_propagate": propagate}
+        updater = getattr(mixin, "quantized_edge_updater", None)
+        if updater is not None and hasattr(float_class, "edge_updater"):
+            namespace |= {"edge_updater": updater, "_orig_edge_updater": updater, "_jinja_edge_updater": updater}
         bases: tuple[type, ...] = (mixin, float_class)
         if output:
             namespace["forward"] = _quantizing_output(getattr(mixin, "forward", float_class.forward))
@@ -214,6 +217,8 @@ _ATTRIBUTES = (
     "deep_place",
     "deep_config",
     "deep_stack",
+    "float_arguments",
+    "is_adopted",
     "attention_bits",
     "input_quantizer",
     "message_quantizer",

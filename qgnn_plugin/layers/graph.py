@@ -21,6 +21,7 @@ __all__ = [
     "edges_of",
     "fixed_graph",
     "gcn_graph",
+    "has_fixed_graph",
     "is_sparse",
     "looped_plan",
     "mean_graph",
@@ -151,6 +152,11 @@ def fixed_graph() -> Iterator[None]:
         yield
     finally:
         _fixed = before
+
+
+def has_fixed_graph() -> bool:
+    """Whether a context of :func:`fixed_graph` is open."""
+    return _fixed is not None
 
 
 def _cached(tensors: tuple[Any, ...], key: tuple[Any, ...], build: Any) -> Any:

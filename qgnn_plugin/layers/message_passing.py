@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
+import math
+from collections.abc import Collection, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..config import OFF
 from ..quantizers import QLRQuantizer
 from ..quantizers.autocast import is_autocasting
 from ..smp.constraint import SmoothLayer, attach_constraint
 from .base import QuantizedLayer, QuantizerDict, SiteFactory
-from .graph import gcn_graph
+from .graph import gcn_graph, has_fixed_graph
+from .usage import is_position, is_relative
 
 __all__ = ["QuantizedConv", "QuantizedMessagePassing", "require_sum"]
 
-# Arguments of `propagate` that hold per-node scalars of an attention mechanism or a normalization: these stay wider.
-LOGIT_ARGUMENTS = frozenset({"alpha", "alpha_l", "alpha_r", "norm", "deg", "score", "index"})
+# Arguments called as the scalars of an attention mechanism or a normalization are.  Shapes decide whether they are.
+SCALARS = frozenset({"alpha", "alpha_l", "alpha_r", "norm", "deg", "score", "index"})
+
+SITES = "argument_quantizers."
 
 
 def require_sum(layer: Any, sites: SiteFactory) -> None:
@@ -39,38 +47,68 @@ class QuantizedConv(QuantizedLayer, SmoothLayer):
     explain: bool | None
     decomposed_layers: int
 
-    def quantized_propagate(self, edge_index: Any, size: Any = None, **kwargs: Any) -> Tensor:
-        """Quantize the node features among ``kwargs``, run the layer's own ``propagate``, smooth its change.
+    def __setstate__(self, data: dict[str, Any]) -> None:
+        _write_templates(type(self).float_class, data)
+        super().__setstate__(data)  # type: ignore[misc]
+
+    def quantized_propagate(self, edge_index: Any, *args: Any, **kwargs: Any) -> Any:
+        """Quantize the node features among the arguments, run the layer's own ``propagate``, smooth its change.
 
         Becomes ``propagate`` of the concrete class (see :func:`~qgnn_plugin.layers.base.quantized_class`).
         """
-        x = kwargs.get("x")
-        pair = isinstance(x, (tuple, list))
-        bipartite = isinstance(x, (tuple, list)) and x[1] is not x[0]
+        original = self._own_propagate()
+        if args:  # of a signature that a user's class, or PyG's template, has given it
+            bound = inspect.signature(original).bind_partial(self, edge_index, *args).arguments
+            kwargs |= dict(list(bound.items())[2:])
+        x, size = kwargs.get("x"), kwargs.get("size")
         kwargs = self.quantized_arguments(kwargs)
-        out = self.float_propagate(edge_index, size, **kwargs)
-        x = kwargs["x"][0] if pair else kwargs.get("x")
+        out = original(self, edge_index, **kwargs)
+        if self.smp is None or not (self.training or self.is_smoothing):
+            return out
+        sent = kwargs.get("x")
+        if isinstance(x, (tuple, list)):  # of two sides that may be one and the same
+            sent = sent[0] if isinstance(sent, (tuple, list)) and len(x) == 2 and x[0] is x[1] else None
         # x may have been quantized; the constraint is on what the layer does to what it propagates.
-        if self.smp is None or bipartite or not isinstance(x, Tensor) or x.shape != out.shape or not self._is_square(x):
+        return self._smoothed(sent, out, edge_index, size)
+
+    def _smoothed(self, x: Any, out: Any, edge_index: Any, size: Any) -> Any:
+        """``out`` with its change corrected, or measured; as it is where a graph has no change from node to node."""
+        self.constraint_state = None
+        if size is not None or not self._is_square(x, out) or not _is_scalar(edge_index):
             return out
-        if not (self.training or self.is_smoothing):
+        assert isinstance(x, Tensor)
+        try:
+            graph = gcn_graph(edge_index, None, x.size(0), flow=self.flow, dtype=x.dtype)
+            return self.smooth(x, out, graph.apply, graph.plan.num_edges)
+        except (IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
+            # Edges that are none between these nodes, which the layer's own functions know to read.
+            if has_fixed_graph():
+                raise
             return out
-        graph = gcn_graph(edge_index, None, x.size(0), flow=self.flow, dtype=x.dtype)
-        return self.smooth(x, out, graph.apply, graph.plan.num_edges)
 
     def quantized_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Replace the node features a layer sends by their quantized values; nothing to do by default."""
         return kwargs
 
-    def float_propagate(self, edge_index: Any, size: Any, **kwargs: Any) -> Tensor:
+    def float_propagate(self, edge_index: Any, size: Any, **kwargs: Any) -> Any:
         """The original ``propagate`` of the layer's own class."""
+        return self._own_propagate()(self, edge_index, size=size, **kwargs)
+
+    def _own_propagate(self) -> Any:
         cls: Any = type(self).float_class
         generated = not self.explain and self.decomposed_layers == 1
-        original = cls.propagate if generated else getattr(cls, "_orig_propagate", cls.propagate)
-        return original(self, edge_index, size=size, **kwargs)
+        return cls.propagate if generated else getattr(cls, "_orig_propagate", cls.propagate)
 
-    def _is_square(self, x: Tensor) -> bool:
-        return x.dim() == 2 and getattr(self, "node_dim", -2) in (-2, 0)
+    def quantized_edge_updater(self, edge_index: Any, *args: Any, **kwargs: Any) -> Any:
+        """The original ``edge_updater`` of the layer's own class; becomes that of the concrete class."""
+        return type(self).float_class.edge_updater(self, edge_index, *args, **kwargs)  # type: ignore[attr-defined]
+
+    def _is_square(self, x: Any, out: Any) -> bool:
+        """Whether ``x`` and ``out`` are features ``[N, F]`` of the same nodes, in numbers that can be compared."""
+        if not (isinstance(x, Tensor) and isinstance(out, Tensor)) or x.layout != torch.strided:
+            return False
+        square = x.dim() == 2 and x.shape == out.shape and getattr(self, "node_dim", -2) in (-2, 0)
+        return square and x.is_floating_point() and out.is_floating_point()
 
     def refuse_explain(self) -> None:
         """Explanation masks act inside PyG's ``propagate``, which a converted layer of this kind does not run."""
@@ -84,30 +122,160 @@ class QuantizedConv(QuantizedLayer, SmoothLayer):
 class QuantizedMessagePassing(QuantizedConv):
     """Generic path: every node-feature argument that a layer sends (``*_j``) is quantized once per node.
 
-    Inner linear layers are converted on their own; attention logits, edge features and the aggregation stay wider.
+    An argument that a message reads at both ends of an edge is quantized at both, in one range.  What matters by its
+    differences alone, such as coordinates, stays in full precision, and so do numbers that are one per node or per
+    attention head, whatever their names; ``float_arguments`` says which, and why.  Inner linear layers are converted on
+    their own; edge features and the aggregation stay wider.
     """
 
     argument_quantizers: QuantizerDict
+    float_arguments: dict[str, str]
+    is_adopted: bool = False  # whether its quantizers are those of a packed model, all of them of features
+    _user_args: list[str]
 
     @classmethod
     def attach(cls, layer: Any, sites: SiteFactory) -> None:
-        sent = sorted({name[:-2] for name in layer._user_args if name.endswith("_j")} - LOGIT_ARGUMENTS)
-        layer.argument_quantizers = QuantizerDict({name: sites.message(f"message.{name}") for name in sent})
+        layer.argument_quantizers, layer.float_arguments = QuantizerDict(), {}
+        for name in sorted({name[:-2] for name in layer._user_args if name.endswith("_j")}):
+            if is_position(name) or is_relative(layer, name):
+                layer.float_arguments[name] = "only its differences matter"
+                continue
+            layer.argument_quantizers[name] = cls._site(sites, name)
+        layer.argument_quantizers.train(layer.training)
         attach_constraint(layer, sites.config.smp, sites.device)
+
+    @staticmethod
+    def _site(sites: SiteFactory, name: str) -> QLRQuantizer:
+        if name in SCALARS:
+            # Probably no features: parameters would never get the gradient that optimizers and DDP expect.
+            sites = replace(sites, config=replace(sites.config, learn_ranges=False))
+        return sites.message(f"message.{name}")
+
+    def __setstate__(self, data: dict[str, Any]) -> None:
+        super().__setstate__({"float_arguments": {}, **data})  # pickles of version 1 have none
+
+    def _load_from_state_dict(self: Any, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Take the state of a version that decided by names: without sites for scalars, with some for positions."""
+        sites = f"{prefix}argument_quantizers."
+        for key in [key for key in state_dict if key.startswith(sites)]:
+            if key.removeprefix(sites).split(".")[0] not in self.argument_quantizers:
+                del state_dict[key]
+        for name, quantizer in self.argument_quantizers.items():
+            if name in SCALARS and not any(key.startswith(f"{sites}{name}.") for key in state_dict):
+                state_dict |= quantizer.state_dict(prefix=f"{sites}{name}.")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def adopt(self, saved: Collection[str], sites: SiteFactory | None = None) -> None:
+        """Have quantizers for exactly those arguments that a packed model has ranges of.
+
+        Args:
+            saved: Names of its sites.
+            sites: Makes those that are missing.
+        """
+        self.is_adopted = True
+        names = {name.removeprefix(SITES) for name in saved if name.startswith(SITES)}
+        for name in set(self.argument_quantizers) - names:
+            del self.argument_quantizers[name]
+        for name in sorted(names - set(self.argument_quantizers)):
+            if sites is not None:
+                self.argument_quantizers[name] = self._site(sites, name).eval()
+                self.float_arguments.pop(name, None)
+
+    def own_quantizers(self) -> Iterator[tuple[str, QLRQuantizer]]:
+        for name, quantizer in super().own_quantizers():
+            if self.is_adopted or quantizer.is_set or name.removeprefix(SITES) not in SCALARS:
+                yield name, quantizer
 
     def quantized_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         out = dict(kwargs)
+        widths = {name: self._width(kwargs.get(name)) for name in self.argument_quantizers}
         for name, quantizer in self.argument_quantizers.items():
             assert isinstance(quantizer, QLRQuantizer)
-            if name in out and quantizer.bits != 32:
-                out[name] = _quantize_values(out[name], quantizer)
+            if self._sent(out.get(name)) is None or quantizer.bits == OFF:
+                continue
+            reason = self._reason_for_floats(name, kwargs, widths)
+            if reason is None:
+                self.float_arguments.pop(name, None)
+                out[name] = self._quantized(name, out[name], quantizer)
+            else:
+                self.float_arguments[name] = reason
         return out
 
+    def _sent(self, value: Any) -> Any:
+        """What neighbours send of ``value``: of a pair, the side of the sources."""
+        if isinstance(value, (tuple, list)) and len(value) == 2:
+            return value[0 if self.flow == "source_to_target" else 1]
+        return value
 
-def _quantize_values(value: Any, quantizer: QLRQuantizer) -> Any:
-    """Quantize a float tensor, or the source half of a bipartite pair; leave anything else alone."""
-    if isinstance(value, (tuple, list)):
-        return (_quantize_values(value[0], quantizer), *value[1:])
-    if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1 and value.layout == torch.strided:
-        return quantizer(value.float() if is_autocasting() else value).dequantize()
-    return value
+    def _width(self, value: Any) -> int:
+        """How many numbers of ``value`` a node sends; 0 where they are no floats."""
+        value = self._sent(value)
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() == 0:
+            return 0
+        return math.prod(value.shape[1:])
+
+    def _reason_for_floats(self, name: str, kwargs: dict[str, Any], widths: dict[str, int]) -> str | None:
+        """Why the argument ``name`` is not quantized; :obj:`None` where it is."""
+        sent = self._sent(kwargs[name])
+        if not isinstance(sent, Tensor):
+            return f"a {type(sent).__name__}, no tensor"
+        if sent.layout != torch.strided:
+            return "a sparse matrix"
+        if not sent.is_floating_point():
+            return f"of the type {str(sent.dtype).removeprefix('torch.')}"
+        if sent.dim() < 2:
+            return "one number per node"
+        widest = max(widths.values())
+        if sent.dim() == 2 and sent.size(1) < widest:
+            # Beside wider features: a normalization, or one logit per head of them.
+            heads = sent.size(1)
+            if heads == 1:
+                return "one number per node"
+            others = [self._sent(kwargs[other]) for other, width in widths.items() if width > heads]
+            if heads == getattr(self, "heads", None) or any(o.dim() == 3 and o.size(1) == heads for o in others):
+                return "one number per head"
+        return None
+
+    def _quantized(self, name: str, value: Any, quantizer: QLRQuantizer) -> Any:
+        """Quantize a tensor; of a pair the sources, and the targets where they are read as sources are."""
+        if isinstance(value, Tensor):
+            return _values(value, quantizer)
+        sides, source = list(value), 0 if self.flow == "source_to_target" else 1
+        sent = sides[source]
+        sides[source] = _values(sent, quantizer)
+        other = sides[1 - source]
+        if not {name, f"{name}_i"} & set(self._user_args) or not isinstance(other, Tensor):
+            return tuple(sides)
+        if other is sent:
+            sides[1 - source] = sides[source]
+        elif other.is_floating_point() and other.layout == torch.strided and other.shape[1:] == sent.shape[1:]:
+            sides[1 - source] = _values(other, quantizer)
+        return tuple(sides)
+
+
+def _values(x: Tensor, quantizer: QLRQuantizer) -> Tensor:
+    return quantizer(x.float() if is_autocasting() else x).dequantize()
+
+
+def _is_scalar(edge_index: Any) -> bool:
+    """Whether a sparse adjacency, if it is one, has one number per edge."""
+    value = None
+    if isinstance(edge_index, Tensor):
+        if edge_index.layout == torch.sparse_coo:
+            value = edge_index._values()
+        elif edge_index.layout in (torch.sparse_csr, torch.sparse_csc):
+            value = edge_index.values()
+    elif hasattr(edge_index, "storage"):
+        value = edge_index.storage.value()
+    return value is None or (value.dim() == 1 and not value.is_complex())
+
+
+def _write_templates(cls: Any, data: dict[str, Any]) -> None:
+    """Have PyG write its ``propagate`` onto a class of which this process has made no instance yet.
+
+    Otherwise the class would go by what its parent has, which takes the arguments of the parent's message.
+    """
+    if "propagate" not in vars(cls):
+        probe = object.__new__(cls)
+        probe.__dict__ |= {name: data[name] for name in ("inspector", "fuse")}
+        probe._set_jittable_templates()

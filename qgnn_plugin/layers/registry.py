@@ -25,7 +25,8 @@ from ..smp.constraint import BUFFERS, SmoothLayer
 from ..smp.propagation import SMPropagation
 from .appnp import QuantizedAPPNP, QuantizedSMPropagation
 from .attention import QuantizedGATConv, QuantizedGATv2Conv
-from .base import QuantizedLayer, SiteFactory, quantized_class, release_propagate
+from .base import QuantizedLayer, SiteFactory, SwappedLayer, quantized_class, release_propagate
+from .behaviour import aggregates_as_named, bound_changes, changes, defined, strays
 from .gcn import QuantizedGCNConv
 from .gin import QuantizedGINConv
 from .hops import QuantizedLGConv, QuantizedSGConv, QuantizedSSGConv, QuantizedTAGConv
@@ -37,27 +38,37 @@ __all__ = ["convert_layer", "mixin_for", "register_layer"]
 
 _REGISTRY: dict[type[nn.Module], type[QuantizedLayer]] = {}
 
-# A subclass that redefines one of these computes something else than its parent: it takes the generic path.
-_BEHAVIOUR = ("forward", "message", "aggregate", "update", "message_and_aggregate", "edge_update")
+_DEFINED: dict[type[nn.Module], dict[str, Any]] = {}  # what the classes in the registry define
+
+# Children that conversions with kernels of their own take for linear maps.
+_LINEAR = ("lin", "lin_l", "lin_r", "lin_src", "lin_dst", "lin_edge", "res")
 
 
 def register_layer(layer_class: type[nn.Module], mixin: type[QuantizedLayer]) -> None:
-    """Convert layers of ``layer_class`` (and subclasses that behave the same) with ``mixin``."""
+    """Convert layers of ``layer_class``, and of subclasses that change nothing it computes with, by ``mixin``."""
     if not (isinstance(layer_class, type) and issubclass(layer_class, nn.Module)):
         raise TypeError(f"Expected a torch.nn.Module class (got {layer_class!r})")
     if not (isinstance(mixin, type) and issubclass(mixin, QuantizedLayer)):
         raise TypeError(f"Expected a QuantizedLayer class (got {mixin!r})")
-    _REGISTRY[layer_class] = mixin
+    _REGISTRY[layer_class], _DEFINED[layer_class] = mixin, defined(layer_class)
 
 
-def mixin_for(layer_class: type[nn.Module]) -> type[QuantizedLayer] | None:
-    """The mixin that converts ``layer_class``, or :obj:`None` where nothing does."""
-    for base in layer_class.__mro__:
+def mixin_for(layer: nn.Module | type[nn.Module]) -> type[QuantizedLayer] | None:
+    """The mixin that converts ``layer``, or layers of a class; :obj:`None` where nothing does.
+
+    A layer that computes with anything else than the registered class does (a method that a subclass or a mixin
+    overrides, one bound to the layer itself, another aggregation, an inner layer that is no linear map) is converted
+    as any ``MessagePassing``, by what it sends.
+    """
+    cls: Any = layer if isinstance(layer, type) else type(layer)
+    if issubclass(cls, SwappedLayer):  # converted, or packed
+        return cls.mixin if issubclass(cls, QuantizedLayer) else mixin_for(cls.float_class)
+    for base in cls.__mro__:
         if base in _REGISTRY:
-            if base is layer_class or _behaves_like(layer_class, base):
-                return _REGISTRY[base]
-            break
-    return QuantizedMessagePassing if issubclass(layer_class, MessagePassing) else None
+            if changes(cls, base, _DEFINED[base]) or (isinstance(layer, nn.Module) and not _is_as_made(layer, base)):
+                break
+            return _REGISTRY[base]
+    return QuantizedMessagePassing if issubclass(cls, MessagePassing) else None
 
 
 def classes_of(mixin: type[QuantizedLayer]) -> list[type[nn.Module]]:
@@ -65,8 +76,14 @@ def classes_of(mixin: type[QuantizedLayer]) -> list[type[nn.Module]]:
     return [layer_class for layer_class, found in _REGISTRY.items() if found is mixin]
 
 
-def _behaves_like(cls: type, base: type) -> bool:
-    return all(getattr(cls, name, None) is getattr(base, name, None) for name in _BEHAVIOUR)
+def _is_as_made(layer: nn.Module, base: type[nn.Module]) -> bool:
+    """Whether ``layer`` itself holds nothing that its class would not have made."""
+    if bound_changes(layer):
+        return False
+    if not base.__module__.startswith("torch_geometric.") or not isinstance(layer, MessagePassing):
+        return True
+    inner = (layer._modules.get(name) for name in _LINEAR)
+    return aggregates_as_named(layer) and all(m is None or mixin_for(m) is QuantizedLinear for m in inner)
 
 
 def convert_layer(
@@ -84,6 +101,7 @@ def convert_layer(
             f"Expected the names {', '.join(taken)} to be free on '{sites.name}', a {type(layer).__name__}; rename "
             f"these attributes or exclude the layer"
         )
+    _check_bound(layer, sites.name)
     before = _snapshot(layer)
     try:
         if isinstance(layer, MessagePassing):
@@ -101,6 +119,17 @@ def convert_layer(
         raise
     for _, quantizer in state.own_quantizers():
         quantizer.train(layer.training)
+
+
+def _check_bound(layer: nn.Module, name: str) -> None:
+    """Refuse functions bound to ``layer`` itself that a copy of it, or its other class, would not reach."""
+    bound = [*strays(layer), *({"propagate", "edge_updater"} & set(bound_changes(layer)))]
+    if bound:
+        raise ValueError(
+            f"Expected the class of '{name}', a {type(layer).__name__}, to define {', '.join(sorted(set(bound)))} (got "
+            f"functions bound to the instance, which conversion cannot reach); define them in a subclass, or exclude "
+            f"the layer"
+        )
 
 
 _CONSTRAINT = (*BUFFERS, "smp", "constraint_state")

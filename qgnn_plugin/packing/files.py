@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..config import QuantConfig, SMPConfig
 from ..conversion import is_quantized
 from ..layers.base import QuantizedLayer, SiteFactory, restore_class
+from ..layers.message_passing import QuantizedMessagePassing
 from ..layers.registry import convert_layer
 from ..quantizers import QLRQuantizer
 from ..smp.deep import StackPlace, connect_stacks
@@ -158,6 +159,8 @@ def _converted(
     )
     convert_layer(layer, mixin, factory, output=spec.output)
     own: Any = layer
+    if isinstance(own, QuantizedMessagePassing):
+        own.adopt(spec.sites, factory)
     sites = {name: SiteSpec.outline(quantizer) for name, quantizer in own.own_quantizers()}
     if sites == spec.sites and _sites_state(packed, layer) <= keys:
         return True

@@ -14,6 +14,7 @@ from ..config import OFF
 from ..conversion import is_quantized, quantized_layers
 from ..layers.base import QuantizedLayer, float_state
 from ..layers.deep import deep_mixin
+from ..layers.message_passing import QuantizedMessagePassing
 from ..layers.registry import mixin_for
 from ..layers.sage import QuantizedSAGEConv
 from ..quantizers import QLRQuantizer
@@ -97,6 +98,10 @@ def assemble(model: nn.Module, layers: Mapping[str, Any], specs: Iterable[LayerS
             if is_packed:
                 copied.freeze(layer, spec)
     packed = copy.deepcopy(model, memo)
+    for spec in specs:
+        layer = packed.get_submodule(spec.name)
+        if isinstance(layer, QuantizedMessagePassing):
+            layer.adopt(spec.sites)
     for parameter in packed.parameters():
         parameter.requires_grad_(False)
     setattr(packed, SPECS, specs)
@@ -115,7 +120,7 @@ def layer_mixin(layer: Any, spec: LayerSpec) -> type[QuantizedLayer] | None:
     """What converts, or has converted, ``layer``, a float layer or a converted one."""
     if isinstance(layer, QuantizedLayer):
         return type(layer).mixin
-    mixin = mixin_for(type(layer))
+    mixin = mixin_for(layer)
     return mixin if spec.deep_place is None else deep_mixin(mixin)
 
 
