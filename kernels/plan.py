@@ -140,6 +140,23 @@ class GraphPlan:
         inherit_csr((self.rowptr, self.col), (part.rowptr, part.col))
         return part
 
+    def repeated(self, copies: int) -> GraphPlan:
+        """The plan of ``copies`` of this graph side by side: nodes and edges of the first, then those of the second...
+
+        Raises:
+            ValueError: If there would be too many nodes.
+        """
+        if copies == 1:
+            return self
+        if (largest := copies * max(self.num_src, self.num_dst)) > MAX_NODES:
+            raise ValueError(f"Expected at most {MAX_NODES:,} nodes, numbered in 32 bits (got {largest:,})")
+        copy = torch.arange(copies, device=self.device).view(-1, 1)
+        rowptr = self.rowptr.new_zeros(copies * self.num_dst + 1)
+        rowptr[1:] = (self.rowptr[1:] + copy * self.num_edges).view(-1)
+        col = (self.col + (copy * self.num_src).to(self.col.dtype)).view(-1)
+        perm = None if self.perm is None else (self.perm + copy * self.num_edges).view(-1)
+        return GraphPlan(rowptr, col, copies * self.num_src, perm)
+
     def sort(self, per_edge: Tensor) -> Tensor:
         """Bring a per-edge tensor ``[E, ...]`` from the caller's order into CSR order."""
         if per_edge.size(0) != self.num_edges:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from .base import QuantizerDict, SiteFactory
 from .gcn import propagate_codes
 from .graph import NormalizedGraph, NormalizedOperator
 from .message_passing import QuantizedConv, require_sum
+from .samples import Samples
 
 __all__ = ["QuantizedAPPNP", "QuantizedPropagation", "QuantizedSMPropagation"]
 
@@ -71,8 +73,9 @@ class QuantizedPropagation(PropagationLayer, QuantizedConv):
         if self.is_plain and not (self.smp is not None and (self.is_smoothing or self.moves_itself)):
             return self.unquantized(x, edge_index, edge_weight)
         self.refuse_explain()
+        samples = Samples.of(self, x)
         graph = self.normalized(x, edge_index, edge_weight)
-        return self.result(self.entered(x), graph)
+        return samples.shaped(self.result(samples.rows(self.entered(x)), graph))
 
     @property
     def is_plain(self) -> bool:
@@ -138,7 +141,7 @@ class QuantizedAPPNP(NormalizedOperator, QuantizedPropagation):
     r"""Quantized :class:`torch_geometric.nn.APPNP`: :math:`x \leftarrow (1 - \alpha) \hat A Q_k(x) + \alpha Q(h)`."""
 
     alpha: float
-    step_meter: Meter | None
+    step_meter: Callable[[Tensor], None] | None  # while its own loop runs, measured
 
     @classmethod
     def attach(cls, layer: Any, sites: SiteFactory) -> None:
@@ -151,22 +154,23 @@ class QuantizedAPPNP(NormalizedOperator, QuantizedPropagation):
         return Descent(0.0, 1 - self.alpha, self.alpha)
 
     def unquantized(self: Any, x: Tensor, edge_index: Any, edge_weight: Tensor | None) -> Tensor:
-        if not self.training or self.smp is None or x.dim() != 2:
+        if not self.training or self.smp is None:
             return super().unquantized(x, edge_index, edge_weight)
-        graph = self.normalized(x, edge_index, edge_weight)
-        self.step_meter = meter = Meter(self.smp, graph.apply, graph.plan.num_edges)
+        graph, samples = self.normalized(x, edge_index, edge_weight), Samples.of(self, x)
+        meter = Meter(self.smp, graph.apply, graph.plan.num_edges)
+        self.step_meter = lambda state: meter.observe(samples.rows(state))
         try:
             out = super().unquantized(x, edge_index, edge_weight)
         finally:
             self.step_meter = None
-        meter.observe(out)
+        meter.observe(samples.rows(out))
         self.constraint_state = meter.state()
         return out
 
     def quantized_propagate(self: Any, edge_index: Any, size: Any = None, **kwargs: Any) -> Tensor:
         """One step of PyG's own loop."""
         if self.step_meter is not None:
-            self.step_meter.observe(kwargs["x"])
+            self.step_meter(kwargs["x"])
         return self.float_propagate(edge_index, size, **kwargs)
 
 

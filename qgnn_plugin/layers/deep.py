@@ -18,6 +18,7 @@ from .graph import gcn_graph
 from .hops import QuantizedSGConv, QuantizedSSGConv, QuantizedTAGConv
 from .message_passing import QuantizedConv, QuantizedMessagePassing, require_sum
 from .sage import QuantizedSAGEConv
+from .samples import Samples
 
 __all__ = ["DeepConv", "DeepGCNConv", "conv_widths", "deep_mixin"]
 
@@ -40,10 +41,12 @@ class DeepGCNConv(DeepLayer, QuantizedGCNConv):
     def forward(self: Any, x: Tensor, edge_index: Any, edge_weight: Tensor | None = None) -> Tensor:
         self.refuse_explain()
         initial = self.initial_features(x)
-        graph = self.normalized(edge_index, edge_weight, x.size(0))
-        out = propagate_codes(x, graph, self.message_quantizer)
-        out = self.smooth(x, out, graph.apply, graph.plan.num_edges, averaged=True)
-        support = self.with_initial(out, initial)
+        samples = Samples.of(self, x)
+        graph = self.normalized(edge_index, edge_weight, samples.num_nodes, samples.count)
+        rows = samples.rows(x)
+        out = propagate_codes(rows, graph, self.message_quantizer)
+        out = self.smooth(rows, out, graph.apply, graph.plan.num_edges, averaged=True)
+        support = self.with_initial(samples.shaped(out), initial)
         out = self.identity_mapped(support, self.lin(support))
         return out if self.bias is None else out + self.bias
 
@@ -72,8 +75,12 @@ class DeepConv(DeepLayer, QuantizedConv):
         out = super().forward(mixed, edge_index, *args, **kwargs)  # type: ignore[misc]
         if self.identity_strength == 1:
             return out
-        graph = gcn_graph(edge_index, None, x.size(0), flow=self.flow, dtype=x.dtype)
-        support = self.with_initial(propagate_codes(x, graph, self.support_quantizer), initial)
+        samples = Samples.of(self, x)
+        graph = gcn_graph(
+            edge_index, None, samples.num_nodes, flow=self.flow, dtype=x.dtype, copies=samples.count
+        )
+        averaged = propagate_codes(samples.rows(x), graph, self.support_quantizer)
+        support = self.with_initial(samples.shaped(averaged), initial)
         if isinstance(out, tuple):  # with attention weights
             return (self.identity_mapped(support, out[0]), *out[1:])
         return self.identity_mapped(support, out)

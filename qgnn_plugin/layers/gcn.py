@@ -14,6 +14,7 @@ from .arithmetic import aggregate_sum
 from .base import SiteFactory
 from .graph import NormalizedGraph, gcn_graph
 from .message_passing import QuantizedConv, require_sum
+from .samples import Samples
 
 __all__ = ["QuantizedGCNConv", "propagate_codes"]
 
@@ -41,14 +42,17 @@ class QuantizedGCNConv(QuantizedConv):
         if self.is_off or isinstance(x, (tuple, list)):
             return super().forward(x, edge_index, edge_weight)  # type: ignore[misc]
         self.refuse_explain()
-        graph = self.normalized(edge_index, edge_weight, x.size(0))
-        z = self.lin(x)
+        samples = Samples.of(self, x)
+        graph = self.normalized(edge_index, edge_weight, samples.num_nodes, samples.count)
+        z = samples.rows(self.lin(x))
         out = propagate_codes(z, graph, self.message_quantizer)
         out = self.smooth(z, out, graph.apply, graph.plan.num_edges, averaged=True)
-        return out if self.bias is None else out + self.bias
+        return samples.shaped(out if self.bias is None else out + self.bias)
 
-    def normalized(self: Any, edge_index: Any, edge_weight: Tensor | None, num_nodes: int) -> NormalizedGraph:
-        """The operator of this layer."""
+    def normalized(
+        self: Any, edge_index: Any, edge_weight: Tensor | None, num_nodes: int, copies: int = 1
+    ) -> NormalizedGraph:
+        """The operator of this layer; for ``copies`` of the graph side by side."""
         return gcn_graph(
             edge_index,
             edge_weight,
@@ -58,4 +62,5 @@ class QuantizedGCNConv(QuantizedConv):
             normalize=self.normalize,
             flow=self.flow,
             dtype=self.lin.weight.dtype,
+            copies=copies,
         )

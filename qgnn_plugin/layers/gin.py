@@ -13,8 +13,9 @@ from ..smp.constraint import Operator, attach_constraint
 from . import compressed
 from .arithmetic import aggregate_sum
 from .base import SiteFactory
-from .graph import NormalizedGraph, num_targets, plain_graph
+from .graph import NormalizedGraph, graph_size, plain_graph
 from .message_passing import QuantizedConv
+from .samples import Pair
 
 __all__ = ["QuantizedGINConv", "mean_with_self"]
 
@@ -41,10 +42,11 @@ class QuantizedGINConv(QuantizedConv):
         if self.is_off or self.aggr not in ("add", "sum"):
             return super().forward(x, edge_index, size)  # type: ignore[misc]
         self.refuse_explain()
-        x_src, x_dst = (x, x) if isinstance(x, Tensor) else x
+        samples, x_src, x_dst, *nodes = Pair.of(self, (x, x) if isinstance(x, Tensor) else x)
         own_weight = 1 + self.eps
         sent = self.message_quantizer(x_src, codes_kept=own_weight.requires_grad)
-        graph = plain_graph(edge_index, (x_src.size(0), num_targets(edge_index, x_src, x_dst, size)), self.flow)
+        shape = graph_size(edge_index, *nodes, size, self.flow)
+        graph = plain_graph(edge_index, shape, self.flow, copies=samples.count)
         out = aggregate_sum(sent, graph.plan, graph.weight, exact=not self.training)
         if x_dst is not None:
             own = sent if x_dst is x_src else self.message_quantizer(x_dst)
@@ -56,7 +58,7 @@ class QuantizedGINConv(QuantizedConv):
                 mean, mass = mean_with_self(graph, out, own_weight)
                 smoothed = self.smooth(own.dequantize(), out / mass, mean, graph.plan.num_edges, averaged=True)
             out = smoothed * mass if self.is_smoothing else out
-        return self.nn(out)
+        return self.nn(samples.shaped(out))
 
 
 def _multiple(x: QuantizedTensor, factor: Tensor) -> Tensor:

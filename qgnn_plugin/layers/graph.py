@@ -13,6 +13,7 @@ from torch_geometric import EdgeIndex
 
 from ..kernels.plan import GraphPlan, plan_cache
 from ..kernels.spmm import segment_sum, spmm
+from .samples import Samples
 
 __all__ = [
     "Edges",
@@ -21,11 +22,11 @@ __all__ = [
     "edges_of",
     "fixed_graph",
     "gcn_graph",
+    "graph_size",
     "has_fixed_graph",
     "is_sparse",
     "looped_plan",
     "mean_graph",
-    "num_targets",
     "plain_graph",
 ]
 
@@ -73,13 +74,30 @@ def is_sparse(edge_index: Any) -> bool:
     return not isinstance(edge_index, Tensor) or edge_index.layout != torch.strided
 
 
-def num_targets(edge_index: Any, x_src: Tensor, x_dst: Tensor | None, size: Any) -> int:
-    """How many nodes receive messages, as PyG finds it."""
-    if x_dst is not None:
-        return x_dst.size(0)
-    if is_sparse(edge_index):
-        return edge_index.size(0)
-    return size[1] if size is not None else x_src.size(0)
+def graph_size(
+    edge_index: Any, num_src: int, num_dst: int | None, size: Any = None, flow: str = "source_to_target"
+) -> tuple[int, int]:
+    """Number of nodes that send and that receive messages, as PyG finds it.
+
+    Args:
+        edge_index: The graph; the size of a matrix or an ``EdgeIndex`` comes before ``size``.
+        num_src: Nodes that have features to send.
+        num_dst: Nodes that receive and have features, :obj:`None` where they have none.
+        size: The caller's, rows and columns of ``edge_index``.
+        flow: Which of the two send.
+
+    Raises:
+        ValueError: If these do not agree.
+    """
+    if isinstance(edge_index, EdgeIndex):
+        size = edge_index.sparse_size()
+    elif is_sparse(edge_index):
+        size = (edge_index.size(1), edge_index.size(0))
+    src, dst = (None, None) if size is None else size if flow == "source_to_target" else size[::-1]
+    for what, found, expected in (("source", num_src, src), ("target", num_dst, dst)):
+        if found is not None and expected is not None and found != expected:
+            raise ValueError(f"Expected features of {expected} {what} nodes, the size of the graph (got {found})")
+    return num_src, next(n for n in (num_dst, dst, num_src) if n is not None)
 
 
 def _plain(edge_index: Any) -> Any:
@@ -108,6 +126,16 @@ class NormalizedGraph:
     weight: Tensor | None
     source: Tensor | None
     target: Tensor | None
+
+    def repeated(self, copies: int) -> NormalizedGraph:
+        """``copies`` of the graph side by side (see :meth:`GraphPlan.repeated`)."""
+        if copies == 1:
+            return self
+        weight = None if self.weight is None else self.weight.repeat(copies, *([1] * (self.weight.dim() - 1)))
+        source = None if self.source is None else self.source.repeat(copies, 1)
+        shared = self.target is self.source or self.target is None
+        target = source if self.target is self.source else None if shared else self.target.repeat(copies, 1)
+        return NormalizedGraph(self.plan.repeated(copies), weight, source, target)
 
     def rows(self, start: int, stop: int) -> NormalizedGraph:
         """The rows ``[start, stop)`` of ``P``."""
@@ -159,8 +187,10 @@ def has_fixed_graph() -> bool:
     return _fixed is not None
 
 
-def _cached(tensors: tuple[Any, ...], key: tuple[Any, ...], build: Any) -> Any:
+def _cached(tensors: tuple[Any, ...], key: tuple[Any, ...], build: Any, copies: int = 1) -> Any:
     """Cache by identity; a graph whose weights are being learned, or in a foreign format, is built anew."""
+    if copies != 1:
+        return _cached(tensors, (*key, copies), lambda: _cached(tensors, key, build).repeated(copies))
     if _fixed is not None and torch.compiler.is_compiling():
         return _fixed[key]
     value = _looked_up(tensors, key, build)
@@ -176,11 +206,13 @@ def _looked_up(tensors: tuple[Any, ...], key: tuple[Any, ...], build: Any) -> An
     return build()
 
 
-def plain_graph(edge_index: Any, size: tuple[int, int], flow: str, weight: Tensor | None = None) -> NormalizedGraph:
+def plain_graph(
+    edge_index: Any, size: tuple[int, int], flow: str, weight: Tensor | None = None, *, copies: int = 1
+) -> NormalizedGraph:
     """The graph as it is: no self-loops added, no normalization.
 
     A ``torch.sparse`` adjacency is a matrix: its values multiply.  As in PyG's unweighted layers, those of a
-    ``SparseTensor`` do not.
+    ``SparseTensor`` do not.  ``copies`` of it stand side by side.
     """
 
     def build() -> NormalizedGraph:
@@ -189,7 +221,7 @@ def plain_graph(edge_index: Any, size: tuple[int, int], flow: str, weight: Tenso
         values = edges.weight if isinstance(edge_index, Tensor) else weight
         return NormalizedGraph(plan, None if values is None else _sorted(plan, values), None, None)
 
-    return _cached((edge_index, weight), ("plain", size, flow), build)
+    return _cached((edge_index, weight), ("plain", size, flow), build, copies)
 
 
 def _sorted(plan: GraphPlan, weight: Tensor) -> Tensor:
@@ -198,7 +230,7 @@ def _sorted(plan: GraphPlan, weight: Tensor) -> Tensor:
 
 
 def mean_graph(
-    edge_index: Any, size: tuple[int, int], flow: str, dtype: torch.dtype = torch.float32
+    edge_index: Any, size: tuple[int, int], flow: str, dtype: torch.dtype = torch.float32, *, copies: int = 1
 ) -> NormalizedGraph:
     """The graph with ``P`` the mean over neighbours, 0 where there are none; values as in :func:`plain_graph`."""
 
@@ -207,7 +239,7 @@ def mean_graph(
         target = (1 / graph.plan.degree.to(dtype).clamp_min(1)).view(-1, 1)
         return NormalizedGraph(graph.plan, graph.weight, None, target)
 
-    return _cached((edge_index,), ("mean", size, flow, dtype), build)
+    return _cached((edge_index,), ("mean", size, flow, dtype), build, copies)
 
 
 def gcn_graph(
@@ -220,6 +252,7 @@ def gcn_graph(
     normalize: bool = True,
     flow: str = "source_to_target",
     dtype: torch.dtype = torch.float32,
+    copies: int = 1,
 ) -> NormalizedGraph:
     r"""The operator of GCNConv, :math:`D^{-1/2} (A + I) D^{-1/2}`, split into source and target factors.
 
@@ -248,7 +281,7 @@ def gcn_graph(
         return NormalizedGraph(plan, weight, factor, factor)
 
     key = ("gcn", num_nodes, improved, add_self_loops, normalize, flow, dtype)
-    return _cached((edge_index, edge_weight), key, build)
+    return _cached((edge_index, edge_weight), key, build, copies)
 
 
 def _without_loops(edges: Edges) -> Edges:
@@ -298,19 +331,25 @@ class NormalizedOperator:
     flow: str
 
     def normalized(self, x: Tensor, edge_index: Any, edge_weight: Tensor | None) -> NormalizedGraph:
-        r"""``A~`` for node features ``x`` [N, F].
+        r"""``A~`` for node features ``x`` [*, N, F]; of several samples, as many copies of it.
 
         Raises:
-            ValueError: If ``x`` is no matrix.
+            ValueError: If ``x`` has no dimension of nodes.
         """
-        if x.dim() != 2:
-            raise ValueError(f"Expected node features of shape [N, F] (got {list(x.shape)})")
+        samples = Samples.of(self, x)
+        return self.operator(edge_index, edge_weight, samples.num_nodes, x.dtype, samples.count)
+
+    def operator(
+        self, edge_index: Any, edge_weight: Tensor | None, num_nodes: int, dtype: torch.dtype, copies: int = 1
+    ) -> NormalizedGraph:
+        """``A~`` of ``copies`` of a graph with ``num_nodes`` nodes."""
         return gcn_graph(
             edge_index,
             edge_weight,
-            x.size(0),
+            num_nodes,
             add_self_loops=self.add_self_loops,
             normalize=self.normalize,
             flow=self.flow,
-            dtype=x.dtype,
+            dtype=dtype,
+            copies=copies,
         )

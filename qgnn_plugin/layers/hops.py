@@ -17,6 +17,7 @@ from ..smp.propagation import Descent, Step
 from .appnp import QuantizedPropagation
 from .base import SiteFactory
 from .graph import NormalizedGraph, NormalizedOperator
+from .samples import Samples
 
 __all__ = [
     "Hops",
@@ -158,9 +159,10 @@ class QuantizedHops(NormalizedOperator, QuantizedPropagation):
         return self.is_off and (not mapped or getattr(lin, "is_off", False))
 
     def unquantized(self: Any, x: Tensor, edge_index: Any, edge_weight: Tensor | None) -> Tensor:
-        if self.training and self.smp is not None and x.dim() == 2:
+        if self.training and self.smp is not None:
             with torch.no_grad():
-                self.steps(self.entered(x), self.normalized(x, edge_index, edge_weight))
+                x0 = Samples.of(self, x).rows(self.entered(x))
+                self.steps(x0, self.normalized(x, edge_index, edge_weight))
         return super().unquantized(x, edge_index, edge_weight)
 
     def quantized_propagate(self, edge_index: Any, size: Any = None, **kwargs: Any) -> Tensor:

@@ -17,6 +17,7 @@ from ..quantizers.autocast import is_autocasting
 from ..smp.constraint import SmoothLayer, attach_constraint
 from .base import QuantizedLayer, QuantizerDict, SiteFactory
 from .graph import gcn_graph, has_fixed_graph
+from .samples import Samples
 from .usage import is_position, is_relative
 
 __all__ = ["QuantizedConv", "QuantizedMessagePassing", "require_sum"]
@@ -78,8 +79,12 @@ class QuantizedConv(QuantizedLayer, SmoothLayer):
             return out
         assert isinstance(x, Tensor)
         try:
-            graph = gcn_graph(edge_index, None, x.size(0), flow=self.flow, dtype=x.dtype)
-            return self.smooth(x, out, graph.apply, graph.plan.num_edges)
+            samples = Samples.of(self, x)
+            graph = gcn_graph(
+                edge_index, None, samples.num_nodes, flow=self.flow, dtype=x.dtype, copies=samples.count
+            )
+            smoothed = self.smooth(samples.rows(x), samples.rows(out), graph.apply, graph.plan.num_edges)
+            return samples.shaped(smoothed)
         except (IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
             # Edges that are none between these nodes, which the layer's own functions know to read.
             if has_fixed_graph():
@@ -104,11 +109,12 @@ class QuantizedConv(QuantizedLayer, SmoothLayer):
         return type(self).float_class.edge_updater(self, edge_index, *args, **kwargs)  # type: ignore[attr-defined]
 
     def _is_square(self, x: Any, out: Any) -> bool:
-        """Whether ``x`` and ``out`` are features ``[N, F]`` of the same nodes, in numbers that can be compared."""
+        """Whether ``x`` and ``out`` are features ``[*, N, F]`` of the same nodes, in numbers that can be compared."""
         if not (isinstance(x, Tensor) and isinstance(out, Tensor)) or x.layout != torch.strided:
             return False
-        square = x.dim() == 2 and x.shape == out.shape and getattr(self, "node_dim", -2) in (-2, 0)
-        return square and x.is_floating_point() and out.is_floating_point()
+        node_dim: int = getattr(self, "node_dim", -2)
+        has_nodes = 0 <= (node_dim + x.dim() if node_dim < 0 else node_dim) < x.dim() - 1
+        return has_nodes and x.shape == out.shape and x.is_floating_point() and out.is_floating_point()
 
     def refuse_explain(self) -> None:
         """Explanation masks act inside PyG's ``propagate``, which a converted layer of this kind does not run."""

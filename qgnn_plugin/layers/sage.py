@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,11 +12,20 @@ from ..quantizers.autocast import full_precision
 from ..smp.constraint import attach_constraint
 from .arithmetic import aggregate_sum
 from .base import SiteFactory
-from .graph import NormalizedGraph, is_sparse, mean_graph, num_targets, plain_graph
+from .graph import NormalizedGraph, graph_size, is_sparse, mean_graph, plain_graph
 from .linear import QuantizedLinear
 from .message_passing import QuantizedConv
+from .samples import Pair, Samples
 
 __all__ = ["QuantizedSAGEConv"]
+
+
+class Sampled(NamedTuple):
+    """A graph as the caller gave it, its numbers of sources and targets, and the samples whose features it carries."""
+
+    edge_index: Any
+    size: tuple[int, int]
+    samples: Samples
 
 
 class QuantizedSAGEConv(QuantizedConv):
@@ -55,46 +64,51 @@ class QuantizedSAGEConv(QuantizedConv):
             return super().forward(x, edge_index, size)  # type: ignore[misc]
         self.refuse_explain()
         x_src, x_dst = (x, x) if isinstance(x, Tensor) else x
-        same = x_dst is x_src
         if self.project and hasattr(self, "lin"):
             x_src = self.lin(x_src).relu()
-            same = False
-        sent = self.input_quantizer(x_src, codes_kept=_transforms_first(self) or self.root_weight)
-        graph_size = (x_src.size(0), num_targets(edge_index, x_src, x_dst, size))
+        pair = Pair.of(self, (x_src, x_dst))
+        sent = self.input_quantizer(pair.sent, codes_kept=_transforms_first(self) or self.root_weight)
+        # A matrix says how many targets there are; without a share of their own, nothing else need fit them.
+        num_dst = pair.num_dst if self.root_weight or not is_sparse(edge_index) else None
+        graph = Sampled(edge_index, graph_size(edge_index, pair.num_src, num_dst, size, self.flow), pair.samples)
         if _transforms_first(self):
-            out = self._transform_first(sent, edge_index, graph_size, smooth=same)
+            out = self._transform_first(sent, graph, smooth=x_dst is x_src)
         else:
-            out = self.lin_l(self._aggregate(sent, edge_index, graph_size))
-        if self.root_weight and x_dst is not None:
-            target = self.input_quantizer if self.target_quantizer is None else self.target_quantizer
-            out = out + self.lin_r(sent if same and self.target_quantizer is None else target(x_dst))
-        return F.normalize(out, p=2.0, dim=-1) if self.normalize else out
+            out = self.lin_l(self._aggregate(sent, graph))
+        if self.root_weight and pair.own is not None:
+            shared = pair.own is pair.sent and self.target_quantizer is None
+            out = out + self.lin_r(sent if shared else (self.target_quantizer or self.input_quantizer)(pair.own))
+        return pair.samples.shaped(F.normalize(out, p=2.0, dim=-1) if self.normalize else out)
 
-    def _graph(self: Any, edge_index: Any, size: tuple[int, int]) -> NormalizedGraph:
+    def _graph(self: Any, graph: Sampled) -> NormalizedGraph:
+        copies = graph.samples.count
         if self.aggr == "mean":
-            return mean_graph(edge_index, size, self.flow, self.lin_l.weight.dtype)
-        return plain_graph(edge_index, size, self.flow)
+            return mean_graph(graph.edge_index, graph.size, self.flow, self.lin_l.weight.dtype, copies=copies)
+        return plain_graph(graph.edge_index, graph.size, self.flow, copies=copies)
 
-    def _transform_first(
-        self: Any, sent: QuantizedTensor, edge_index: Any, size: tuple[int, int], smooth: bool
-    ) -> Tensor:
+    def _transform_first(self: Any, sent: QuantizedTensor, sampled: Sampled, smooth: bool) -> Tensor:
         z = self.lin_l.apply_to(sent, None)
-        graph = self._graph(edge_index, size)
+        graph = self._graph(sampled)
         out = aggregate_sum(self.message_quantizer(z), graph.plan, graph.weight, exact=not self.training)
         if graph.target is not None:
             out = out * graph.target
         if smooth and self.smp is not None and (self.training or self.is_smoothing):
-            smoother = mean_graph(edge_index, size, self.flow, z.dtype)
+            smoother = mean_graph(
+                sampled.edge_index, sampled.size, self.flow, z.dtype, copies=sampled.samples.count
+            )
             out = self.smooth(z, out, smoother.apply, graph.plan.num_edges, averaged=self.aggr == "mean")
         return out if self.lin_l.bias is None else out + self.lin_l.bias
 
-    def _aggregate(self: Any, sent: QuantizedTensor, edge_index: Any, size: tuple[int, int]) -> Tensor:
+    def _aggregate(self: Any, sent: QuantizedTensor, sampled: Sampled) -> Tensor:
         if self.aggr in ("mean", "add", "sum"):
-            graph = self._graph(edge_index, size)
+            graph = self._graph(sampled)
             out = aggregate_sum(sent, graph.plan, graph.weight, exact=not self.training)
             return out if graph.target is None else out * graph.target
-        values = sent.dequantize()
-        return self.float_propagate(edge_index, None if is_sparse(edge_index) else size, x=(values, None))
+        values, size = sampled.samples.shaped(sent.dequantize()), sampled.size
+        backwards = self.flow != "source_to_target"
+        size = None if is_sparse(sampled.edge_index) else size[::-1] if backwards else size
+        x = (None, values) if backwards else (values, None)
+        return sampled.samples.rows(self.float_propagate(sampled.edge_index, size, x=x))
 
 
 def _transforms_first(layer: Any) -> bool:

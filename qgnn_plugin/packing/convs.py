@@ -13,8 +13,9 @@ from ..config import OFF
 from ..layers.deep import DeepGCNConv
 from ..layers.gcn import QuantizedGCNConv
 from ..layers.gin import QuantizedGINConv, mean_with_self
-from ..layers.graph import NormalizedGraph, gcn_graph, mean_graph, plain_graph
-from ..layers.sage import QuantizedSAGEConv, _transforms_first
+from ..layers.graph import NormalizedGraph, gcn_graph, graph_size, is_sparse, mean_graph, plain_graph
+from ..layers.sage import QuantizedSAGEConv, Sampled, _transforms_first
+from ..layers.samples import Pair, Samples
 from ..quantizers import QuantizedTensor
 from ..smp.deep import DeepLayer
 from .base import Activation, LayerSpec, PackedConv, inference, packed_dense, register_packed
@@ -25,13 +26,6 @@ from .ranges import PackedRange, PackedTensor
 __all__ = ["PackedDeepGCNConv", "PackedGCNConv", "PackedGINConv", "PackedSAGEConv"]
 
 SUMS = ("mean", "add", "sum")
-
-
-def _graph_size(x_src: Tensor, x_dst: Tensor | None, size: Any) -> tuple[int, int]:
-    """Number of sources and targets, as PyG finds it."""
-    if x_dst is not None:
-        return x_src.size(0), x_dst.size(0)
-    return x_src.size(0), size[1] if size is not None else x_src.size(0)
 
 
 class PackedGCNConv(PackedConv):
@@ -52,15 +46,20 @@ class PackedGCNConv(PackedConv):
     @inference
     def forward(self, x: Tensor, edge_index: Any, edge_weight: Tensor | None = None) -> Tensor:
         """``[N, in_channels]`` to ``[N, out_channels]``, as :class:`torch_geometric.nn.GCNConv`."""
-        graph = self.normalized(edge_index, edge_weight, x.size(0))
-        sent, z = self._messages(x, graph)
+        if isinstance(x, (tuple, list)):
+            raise ValueError(f"Expected one feature matrix in '{self.spec.name}', a GCNConv (got a pair)")
+        samples = Samples.of(self, x)
+        graph = self.normalized(edge_index, edge_weight, samples.num_nodes, samples.count)
+        sent, z = self._messages(x, samples, graph)
         if z is None or self.smp is None:
-            return self.deferred(self.aggregation(sent, graph, bias=self.bias))
+            return samples.shaped(self.deferred(self.aggregation(sent, graph, bias=self.bias)))
         out = self.smooth(z, self.aggregated(sent, graph), graph.apply, graph.plan.num_edges)
-        return out if self.bias is None else out + self.bias
+        return samples.shaped(out if self.bias is None else out + self.bias)
 
-    def normalized(self, edge_index: Any, edge_weight: Tensor | None, num_nodes: int) -> NormalizedGraph:
-        """The operator of this layer."""
+    def normalized(
+        self, edge_index: Any, edge_weight: Tensor | None, num_nodes: int, copies: int = 1
+    ) -> NormalizedGraph:
+        """The operator of this layer; for ``copies`` of the graph side by side."""
         return gcn_graph(
             edge_index,
             edge_weight,
@@ -70,17 +69,18 @@ class PackedGCNConv(PackedConv):
             normalize=self.normalize,
             flow=self.flow,
             dtype=torch.float32,
+            copies=copies,
         )
 
-    def _messages(self, x: Tensor, graph: NormalizedGraph) -> tuple[Activation, Tensor | None]:
+    def _messages(self, x: Tensor, samples: Samples, graph: NormalizedGraph) -> tuple[Activation, Tensor | None]:
         """What neighbours send, and the transformed features where they were written."""
         lin = self.lin
         if self.smp is None and isinstance(lin, PackedLinear):
             factor = None if graph.source is None else graph.source.view(-1)
-            fused = lin.packed_to(lin.quantize(x), self.message_quantizer, lin.bias, factor)
+            fused = lin.packed_to(lin.quantize(samples.rows(x)), self.message_quantizer, lin.bias, factor)
             if fused is not None:
                 return fused, None
-        z = lin(x)
+        z = samples.rows(lin(x))
         return self.message_quantizer(z if graph.source is None else z * graph.source), z
 
 
@@ -100,11 +100,13 @@ class PackedDeepGCNConv(DeepLayer, PackedGCNConv):
         """``[N, F]`` to ``[N, F]``."""
         x = plain(x)
         initial = self.initial_features(x)
-        graph = self.normalized(edge_index, edge_weight, x.size(0))
-        out = self.aggregated(self.message_quantizer(x if graph.source is None else x * graph.source), graph)
+        samples = Samples.of(self, x)
+        graph = self.normalized(edge_index, edge_weight, samples.num_nodes, samples.count)
+        rows = samples.rows(x)
+        out = self.aggregated(self.message_quantizer(rows if graph.source is None else rows * graph.source), graph)
         if self.smp is not None:
-            out = self.smooth(x, out, graph.apply, graph.plan.num_edges)
-        support = self.with_initial(out, initial)
+            out = self.smooth(rows, out, graph.apply, graph.plan.num_edges)
+        support = self.with_initial(samples.shaped(out), initial)
         out = self.identity_mapped(support, self.lin(support))
         return out if self.bias is None else out + self.bias
 
@@ -150,48 +152,49 @@ class PackedSAGEConv(PackedConv):
     def forward(self, x: Any, edge_index: Any, size: Any = None) -> Tensor:
         """As :class:`torch_geometric.nn.SAGEConv`; ``x`` may be a pair."""
         x_src, x_dst = (x, x) if isinstance(x, Tensor) else x
-        same = x_dst is x_src
-        graph_size = _graph_size(x_src, x_dst, size)
         if self.project and self.lin is not None:
-            x_src, same = self.lin(x_src).relu(), False
-        sent = self.input_quantizer(x_src)
-        graph = self._graph(edge_index, graph_size)
-        out = self._neighbours(sent, graph, edge_index, graph_size)
-        if self.root_weight and x_dst is not None:
+            x_src = self.lin(x_src).relu()
+        pair = Pair.of(self, (x_src, x_dst))
+        sent = self.input_quantizer(pair.sent)
+        # A matrix says how many targets there are; without a share of their own, nothing else need fit them.
+        num_dst = pair.num_dst if self.root_weight or not is_sparse(edge_index) else None
+        graph = Sampled(edge_index, graph_size(edge_index, pair.num_src, num_dst, size, self.flow), pair.samples)
+        out = self._neighbours(sent, graph, smooth=x_dst is x_src)
+        if self.root_weight and pair.own is not None:
             target = sent
             if self.target_quantizer is not None:
-                target = self.target_quantizer(x_dst)
-            elif not same:
-                target = self.input_quantizer(x_dst)
+                target = self.target_quantizer(pair.own)
+            elif pair.own is not pair.sent:
+                target = self.input_quantizer(pair.own)
             own = self.lin_r.product(target, self.lin_r.bias)
             out = added(out, own or computed(self.lin_r.apply_to(target, self.lin_r.bias)))
         if self.normalize:
             out = out.then(partial(F.normalize, p=2.0, dim=-1))
-        return self.deferred(out)
+        return pair.samples.shaped(self.deferred(out))
 
-    def _graph(self, edge_index: Any, size: tuple[int, int]) -> NormalizedGraph:
+    def _graph(self, sampled: Sampled) -> NormalizedGraph:
         make = mean_graph if self.aggr == "mean" else plain_graph
-        graph = make(edge_index, size, self.flow)
+        graph = make(sampled.edge_index, sampled.size, self.flow, copies=sampled.samples.count)
         if self.aggr == "max" and graph.weight is not None:
             return NormalizedGraph(graph.plan, None, None, None)
         return graph
 
-    def _neighbours(self, sent: Activation, graph: NormalizedGraph, edge_index: Any, size: tuple[int, int]) -> Producer:
+    def _neighbours(self, sent: Activation, sampled: Sampled, smooth: bool) -> Producer:
         """What neighbours bring, transformed."""
-        lin, bias = self.lin_l, self.lin_l.bias
+        lin, bias, graph = self.lin_l, self.lin_l.bias, self._graph(sampled)
         if not self.transforms_first:
             options = {"reduce": "max"} if self.aggr == "max" else {}
             assert lin.input_quantizer is not None
             mean = lin.input_quantizer.of(self.aggregation(sent, graph, **options))
             return lin.product(mean, bias) or computed(lin.apply_to(mean, bias))
-        if self.smp is None:
+        if self.smp is None or not smooth:
             messages: Activation | None = lin.packed_to(sent, self.message_quantizer)
             if messages is None:
                 messages = self.message_quantizer(lin.apply_to(sent, None))
             return self.aggregation(messages, graph, bias=bias)
         z = lin.apply_to(sent, None)
         out = self.aggregated(self.message_quantizer(z), graph)
-        smoother = mean_graph(edge_index, size, self.flow)
+        smoother = mean_graph(sampled.edge_index, sampled.size, self.flow, copies=sampled.samples.count)
         out = self.smooth(z, out, smoother.apply, graph.plan.num_edges)
         return computed(out if bias is None else out + bias)
 
@@ -214,18 +217,19 @@ class PackedGINConv(PackedConv):
     @inference
     def forward(self, x: Any, edge_index: Any, size: Any = None) -> Tensor:
         """As :class:`torch_geometric.nn.GINConv`; ``x`` may be a pair."""
-        x_src, x_dst = (x, x) if isinstance(x, Tensor) else x
+        samples, x_src, x_dst, *nodes = Pair.of(self, (x, x) if isinstance(x, Tensor) else x)
         sent = self.message_quantizer(x_src)
         if isinstance(sent, QuantizedTensor):
             sent = packed_dense(sent)
-        graph = plain_graph(edge_index, _graph_size(x_src, x_dst, size), self.flow)
+        shape = graph_size(edge_index, *nodes, size, self.flow)
+        graph = plain_graph(edge_index, shape, self.flow, copies=samples.count)
         out, same = self.aggregation(sent, graph), x_dst is x_src
         if x_dst is not None:
             own = sent if same else self.message_quantizer(x_dst)
             out = added(out, self._own(own if isinstance(own, PackedTensor) else packed_dense(own)))
         if self.smp is not None and x_dst is not None and same:
-            return self.nn(self._smoothed(sent.dequantize(), out(), graph))
-        return self.nn(DeferredTensor(out) if is_deferring() else out())
+            return self.nn(samples.shaped(self._smoothed(sent.dequantize(), out(), graph)))
+        return self.nn(samples.shaped(DeferredTensor(out) if is_deferring() else out()))
 
     def _own(self, x: PackedTensor) -> Producer:
         """The node's own share, ``(1 + eps) x``."""

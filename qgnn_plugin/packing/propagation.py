@@ -21,6 +21,7 @@ from ..layers.hops import (
     SSGHops,
     TAGHops,
 )
+from ..layers.samples import Samples
 from ..smp.constraint import BUFFERS
 from ..smp.propagation import Descent, PropagationLayer, SMPropagation, Visit
 from .base import LayerSpec, PackedConv, inference, register_packed
@@ -62,16 +63,18 @@ class PackedSteps(PropagationLayer, PackedConv):
         dtypes = {quantizer.log_scale.dtype for _, quantizer in layer.own_quantizers()}
         return None if dtypes == {torch.float32} else "its ranges are not float32"
 
-    def normalized(self, edge_index: Any, edge_weight: Tensor | None, num_nodes: int) -> NormalizedGraph:
-        """``A~``."""
+    def normalized(self, x: Tensor, edge_index: Any, edge_weight: Tensor | None) -> NormalizedGraph:
+        """``A~`` for node features ``x`` [*, N, F]."""
+        samples = Samples.of(self, x)
         return gcn_graph(
             edge_index,
             edge_weight,
-            num_nodes,
+            samples.num_nodes,
             add_self_loops=self.add_self_loops,
             normalize=self.normalize,
             flow=self.flow,
             dtype=torch.float32,
+            copies=samples.count,
         )
 
     def steps(self, x0: Tensor, graph: NormalizedGraph, visit: Visit | None = None) -> Tensor:
@@ -114,14 +117,15 @@ class PackedPropagation(PackedSteps):
     @inference
     def forward(self, x: Tensor, edge_index: Any, edge_weight: Tensor | None = None) -> Tensor:
         """``[N, F]`` to ``[N, F]``, as :class:`torch_geometric.nn.APPNP`."""
-        graph = self.normalized(edge_index, edge_weight, x.size(0))
-        x0 = self.input_quantizer(x).dequantize()
+        samples = Samples.of(self, x)
+        graph = self.normalized(x, edge_index, edge_weight)
+        x0 = self.input_quantizer(samples.rows(x)).dequantize()
         ranges = [self.step_quantizers[str(k)] for k in range(self.K)]
         symmetric = graph.weight is None and graph.source is not None and graph.source is graph.target
         plain_steps = not self.is_smoothing and self.state_quantizers is None and self.mu is not None
         if plain_steps and symmetric and all(sent.spec.is_fixed for sent in ranges):
-            return self._steps_in_kernel(x0, graph, ranges)
-        return self.steps(x0, graph)
+            return samples.shaped(self._steps_in_kernel(x0, graph, ranges))
+        return samples.shaped(self.steps(x0, graph))
 
     def _steps_in_kernel(self, x0: Tensor, graph: NormalizedGraph, ranges: list[PackedRange]) -> Tensor:
         """A kernel per step, which also packs what the next one sends."""
@@ -150,7 +154,9 @@ class PackedHops(PackedSteps):
     @inference
     def forward(self: Any, x: Tensor, edge_index: Any, edge_weight: Tensor | None = None) -> Tensor:
         """``[N, F]`` to ``[N, out_channels]``, or ``[N, F]`` without a linear map."""
-        return self.result(self.entered(plain(x)), self.normalized(edge_index, edge_weight, x.size(0)))
+        samples = Samples.of(self, x)
+        x0 = self.entered(samples.rows(plain(x)))
+        return samples.shaped(self.result(x0, self.normalized(x, edge_index, edge_weight)))
 
     def entered(self, x: Tensor) -> Tensor:
         """``X0``, as the steps read it."""

@@ -89,7 +89,7 @@ class DeepLayer:
         return 1.0 if theta is None else math.log(theta / self.deep_place.depth + 1)
 
     def initial_features(self, x: Tensor) -> Tensor | None:
-        """``H_0`` for the rows of ``x`` [N, F], :obj:`None` where no residual is used; call once per forward.
+        """``H_0`` for the nodes of ``x`` [*, N, F], :obj:`None` where no residual is used; call once per forward.
 
         As in :class:`torch_geometric.nn.GCN2Conv`, fewer rows than those of ``H_0`` are its leading ones.
 
@@ -115,12 +115,14 @@ class DeepLayer:
             )
         if place.depth == place.length:
             stack.initial = None
-        if initial.size(0) < x.size(0) or initial.shape[1:] != x.shape[1:]:
+        nodes = max(x.dim() - 2, 0)  # [*, N, F]
+        sizes = [(*t.shape[:nodes], *t.shape[nodes + 1 :]) for t in (x, initial)]
+        if initial.dim() != x.dim() or sizes[0] != sizes[1] or initial.size(nodes) < x.size(nodes):
             raise ValueError(
                 f"Expected the input of '{self.layer_name}' to have the shape of that of '{place.stack}', "
                 f"{list(initial.shape)} (got {list(x.shape)})"
             )
-        return initial[: x.size(0)] if initial.size(0) > x.size(0) else initial
+        return initial.narrow(nodes, 0, x.size(nodes)) if initial.size(nodes) > x.size(nodes) else initial
 
     def with_initial(self, x: Tensor, initial: Tensor | None) -> Tensor:
         """``(1 - a) x + a H_0``."""

@@ -24,6 +24,7 @@ from torch_geometric.nn import MessagePassing
 from ..config import SMPConfig
 from ..kernels.smp_step import step_factors
 from ..layers.graph import NormalizedGraph, NormalizedOperator
+from ..layers.samples import Samples
 from .constraint import BUFFERS, ConstraintState, Operator, SmoothLayer, attach_constraint, constraint_ratio, corrected
 from .multiplier import ascend
 
@@ -316,7 +317,7 @@ class SMPropagation(NormalizedOperator, PropagationLayer, MessagePassing):
         **kwargs: Of :class:`torch_geometric.nn.conv.MessagePassing`, such as ``flow``.
 
     Shapes:
-        - **input:** node features ``[N, F]``; edge indices ``[2, E]``, or a sparse adjacency; edge weights ``[E]``
+        - **input:** node features ``[N, F]``, or ``[*, N, F]`` of several samples; edge indices ``[2, E]``, or a sparse adjacency; edge weights ``[E]``
           (optional)
         - **output:** ``[N, F]``
 
@@ -366,16 +367,18 @@ class SMPropagation(NormalizedOperator, PropagationLayer, MessagePassing):
             return dropped_edges(graph, self.dropout, self.training).apply(h)
 
         exact = not (self.training and self.dropout > 0)
-        return self.propagate_steps(x, graph, average, lambda k, d: graph.apply(d), exact=exact)
+        samples = Samples.of(self, x)
+        out = self.propagate_steps(samples.rows(x), graph, average, lambda k, d: graph.apply(d), exact=exact)
+        return samples.shaped(out)
 
     def normalized(self, x: Tensor, edge_index: Any, edge_weight: Tensor | None) -> NormalizedGraph:
         r"""``A~``, cached by the identity of its arguments; with ``cached``, that of the first call."""
-        if self._cached_graph is not None:
-            return self._cached_graph
-        graph = super().normalized(x, edge_index, edge_weight)
-        if self.cached:
-            self._cached_graph = graph
-        return graph
+        if not self.cached:
+            return super().normalized(x, edge_index, edge_weight)
+        samples = Samples.of(self, x)
+        if self._cached_graph is None:
+            self._cached_graph = self.operator(edge_index, edge_weight, samples.num_nodes, x.dtype)
+        return self._cached_graph.repeated(samples.count)
 
     def message(self, x_j: Tensor, edge_weight: Tensor | None) -> Tensor:
         return x_j if edge_weight is None else edge_weight.view(-1, 1) * x_j
