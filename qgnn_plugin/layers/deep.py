@@ -76,9 +76,7 @@ class DeepConv(DeepLayer, QuantizedConv):
         if self.identity_strength == 1:
             return out
         samples = Samples.of(self, x)
-        graph = gcn_graph(
-            edge_index, None, samples.num_nodes, flow=self.flow, dtype=x.dtype, copies=samples.count
-        )
+        graph = gcn_graph(edge_index, None, samples.num_nodes, flow=self.flow, dtype=x.dtype, copies=samples.count)
         averaged = propagate_codes(samples.rows(x), graph, self.support_quantizer)
         support = self.with_initial(samples.shaped(averaged), initial)
         if isinstance(out, tuple):  # with attention weights

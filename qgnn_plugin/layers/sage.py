@@ -93,9 +93,7 @@ class QuantizedSAGEConv(QuantizedConv):
         if graph.target is not None:
             out = out * graph.target
         if smooth and self.smp is not None and (self.training or self.is_smoothing):
-            smoother = mean_graph(
-                sampled.edge_index, sampled.size, self.flow, z.dtype, copies=sampled.samples.count
-            )
+            smoother = mean_graph(sampled.edge_index, sampled.size, self.flow, z.dtype, copies=sampled.samples.count)
             out = self.smooth(z, out, smoother.apply, graph.plan.num_edges, averaged=self.aggr == "mean")
         return out if self.lin_l.bias is None else out + self.lin_l.bias
 

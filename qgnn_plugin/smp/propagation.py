@@ -317,8 +317,8 @@ class SMPropagation(NormalizedOperator, PropagationLayer, MessagePassing):
         **kwargs: Of :class:`torch_geometric.nn.conv.MessagePassing`, such as ``flow``.
 
     Shapes:
-        - **input:** node features ``[N, F]``, or ``[*, N, F]`` of several samples; edge indices ``[2, E]``, or a sparse adjacency; edge weights ``[E]``
-          (optional)
+        - **input:** node features ``[N, F]``, or ``[*, N, F]`` of several samples; edge indices ``[2, E]``, or a sparse
+          adjacency; edge weights ``[E]`` (optional)
         - **output:** ``[N, F]``
 
     Memory is ``O(N F + E)`` in inference; training keeps the ``K`` states for the backward pass.
