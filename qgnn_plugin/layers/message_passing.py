@@ -111,7 +111,8 @@ class QuantizedConv(QuantizedLayer, SmoothLayer):
         if not (isinstance(x, Tensor) and isinstance(out, Tensor)) or x.layout != torch.strided:
             return False
         node_dim: int = getattr(self, "node_dim", -2)
-        has_nodes = 0 <= (node_dim + x.dim() if node_dim < 0 else node_dim) < x.dim() - 1
+        # Nodes first, and more dimensions after them: these are heads or vectors.
+        has_nodes = node_dim in (-2, 0) if x.dim() == 2 else -x.dim() <= node_dim < -1
         return has_nodes and x.shape == out.shape and x.is_floating_point() and out.is_floating_point()
 
     def refuse_explain(self) -> None:
