@@ -12,6 +12,7 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import nn
 
 import qgnn_plugin as qgnn
+from qgnn_plugin.inputs import is_data, run_model
 from qgnn_plugin.quantizers import QLRQuantizer
 
 Forward = Callable[[Any, Any], Any]
@@ -28,10 +29,12 @@ class RangeCalibration(pl.Callback):
     Args:
         max_batches: Training batches to calibrate on, at most.
         forward: ``forward(pl_module, batch)`` runs the model once; ``predict_step`` by default,
-            that is ``pl_module(batch)`` unless overridden.
+            where that is not overridden, ``pl_module`` is called with what
+            :func:`qgnn_plugin.inputs.model_inputs` finds in the batch.
 
     Raises:
-        MisconfigurationException: ``max_batches`` below 1; no training batches to calibrate on.
+        MisconfigurationException: ``max_batches`` below 1; no training batches to calibrate on; no way
+            to run ``pl_module``.
     """
 
     def __init__(self, max_batches: int = 8, forward: Forward | None = None) -> None:
@@ -56,7 +59,15 @@ def has_unset_ranges(module: nn.Module) -> bool:
 
 
 def _predict(pl_module: Any, batch: Any) -> Any:
-    return pl_module.predict_step(batch, 0)
+    cls = type(pl_module)
+    if cls.predict_step is not pl.LightningModule.predict_step:
+        return pl_module.predict_step(batch, 0)
+    if cls.forward is pl.LightningModule.forward:
+        raise MisconfigurationException(
+            f"expected a LightningModule with forward or predict_step to calibrate ranges with (got {cls.__name__}); "
+            f"say how it runs: RangeCalibration(forward=lambda module, batch: ...)"
+        )
+    return run_model(pl_module, batch) if is_data(batch) else pl_module.predict_step(batch, 0)
 
 
 def _batches(trainer: pl.Trainer, count: int) -> Iterator[Any]:

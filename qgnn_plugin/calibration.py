@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .conversion import expect_converted, quantizers
-from .inputs import model_inputs
+from .inputs import Forward, is_data, run_model, tensors_in
+from .kernels.plan import GraphPlan
+from .quantizers import RangeKind
 
 __all__ = ["calibrate"]
-
-Forward = Callable[[nn.Module, Any], Any]
 
 
 @torch.no_grad()
@@ -23,61 +24,94 @@ def calibrate(qmodel: nn.Module, data_or_loader: Any, *, forward: Forward | None
     The model runs once over the data in eval mode with every site passing its values through; then each site searches
     its range on what it saw.  Ranges that were set before are replaced; nothing changes if a batch fails.
 
+    Inputs of the model that are 0/1 throughout are kept in one bit, and must stay so.  A site that saw nothing but
+    zeros gets a default range, about [-1, 1], with a warning.
+
     Args:
         qmodel: A converted model.
         data_or_loader: A ``Data``, a tuple of arguments, a dict of keywords, or an iterable of these.
-        forward: ``forward(model, batch)`` runs the model; default :func:`qgnn_plugin.inputs.model_inputs`.
+        forward: ``forward(model, batch)`` runs the model, such as ``lambda model, batch: model.encode(batch.x,
+            batch.edge_index)``; by default it is called with what :func:`qgnn_plugin.inputs.model_inputs` finds.
 
     Returns:
         ``qmodel``.
 
     Raises:
         ValueError: If ``qmodel`` is plain, no batch came, or a site saw a NaN or an infinity (named).
+        TypeError: If a batch does not fit ``qmodel``.
     """
     expect_converted(qmodel)
     sites = quantizers(qmodel)
     modes = {module: module.training for module in qmodel.modules()}
     batches = _batches(data_or_loader)
+    inputs = _Inputs()
     try:
         qmodel.eval()
         for site in sites.values():
-            site.observe()
+            site.observe(inputs.holds)
         count = 0
         for batch in batches:
-            _run(qmodel, batch, forward)
+            inputs.tensors = list(tensors_in(batch))
+            run_model(qmodel, batch, forward)
             count += 1
         if not count:
             raise ValueError("Expected at least one batch to calibrate on (got none)")
-        for site in sites.values():
-            site.finish()
+        seen = [site for site in sites.values() if site.finish()]
     finally:
         for site in sites.values():
             site.abort()
         for module, training in modes.items():
             module.training = training
+    _warn_of_zeros([site.site for site in seen if site.range_kind == RangeKind.ZEROS and site.is_activation])
     return qmodel
 
 
-def _run(model: nn.Module, batch: Any, forward: Forward | None) -> None:
-    if forward is not None:
-        forward(model, batch)
-        return
-    args, kwargs = model_inputs(model, batch)
-    model(*args, **kwargs)
+def _warn_of_zeros(sites: list[str]) -> None:
+    if sites:
+        listed = ", ".join(repr(site) for site in sites[:5]) + (", ..." if len(sites) > 5 else "")
+        warnings.warn(
+            f"Only zeros reached {listed} while calibrating: the range there is a default of about [-1, 1]; calibrate "
+            f"on data that bring other values there",
+            stacklevel=4,
+        )
+
+
+class _Inputs:
+    """The tensors of the batch that runs through the model."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+
+    def holds(self, x: Tensor, pattern: GraphPlan | None) -> bool:
+        """Whether a site's values are an input of the model: a view of one, or zero exactly where one is, as after a
+        scaling of its rows.
+
+        Args:
+            x: The values, of a sparse matrix the stored ones.
+            pattern: Their positions in a sparse matrix.
+        """
+        return any(_is_input(given, x, pattern) for given in self.tensors)
+
+
+def _is_input(given: Tensor, x: Tensor, pattern: GraphPlan | None) -> bool:
+    if pattern is not None:
+        shape = (pattern.num_dst, pattern.num_src)
+        return given.layout != torch.strided and tuple(given.shape) == shape and given._nnz() == x.numel()
+    if given.layout != torch.strided or given.device != x.device:
+        return False
+    if given.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+        return True
+    return given.shape == x.shape and torch.equal(given != 0, x != 0)
 
 
 def _batches(data: Any) -> Iterable[Any]:
-    if _is_data(data) or isinstance(data, Mapping):
+    if is_data(data) or isinstance(data, Mapping):
         return [data]
-    if isinstance(data, tuple) and not all(_is_data(item) or isinstance(item, tuple) for item in data):
+    if isinstance(data, tuple) and not all(is_data(item) or isinstance(item, tuple) for item in data):
         return [data]
-    if not isinstance(data, Iterable) or isinstance(data, torch.Tensor):
+    if not isinstance(data, Iterable) or isinstance(data, (torch.Tensor, str, bytes)):
         raise TypeError(
             f"Expected a PyG Data object, a tuple of arguments, a dict of keywords, or an iterable of these "
             f"(got {type(data).__name__})"
         )
     return data
-
-
-def _is_data(value: Any) -> bool:
-    return any(hasattr(value, name) for name in ("edge_index", "adj_t", "edge_index_dict"))

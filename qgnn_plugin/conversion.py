@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
@@ -13,6 +12,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from .config import OFF, QuantConfig
+from .copying import copy_model
 from .layers.base import QuantizedLayer, SiteFactory, restore_class
 from .layers.deep import conv_widths, deep_mixin
 from .layers.message_passing import QuantizedConv
@@ -76,7 +76,7 @@ def quantize_model(
     _check_units(chosen)
     places = _stack_places(chosen, config.for_layer)
     if not inplace:
-        model = copy.deepcopy(model)
+        model = copy_model(model)
     _convert_or_undo(model, [name for name, _ in chosen], config.for_layer, places)
     return model
 
@@ -325,7 +325,7 @@ def restore_model(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """
     expect_converted(model)
     if not inplace:
-        model = copy.deepcopy(model)
+        model = copy_model(model)
     for layer in list(model.modules()):
         if isinstance(layer, QuantizedLayer):
             restore_class(layer)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..config import OFF
 from ..conversion import is_quantized, quantized_layers
+from ..copying import copying_memo
 from ..layers.base import QuantizedLayer, float_state
 from ..layers.deep import deep_mixin
 from ..layers.message_passing import QuantizedMessagePassing
@@ -82,7 +83,7 @@ def pack_model(qmodel: nn.Module) -> nn.Module:
 def assemble(model: nn.Module, layers: Mapping[str, Any], specs: Iterable[LayerSpec]) -> nn.Module:
     """Copy ``model`` with ``layers`` swapped for packed ones as described; their numbers are still to be filled in."""
     specs = list(specs)
-    memo: dict[int, Any] = {}  # what stands for a layer, before anything that refers to it is copied
+    memo = copying_memo(model)  # and what stands for a layer, before anything that refers to it is copied
     for spec in specs:
         layer = layers[spec.name]
         if spec.reason is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,6 +29,11 @@ class RangeKind(enum.IntEnum):
     NONNEGATIVE = 2  # the data are non-negative: the lower end is fixed at zero
     ONE_BIT_ROWS = 3  # each row is 0 or one value of its own: one bit and a scale per row are exact
     ONE_BIT = 4  # the data are 0 or one common value: one bit is exact
+    ZEROS = 5  # the data were all zero: a default range with zero as a level, until training meets other data
+
+
+ONE_BIT_KINDS = (RangeKind.ONE_BIT_ROWS, RangeKind.ONE_BIT)
+InputCheck = Callable[[Tensor, GraphPlan | None], bool]
 
 
 class QLRQuantizer(nn.Module):
@@ -45,8 +51,9 @@ class QLRQuantizer(nn.Module):
         learn: Whether the range receives gradients.
         site: Name used in errors, such as ``"conv1.lin.input"``.
 
-    The range is set by :func:`qgnn_plugin.calibrate`, or else from the first batch seen in training mode.  Data that
-    were 0/1 then must stay so: otherwise training widens the range, and eval raises.
+    The range is set by :func:`qgnn_plugin.calibrate`, or else from the first batch seen in training mode.  Inputs of
+    the model that were 0/1 then must stay so: otherwise training widens the range, and eval raises.  Activations are
+    never taken for 0/1 data, and zeros alone say nothing: they leave a default range.
 
     Shapes:
         - **input:** ``[N, F]`` (any shape per tensor), or a ``torch.sparse_csr`` matrix of non-negative values
@@ -55,7 +62,8 @@ class QLRQuantizer(nn.Module):
 
     kind: Tensor
     skew: Tensor | None
-    offset: nn.Parameter | None
+    log_scale: Tensor
+    offset: Tensor | None
 
     def __init__(
         self,
@@ -85,14 +93,18 @@ class QLRQuantizer(nn.Module):
         self._range_kind = RangeKind.UNSET
         self._kind_seen: tuple[int, int] | None = None
         self._observed: Sample | None = None
-        self._observed_kind = RangeKind.ONE_BIT
+        self._observed_kind = RangeKind.ZEROS
+        self._is_input: InputCheck | None = None
         shape = (channels,) if granularity == "channel" and channels is not None else ()
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         learn = learn and bits != OFF
-        self.log_scale = nn.Parameter(torch.zeros(shape, **options), requires_grad=learn)
-        self.register_parameter(
-            "offset", nn.Parameter(torch.zeros(shape, **options), requires_grad=learn) if levels == "affine" else None
-        )
+        # What does not learn is no parameter: nothing that asks for gradients of every parameter meets it.
+        for name in ("log_scale", "offset"):
+            value = torch.zeros(shape, **options) if name == "log_scale" or levels == "affine" else None
+            if learn:
+                self.register_parameter(name, None if value is None else nn.Parameter(value))
+            else:
+                self.register_buffer(name, value)
         self.register_buffer("kind", torch.zeros((), dtype=torch.uint8, device=device))
         self.register_buffer("skew", torch.zeros((), **options) if self.truncation else None)
 
@@ -121,7 +133,7 @@ class QLRQuantizer(nn.Module):
     @property
     def is_one_bit(self) -> bool:
         """Whether the data are 0 or one value (per row): stored in one bit, exactly."""
-        return self.range_kind >= RangeKind.ONE_BIT_ROWS
+        return self.range_kind in ONE_BIT_KINDS
 
     @property
     def qmax(self) -> int:
@@ -140,6 +152,11 @@ class QLRQuantizer(nn.Module):
         """Forget the range; the next training batch or calibration sets it anew."""
         self._set_kind(RangeKind.UNSET)
 
+    @property
+    def is_activation(self) -> bool:
+        """Whether what passes here differs from call to call, as a weight does not."""
+        return self.channel_dim == -1
+
     # Ranges ###########################################################################################################
 
     @property
@@ -149,8 +166,10 @@ class QLRQuantizer(nn.Module):
 
     def _zero_code(self, kind: RangeKind) -> float | None:
         qmax = max_code(self.bits)
-        if kind >= RangeKind.ONE_BIT_ROWS:
+        if kind in ONE_BIT_KINDS:
             return 0.0
+        if kind == RangeKind.ZEROS and self.levels != "unsigned":
+            return (qmax + 1) / 2
         fixed = {"unsigned": 0.0, "symmetric": (qmax + 1) / 2, "half": qmax / 2}.get(self.levels)
         return 0.0 if fixed is None and kind == RangeKind.NONNEGATIVE else fixed
 
@@ -159,8 +178,9 @@ class QLRQuantizer(nn.Module):
         scale = self.log_scale.exp()
         if self.levels == "affine":
             assert self.offset is not None
-            free = float(self.range_kind == RangeKind.FREE)
-            return scale, scale * (self.offset * free)
+            kind = self.range_kind
+            steps = self.offset * float(kind == RangeKind.FREE)
+            return scale, scale * (steps - self.zero_code if kind == RangeKind.ZEROS else steps)
         assert self.zero_code is not None
         return scale, scale * -self.zero_code
 
@@ -185,24 +205,33 @@ class QLRQuantizer(nn.Module):
         return self._shaped(scale, x), self._shaped(lower, x)
 
     @torch.no_grad()
-    def set_range(self, x: Tensor, pattern: GraphPlan | None = None) -> None:
+    def set_range(self, x: Tensor, pattern: GraphPlan | None = None, *, may_be_one_bit: bool = True) -> None:
         """Set the range by least mean-squared error on ``x`` (see :mod:`.range_search`).
+
+        Args:
+            x: The values, of a sparse matrix the stored ones.
+            pattern: Their positions in a sparse matrix.
+            may_be_one_bit: Whether 0/1 data may be taken to stay so.
 
         Raises:
             ValueError: If ``x`` is empty or holds a NaN or an infinity.
         """
         if self.bits != OFF:
-            self._fit(*self._kind_and_rows(x, pattern))
+            self._fit(*self._kind_and_rows(x, pattern, lambda *_: may_be_one_bit))
 
-    def _kind_and_rows(self, x: Tensor, pattern: GraphPlan | None) -> tuple[RangeKind, Tensor]:
+    def _kind_and_rows(
+        self, x: Tensor, pattern: GraphPlan | None, may_be_one_bit: InputCheck
+    ) -> tuple[RangeKind, Tensor]:
         kind = self._kind_of(x, pattern)
+        if kind in ONE_BIT_KINDS and self.is_activation and not may_be_one_bit(x, pattern):
+            kind = RangeKind.NONNEGATIVE
         if pattern is not None and (self.granularity == "channel" or not self._stays_sparse(kind)):
             x, pattern = QuantizedTensor.identity(x, pattern).dequantize(), None
         return kind, self._rows(x, pattern)
 
     def _stays_sparse(self, kind: RangeKind) -> bool:
         """Whether code 0 stands for zero in every column, so that only stored values need codes."""
-        per_column = self.granularity == "channel" and kind < RangeKind.ONE_BIT_ROWS
+        per_column = self.granularity == "channel" and kind not in ONE_BIT_KINDS
         return self._zero_code(kind) == 0 and not per_column
 
     def _fit(self, kind: RangeKind, rows: Tensor) -> None:
@@ -210,14 +239,26 @@ class QLRQuantizer(nn.Module):
         self._set_kind(kind)
         if self.skew is not None:
             self.skew.copy_(_skewness(rows).round() if self.truncation == "sbt" else torch.zeros(()))
-        if kind >= RangeKind.ONE_BIT_ROWS:
+        if kind in ONE_BIT_KINDS:
             return
         scale, lower = search_range(rows, self.qmax, self.zero_code)
+        zeros = (rows == 0).all(1)
+        if self.zero_code is None or self.zero_code.is_integer():
+            scale = torch.where(zeros, self._default_scale(scale[~zeros]), scale)
         smallest = max(SMALLEST, torch.finfo(self.log_scale.dtype).tiny)
         self.log_scale.copy_(scale.clamp_min(smallest).log().view_as(self.log_scale))
         if self.offset is not None:
             # In steps as they will be read: exp(log(s)) is a few ulp off, which many steps from zero is many steps.
-            self.offset.copy_(lower.view_as(self.offset) / self.log_scale.exp().to(lower.dtype))
+            steps = lower.view_as(self.offset) / self.log_scale.exp().to(lower.dtype)
+            middle = -(self.qmax + 1) / 2  # a whole number of steps: zero stays exact
+            self.offset.copy_(torch.where(zeros.view_as(steps), middle, steps))
+
+    def _default_scale(self, others: Tensor) -> Tensor:
+        """The step of a range that saw nothing but zeros: the largest of the other channels, or one that reaches 1."""
+        if others.numel():
+            return others.amax()
+        below_one = (self.qmax + 1) / 2 if self.zero_code is None else self.zero_code
+        return others.new_tensor(1 / (below_one or self.qmax))
 
     def _kind_of(self, x: Tensor, pattern: GraphPlan | None) -> RangeKind:
         if x.numel() == 0:
@@ -225,12 +266,16 @@ class QLRQuantizer(nn.Module):
         self._check_finite(x, always=True)
         low = float(x.amin())
         if low == 0 == float(x.amax()):
-            return RangeKind.ONE_BIT  # whatever the levels: zeros are exact, and say nothing about a range
+            return self._kind_of_zeros(pattern)
         if low < 0 and self.levels == "unsigned":
             raise ValueError(f"Expected non-negative values for the unsigned '{self.site}' (got {low:g})")
         if low < 0 or self.levels in ("symmetric", "half"):
             return RangeKind.FREE
         return self._nonnegative_kind(x, pattern)
+
+    def _kind_of_zeros(self, pattern: GraphPlan | None) -> RangeKind:
+        # Of sparse features zero must be the code 0, so that they stay sparse.
+        return RangeKind.ZEROS if pattern is None or self.levels != "affine" else RangeKind.NONNEGATIVE
 
     def _rows(self, x: Tensor, pattern: GraphPlan | None) -> Tensor:
         """Arrange ``x`` as one row per range."""
@@ -274,28 +319,45 @@ class QLRQuantizer(nn.Module):
         """Whether values pass through unquantized."""
         return self._observed is not None
 
-    def observe(self) -> None:
-        """Pass values through unquantized and remember a sample of them until :meth:`finish`."""
-        self._observed, self._observed_kind = Sample(), RangeKind.ONE_BIT
+    def observe(self, is_input: InputCheck | None = None) -> None:
+        """Pass values through unquantized and remember a sample of them until :meth:`finish`.
+
+        Args:
+            is_input: Tells of 0/1 values (and their positions in a sparse matrix) whether they are an input of the
+                model, which stays 0/1; by default all are taken to be.
+        """
+        self._observed, self._observed_kind = Sample(), RangeKind.ZEROS
+        self._is_input = is_input
 
     def abort(self) -> None:
         """Leave observation without touching the range."""
-        self._observed = None
+        self._observed = self._is_input = None
 
     @torch.no_grad()
-    def finish(self) -> None:
-        """Set the range from what was observed; a site that saw nothing keeps its state."""
-        observed, self._observed = self._observed, None
-        if observed is not None and len(observed) and self.bits != OFF:
-            self._fit(self._observed_kind, observed.rows())
+    def finish(self) -> bool:
+        """Set the range from what was observed; a site that saw nothing keeps its state.
+
+        Returns:
+            Whether the range was set.
+        """
+        observed = self._observed
+        self.abort()
+        if observed is None or not len(observed) or self.bits == OFF:
+            return False
+        self._fit(self._observed_kind, observed.rows())
+        return True
 
     @torch.no_grad()
     def _remember(self, x: Tensor, pattern: GraphPlan | None) -> None:
         assert self._observed is not None
         if x.numel():
-            kind, rows = self._kind_and_rows(x, pattern)
-            self._observed_kind = min(kind, self._observed_kind)  # the smallest is the most general
-            self._observed.add(rows)
+            kind, rows = self._kind_and_rows(x, pattern, self._is_input or (lambda *_: True))
+        elif pattern is not None and pattern.num_dst:  # a sparse matrix without entries
+            kind, rows = self._kind_of_zeros(pattern), x.new_zeros(self.log_scale.numel(), 1)
+        else:
+            return
+        self._observed_kind = min(kind, self._observed_kind)  # the smallest is the most general
+        self._observed.add(rows)
 
     # Forward ##########################################################################################################
 
@@ -327,8 +389,15 @@ class QLRQuantizer(nn.Module):
                     f"The range of '{self.site}' is unset: call qgnn_plugin.calibrate(model, data) first, "
                     f"or train for at least one step"
                 )
-            self.set_range(x.detach(), pattern)
+            self.set_range(x.detach(), pattern, may_be_one_bit=_looks_like_input(x))
+        elif self._has_outgrown_zeros(x):
+            self.set_range(x.detach(), pattern, may_be_one_bit=_looks_like_input(x))
         return self._quantize(x, pattern, codes_kept)
+
+    def _has_outgrown_zeros(self, x: Tensor) -> bool:
+        """Whether training brings the first data that say something about the range."""
+        waits = self.training and self.range_kind == RangeKind.ZEROS and not torch.compiler.is_compiling()
+        return waits and bool(x.detach().any())
 
     def _quantize(self, x: Tensor, pattern: GraphPlan | None, codes_kept: bool) -> QuantizedTensor:
         if pattern is not None and not self._stays_sparse(self.range_kind):
@@ -368,6 +437,11 @@ class QLRQuantizer(nn.Module):
                 f"values); set the range on data like these: qgnn_plugin.calibrate(model, data)"
             )
         return False
+
+
+def _looks_like_input(x: Tensor) -> bool:
+    """Whether 0/1 values may be an input of the model: more than a single value, which no parameter led to."""
+    return x.grad_fn is None and int(x.count_nonzero()) > 1
 
 
 def _split(x: Tensor) -> tuple[Tensor, GraphPlan | None]:

@@ -2,16 +2,16 @@ r"""What quantization does to each message-passing layer, measured and bounded (
 
 from __future__ import annotations
 
-import copy
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch_geometric.data.data import BaseData
 
 from ..conversion import expect_converted, quantized_layers, unquantized
-from ..inputs import model_inputs
+from ..inputs import Forward, run_model
 from ..layers.graph import gcn_graph
 from ..layers.message_passing import QuantizedConv
 from .bounds import finding_of
@@ -92,7 +92,9 @@ def _cells(layer: LayerError, stacked: bool) -> tuple[str, ...]:
 
 
 @torch.no_grad()
-def error_report(qmodel: nn.Module, data: Any, *, float_model: nn.Module | None = None) -> ErrorReport:
+def error_report(
+    qmodel: nn.Module, data: Any, *, float_model: nn.Module | None = None, forward: Forward | None = None
+) -> ErrorReport:
     r"""Measure every message-passing layer's quantization error on ``data`` and bound it from its step sizes.
 
     Each layer is looked at by itself, on the input that it has in ``qmodel``: its result with and without quantized
@@ -110,21 +112,22 @@ def error_report(qmodel: nn.Module, data: Any, *, float_model: nn.Module | None 
         data: A ``Data``, a tuple of arguments or a dict of keywords (:func:`qgnn_plugin.inputs.model_inputs`).
         float_model: What energies are compared with; default the model that ``qmodel`` was converted from, with its
             deep stacks rewritten.
+        forward: ``forward(model, batch)`` runs a model on ``data``, as in :func:`qgnn_plugin.calibrate`.
 
     Raises:
         ValueError: If ``qmodel`` is plain or packed.
+        TypeError: If ``data`` do not fit ``qmodel``.
     """
     expect_converted(qmodel)
     if float_model is not None and not isinstance(float_model, nn.Module):
         raise TypeError(f"Expected a torch.nn.Module as 'float_model' (got {type(float_model).__name__})")
-    model = copy.deepcopy(qmodel).double().eval()
-    plain = unquantized(qmodel) if float_model is None else copy.deepcopy(float_model)
-    args, kwargs = model_inputs(model, data)
-    args, kwargs = _double(args), _double(kwargs)
-    calls = _calls(model, args, kwargs)
+    model = copy_model(qmodel).double().eval()
+    plain = unquantized(qmodel) if float_model is None else copy_model(float_model)
+    batch = _double(data)
+    calls = _calls(model, batch, forward)
     energies = _energies(calls)
     names = list(calls)
-    reference = _energies(_calls(plain.double().eval(), args, kwargs, names))
+    reference = _energies(_calls(plain.double().eval(), batch, forward, names))
     layers = {n: m for n, m in quantized_layers(model).items() if n in calls and isinstance(m, QuantizedConv)}
     runs = {name: _run_of(layer, calls, name) for name, layer in layers.items()}
     findings = {name: finding_of(run) for name, run in runs.items()}
@@ -181,9 +184,7 @@ def _report(
 # What runs through the model ##########################################################################################
 
 
-def _calls(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str] | None = None
-) -> dict[str, Call]:
+def _calls(model: nn.Module, batch: Any, forward: Forward | None, names: list[str] | None = None) -> dict[str, Call]:
     """The first call of every converted convolution, or of the layers ``names``."""
     calls: dict[str, Call] = {}
     with ExitStack() as stack:
@@ -194,7 +195,7 @@ def _calls(
                     calls.setdefault(name, Call(args, kwargs, out))
 
                 stack.callback(layer.register_forward_hook(note, with_kwargs=True).remove)
-        model(*args, **kwargs)
+        run_model(model, batch, forward)
     return calls
 
 
@@ -213,6 +214,8 @@ def _energy(call: Call) -> float | None:
 def _double(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.double() if value.is_floating_point() else value
+    if isinstance(value, BaseData):
+        return value.clone().apply(_double)
     if isinstance(value, (tuple, list)):
         return type(value)(_double(item) for item in value)
     return {key: _double(item) for key, item in value.items()} if isinstance(value, dict) else value

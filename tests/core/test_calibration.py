@@ -181,7 +181,9 @@ def test_frozen_ranges_are_calibrated_too() -> None:
 class Wide(nn.Module):
     """Takes some of the optional fields."""
 
-    def forward(self, x: Tensor, edge_index: Tensor, edge_weight: Any = None, batch: Any = None, *, pos: Any) -> None:
+    def forward(
+        self, x: Tensor, edge_index: Tensor, edge_weight: Any = None, batch: Any = None, *, pos: Any = None
+    ) -> None:
         raise NotImplementedError
 
 
