@@ -84,7 +84,7 @@ class _Inputs:
 
     def holds(self, x: Tensor, pattern: GraphPlan | None) -> bool:
         """Whether a site's values are an input of the model: a view of one, or zero exactly where one is, as after a
-        scaling of its rows.
+        scaling of its rows, by zero for some.
 
         Args:
             x: The values, of a sparse matrix the stored ones.
@@ -101,7 +101,14 @@ def _is_input(given: Tensor, x: Tensor, pattern: GraphPlan | None) -> bool:
         return False
     if given.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
         return True
-    return given.shape == x.shape and torch.equal(given != 0, x != 0)
+    if given.shape != x.shape or x.dim() < 2:
+        return False
+    stored = x != 0
+    if torch.equal(given != 0, stored):
+        return True
+    # A factor of zero takes a row away, such as that of an isolated node.
+    binary = x.size(-1) > 1 and bool(((given == 0) | (given == given.amax(-1, keepdim=True))).all())
+    return binary and bool((((given != 0) == stored) | ~stored.any(-1, keepdim=True)).all())
 
 
 def _batches(data: Any) -> Iterable[Any]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch_geometric.data.data import BaseData
 
 from ..conversion import expect_converted, quantized_layers, unquantized
+from ..copying import copy_model
 from ..inputs import Forward, run_model
 from ..layers.graph import gcn_graph
 from ..layers.message_passing import QuantizedConv
