@@ -84,6 +84,15 @@ class _PackedAttention(PackedConv):
         width = sent.num_features if self.concat else self.out_channels
         return Producer(plan.num_dst, width, sent.words.device, run, is_fused=residual is None)
 
+    def _expect_finite(self, site: PackedRange, lin: Any, x: Tensor | None) -> None:
+        """Refuse what a ``lin`` that is not packed, and so has not looked at its input, gives or takes."""
+        if x is not None and not isinstance(lin, PackedLinear):
+            site.expect_finite(x)
+
+    def _edge_terms(self: Any, edge_attr: Tensor) -> Tensor:
+        self._expect_finite(self.message_quantizer, self.lin_edge, edge_attr)
+        return LAYER._edge_features(self, edge_attr)
+
     def _spelled_out(self, z: Tensor | None, sent: PackedTensor, logits: Tensor, plan: GraphPlan) -> Any:
         """Edge by edge, as the converted layer: where attention weights or the correction are asked for."""
         shape = (-1, self.heads, self.out_channels)
@@ -124,7 +133,7 @@ class PackedGATConv(_PackedAttention):
         plan, edge_attr, _ = LAYER._plan(self, edge_index, edge_attr, (num_src, num_dst))
         alpha_edge = None
         if edge_attr is not None and self.lin_edge is not None:
-            alpha_edge = (LAYER._edge_features(self, edge_attr) * self.att_edge).sum(-1)
+            alpha_edge = (self._edge_terms(edge_attr) * self.att_edge).sum(-1)
         smooth = self.smp is not None and square
         if return_attention_weights is None and not smooth:
             target = alpha_src.new_zeros((num_dst, self.heads)) if alpha_dst is None else alpha_dst
@@ -151,6 +160,8 @@ class PackedGATConv(_PackedAttention):
         if product is not None:
             return self._messages_by_blocks(product)
         z_src, z_dst = QuantizedGATConv._transformed(self, x_src, x_dst)
+        self._expect_finite(self.message_quantizer, self.lin or self.lin_src, z_src)
+        self._expect_finite(self.message_quantizer, self.lin or self.lin_dst, z_dst)
         alpha_dst = None if z_dst is None else (z_dst * self.att_dst).sum(-1)
         return self.message_quantizer.quantize_heads(z_src), z_src, (z_src * self.att_src).sum(-1), alpha_dst
 
@@ -209,13 +220,14 @@ class PackedGATv2Conv(_PackedAttention):
             if product is not None:
                 return joined([site.quantize_heads(rows.view(shape)) for _, rows in product.blocks()]), None
         z = lin(x).view(shape)
+        self._expect_finite(site, lin, z)
         return site.quantize_heads(z), z
 
     def _logits(self, sent: PackedTensor, target: Tensor, edge_attr: Any, plan: GraphPlan) -> Tensor:
         shape = (-1, self.heads, self.out_channels)
         hidden = sent.dequantize().view(shape)[plan.col.long()] + target.view(shape)[plan.dst]
         if edge_attr is not None and self.lin_edge is not None:
-            hidden = hidden + LAYER._edge_features(self, edge_attr)
+            hidden = hidden + self._edge_terms(edge_attr)
         return (F.leaky_relu(hidden, self.negative_slope) * self.att).sum(-1)
 
 

@@ -116,12 +116,38 @@ def inference(forward: Forward) -> Forward:
                 f"models only run inference; call .eval(), or train the quantized model"
             )
         with torch.no_grad():
-            out = forward(self, *args, **kwargs)
-            if self.output_quantizer is not None and isinstance(out, Tensor):
-                out = self.output_quantizer(out).dequantize()
+            if torch.compiler.is_compiling():
+                return concluded(self, forward(self, *args, **kwargs))
+            try:
+                _expect_tensors(args[0] if args else kwargs.get("x", ()))
+                return concluded(self, forward(self, *args, **kwargs))
+            except (ValueError, TypeError, RuntimeError, IndexError) as error:
+                _name_layer(error, self._packed.spec.name)
+                raise
+
+    def concluded(self: PackedLayer, out: Any) -> Any:
+        if self.output_quantizer is None or not isinstance(out, Tensor):
             return out
+        return self.output_quantizer(out, is_finite=True).dequantize()
 
     return guarded  # type: ignore[return-value]
+
+
+def _expect_tensors(x: Any) -> None:
+    """Raise unless ``x``, the first argument of a layer, is a tensor or a pair of them."""
+    if isinstance(x, Tensor):
+        if x.dim() == 0:
+            raise ValueError("Expected a tensor of features (got a single number)")
+        return
+    if not isinstance(x, (tuple, list)) or not all(part is None or isinstance(part, Tensor) for part in x):
+        raise TypeError(f"Expected a tensor of features, or a pair of them (got {type(x).__name__})")
+
+
+def _name_layer(error: Exception, name: str) -> None:
+    """Add the layer that refuses something to the message, unless that names it."""
+    message = error.args[0] if error.args else None
+    if name and isinstance(message, str) and f"'{name}" not in message:
+        error.args = (f"{message} (in '{name}')", *error.args[1:])
 
 
 @dataclass
@@ -180,7 +206,7 @@ class PackedLayer(SwappedLayer):
         device = next((p.device for p in layer.parameters()), None)
         for site, described in spec.sites.items():
             if site != WEIGHT:
-                self._add_range(site, described, device, check=spec.check and site == self.entry_of(layer))
+                self._add_range(site, described, device)
         if not spec.output:
             self.output_quantizer = None
 
@@ -237,7 +263,7 @@ class PackedLayer(SwappedLayer):
             return producer()
         return DeferredTensor(producer, self._packed.write_floats)
 
-    def _add_range(self: Any, site: str, spec: SiteSpec, device: torch.device | None, check: bool) -> None:
+    def _add_range(self: Any, site: str, spec: SiteSpec, device: torch.device | None) -> None:
         owner: nn.Module = self
         *path, last = site.split(".")
         for name in path:
@@ -245,7 +271,7 @@ class PackedLayer(SwappedLayer):
                 owner.add_module(name, nn.ModuleDict())
             owner = owner._modules[name]  # type: ignore[assignment]
         label = f"{self._packed.spec.name}.{site.removesuffix('_quantizer')}"
-        owner.add_module(last, PackedRange(spec, label, check=check, device=device))
+        owner.add_module(last, PackedRange(spec, label, device=device))
 
     def fill(self: Any, layer: Any) -> None:
         """Take the numbers of the converted ``layer``."""
@@ -338,6 +364,7 @@ class PackedConv(PackedLayer, SmoothLayer):
         ``epilogue`` goes to :func:`qgnn_plugin.kernels.aggregate.aggregate`; values that are not
         packed take bias and nothing else.
         """
+        _expect_finite_graph(graph)
         if isinstance(x, QuantizedTensor) and x.qmax is not None:
             x = packed_dense(x)
 
@@ -359,6 +386,26 @@ class PackedConv(PackedLayer, SmoothLayer):
     def aggregated(self, x: Activation, graph: NormalizedGraph, **epilogue: Any) -> Tensor:
         """The floats of :meth:`aggregation`."""
         return self.aggregation(x, graph, **epilogue)()
+
+
+_FINITE = "_is_finite"  # attribute of a graph whose numbers were looked at
+
+
+def _expect_finite_graph(graph: NormalizedGraph) -> None:
+    """Refuse weights and factors of normalization that are NaN or infinite; once per graph.
+
+    Raises:
+        ValueError: If there are any.
+    """
+    if _FINITE in graph.__dict__ or torch.compiler.is_compiling():
+        return
+    for values, what in ((graph.weight, "edge weights"), (graph.source, "degrees"), (graph.target, "degrees")):
+        if values is not None and not bool(values.isfinite().all()):
+            raise ValueError(
+                f"Expected finite {what} (got NaN or infinity); check the edge weights, and for negative ones that the "
+                f"layer does not normalize"
+            )
+    graph.__dict__[_FINITE] = True
 
 
 def packed_dense(x: QuantizedTensor) -> PackedTensor:

@@ -159,6 +159,7 @@ class PackedLinear(PackedLayer):
 
         That takes packed weights, and input whose range factors out of the product.
         """
+        self._expect_width(x)
         words = self.words
         if words is None:
             return None
@@ -176,6 +177,13 @@ class PackedLinear(PackedLayer):
             )  # fmt: skip
 
         return Producer(x.words.size(0), self.out_features, x.words.device, run, adds=row_scale is None)
+
+    def _expect_width(self: Any, x: Activation) -> None:
+        if x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"Expected {self.in_features} features at '{self._packed.spec.name}' (got {list(x.shape)}); check that "
+                f"the features are those of the model"
+            )
 
     def _sparse_product(self, x: QuantizedTensor, bias: Tensor | None, row_scale: Tensor | None) -> Producer | None:
         """Sparse codes times the weight: a sum of the packed rows of ``W^T`` that a row of ``x`` names."""

@@ -79,6 +79,9 @@ class PackedSteps(PropagationLayer, PackedConv):
 
     def steps(self, x0: Tensor, graph: NormalizedGraph, visit: Visit | None = None) -> Tensor:
         """The last state of all steps from ``x0`` [N, F]."""
+        if self.K:
+            self.step_quantizers["0"].expect(x0)
+            self.step_quantizers["0"].expect_finite(x0)
         return self.propagate_steps(
             x0, graph, lambda k, h: self._averaged(h, graph, self.step_quantizers[str(k)]),
             lambda k, change: self._averaged(change, graph, self.gap_quantizer), exact=False, visit=visit,
@@ -88,7 +91,7 @@ class PackedSteps(PropagationLayer, PackedConv):
         """``A~ Q(h)``."""
         if sent is None:
             return graph.apply(h)
-        return self.aggregated(sent(h if graph.source is None else h * graph.source), graph)
+        return self.aggregated(sent(h if graph.source is None else h * graph.source, is_finite=True), graph)
 
     def stored(self, k: int, h: Tensor) -> Tensor:
         states = self.state_quantizers

@@ -18,7 +18,7 @@ from ..quantizers import QLRQuantizer, QuantizedTensor, RangeKind, quantize_code
 from ..quantizers.qlr import _peak, _row_peaks, _split
 from .deferred import DeferredTensor, Pending, Producer, plain, row_blocks
 
-__all__ = ["PackedRange", "PackedTensor", "SiteSpec", "joined"]
+__all__ = ["PackedRange", "PackedTensor", "SiteSpec", "check_finite", "joined"]
 
 UNSET = 0  # a site that saw no data: nothing may pass through it
 ONE_BIT = 1
@@ -120,6 +120,11 @@ class PackedTensor:
     bits: int
     unsigned: bool
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(N, F)``."""
+        return self.words.size(0), self.num_features
+
     def dequantize(self) -> Tensor:
         """``[N, F]`` float32."""
         if self.scale.dim() == 2 and self.scale.size(1) > 1:
@@ -151,13 +156,24 @@ def joined(parts: Sequence[PackedTensor]) -> PackedTensor:
     return replace(parts[0], words=words, scale=scale, lower=lower)
 
 
+def check_finite(x: Tensor, where: str) -> None:
+    """Raise if ``x`` holds a NaN or an infinity; one sum decides in all but the overflowing case."""
+    if bool(x.sum().isfinite()):
+        return
+    bad = int((~x.isfinite()).sum())
+    if bad:
+        raise ValueError(
+            f"Expected finite values at '{where}' (got {bad} NaN or infinite of {x.numel()}); check the features"
+        )
+
+
 class PackedRange(nn.Module):
     """A quantizer with its range frozen to buffers; codes come out packed.
 
     Args:
         spec: What the site does.
         site: Its name, for errors.
-        check: Whether to refuse NaN and infinity (one more pass over the data).
+        check: Whether to refuse NaN and infinity in what does not come from a packed layer (one more pass over it).
     """
 
     scale: Tensor | None
@@ -169,7 +185,7 @@ class PackedRange(nn.Module):
         spec: SiteSpec,
         site: str,
         *,
-        check: bool = False,
+        check: bool = True,
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
@@ -230,42 +246,70 @@ class PackedRange(nn.Module):
             return self.scale * rows, self.lower * rows
         return self.scale, self.lower
 
-    def forward(self, x: Tensor) -> PackedTensor | QuantizedTensor:
+    def forward(self, x: Tensor, is_finite: bool = False) -> PackedTensor | QuantizedTensor:
         """Quantize ``x`` ``[N, F]``, dense or ``torch.sparse_csr``.
+
+        Args:
+            x: The values.
+            is_finite: Whether they are known to be, because they follow from what was checked before.
 
         Returns:
             Packed codes; for sparse features whose zeros have code 0 the codes at their stored
             positions, and where the site is off the values themselves, both unpacked.
 
         Raises:
-            ValueError: If one-bit data are no longer 0 or one value, or (with ``check``) not finite.
+            TypeError: If ``x`` is no float32 tensor.
+            ValueError: If it is on another device, one-bit data are no longer 0 or one value, or (with ``check``)
+                not finite.
         """
+        self.expect(x)
         if self.bits == UNSET:
             raise RuntimeError(
                 f"The range of '{self.site}' was unset when the model was packed: calibrate on data "
                 f"that reach it (qgnn_plugin.calibrate) and pack again"
             )
-        if isinstance(x, DeferredTensor) and self.spec.is_row_local and not self.check:
-            return self._of_pending(x.pending)
-        x = plain(x)
+        if isinstance(x, DeferredTensor):  # from a packed layer, which has checked what it was given
+            if self.spec.is_row_local:
+                return self._of_pending(x.pending)
+            x, is_finite = plain(x), True
         if x.layout != torch.strided:
             return self._quantize_sparse(x)
-        if self._looks_at(x) and not bool(x.sum().isfinite()):
-            self._refuse_infinite(x)
+        if not is_finite:
+            self.expect_finite(x)
         if self.bits == OFF:
             return QuantizedTensor.identity(x)
         if self.spec.is_fixed or not self.spec.is_row_local:
             return self._quantize_rows(x)
         return joined([self._quantize_rows(x[rows]) for rows in row_blocks(x.size(0), x.size(1), x.device)])
 
-    def _looks_at(self, x: Tensor) -> bool:
-        """Whether to look for infinite values: on an accelerator that would force a synchronization."""
-        return self.check and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    def expect(self, x: Tensor) -> None:
+        """Refuse what is no float32 tensor on the device of the range.
+
+        Raises:
+            TypeError, ValueError: If it is not.
+        """
+        if not isinstance(x, Tensor) or x.dtype is not torch.float32:
+            found = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"Expected a float32 tensor at '{self.site}' (got {found}); convert it with .float()")
+        if self.scale is not None and x.device != self.scale.device:
+            raise ValueError(
+                f"Expected values on {self.scale.device}, where '{self.site}' has its range (got {x.device}); move the "
+                f"model and its inputs to one device with .to(device)"
+            )
+
+    def expect_finite(self, x: Tensor) -> None:
+        """Refuse NaN and infinity where the site checks, on the CPU: an accelerator would have to be waited for.
+
+        Raises:
+            ValueError: If there are any.
+        """
+        if self.check and x.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_finite(x, self.site)
 
     def of(self, producer: Producer) -> PackedTensor | QuantizedTensor:
         """The codes of what ``producer`` computes, without its floats where a row's codes depend on that row alone."""
-        if not self.spec.is_row_local or self.check:
-            return self(producer())
+        if not self.spec.is_row_local:
+            return self(producer(), is_finite=True)
         return self._of_pending(Pending(producer))
 
     def _of_pending(self, x: Pending) -> PackedTensor:
@@ -305,8 +349,7 @@ class PackedRange(nn.Module):
     def _quantize_sparse(self, x: Tensor) -> PackedTensor | QuantizedTensor:
         values, pattern = _split(x)
         assert pattern is not None
-        if self._looks_at(values) and not bool(values.sum().isfinite()):
-            self._refuse_infinite(values)
+        self.expect_finite(values)
         if self.bits == OFF:
             return QuantizedTensor.identity(values, pattern)
         if not self.spec.stays_sparse:
@@ -320,14 +363,6 @@ class PackedRange(nn.Module):
         if self.bits == ONE_BIT:
             self._check_one_bit(torch.equal(codes * full, values))
         return QuantizedTensor(codes, scale, torch.zeros_like(scale), top, True, pattern)
-
-    def _refuse_infinite(self, x: Tensor) -> None:
-        bad = int((~x.isfinite()).sum())
-        if bad:
-            raise ValueError(
-                f"Expected finite values at '{self.site}' (got {bad} NaN or infinite of "
-                f"{x.numel()}); check the features"
-            )
 
     def _check_one_bit(self, holds: bool) -> None:
         if not holds:
