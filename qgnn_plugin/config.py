@@ -207,6 +207,12 @@ class SMPConfig:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def acting(self) -> dict[str, Any]:
+        """The settings that decide what a layer computes, its multiplier given; the others steer training."""
+        steering = {"alpha", "bound", "eta_lambda", "eta_slack", "multiplier", "slack", "damping", "carry"}
+        left_out = set() if self.schedule == "inner" else {*steering, "max_multiplier"}
+        return {name: value for name, value in asdict(self).items() if name not in left_out}
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SMPConfig:
         return cls(**_from_dict(cls, data))

@@ -266,7 +266,8 @@ class PackedEmbeddings:
     def save(self, path: container.PathLike) -> None:
         """Write to a safetensors file, atomically, with checksums in its header."""
         tensors = {name: getattr(self, name) for name in ("words", "scale", "lower")}
-        container.write(path, KIND, tensors, {"num_features": self.num_features, "bits": self.bits})
+        shape = [len(self), self.num_features]
+        container.write(path, KIND, tensors, {"num_features": self.num_features, "bits": self.bits, "shape": shape})
 
     @classmethod
     def load(cls, path: container.PathLike, *, verify: bool = True, mmap: bool = False) -> PackedEmbeddings:
@@ -284,8 +285,9 @@ class PackedEmbeddings:
         """
         tensors, description = container.read(path, KIND, verify=verify, mmap=mmap)
         fields = ("num_features", "bits")
-        if not isinstance(description, dict) or set(description) != set(fields):
-            container.refuse(path, "description", "num_features and bits", description)
+        if not isinstance(description, dict) or description.keys() - {"shape"} != set(fields):
+            container.refuse(path, "description", "num_features, bits and perhaps shape", description)
+        shape = description.pop("shape", None)
         for field in fields:
             if type(description[field]) is not int:
                 container.refuse(path, field, "an integer", description[field])
@@ -297,6 +299,8 @@ class PackedEmbeddings:
                 table._check_values()
         except (TypeError, ValueError) as error:
             raise ValueError(f"Expected packed embeddings in '{shown(path)}' (got others): {error}") from error
+        if shape not in (None, [len(table), table.num_features]):
+            container.refuse(path, "shape", f"[{len(table)}, {table.num_features}]", shape)
         return table
 
 

@@ -2,79 +2,104 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 
-from ..config import QuantConfig, SMPConfig
-from ..conversion import is_quantized
-from ..layers.base import QuantizedLayer, SiteFactory, restore_class
-from ..layers.message_passing import QuantizedMessagePassing
-from ..layers.registry import convert_layer
-from ..quantizers import QLRQuantizer
-from ..smp.deep import StackPlace, connect_stacks
+from ..atomic import shown
+from ..config import OFF, QuantConfig, SMPConfig
+from ..conversion import convert_as, is_quantized, quantized_layers
+from ..copying import copying_memo
+from ..layers.base import SiteFactory
+from ..layers.message_passing import SITES, QuantizedMessagePassing
+from ..quantizers import QLRQuantizer, RangeKind
 from . import container
-from .base import LayerSpec
-from .model import assemble, is_packed, layer_mixin, specs_of, stack_places
-from .ranges import SiteSpec
+from .base import LayerSpec, PackedLayer
+from .model import assemble, is_packed, specs_of
+from .ranges import PackedRange
+from .schema import Description, fits, read_description, written
+from .settings import first_difference, settings_of
 
 __all__ = ["load_packed", "save_packed"]
 
 KIND = "model"
-_PLAIN = {"reason": None, "smooth": False, "output": False, "attention_bits": 32, "check": False}
+EXTRA_STATE = "_extra_state"
+RANGES = ("scale", "lower_end", "skew")  # buffers of a frozen range
+OTHER_RANGES = ("weight_scale", "weight_lower_end", "multiplier")  # and of a packed layer
+_PLAIN = {"reason": None, "smooth": False, "output": False, "attention_bits": OFF, "check": False}
 
 
 def save_packed(packed: nn.Module, path: container.PathLike) -> None:
-    """Write a packed model: its tensors, and its configuration per layer in the header.
+    """Write a packed model: its tensors, and in the header its configuration per layer and its settings.
+
+    The file is complete or not there: whoever reads ``path`` sees the old file or the new one.  A symbolic link is
+    replaced, not followed; permissions are those of the umask.
 
     Raises:
-        ValueError: If ``packed`` was not made by :func:`~qgnn_plugin.pack_model`.
+        ValueError: If ``packed`` was not made by :func:`~qgnn_plugin.pack_model`, or holds state that is no tensor.
+        OSError: If there is no folder for ``path``, or it cannot be written.
     """
     specs = specs_of(packed)
-    state = packed.state_dict(keep_vars=True)
+    state = _state(packed)
     tensors = {names[0]: state[names[0]] for names in _aliases(state)}
     # A model that is one layer has the name of its float class there.
     model = next((spec.type for spec in specs if spec.name == ""), type(packed).__name__)
-    container.write(path, KIND, tensors, {"model": model, **_describe(specs)})
+    description = {"model": model, **_describe(specs), "settings": written(settings_of(packed))}
+    container.write(path, KIND, tensors, description)
 
 
-def load_packed(path: container.PathLike, model: nn.Module, *, verify: bool = True, mmap: bool = False) -> nn.Module:
+def load_packed(
+    path: container.PathLike,
+    model: nn.Module,
+    *,
+    verify: bool = True,
+    mmap: bool = False,
+    ignore: str | Iterable[str] = (),
+) -> nn.Module:
     """Read a packed model.
 
     Args:
         path: A file written by :func:`save_packed`; nothing in it is executed.
-        model: The float architecture, any instance; its weights are not used and it is not changed.
+        model: The float architecture, any instance built with the same settings; its weights are not used and it is
+            not changed.
         verify: Compare every tensor with its checksum.
         mmap: Map the file into memory instead of reading it: pages come when a layer first uses them (or when
             ``verify`` does), and several processes share them.  Replacing the file, as :func:`save_packed` does, is
             fine; whoever overwrites or cuts it in place changes results or ends the process.
+        ignore: Attributes that do not change what the model computes and may differ from those of the saved one, as
+            patterns of :mod:`fnmatch`: ``"name"``, or ``"convs.0.name"`` for that of one module.
 
     Returns:
         The packed model, bitwise the one saved, in eval mode on the device of ``model``.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged, truncated or foreign, or does not fit ``model`` (names the
-            first difference).
+        ValueError: If it is damaged, truncated or foreign, or does not fit ``model``, in its layers or in their
+            settings (names the first difference).
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"Expected the float model, a torch.nn.Module (got {type(model).__name__})")
     if is_packed(model) or is_quantized(model):
         raise ValueError("Expected the float architecture as 'model' (got a converted model)")
-    tensors, description = container.read(path, KIND, verify=verify, mmap=mmap)
-    specs = _specs(description)
-    if description.get("model") != type(model).__name__:
-        _differ(path, "the model", str(description.get("model")), type(model).__name__)
-    layers = dict(model.named_modules())
+    tensors, value = container.read(path, KIND, verify=verify, mmap=mmap)
+    description = read_description(path, value)
+    _compare(path, description, model, [ignore] if isinstance(ignore, str) else ignore)
+    converted = _outline(model)
+    specs = description.specs
+    try:
+        convert_as(converted, {spec.name: spec.config for spec in specs})
+    except ValueError as error:
+        raise ValueError(f"Expected the architecture that '{shown(path)}' was saved from: {error}") from error
+    layers = quantized_layers(converted)
     for spec in specs:
-        found = type(layers[spec.name]).__name__ if spec.name in layers else "no such layer"
-        if found != spec.type:
-            _differ(path, f"layer '{spec.name}'", spec.type, found)
-    packed = assemble(model, layers, specs)
-    _convert_rest(packed, specs, set(tensors))
-    _load(packed, tensors, path)
+        _check_layer(path, spec, layers[spec.name])
+    packed = assemble(converted, layers, specs)
+    _fill(packed, tensors, path)
+    _check_values(packed, path)
     device = next((t.device for t in (*model.parameters(), *model.buffers())), None)
     return packed if device is None else packed.to(device)
 
@@ -104,17 +129,23 @@ def _told(values: Mapping[str, Any], cls: type[QuantConfig | SMPConfig]) -> dict
     return {name: value for name, value in values.items() if value is not None or name not in unset}
 
 
-def _specs(description: Mapping[str, Any]) -> list[LayerSpec]:
-    configs = [QuantConfig.from_dict(config) for config in description["configs"]]
-    specs = []
-    for entry in description["layers"]:
-        values = dict(entry)
-        values["config"] = configs[values["config"]]
-        values["sites"] = {k: SiteSpec.from_dict(v) for k, v in values["sites"].items()}
-        if "deep_place" in values:
-            values["deep_place"] = StackPlace(**values["deep_place"])
-        specs.append(LayerSpec(**values))
-    return specs
+def _state(packed: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a packed model; what its configuration says already is left out.
+
+    Raises:
+        ValueError: If a module of the user keeps something else than a tensor in its state.
+    """
+    state = dict(packed.state_dict(keep_vars=True))
+    for name, value in list(state.items()):
+        *path, last = name.split(".")
+        if last == EXTRA_STATE and isinstance(packed.get_submodule(".".join(path)), QLRQuantizer):
+            del state[name]
+        elif not isinstance(value, Tensor):
+            raise ValueError(
+                f"Expected tensors in the state dict of a packed model (got a {type(value).__name__} at '{name}'); let "
+                f"get_extra_state() of that module return a tensor"
+            )
+    return state
 
 
 def _aliases(state: Mapping[str, Tensor]) -> list[list[str]]:
@@ -125,81 +156,115 @@ def _aliases(state: Mapping[str, Tensor]) -> list[list[str]]:
     return list(groups.values())
 
 
-def _convert_rest(packed: nn.Module, specs: list[LayerSpec], keys: set[str]) -> None:
-    """Convert the layers that are not packed, so that they run their quantized-float path."""
-    configs = {spec.name: spec.config for spec in specs}
-    for spec in specs:
-        layer = packed.get_submodule(spec.name)
-        if spec.reason is None or spec.stays_plain or isinstance(layer, QuantizedLayer):
-            continue
-        if not any(_converted(packed, layer, spec, keys, configs, first) for first in (False, True)):
-            raise ValueError(f"Expected the sites of layer '{spec.name}' as saved (got others)")
-    connect_stacks(packed, stack_places(specs))
-    packed.eval()
-    for parameter in packed.parameters():
-        parameter.requires_grad_(False)
+def _outline(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` on the host whose parameters and buffers hold nothing yet."""
+    memo = copying_memo(model)
+    for module in model.modules():
+        hidden = module._non_persistent_buffers_set
+        buffers = [buffer for name, buffer in module._buffers.items() if name not in hidden]
+        for tensor in (*module._parameters.values(), *buffers):
+            if type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and id(tensor) not in memo:
+                empty = torch.empty_like(tensor, device="cpu", requires_grad=False)
+                memo[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(model, memo)
 
 
-def _converted(
-    packed: nn.Module,
-    layer: nn.Module,
-    spec: LayerSpec,
-    keys: set[str],
-    configs: Mapping[str, QuantConfig],
-    first: bool,
-) -> bool:
-    """Convert ``layer`` as the first or a later one of its model; undo it where that is not what was saved."""
-    mixin = layer_mixin(layer, spec)
-    if mixin is None:
-        raise ValueError(f"Expected a layer that can be converted at '{spec.name}' (got a {spec.type})")
-    floats = [t for t in (*layer.parameters(), *layer.buffers()) if t.is_floating_point()]
-    device, dtype = (floats[0].device, floats[0].dtype) if floats else (None, None)
-    factory = SiteFactory(
-        spec.name, spec.config, device, dtype, [first], lambda name: configs.get(name, spec.config), spec.deep_place
-    )
-    convert_layer(layer, mixin, factory, output=spec.output)
-    own: Any = layer
-    if isinstance(own, QuantizedMessagePassing):
-        own.adopt(spec.sites, factory)
-    sites = {name: SiteSpec.outline(quantizer) for name, quantizer in own.own_quantizers()}
-    if sites == spec.sites and _sites_state(packed, layer) <= keys:
-        return True
-    for module in list(layer.modules()):
-        if isinstance(module, QuantizedLayer):
-            restore_class(module)
-    return False
+def _compare(path: container.PathLike, saved: Description, model: nn.Module, ignore: Iterable[str]) -> None:
+    """Raise unless ``model`` is of the classes and settings that were saved."""
+    if saved.model != type(model).__name__:
+        _differ(path, "the model", saved.model, type(model).__name__)
+    layers = dict(model.named_modules())
+    for spec in saved.specs:
+        found = type(layers[spec.name]).__name__ if spec.name in layers else "no such layer"
+        if found != spec.type:
+            _differ(path, f"layer '{spec.name}'", spec.type, found)
+    if saved.settings is None:
+        return
+    difference = first_difference(saved.settings, settings_of(model), [spec.name for spec in saved.specs], ignore)
+    if difference is not None:
+        _differ(path, *difference)
 
 
-def _sites_state(packed: nn.Module, layer: nn.Module) -> set[str]:
-    """Names of what the sites of ``layer`` hold; a module that has two names is saved under the first."""
-    names = {id(module): name for name, module in packed.named_modules()}
-    sites = [module for module in layer.modules() if isinstance(module, QLRQuantizer)]
-    return {f"{names[id(site)]}.{key}" for site in sites for key in site.state_dict()}
+def _check_layer(path: container.PathLike, spec: LayerSpec, layer: Any) -> None:
+    """Raise unless the description of a layer follows from its configuration, as far as that goes."""
+    if isinstance(layer, QuantizedMessagePassing):
+        _adopt_sites(path, spec, layer)
+    own = dict(layer.own_quantizers())
+    if own.keys() != spec.sites.keys():
+        _differ(path, f"the sites of layer '{spec.name}'", ", ".join(spec.sites), ", ".join(own))
+    for name, site in spec.sites.items():
+        if not fits(site, own[name], packed=spec.reason is None):
+            _differ(path, f"site '{name}' of layer '{spec.name}'", str(site.to_dict()), str(own[name].extra_repr()))
+    smooth = spec.smooth and getattr(layer, "smp", None) is None
+    expected = {
+        "output": type(layer).quantizes_output,
+        "attention_bits": getattr(layer, "attention_bits", OFF),
+        "deep_place": getattr(layer, "deep_place", None),
+        "smooth": False if smooth else spec.smooth,
+    }
+    for field, value in expected.items():
+        if getattr(spec, field) != value:
+            _differ(path, f"'{field}' of layer '{spec.name}'", str(getattr(spec, field)), str(value))
 
 
-def _load(packed: nn.Module, tensors: dict[str, Tensor], path: container.PathLike) -> None:
-    """Hand the tensors over without copying; the first that does not fit is an error."""
-    state = packed.state_dict(keep_vars=True)
-    loaded: dict[str, Tensor] = {}
-    for names in _aliases(state):
+def _adopt_sites(path: container.PathLike, spec: LayerSpec, layer: Any) -> None:
+    """Give a generic layer quantizers for the arguments that had ranges: data have decided which these are."""
+    sent = {name.removesuffix("_j") for name in layer._user_args if name.endswith("_j")}
+    for name in spec.sites:
+        if name.startswith(SITES) and name.removeprefix(SITES) not in sent:
+            _differ(path, f"site '{name}' of layer '{spec.name}'", "an argument of its message", "none")
+    dtypes = [t.dtype for t in (*layer.parameters(), *layer.buffers()) if t.is_floating_point()]
+    layer.adopt(spec.sites, SiteFactory(spec.name, spec.config, torch.device("cpu"), dtypes[0] if dtypes else None))
+
+
+@torch.no_grad()
+def _fill(packed: nn.Module, tensors: Mapping[str, Tensor], path: container.PathLike) -> None:
+    """Hand the tensors over without copying; the first that does not fit is an error.
+
+    Parameters and buffers stay the objects that they are: whatever else in the model refers to one goes on doing so.
+    """
+    state = _state(packed)
+    groups = _aliases(state)
+    for names in groups:
         name, expected = names[0], state[names[0]]
         if name not in tensors:
             _differ(path, f"tensor '{name}'", "nothing", _shape(expected))
-        found = tensors.pop(name)
+        found = tensors[name]
         if found.shape != expected.shape or found.dtype != expected.dtype:
             _differ(path, f"tensor '{name}'", _shape(found), _shape(expected))
-        loaded |= dict.fromkeys(names, found)
-    for name, found in tensors.items():
-        _differ(path, f"tensor '{name}'", _shape(found), "nothing")
-    packed.load_state_dict(loaded, assign=True)
+    known = {names[0] for names in groups}
+    for name in tensors:
+        if name not in known:
+            _differ(path, f"tensor '{name}'", _shape(tensors[name]), "nothing")
+    for names in groups:
+        state[names[0]].set_(tensors[names[0]])  # type: ignore[call-overload]
+    # A module of the user may compute what it saves: then only its own loading knows the way back.
+    if any(value.data_ptr() != state[name].data_ptr() for name, value in _state(packed).items()):
+        packed.load_state_dict({name: tensors[names[0]] for names in groups for name in names}, strict=False)
+
+
+def _check_values(packed: nn.Module, path: container.PathLike) -> None:
+    """Raise where a range holds what no range can be."""
+    kinds = [int(kind) for kind in RangeKind]
+    for name, module in packed.named_modules():
+        if isinstance(module, QLRQuantizer) and int(module.kind) not in kinds:
+            container.refuse(path, f"{name}.kind", f"one of {kinds}", int(module.kind))
+        ranges = RANGES if isinstance(module, PackedRange) else OTHER_RANGES if isinstance(module, PackedLayer) else ()
+        for key in ranges:
+            value = getattr(module, key, None)
+            if isinstance(value, Tensor) and not bool(value.isfinite().all()):
+                container.refuse(path, f"{name}.{key}", "finite numbers", value[~value.isfinite()].tolist())
 
 
 def _shape(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
-def _differ(path: container.PathLike, what: str, saved: str, found: str) -> None:
+def _differ(path: container.PathLike, what: str, saved: str, found: str) -> NoReturn:
+    remedy = ""
+    if what.startswith("setting"):
+        remedy = "; build the model with the same settings, or pass ignore=... if this one does not change its results"
     raise ValueError(
-        f"Expected the architecture that '{path}' was saved from; the first difference is {what}: "
-        f"{saved} in the file, {found} in the model"
+        f"Expected the architecture that '{shown(path)}' was saved from; the first difference is {what}: "
+        f"{saved} in the file, {found} in the model{remedy}"
     )
