@@ -81,6 +81,8 @@ class PackedSteps(PropagationLayer, PackedConv):
         """The last state of all steps from ``x0`` [N, F]."""
         if self.K:
             self.step_quantizers["0"].expect(x0)
+            if x0.layout != torch.strided:
+                raise ValueError(f"Expected dense features, which every step keeps (got {x0.layout}); use .to_dense()")
             self.step_quantizers["0"].expect_finite(x0)
         return self.propagate_steps(
             x0, graph, lambda k, h: self._averaged(h, graph, self.step_quantizers[str(k)]),

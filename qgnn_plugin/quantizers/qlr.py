@@ -448,11 +448,35 @@ def _split(x: Tensor) -> tuple[Tensor, GraphPlan | None]:
     """Values and positions of a sparse matrix; a dense one has no positions."""
     if x.layout == torch.strided:
         return x, None
-    if x.layout != torch.sparse_csr:
-        raise TypeError(f"Expected dense or torch.sparse_csr features (got layout {x.layout}); use .to_sparse_csr()")
+    x = _as_csr(x)
     crow, col = x.crow_indices(), x.col_indices()
-    pattern = plan_cache.get((crow, col), ("features", x.size(1)), lambda: GraphPlan.from_csr(crow, col, x.size(1)))
-    return x.values(), pattern
+    return x.values(), plan_cache.get((crow, col), ("features", x.size(1)), lambda: _pattern(crow, col, x.size(1)))
+
+
+def _as_csr(x: Tensor) -> Tensor:
+    """A sparse matrix of another layout as CSR, converted once; of a COO matrix, repeated entries are summed."""
+    if x.layout not in (torch.sparse_csr, torch.sparse_coo, torch.sparse_csc) or x.dim() != 2:
+        raise TypeError(
+            f"Expected dense features, or a sparse matrix in CSR, COO or CSC (got {x.layout}, {list(x.shape)})"
+        )
+    if x.layout == torch.sparse_csr:
+        return x
+    if x.requires_grad:
+        return x.to_sparse_csr()
+    return plan_cache.get((x,), ("features as CSR",), x.to_sparse_csr)
+
+
+def _pattern(crow: Tensor, col: Tensor, width: int) -> GraphPlan:
+    """The positions of a CSR matrix with ``width`` columns.
+
+    Raises:
+        TypeError, ValueError: If they are out of bounds, or a row has a column twice.
+    """
+    pattern = GraphPlan.from_csr(crow, col, width)
+    rises = (pattern.col[1:] > pattern.col[:-1]) | (pattern.dst[1:] > pattern.dst[:-1])
+    if not bool(rises.all()) and (pattern.dst * width + pattern.col).unique().numel() < pattern.num_edges:
+        raise ValueError("Expected each column once in a row of sparse features (got some twice); use .coalesce()")
+    return pattern
 
 
 def _peak(x: Tensor) -> Tensor:
