@@ -32,8 +32,9 @@ SETTINGS: dict[str, tuple[dict[str, int], ...]] = {
         {"segment": 128}, {"max_registers": 64}, {"max_registers": 96},
     ),
     "linear": (
-        {"num_warps": 4}, {"block_m": 32}, {"block_m": 64}, {"block_m": 256}, {"block_k": 32}, {"block_k": 128},
-        {"num_stages": 1}, {"num_stages": 3}, {"max_registers": 0}, {"max_registers": 168},
+        {"block_n": 64}, {"block_n": 256, "max_registers": 0, "programs": 2}, {"block_m": 128, "num_warps": 8},
+        {"block_k": 128}, {"num_stages": 1}, {"num_stages": 3}, {"max_registers": 0}, {"max_registers": 128},
+        {"programs": 1}, {"programs": 2}, {"programs": 4},
     ),
 }  # fmt: skip
 

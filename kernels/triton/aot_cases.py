@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ..layout import row_bytes, row_words
+from ..layout import parts_per_byte, row_bytes, row_words
 from . import aggregate as aggregate_module
 from . import attention_aggregate as attention_module
 from . import attention_logits as logits_module
@@ -16,7 +16,17 @@ from . import quantize_pack as quantize_module
 from . import smp_step as smp_module
 from . import unpack_dequantize as unpack_module
 from .aot import TARGETS, Case
-from .launch import SECOND_STAGE, Config, load_table, next_power_of_two, table_entry, whole_row_tile, word_tile
+from .launch import (
+    SECOND_STAGE,
+    Config,
+    load_table,
+    next_power_of_two,
+    rehearsed_for,
+    table_entry,
+    whole_row_tile,
+    word_tile,
+)
+from .prepared import zero_code
 
 __all__ = ["BUILDERS", "shapes"]
 
@@ -224,46 +234,59 @@ def _attention(
     )  # fmt: skip
 
 
+LINEAR_OUTPUTS = 256
+
+
 def linear_cases(grid: str, target: str) -> Iterator[Case]:
     pairs = ((2, 2), (4, 4)) if grid == "small" else ((1, 2), (2, 2), (4, 4), (4, 2), (8, 8))
+    widths = WIDTHS[grid] if grid == "full" else (128, 256, 600)
     for x_bits, w_bits in pairs:
-        for features in WIDTHS[grid]:
-            config = _config("linear", row_words(features, x_bits), target)
-            config = linear_module.fitted(config, features, x_bits, w_bits)
-            constants = {
-                "K": features, "X_BITS": x_bits, "W_BITS": w_bits,
-                "X_BYTES": row_bytes(features, x_bits), "W_BYTES": row_bytes(features, w_bits),
-                "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
-                "X_SCALE": False, "X_OFFSET": False, "W_SCALE": True, "W_OFFSET": True,
-                "RELU": True, "OUT_BITS": 0, "OUT_BYTES": 0, "OUT_SCALE": ONE, "OUT_OFFSET": ONE,
-            }  # fmt: skip
-            types = dict.fromkeys(("x", "w"), "*i8") | {"num_rows": "i32", "num_out": "i32"}
-            types |= dict.fromkeys(("x_scale", "x_offset", "w_scale", "w_offset", "bias", "out"), "*fp32")
+        for features in widths:
             name = f"int{x_bits} x int{w_bits} K={features}"
-            outputs = linear_module.MAX_PACKED_OUT
-            facts = {
-                "bits": x_bits, "features": features, "products": features * outputs,
-                "row_traffic": row_bytes(features, x_bits) + 4 * outputs,
-            }  # fmt: skip
-            yield Case(
-                "linear", name, linear_module.linear_kernel, types, constants, config.num_warps,
-                config.num_stages, config.max_registers, facts=facts,
-            )  # fmt: skip
-            packed = {
-                "OUT_BITS": x_bits, "OUT_BYTES": row_bytes(outputs, x_bits), "BLOCK_N": outputs,
-                "BLOCK_M": max(16, config.block_m * config.block_n // outputs),
-            }  # fmt: skip
-            traffic = row_bytes(features, x_bits) + row_bytes(outputs, x_bits)
-            packed_types = types | PACKED_TYPES | {"out": "*i8"}
-            for label, more, bytes_more in (
-                (" packed", {"row_scale": "*fp32"}, 4),
-                (" packed, added", {"row_scale": "*fp32", "addend": "*fp32"}, 4 + 4 * outputs),
+            traffic = row_bytes(LINEAR_OUTPUTS, x_bits) + 4
+            for label, out_bits, ranges, more, bytes_out in (
+                ("", 0, True, {}, 4 * LINEAR_OUTPUTS),
+                (" packed", x_bits, True, {"row_scale": "*fp32"}, traffic),
+                (" packed, one range", x_bits, False, {"row_scale": "*fp32"}, traffic),
+                (" packed, added", x_bits, True, dict.fromkeys(("row_scale", "addend"), "*fp32"), traffic + 4 * 256),
             ):  # fmt: skip
-                yield Case(
-                    "linear", name + label, linear_module.linear_kernel, packed_types | more, constants | packed,
-                    config.num_warps, config.num_stages, config.max_registers,
-                    facts=facts | {"row_traffic": traffic + bytes_more},
-                )  # fmt: skip
+                yield _linear(name + label, features, x_bits, w_bits, out_bits, ranges, more, bytes_out, target)
+
+
+def _linear(
+    label: str, features: int, x_bits: int, w_bits: int, out_bits: int, ranges: bool, more: dict[str, str],
+    bytes_out: int, target: str,
+) -> Case:  # fmt: skip
+    """``ranges``: whether every output channel of the weight has a range of its own."""
+    hip = TARGETS[target][0] == "hip"
+    config = _config("linear", row_words(features, x_bits), target)
+    with rehearsed_for(target):
+        tiles = linear_module.tiles_of(config, features, LINEAR_OUTPUTS, x_bits, out_bits, "addend" in more)
+    constants = {
+        "X_BITS": x_bits, "X_BYTES": row_bytes(features, x_bits), "W_ZERO": zero_code(w_bits),
+        "BLOCK_M": config.block_m, "BLOCK_N": tiles.block_n, "BLOCK_B": tiles.block_b, "CHUNKS": tiles.chunks,
+        "WHOLE": tiles.whole, "PTX": not hip, "STAGES": config.num_stages,
+        "X_SCALE": False, "X_OFFSET": False, "W_SCALE": ranges, "W_OFFSET": ranges, "RELU": True,
+        "OUT_BITS": out_bits, "OUT_BYTES": row_bytes(LINEAR_OUTPUTS, out_bits) if out_bits else 0,
+        "OUT_SCALE": ONE, "OUT_OFFSET": ONE,
+    }  # fmt: skip
+    types = dict.fromkeys(("x", "w"), "*i8") | dict.fromkeys(("x_words", "column_sum"), "*i32")
+    types |= dict.fromkeys(("num_rows", "num_items", "num_out"), "i32")
+    floats = ("column_term", "x_scale", "x_offset", "w_scale", "w_offset", "bias", "out")
+    types |= dict.fromkeys(floats, "*fp32") | more
+    if out_bits:
+        types |= PACKED_TYPES | {"out": "*i8"}
+    positions = tiles.chunks * tiles.block_b * parts_per_byte(x_bits)
+    facts = {
+        "bits": x_bits, "features": features, "outputs": LINEAR_OUTPUTS,
+        "rows_per_item": config.block_m, "columns": tiles.columns, "turns": tiles.chunks,
+        "kept": tiles.chunks == 1, "programs": config.programs, "weight_bytes": tiles.block_n * positions,
+        "row_traffic": row_bytes(features, x_bits) + bytes_out,
+    }  # fmt: skip
+    return Case(
+        "linear", label, linear_module.linear_kernel, types, constants, config.num_warps, config.num_stages,
+        0 if tiles.chunks > 1 else config.max_registers, facts=facts,
+    )  # fmt: skip
 
 
 def training_cases(grid: str, target: str) -> Iterator[Case]:

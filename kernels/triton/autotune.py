@@ -56,8 +56,8 @@ SEARCH: dict[str, dict[str, tuple[int, ...]]] = {
     **dict.fromkeys(("aggregate_sum", "aggregate_max", "aggregate_weighted", "float_sum"), _TILED),
     **dict.fromkeys(("attention", "attention_v2"), _EDGES),
     "linear": {
-        "num_warps": (4, 8), "block_m": (32, 64, 128), "block_n": (32, 64, 128), "block_k": (32, 64, 128),
-        "num_stages": (1, 2, 3), "max_registers": (0, 128, 168),
+        "num_warps": (4, 8), "block_m": (32, 64, 128), "block_n": (64, 128, 256), "block_k": (128, 256, 512),
+        "num_stages": (1, 2, 3), "max_registers": (0, 128, 168), "programs": (1, 2, 3, 4),
     },
     "elementwise": {"num_warps": (2, 4, 8), "words_per_thread": (1, 2, 4), "tile_words": (16, 32, 64)},
 }  # fmt: skip

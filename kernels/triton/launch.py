@@ -38,7 +38,9 @@ __all__ = [
     "launch_options",
     "load_table",
     "next_power_of_two",
+    "on_hip",
     "override",
+    "processors",
     "rehearsed_for",
     "table_entry",
     "warp_size",
@@ -54,6 +56,7 @@ MAGIC_BITS = 0x4B000000  # of 2^23 in float32, for the kernels' argument ``magic
 UNSPECIALIZED = ("num_items", "num_partial", "num_rows", "magic")
 MORE_REGISTERS, MOST_REGISTERS = 168, 248  # of a thread: three programs of 128 threads fit a processor, or two
 MAX_ROWS = 256  # of a program: the row alignment of schedules
+REHEARSED_PROCESSORS = 132
 MAX_ROW_WORDS = 4096  # of kernels that hold a row in one tile
 
 _debug: ContextVar[bool | None] = ContextVar("qgnn_triton_debug", default=None)
@@ -73,7 +76,9 @@ class Config:
         unroll: Gathers in flight per thread: 1, 2 or 4.
         segment: Edges per program of a hub, at most 256.
         max_registers: Of a thread, on NVIDIA; 0 leaves the number to the compiler.
-        block_m, block_n, block_k, num_stages: Tile of ``linear`` and its pipeline depth.
+        block_m, block_n, num_stages: Tile of ``linear`` and its pipeline depth.
+        block_k: Input positions of ``linear`` up to which a program keeps its weights in shared memory.
+        programs: Of ``linear``, per processor, where weights are kept.
     """
 
     num_warps: int = 4
@@ -84,15 +89,16 @@ class Config:
     segment: int = 256
     max_registers: int = 0
     block_m: int = 64
-    block_n: int = 64
-    block_k: int = 64
+    block_n: int = 128
+    block_k: int = 512
     num_stages: int = 2
+    programs: int = 3
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
             power_of_two = isinstance(value, int) and value > 0 and value & (value - 1) == 0
-            if not power_of_two and field.name not in ("num_stages", "segment", "max_registers"):
+            if not power_of_two and field.name not in ("num_stages", "segment", "max_registers", "programs"):
                 raise ValueError(f"Expected '{field.name}' to be a power of two (got {value!r})")
         if self.max_registers % 8 or not 0 <= self.max_registers <= MOST_REGISTERS:
             raise ValueError(
@@ -104,7 +110,7 @@ class Config:
 
 def launch_options(config: Config, cuda: bool | None = None) -> dict[str, int]:
     """What the compiler is told for a loop over edges, on CUDA or on another platform (default: torch's own)."""
-    cuda = not _on_hip() if cuda is None else cuda
+    cuda = not on_hip() if cuda is None else cuda
     registers = {"maxnreg": config.max_registers} if config.max_registers and cuda else {}
     return {"num_warps": config.num_warps, **registers}
 
@@ -211,13 +217,26 @@ def whole_row_tile(config: Config, words: int, warp_size: int = 32, bits: int = 
     return max(1, rows * tile // width), width
 
 
-def _on_hip() -> bool:
+def on_hip() -> bool:
+    """Whether kernels are compiled for AMD."""
     rehearsed = _rehearsed.get()
     return rehearsed.startswith("gfx") if rehearsed is not None else torch.version.hip is not None
 
 
+@cache
+def _processors(index: int | None) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def processors(device: torch.device) -> int:
+    """Processors of the card: how many programs run at once, at least."""
+    if device.type == "cuda":
+        return _processors(device.index)
+    return REHEARSED_PROCESSORS if _rehearsed.get() is not None else 1
+
+
 def warp_size() -> int:
-    return 64 if _on_hip() else 32
+    return 64 if on_hip() else 32
 
 
 @contextmanager

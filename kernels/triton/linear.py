@@ -1,116 +1,133 @@
-r"""``linear`` on Triton: packed times packed through integer tensor cores.
+r"""``linear`` on Triton: packed times prepared weights through integer tensor cores.
 
-Codes are unpacked on the way to the product, never in memory.  8-bit codes do not fit a signed
-byte, so they are shifted by :math:`z = 128`; with shifted codes :math:`c'` over ``K'`` positions
-(padding included, whose code is 0)
+Weights are bytes (:mod:`.prepared`), made once.  Where those of a column block fit, a program keeps them in shared
+memory and walks over the rows; activations are unpacked on the way to the product, never in memory (:mod:`.unpack`).
+8-bit codes do not fit a signed byte and are shifted by :math:`z = 128` on either side; with shifted codes :math:`c'`
 
-.. math:: \sum_k c^x c^w = \sum c'^x c'^w + z_w \sum c'^x + z_x \sum c'^w + z_x z_w K'
-
-and row and column sums come out of the same tensor cores, as products with ones.
+.. math:: \sum_k c^x c^w = \sum c'^x c'^w + z_w \sum c^x + z_x \sum c'^w
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layout import row_bytes, row_words
+from ..layout import parts_per_byte, row_bytes, row_words
 from .bits import load_range, quantize, relu
-from .launch import UNSPECIALIZED, Config, check_devices, config_for, launch, launch_options
+from .launch import (
+    UNSPECIALIZED,
+    Config,
+    check_devices,
+    config_for,
+    launch,
+    launch_options,
+    next_power_of_two,
+    on_hip,
+    processors,
+)
+from .prepared import prepared_weights, zero_code
 from .ranges import range_kind
+from .unpack import operand, word_sums
 
-__all__ = ["linear", "linear_kernel"]
-
-ONES = tl.constexpr(16)  # the least extent of a tensor-core product
-
-
-@triton.jit
-def _codes(  # type: ignore[no-untyped-def]
-    rows, row, row_ok, first,
-    K: tl.constexpr, BITS: tl.constexpr, B: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Shifted codes of the features ``first`` to ``first + BLOCK_K``, ``[rows, BLOCK_K]`` int8."""
-    if B % BLOCK_K == 0:  # the block lies in one part of the bytes: a plain, vectorized load
-        byte = tl.multiple_of(first % B, BLOCK_K) + tl.arange(0, BLOCK_K)
-        shift = first // B * BITS
-    else:
-        feature = first + tl.arange(0, BLOCK_K)
-        byte = feature % B
-        shift = feature // B * BITS
-        shift = tl.where(shift < 8, shift, 7)[None, :]  # past the row's end; masked below
-    feature = first + tl.arange(0, BLOCK_K)
-    ok = row_ok[:, None]
-    if K % BLOCK_K != 0:
-        ok = ok & (feature < K)[None, :]
-    value = tl.load(rows + row.to(tl.int64)[:, None] * B + byte[None, :], mask=ok, other=0)
-    if BITS == 8:
-        return (value.to(tl.int32) - 128).to(tl.int8)
-    return ((value.to(tl.int32) >> shift) & ((1 << BITS) - 1)).to(tl.int8)
+__all__ = ["Tiles", "linear", "linear_kernel", "tiles_of", "unpacks_words"]
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def linear_kernel(  # type: ignore[no-untyped-def]
-    x, w, x_scale, x_offset, w_scale, w_offset, bias, row_scale, addend, out, out_scale,
-    out_offset, num_rows, num_out,
-    K: tl.constexpr, X_BITS: tl.constexpr, W_BITS: tl.constexpr, X_BYTES: tl.constexpr,
-    W_BYTES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x, x_words, w, column_sum, column_term, x_scale, x_offset, w_scale, w_offset, bias, row_scale, addend, out,
+    out_scale, out_offset, num_rows, num_items, num_out,
+    X_BITS: tl.constexpr, X_BYTES: tl.constexpr, W_ZERO: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_B: tl.constexpr, CHUNKS: tl.constexpr, WHOLE: tl.constexpr, PTX: tl.constexpr, STAGES: tl.constexpr,
     X_SCALE: tl.constexpr, X_OFFSET: tl.constexpr, W_SCALE: tl.constexpr, W_OFFSET: tl.constexpr,
     RELU: tl.constexpr, OUT_BITS: tl.constexpr, OUT_BYTES: tl.constexpr,
     OUT_SCALE: tl.constexpr, OUT_OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """``y = (((acc sw) + (rowsum lw)) sx) + (colterm lx)``, then the canonical epilogue."""
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_ok = row < num_rows
-    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    column_ok = column < num_out
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
-    row_acc = tl.zeros([BLOCK_M, ONES], tl.int32)
-    column_acc = tl.zeros([ONES, BLOCK_N], tl.int32)
-    ones_k = tl.full([BLOCK_K, ONES], 1, tl.int8)
-    k_ones = tl.full([ONES, BLOCK_K], 1, tl.int8)
-    for first in range(0, K, BLOCK_K):
-        a = _codes(x, row, row_ok, first, K, X_BITS, X_BYTES, BLOCK_K)
-        b = tl.trans(_codes(w, column, column_ok, first, K, W_BITS, W_BYTES, BLOCK_K))
-        acc = tl.dot(a, b, acc, out_dtype=tl.int32)
-        row_acc = tl.dot(a, ones_k, row_acc, out_dtype=tl.int32)
-        column_acc = tl.dot(k_ones, b, column_acc, out_dtype=tl.int32)
-    x_zero: tl.constexpr = 128 if X_BITS == 8 else 0
-    w_zero: tl.constexpr = 128 if W_BITS == 8 else 0
-    positions: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K * BLOCK_K
-    row_sum = tl.max(row_acc, 1)  # all entries of a row are equal
-    column_sum = tl.max(column_acc, 0)
-    acc += (w_zero * row_sum)[:, None] + (x_zero * column_sum)[None, :]
-    acc += x_zero * w_zero * positions
-    row_sum = (row_sum + x_zero * positions).to(tl.float32)
-    column_sum = (column_sum + w_zero * positions).to(tl.float32)
-    sw = tl.load(w_scale + column, mask=column_ok, other=1.0) if W_SCALE else tl.load(w_scale)
-    lw = tl.load(w_offset + column, mask=column_ok, other=0.0) if W_OFFSET else tl.load(w_offset)
-    sx = tl.load(x_scale + row, mask=row_ok, other=1.0)[:, None] if X_SCALE else tl.load(x_scale)
-    lx = tl.load(x_offset + row, mask=row_ok, other=0.0)[:, None] if X_OFFSET else tl.load(x_offset)
-    column_term = column_sum * sw + lw * (K * 1.0)
-    if W_SCALE:
-        sw = sw[None, :]
-    if W_OFFSET:
-        lw = lw[None, :]
-    y = acc.to(tl.float32) * sw + row_sum[:, None] * lw
-    y = y * sx + column_term[None, :] * lx
-    _finish(
-        y, row, row_ok, column, column_ok, bias, row_scale, addend, out, out_scale, out_offset,
-        num_rows, num_out, BLOCK_M, BLOCK_N, RELU, OUT_BITS, OUT_BYTES, OUT_SCALE, OUT_OFFSET,
-    )  # fmt: skip
+    """``y = (((acc sw) + (rowsum lw)) sx) + (colterm lx)``, then the canonical epilogue.
+
+    A program has ``BLOCK_N`` output features, of packed output all parts of some bytes, and every so many blocks of
+    ``BLOCK_M`` rows, ``num_items`` of them in all.
+    """
+    out_parts: tl.constexpr = 8 // OUT_BITS if OUT_BITS > 0 else 1
+    width: tl.constexpr = BLOCK_N // out_parts
+    lane = tl.arange(0, BLOCK_N)
+    place = tl.program_id(1) * width + lane % width
+    column = place
+    if OUT_BITS > 0:
+        column = lane // width * OUT_BYTES + place
+    if WHOLE:
+        column_ok = column >= 0
+    elif OUT_BITS > 0:
+        column_ok = (place < OUT_BYTES) & (column < num_out)
+    else:
+        column_ok = column < num_out
+    positions: tl.constexpr = 8 // X_BITS * BLOCK_B
+    weights = w + column[:, None] * (CHUNKS * positions) + tl.arange(0, positions)[None, :]
+    if CHUNKS == 1:
+        kept = tl.trans(tl.load(weights, mask=column_ok[:, None], other=0))
+    for item in tl.range(tl.program_id(0), num_items, tl.num_programs(0), num_stages=STAGES):
+        row = item * BLOCK_M + tl.arange(0, BLOCK_M)
+        row_ok = row < num_rows
+        start = row.to(tl.int64)[:, None] * X_BYTES
+        if CHUNKS == 1:
+            tile, words = _input(x, x_words, start, 0, row_ok, X_BYTES, BLOCK_B)
+            acc = tl.dot(operand(tile, X_BITS, PTX, BLOCK_M, BLOCK_B), kept, out_dtype=tl.int32)
+            row_sum = tl.sum(word_sums(words, X_BITS), 1)
+        else:
+            acc = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
+            sums = tl.zeros([BLOCK_M, BLOCK_B // 4], tl.int32)
+            for chunk in range(CHUNKS):
+                tile, words = _input(x, x_words, start, chunk * BLOCK_B, row_ok, X_BYTES, BLOCK_B)
+                passing = tl.trans(tl.load(weights + chunk * positions, mask=column_ok[:, None], other=0))
+                acc = tl.dot(operand(tile, X_BITS, PTX, BLOCK_M, BLOCK_B), passing, acc, out_dtype=tl.int32)
+                sums += word_sums(words, X_BITS)
+            row_sum = tl.sum(sums, 1)
+        if W_ZERO != 0:
+            acc += (W_ZERO * row_sum)[:, None]
+        if X_BITS == 8:
+            acc += (128 * tl.load(column_sum + column, mask=column_ok, other=0))[None, :]
+        sw, lw = tl.load(w_scale), tl.load(w_offset)
+        if W_SCALE:
+            sw = tl.load(w_scale + column, mask=column_ok, other=1.0)[None, :]
+        if W_OFFSET:
+            lw = tl.load(w_offset + column, mask=column_ok, other=0.0)[None, :]
+        sx = tl.load(x_scale + row, mask=row_ok, other=1.0)[:, None] if X_SCALE else tl.load(x_scale)
+        lx = tl.load(x_offset + row, mask=row_ok, other=0.0)[:, None] if X_OFFSET else tl.load(x_offset)
+        y = acc.to(tl.float32) * sw + row_sum.to(tl.float32)[:, None] * lw
+        y = y * sx + tl.load(column_term + column, mask=column_ok, other=0.0)[None, :] * lx
+        _finish(
+            y, row, row_ok, column, column_ok, bias, row_scale, addend, out, out_scale, out_offset, num_out,
+            BLOCK_M, width, WHOLE, RELU, OUT_BITS, OUT_BYTES, OUT_SCALE, OUT_OFFSET,
+        )  # fmt: skip
+
+
+@triton.jit
+def _input(x, x_words, start, first, row_ok, X_BYTES: tl.constexpr, BLOCK_B: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The bytes ``first`` to ``first + BLOCK_B`` of the rows, as bytes and as words; 0 past a row's end."""
+    byte = first + tl.arange(0, BLOCK_B)
+    word = first // 4 + tl.arange(0, BLOCK_B // 4)
+    byte_ok = row_ok[:, None]
+    word_ok = byte_ok
+    if X_BYTES % BLOCK_B != 0:
+        byte_ok = byte_ok & (byte < X_BYTES)[None, :]
+        word_ok = word_ok & (word < X_BYTES // 4)[None, :]
+    tile = tl.load(x + start + byte[None, :], mask=byte_ok, other=0)
+    words = tl.load(x_words + start // 4 + word[None, :], mask=word_ok, other=0)
+    return tile, words
 
 
 @triton.jit
 def _finish(  # type: ignore[no-untyped-def]
-    y, row, row_ok, column, column_ok, bias, row_scale, addend, out, out_scale, out_offset,
-    num_rows, num_out, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RELU: tl.constexpr, OUT_BITS: tl.constexpr,
+    y, row, row_ok, column, column_ok, bias, row_scale, addend, out, out_scale, out_offset, num_out,
+    BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr, RELU: tl.constexpr, OUT_BITS: tl.constexpr,
     OUT_BYTES: tl.constexpr, OUT_SCALE: tl.constexpr, OUT_OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """Bias, ReLU, the row's factor and either floats or, where all parts of the bytes are in this tile, codes."""
+    """Bias, addend, ReLU, the row's factor and either floats or codes."""
     if bias is not None:
         y = y + tl.load(bias + column, mask=column_ok, other=0.0)[None, :]
     ok = row_ok[:, None] & column_ok[None, :]
@@ -125,14 +142,65 @@ def _finish(  # type: ignore[no-untyped-def]
         tl.store(out + row64 * num_out + column[None, :], y, mask=ok)
     else:
         parts: tl.constexpr = 8 // OUT_BITS
-        scale = load_range(out_scale, OUT_SCALE, row, row_ok, column[None, :], column_ok[None, :])
-        start = load_range(out_offset, OUT_OFFSET, row, row_ok, column[None, :], column_ok[None, :])
-        tile = tl.reshape(y, [BLOCK_M, 1, BLOCK_N])
-        codes = tl.where(ok[:, None, :], quantize(tile, scale, start, OUT_BITS), 0)
-        codes = tl.reshape(codes, [BLOCK_M, parts, BLOCK_N // parts])
+        scale = load_range(out_scale, OUT_SCALE, row, row_ok, column, column_ok)
+        start = load_range(out_offset, OUT_OFFSET, row, row_ok, column, column_ok)
+        codes = quantize(y, scale, start, OUT_BITS)
+        if not WHOLE:
+            codes = tl.where(column_ok[None, :], codes, 0)
+        codes = tl.reshape(codes, [BLOCK_M, parts, WIDTH])
         lanes = tl.sum(codes << (OUT_BITS * tl.arange(0, parts))[None, :, None], 1)
-        byte = tl.arange(0, BLOCK_N // parts)[None, :]
-        tl.store(out + row64 * OUT_BYTES + byte, lanes.to(tl.int8), mask=row_ok[:, None])
+        byte = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+        byte_ok = row_ok[:, None]
+        if not WHOLE:
+            byte_ok = byte_ok & (byte < OUT_BYTES)[None, :]
+        tl.store(out + row64 * OUT_BYTES + byte[None, :], lanes.to(tl.int8), mask=byte_ok)
+
+
+SMALLEST_K, SMALLEST_N = 32, 16  # of an int8 product
+STREAMED = 128  # positions of a chunk where a row's weights are not kept
+NARROW = 64  # features of a program that holds more: what is added, or the next chunk
+KEPT_ON_HIP = 32 << 10  # bytes of weights: half of the shared memory there is
+
+
+class Tiles(NamedTuple):
+    """How one product is cut.
+
+    Attributes:
+        block_n: Output features of a program.
+        block_b: Input bytes of a chunk.
+        chunks: Of a row; one where the weights are kept.
+        whole: Whether no program has features past the last one.
+        columns: Blocks of output features.
+    """
+
+    block_n: int
+    block_b: int
+    chunks: int
+    whole: bool
+    columns: int
+
+
+def tiles_of(
+    config: Config, in_features: int, num_out: int, x_bits: int, out_bits: int, added: bool = False
+) -> Tiles:
+    """The tiles of a product under ``config``: whole rows where they fit, narrower where something is ``added``."""
+    parts, width = parts_per_byte(x_bits), row_bytes(in_features, x_bits)
+    out_parts = parts_per_byte(out_bits) if out_bits else 1
+    places = row_bytes(num_out, out_bits) if out_bits else num_out  # each of them ``out_parts`` features
+    row = max(SMALLEST_K // parts, next_power_of_two(width))
+    kept = min(config.block_k, KEPT_ON_HIP // config.block_n) if on_hip() else config.block_k
+    streamed = parts * row > kept
+    block_b = min(kept, STREAMED) // parts if streamed else row
+    widest = min(config.block_n, NARROW) if added or streamed else config.block_n
+    block_n = max(SMALLEST_N, min(widest, out_parts * next_power_of_two(places)))
+    of_program = block_n // out_parts
+    whole = places % of_program == 0 and out_parts * places == num_out
+    return Tiles(block_n, block_b, -(-width // block_b), whole, -(-places // of_program))
+
+
+def unpacks_words() -> bool:
+    """Whether inline PTX unpacks: not on AMD, and not under the interpreter."""
+    return not on_hip() and os.environ.get("TRITON_INTERPRET", "0") != "1"
 
 
 def linear(
@@ -158,58 +226,32 @@ def linear(
         addend,
     )  # fmt: skip
     num_rows, num_out = x_words.size(0), w_words.size(0)
-    config = fitted(config_for("linear", device, row_words(in_features, x_bits)), in_features, x_bits, w_bits)
-    packs = out_bits != 0 and packs_in_tile(num_out, out_bits)
-    if out_bits and not packs:
-        from .quantize_pack import quantize_pack
-
-        y = linear(
-            x_words, w_words, x_scale, x_offset, w_scale, w_offset, in_features, x_bits, w_bits,
-            bias, relu, row_scale=row_scale, addend=addend,
-        )  # fmt: skip
-        assert out_scale is not None
-        assert out_offset is not None
-        return quantize_pack(y, out_scale, out_offset, out_bits)
-    block_n = num_out if packs else config.block_n
-    block_m = max(SMALLEST_BLOCK_M, min(config.block_m, config.block_m * config.block_n // block_n))
-    shape = (num_rows, row_words(num_out, out_bits) if packs else num_out)
-    out = x_words.new_empty(shape, dtype=torch.int32 if packs else torch.float32)
-    x, w = x_words.contiguous().view(torch.int8), w_words.contiguous().view(torch.int8)
+    config = config_for("linear", device, row_words(in_features, x_bits))
+    tiles = tiles_of(config, in_features, num_out, x_bits, out_bits, addend is not None)
+    if tiles.chunks > 1:
+        config = replace(config, max_registers=0)
+    shape = (num_rows, row_words(num_out, out_bits) if out_bits else num_out)
+    out = x_words.new_empty(shape, dtype=torch.int32 if out_bits else torch.float32)
+    if out.numel() == 0:
+        return out
+    weights = prepared_weights(w_words, w_scale, w_offset, in_features, x_bits, w_bits, tiles.block_b)
+    x_words = x_words.contiguous()
+    rest = [None if t is None else t.contiguous() for t in (bias, row_scale, addend)]
+    ranges = [None if t is None else t.contiguous() for t in (out_scale, out_offset)]
+    num_items = triton.cdiv(num_rows, config.block_m)
+    programs = max(1, processors(device) * config.programs // tiles.columns)
     launch(
-        linear_kernel,
-        (triton.cdiv(num_rows, block_m), triton.cdiv(num_out, block_n)), device,
-        x, w, x_scale.contiguous(), x_offset.contiguous(), w_scale.contiguous(),
-        w_offset.contiguous(), None if bias is None else bias.contiguous(),
-        None if row_scale is None else row_scale.contiguous(),
-        None if addend is None else addend.contiguous(),
-        out.view(torch.int8) if packs else out, out_scale, out_offset, num_rows, num_out,
-        K=in_features, X_BITS=x_bits, W_BITS=w_bits, X_BYTES=row_bytes(in_features, x_bits),
-        W_BYTES=row_bytes(in_features, w_bits), BLOCK_M=block_m, BLOCK_N=block_n,
-        BLOCK_K=config.block_k,
+        linear_kernel, (min(num_items, programs) if tiles.chunks == 1 else num_items, tiles.columns), device,
+        x_words.view(torch.int8), x_words, weights.codes, weights.column_sum, weights.column_term,
+        x_scale.contiguous(), x_offset.contiguous(), w_scale.contiguous(), w_offset.contiguous(), *rest,
+        out.view(torch.int8) if out_bits else out, *ranges, num_rows, num_items, num_out,
+        X_BITS=x_bits, X_BYTES=row_bytes(in_features, x_bits), W_ZERO=zero_code(w_bits),
+        BLOCK_M=config.block_m, BLOCK_N=tiles.block_n, BLOCK_B=tiles.block_b, CHUNKS=tiles.chunks, WHOLE=tiles.whole,
+        PTX=unpacks_words(), STAGES=config.num_stages,
         X_SCALE=x_scale.numel() > 1, X_OFFSET=x_offset.numel() > 1,
         W_SCALE=w_scale.numel() > 1, W_OFFSET=w_offset.numel() > 1, RELU=relu,
-        OUT_BITS=out_bits if packs else 0, OUT_BYTES=row_bytes(num_out, out_bits) if packs else 0,
+        OUT_BITS=out_bits, OUT_BYTES=row_bytes(num_out, out_bits) if out_bits else 0,
         OUT_SCALE=range_kind(out_scale), OUT_OFFSET=range_kind(out_offset),
         **launch_options(config), num_stages=config.num_stages,
     )  # fmt: skip
     return out
-
-
-MAX_PACKED_OUT = 256
-SMALLEST_BLOCK_M, SMALLEST_BLOCK_K = 16, 32  # of an int8 product
-
-
-def fitted(config: Config, in_features: int, x_bits: int, w_bits: int) -> Config:
-    """``config`` for what threads must hold: bytes at 8 bits, and positions where blocks are no plain loads, take
-    registers of their own.
-    """
-    if any(row_bytes(in_features, bits) % config.block_k for bits in (x_bits, w_bits)):
-        return replace(config, block_k=SMALLEST_BLOCK_K, block_m=max(SMALLEST_BLOCK_M, config.block_m // 2))
-    return replace(config, block_k=SMALLEST_BLOCK_K) if max(x_bits, w_bits) == 8 else config
-
-
-def packs_in_tile(num_out: int, out_bits: int) -> bool:
-    """Whether one tile spans all output features, so that it can pack them: the parts of a byte lie
-    far apart.
-    """
-    return 16 <= num_out <= MAX_PACKED_OUT and num_out & (num_out - 1) == 0 and num_out * out_bits % 32 == 0
