@@ -103,12 +103,14 @@ def _is_input(given: Tensor, x: Tensor, pattern: GraphPlan | None) -> bool:
         return True
     if given.shape != x.shape or x.dim() < 2:
         return False
+    # Sums and maps of dense features have no zeros either: only what was 0 or one value per row can have stayed so.
+    if not bool(((given == 0) | (given == given.amax(-1, keepdim=True))).all()):
+        return False
     stored = x != 0
     if torch.equal(given != 0, stored):
         return True
     # A factor of zero takes a row away, such as that of an isolated node.
-    binary = x.size(-1) > 1 and bool(((given == 0) | (given == given.amax(-1, keepdim=True))).all())
-    return binary and bool((((given != 0) == stored) | ~stored.any(-1, keepdim=True)).all())
+    return x.size(-1) > 1 and bool((((given != 0) == stored) | ~stored.any(-1, keepdim=True)).all())
 
 
 def _batches(data: Any) -> Iterable[Any]:
