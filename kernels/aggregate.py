@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .arithmetic import check_range, finish, is_per_row
 from .checks import check_float, check_plan
-from .indices import check_csr
+from .indices import check_csr, check_degrees
 from .layout import check_bits, check_packed, row_words, top_code, unpack_codes
 from .library import register
 from .plan import GraphPlan
@@ -158,6 +158,7 @@ def _check(
 ) -> None:
     check_packed(words, num_features, bits)
     check_csr(rowptr, col, words.size(0))
+    check_code_sums(rowptr, col, bits)
     check_range(scale, offset, words.size(0), num_features)
     num_dst = rowptr.numel() - 1
     if reduce not in ("sum", "max"):
@@ -167,6 +168,11 @@ def _check(
     check_float(dst_scale, "dst_scale", (num_dst,))
     check_float(bias, "bias", (num_features,))
     check_output_range(out_scale, out_offset, out_bits, num_dst, num_features)
+
+
+def check_code_sums(rowptr: Tensor, col: Tensor, bits: int) -> None:
+    """Raise where a sum of codes over neighbours would not fit 31 bits."""
+    check_degrees(rowptr, col.numel(), (2**31 - 1) // top_code(bits), f"at {bits} bits")
 
 
 def _check_weight(edge_weight: Tensor, num_edges: int, num_features: int, reduce: str) -> None:
@@ -255,10 +261,6 @@ def aggregate(
     check_plan(plan, words, "packed row")
     if reduce not in REDUCTIONS:
         raise ValueError(f"Expected 'reduce' to be one of {REDUCTIONS} (got {reduce!r})")
-    check_bits(bits)
-    limit = (2**31 - 1) // top_code(bits)
-    if plan.num_edges > limit and plan.max_degree > limit:
-        raise ValueError(f"Expected at most {limit} edges into a node at {bits} bits (got {plan.max_degree})")
     if reduce == "mean":
         check_float(dst_scale, "dst_scale", (plan.num_dst,))
         inverse = plan.degree.clamp(min=1).reciprocal()

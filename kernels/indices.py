@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["check_csr", "check_edge_rows", "check_rowptr", "inherit_csr"]
+__all__ = ["check_csr", "check_degrees", "check_edge_rows", "check_rowptr", "inherit_csr"]
 
 REMEMBERED = 4096  # graphs, before those that are gone are forgotten
 
@@ -29,6 +29,7 @@ class _Known(NamedTuple):
 Memory = dict[tuple[int, int], _Known]
 _graphs: Memory = {}  # rowptr with col, or with itself
 _edges: Memory = {}  # rows of edges, with themselves
+_degrees: Memory = {}  # rowptr with itself; the largest degree
 
 
 def _version(array: Tensor) -> int:
@@ -97,6 +98,19 @@ def check_rowptr(rowptr: Tensor, num_edges: int) -> None:
         largest = _remember(_graphs, rowptr, rowptr, last)
     if largest != num_edges:
         raise ValueError(f"Expected 'rowptr' to end at the number of edges, {num_edges} (got {largest})")
+
+
+def check_degrees(rowptr: Tensor, num_edges: int, limit: int, what: str) -> None:
+    """Raise if a node has more than ``limit`` of the ``num_edges`` edges: ``what`` it sums would overflow."""
+    if num_edges <= limit:
+        return
+    largest = _recall(_degrees, rowptr, rowptr)
+    if largest is None:
+        if _capturing(rowptr):
+            return
+        largest = _remember(_degrees, rowptr, rowptr, int((rowptr[1:] - rowptr[:-1]).max()))
+    if largest > limit:
+        raise ValueError(f"Expected at most {limit} edges into a node {what} (got {largest})")
 
 
 def check_edge_rows(edge: Tensor, num_edges: int, num_rows: int) -> None:

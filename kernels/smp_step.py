@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .aggregate import check_output_range, sum_rows
+from .aggregate import check_code_sums, check_output_range, sum_rows
 from .arithmetic import check_range, finish, is_per_row
 from .checks import check_float, check_matrix, check_plan
 from .indices import check_csr
@@ -145,6 +145,7 @@ def _check(
         if scale is None or offset is None:
             raise ValueError("Expected 'scale' and 'offset' with packed 'words' (got None)")
         check_packed(words, num_features, bits)
+        check_code_sums(rowptr, col, bits)
         if words.size(0) != num_rows:
             raise ValueError(f"Expected one packed row per node, {num_rows} (got {words.size(0)})")
         check_range(scale, offset, num_rows, num_features)

@@ -226,7 +226,7 @@ def _launch(
     )  # fmt: skip
     launch(
         hub_kernel, (schedule.num_hubs, tiles), device,
-        partial, rowptr, schedule.hub_row, schedule.hub_first, schedule.hub_count, *tail, out,
+        partial, rowptr.contiguous(), schedule.hub_row, schedule.hub_first, schedule.hub_count, *tail, out,
         schedule.num_partial, MODE=mode, SLOTS=8, **launch_options(SECOND_STAGE), **meta,
     )  # fmt: skip
 

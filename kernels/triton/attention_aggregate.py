@@ -254,7 +254,7 @@ def attention_hub_kernel(  # type: ignore[no-untyped-def]
     first_slot = tl.load(hub_first + hub).to(tl.int64)
     word = tl.arange(0, WORDS)
     width: tl.constexpr = 32 // BITS * W
-    kind: tl.constexpr = tl.int32 if INTEGER else tl.float32
+    kind: tl.constexpr = tl.int64 if INTEGER else tl.float32  # 33,025 neighbours at 8 x 8 bits pass 2^31
     slots = tl.cast(num_partial, tl.int64)
     sums = partial + slots * width + first_slot * HEADS
     share = sum_slots(sums, count, HEADS, kind, SLOTS, HEADS, HEAD_TILE)

@@ -144,7 +144,7 @@ def edge_dots(a: Tensor, b: Tensor, rowptr: Tensor, col: Tensor, heads: int = 1)
     schedule = schedule_for(rowptr, config.segment)
     launch(
         edge_dots_kernel, (triton.cdiv(schedule.num_items, rows), heads), device,
-        a.contiguous(), b.contiguous(), col, schedule.row, schedule.begin, schedule.length, out,
+        a.contiguous(), b.contiguous(), col.contiguous(), schedule.row, schedule.begin, schedule.length, out,
         schedule.num_items, F=features, HEADS=heads, ROWS=rows, COLUMNS=columns, num_warps=config.num_warps,
     )  # fmt: skip
     return out
@@ -162,7 +162,9 @@ def float_sum(
     if x.dtype != torch.float32:
         return float_sum_reference(x, rowptr, col, dst_scale, src_scale, weight, edge)
     device = _checked(rowptr, col, x, dst_scale, src_scale, weight, edge)
-    x, features = x.contiguous(), x.size(1)
+    col, features = col.contiguous(), x.size(1)
+    tensors = (x, dst_scale, src_scale, weight, edge)
+    x, dst_scale, src_scale, weight, edge = (None if t is None else t.contiguous() for t in tensors)
     out = x.new_empty((rowptr.numel() - 1, features))
     if features == 0:
         return out
@@ -174,7 +176,7 @@ def float_sum(
     launch(
         float_sum_kernel, (triton.cdiv(schedule.num_items, rows), tiles), device,
         x, col, schedule.row, schedule.begin, schedule.length, schedule.slot, src_scale, dst_scale,
-        None if weight is None else weight.contiguous(), edge, out, partial, schedule.num_items,
+        weight, edge, out, partial, schedule.num_items,
         schedule.num_partial, F=features, HEADS=1 if weight is None else weight.size(1), ROWS=rows,
         COLUMNS=columns, UNROLL=config.unroll, num_warps=config.num_warps,
     )  # fmt: skip

@@ -49,6 +49,7 @@ def quantize_pack(x: Tensor, scale: Tensor, offset: Tensor, bits: int) -> Tensor
 def pack_scaled(x: Tensor, factor: Tensor | None, scale: Tensor, offset: Tensor, bits: int) -> Tensor:
     """Quantize and pack ``factor * x``, with a factor per row (``[N]``) or none."""
     device = check_devices(x, factor, scale, offset)
+    factor = None if factor is None else factor.contiguous()
     num_rows, num_features = x.shape
     words = row_words(num_features, bits)
     out = x.new_empty((num_rows, words), dtype=torch.int32)

@@ -31,6 +31,7 @@ from qgnn_plugin.kernels import (
     spmm,
     unpack_dequantize,
 )
+from qgnn_plugin.kernels.backend import use_backend
 from qgnn_plugin.kernels.plan import GraphPlan
 
 ROWS, WIDTH, OUT, HEADS, BITS = 6, 40, 5, 2, 2
@@ -312,3 +313,49 @@ def test_graphs_that_are_gone_are_forgotten() -> None:
     for _ in range(indices.REMEMBERED):
         spmm.spmm(_plan(), torch.ones(ROWS, 1))
     assert len(indices._graphs) <= indices.REMEMBERED
+
+
+def _strided(value: Any) -> Any:
+    """The same tensor with gaps between its elements and rows, in memory that starts off a word."""
+    if not isinstance(value, Tensor) or value.numel() == 1:
+        return value
+    wide = value.new_zeros((*(2 * n + 1 for n in value.shape),))
+    view = wide[tuple(slice(1, None, 2) for _ in value.shape)]
+    return view.copy_(value)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu", "interpret"])
+@pytest.mark.parametrize("op", [op for op in CALLS if "plan" not in CALLS[op][1]])
+def test_strided_arguments_give_the_same(op: str, backend: str) -> None:
+    function, arguments = CALLS[op]
+    if backend == "interpret" and op.startswith("qgnn::linear"):
+        arguments = {**arguments, "out_scale": torch.ones(OUT), "out_offset": torch.zeros(OUT)}
+    strided = {name: _strided(value) for name, value in arguments.items()}
+    with use_backend(backend):
+        expected, actual = function(**arguments), function(**strided)
+    expected, actual = (v if isinstance(v, tuple) else (v,) for v in (expected, actual))
+    for want, got in zip(expected, actual, strict=True):
+        assert torch.equal(want, got)
+
+
+def test_a_hub_whose_attention_passes_32_bits() -> None:
+    degree, top = 34_000, 255
+    hub = GraphPlan(torch.tensor([0, degree]), torch.zeros(degree, dtype=torch.int32), 1)
+    alpha = {"alpha_src": torch.zeros(1, 1), "alpha_dst": torch.zeros(1, 1)}
+    for backend in ("torch", "cpu"):
+        with use_backend(backend):
+            out = attention_aggregate.attention_aggregate(
+                layout.pack_codes(torch.full((1, 3), top), 8), hub, torch.ones(1), torch.zeros(1), 3, 8,
+                attention_bits=8, **alpha,
+            )  # fmt: skip
+        assert out.flatten().tolist() == pytest.approx([top] * 3)
+
+
+@pytest.mark.parametrize("op", ["qgnn::aggregate", "qgnn::smp_step"])
+def test_sums_that_pass_31_bits_are_refused_directly_too(op: str) -> None:
+    function, arguments = CALLS[op]
+    degree = 2**31 // 255 + 1
+    graph = {"rowptr": torch.tensor([0, *[degree] * ROWS]), "col": torch.zeros((), dtype=torch.int32).expand(degree)}
+    words = layout.pack_codes(torch.randint(0, 256, (ROWS, WIDTH)), 8)
+    with pytest.raises(ValueError, match="at most 8421504 edges into a node at 8 bits"):
+        function(**{**arguments, **graph, "words": words, "bits": 8})

@@ -5,8 +5,10 @@ import torch
 from triton_support import SMALL, assert_same, plan_of, ranges
 
 from qgnn_plugin.kernels.attention_aggregate import attention_aggregate
-from qgnn_plugin.kernels.layout import pack_codes
+from qgnn_plugin.kernels.layout import pack_codes, row_words
 from qgnn_plugin.kernels.plan import GraphPlan
+from qgnn_plugin.kernels.triton import launch
+from qgnn_plugin.kernels.triton.attention_aggregate import attention_hub_kernel
 
 
 def inputs(plan: GraphPlan, features: int, heads: int, bits: int, kind: str = "column"):  # type: ignore[no-untyped-def]
@@ -56,3 +58,19 @@ def test_mean_of_heads_and_packed_output() -> None:
     assert_same(lambda: attention_aggregate(*args, concat=False, bias=torch.ones(8), **gat), exact=False)
     out = {"out_scale": torch.tensor(0.2), "out_offset": torch.tensor(-0.5), "out_bits": 4}
     assert_same(lambda: attention_aggregate(*args, bias=torch.ones(16), **gat, **out))
+
+
+def test_a_hub_whose_sums_pass_32_bits() -> None:
+    """34,000 neighbours at 8 x 8 bits, the second stage alone: its first has a segment of 256 in every slot."""
+    segments, top = 133, 255
+    width, device = row_words(4, 8), torch.device("cpu")
+    slots = torch.full((segments, 4), 256 * top * top, dtype=torch.int32)
+    shares = torch.full((segments, 1), 256 * top, dtype=torch.int32)
+    one, out = torch.ones(1, dtype=torch.int32), torch.empty(1, 4)
+    launch.launch(
+        attention_hub_kernel, (1,), device, torch.cat([slots.view(-1), shares.view(-1)]), 0 * one, 0 * one,
+        segments * one, torch.ones(1), torch.zeros(1), None, None, None, out, segments, F=4, W=width, BITS=8, SLOTS=4,
+        WORDS=width, HEADS=1, HEAD_TILE=1, ALIGNED=True, INTEGER=True, SCALE=0, OFFSET=0, RELU=False, PACK=False,
+        OUT_SCALE=0, OUT_OFFSET=0,
+    )  # fmt: skip
+    assert out.tolist() == [[255.0] * 4]
