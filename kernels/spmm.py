@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import float_sum as _ops  # noqa: F401 (registers them)
 from .checks import check_plan, check_tensor
@@ -27,6 +26,11 @@ def _forward(plan: GraphPlan, x: Tensor, weight: Tensor | None, edge: Tensor | N
     return out.view(plan.num_dst, *x.shape[1:])
 
 
+def _differentiable() -> bool:
+    """Whether a backward pass is to be differentiated in turn."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 class _Spmm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: GraphPlan, x: Tensor, weight: Tensor | None) -> Tensor:
@@ -37,22 +41,42 @@ class _Spmm(torch.autograd.Function):
         return _forward(plan, x, weight, edge)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
         plan: GraphPlan = ctx.plan
         x, weight = ctx.saved_tensors
         grad = grad.contiguous()
         grad_x = grad_weight = None
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[1] and _differentiable():
+            grad_x = _Spmm.apply(plan.transpose, grad, None if weight is None else plan.transpose.sort(weight))
+        elif ctx.needs_input_grad[1]:
             edge = None if weight is None else plan.transpose.edge_ids
             grad_x = _forward(plan.transpose, grad, weight, edge)
         if weight is not None and ctx.needs_input_grad[2]:
-            grad_weight = edge_products(plan, grad, x)
+            grad_weight = _EdgeProducts.apply(plan, grad, x) if _differentiable() else edge_products(plan, grad, x)
         return None, grad_x, grad_weight
 
 
+class _EdgeProducts(torch.autograd.Function):
+    """:func:`edge_products`, differentiable: its gradients are sums with the gradient for weights."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: GraphPlan, a: Tensor, b: Tensor) -> Tensor:
+        ctx.plan = plan
+        ctx.save_for_backward(a, b)
+        return edge_products(plan, a, b)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
+        plan: GraphPlan = ctx.plan
+        a, b = ctx.saved_tensors
+        _, needs_a, needs_b = ctx.needs_input_grad
+        grad_a = _Spmm.apply(plan, b, grad) if needs_a else None
+        grad_b = _Spmm.apply(plan.transpose, a, plan.transpose.sort(grad)) if needs_b else None
+        return None, grad_a, grad_b
+
+
 def edge_products(plan: GraphPlan, a: Tensor, b: Tensor) -> Tensor:
-    """Inner products ``<a_i, b_j>`` per edge and head, ``[E, H]`` in CSR order.
+    """Inner products ``<a_i, b_j>`` per edge and head, ``[E, H]`` in CSR order; no gradient.
 
     Args:
         plan: The graph.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..float_sum import edge_dots_reference, float_sum_reference, segment_largest_reference
 from . import jit
-from .memory import empty
+from .memory import array_of, empty
 from .parallel import row_chunks, run_chunks
 from .simd import Vector, atomic_add, peek, vfma, vload, vload_first, vsplat, vstore, vstore_first
 
@@ -182,7 +182,7 @@ def _largest(rowptr, x, empty, out):
 
 
 def _array(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().contiguous().numpy()
+    return array_of(tensor.detach().contiguous())
 
 
 def _reads(tensor: Tensor) -> bool:

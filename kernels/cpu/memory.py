@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["empty", "release_cpu_memory"]
+__all__ = ["array_of", "empty", "release_cpu_memory"]
 
 RECYCLE_BYTES = 1 << 20
 ALIGNMENT = 64
@@ -83,3 +83,33 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     view = buffer[:size]
     weakref.finalize(view, _give, buffer).atexit = False
     return torch.from_numpy(view).view(dtype).view(shape)
+
+
+class _View:
+    """What NumPy needs to know of a tensor, which it keeps alive."""
+
+    __slots__ = ("__array_interface__", "tensor")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.__array_interface__ = {
+            "shape": tuple(tensor.shape),
+            "typestr": _TYPES[tensor.dtype],
+            "data": (tensor.data_ptr(), False),
+            "version": 3,
+        }
+
+
+_TYPES = {
+    getattr(torch, name): np.dtype(name).str
+    for name in ("float32", "float64", "int8", "int16", "int32", "int64", "uint8")
+}
+
+
+def array_of(tensor: Tensor) -> np.ndarray:
+    """The memory of a contiguous CPU tensor, whose storage its owner may still resize.
+
+    After ``tensor.numpy()`` that is an error, also for everybody else who shares the storage: reversible blocks and
+    sharded parameters free and restore theirs.
+    """
+    return np.asarray(_View(tensor))

@@ -14,6 +14,7 @@ from ..quantizers import QLRQuantizer
 from ..quantizers.autocast import full_precision
 from ..smp.constraint import attach_constraint
 from ..smp.propagation import Descent, Meter, PropagationLayer, StepOperator, Visit, dropped_edges
+from .arithmetic import own_copy
 from .base import QuantizerDict, SiteFactory
 from .gcn import propagate_codes
 from .graph import NormalizedGraph, NormalizedOperator
@@ -70,6 +71,8 @@ class QuantizedPropagation(PropagationLayer, QuantizedConv):
 
     @full_precision
     def forward(self: Any, x: Tensor, edge_index: Any, edge_weight: Tensor | None = None) -> Tensor:
+        if not x.is_floating_point():  # counts, say, which sums leave what they are
+            return super().forward(x, edge_index, edge_weight)  # type: ignore[misc]
         if self.is_plain and not (self.smp is not None and (self.is_smoothing or self.moves_itself)):
             return self.unquantized(x, edge_index, edge_weight)
         self.refuse_explain()
@@ -84,10 +87,12 @@ class QuantizedPropagation(PropagationLayer, QuantizedConv):
 
     def entered(self, x: Tensor) -> Tensor:
         """``X0``, as the steps read it."""
-        return x if self.input_quantizer is None else self.input_quantizer(x).dequantize()
+        return x if self.input_quantizer is None else self.input_quantizer(own_copy(x)).dequantize()
 
     def steps(self, x0: Tensor, graph: NormalizedGraph, visit: Visit | None = None) -> Tensor:
         """The last state of all steps from ``x0`` [N, F]."""
+        if self.input_quantizer is None and graph.source is None:
+            x0 = own_copy(x0)
         exact = self.is_off and not (self.training and self.dropout > 0)
         return self.propagate_steps(x0, graph, self.averages(graph), self.gaps(graph), exact=exact, visit=visit)
 
@@ -154,7 +159,7 @@ class QuantizedAPPNP(NormalizedOperator, QuantizedPropagation):
         return Descent(0.0, 1 - self.alpha, self.alpha)
 
     def unquantized(self: Any, x: Tensor, edge_index: Any, edge_weight: Tensor | None) -> Tensor:
-        if not self.training or self.smp is None:
+        if not self.training or self.smp is None or not x.is_floating_point():
             return super().unquantized(x, edge_index, edge_weight)
         graph, samples = self.normalized(x, edge_index, edge_weight), Samples.of(self, x)
         meter = Meter(self.smp, graph.apply, graph.plan.num_edges)

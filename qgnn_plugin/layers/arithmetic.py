@@ -24,7 +24,7 @@ from ..quantizers.functional import HALF
 from ..quantizers.packed import Packed
 from . import compressed
 
-__all__ = ["aggregate_sum", "exact_sum", "linear", "with_gradient_of"]
+__all__ = ["aggregate_sum", "exact_sum", "linear", "own_copy", "with_gradient_of"]
 
 EXACT_FLOAT32 = 2**24
 
@@ -177,11 +177,24 @@ def _float_sum(x: QuantizedTensor, plan: GraphPlan, weight: Tensor | None) -> Te
 class _Replaced(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, differentiable: Tensor, value: Tensor) -> Tensor:
-        return value.view_as(value)
+        if torch.compiler.is_compiling():
+            return value.view_as(value)
+        ctx.mark_dirty(value)  # not a view: what is returned may be written to
+        return value
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
+
+
+def own_copy(x: Tensor) -> Tensor:
+    """``x`` for a site that keeps it until its backward pass: a copy, as its owner may write to it before then.
+
+    Sums over neighbours keep nothing of what they add, so that models may update states in place.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or compressed.compressing():
+        return x
+    return x.clone() if x.layout == torch.strided else x
 
 
 def with_gradient_of(differentiable: Callable[[], Tensor], value: Tensor) -> Tensor:

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch_geometric.utils import add_self_loops, remove_self_loops
 
 from ..config import OFF
@@ -60,15 +59,15 @@ class _SoftmaxGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, shifted: Tensor, codes: Tensor, total: Tensor, plan: GraphPlan) -> Tensor:
-        numerator = shifted.exp()
-        ctx.save_for_backward(numerator / segment_sum(plan, numerator)[plan.dst], total)
+        ctx.save_for_backward(shifted, total)
         ctx.plan = plan
         return codes.view_as(codes)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        softmax, total = ctx.saved_tensors
+        shifted, total = ctx.saved_tensors
+        numerator = shifted.exp()
+        softmax = numerator / segment_sum(ctx.plan, numerator)[ctx.plan.dst]
         grad = softmax * grad * total[ctx.plan.dst]
         return grad - softmax * segment_sum(ctx.plan, grad)[ctx.plan.dst], None, None, None
 

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..kernels.plan import GraphPlan
 from ..kernels.spmm import edge_products, segment_sum, spmm
 from ..quantizers.autocast import backward_without_autocast
 from ..quantizers.compressed import Recipe, compressing, recipe
+from ..quantizers.first_order import first_order
 from ..quantizers.packed import Packed
 
 __all__ = [
@@ -41,7 +41,7 @@ class _RowScaled(torch.autograd.Function):
         return x * factor
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (factor,) = ctx.saved_tensors
         return grad * factor, None, None
@@ -61,7 +61,7 @@ class _HeadProducts(torch.autograd.Function):
         return (x * vector).sum(-1)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (vector,) = ctx.saved_tensors
         grad = grad.unsqueeze(-1)
@@ -83,7 +83,7 @@ class _Multiple(torch.autograd.Function):
         return (codes * packed.scale + packed.lower) * factor
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         factor, *rest = ctx.saved_tensors
         grad_factor = None
@@ -105,7 +105,7 @@ class _WeightValues(torch.autograd.Function):
         return codes * scale + lower
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         packed = Packed(*ctx.saved_tensors, *ctx.layout)
         grad_scale = (grad * packed.codes()).sum_to_size(packed.scale.shape) if ctx.needs_input_grad[1] else None
@@ -130,7 +130,7 @@ class _Linear(torch.autograd.Function):
         return product()
 
     @staticmethod
-    @once_differentiable
+    @first_order
     @backward_without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, w = _factors(ctx)
@@ -181,7 +181,7 @@ class _AggregateSum(torch.autograd.Function):
         return total()
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         plan, (weight, *rest) = ctx.plan, ctx.saved_tensors
         grad_codes = spmm(plan.transpose, grad, None if weight is None else plan.transpose.sort(weight))
@@ -214,7 +214,7 @@ class _WeightedMean(torch.autograd.Function):
         return mean()
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         plan, (weight, divisor, *rest) = ctx.plan, ctx.saved_tensors
         grad = grad / divisor.unsqueeze(-1)
@@ -258,7 +258,7 @@ class _PairLogits(torch.autograd.Function):
         return (F.leaky_relu(hidden, slope) * att).sum(-1)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         att, *rest = ctx.saved_tensors
         plan, (source, target) = ctx.plan, ctx.layouts

@@ -11,7 +11,7 @@ from ..quantizers import QLRQuantizer, QuantizedTensor
 from ..quantizers.autocast import full_precision
 from ..smp.constraint import Operator, attach_constraint
 from . import compressed
-from .arithmetic import aggregate_sum
+from .arithmetic import aggregate_sum, own_copy
 from .base import SiteFactory
 from .graph import NormalizedGraph, graph_size, plain_graph
 from .message_passing import QuantizedConv
@@ -39,17 +39,18 @@ class QuantizedGINConv(QuantizedConv):
 
     @full_precision
     def forward(self: Any, x: Any, edge_index: Any, size: Any = None) -> Tensor:
-        if self.is_off or self.aggr not in ("add", "sum"):
+        x_src = x if isinstance(x, Tensor) else x[0]
+        if self.is_off or self.aggr not in ("add", "sum") or not x_src.is_floating_point():
             return super().forward(x, edge_index, size)  # type: ignore[misc]
         self.refuse_explain()
         samples, x_src, x_dst, *nodes = Pair.of(self, (x, x) if isinstance(x, Tensor) else x)
         own_weight = 1 + self.eps
-        sent = self.message_quantizer(x_src, codes_kept=own_weight.requires_grad)
+        sent = self.message_quantizer(own_copy(x_src), codes_kept=own_weight.requires_grad)
         shape = graph_size(edge_index, *nodes, size, self.flow)
         graph = plain_graph(edge_index, shape, self.flow, copies=samples.count)
         out = aggregate_sum(sent, graph.plan, graph.weight, exact=not self.training)
         if x_dst is not None:
-            own = sent if x_dst is x_src else self.message_quantizer(x_dst)
+            own = sent if x_dst is x_src else self.message_quantizer(own_copy(x_dst))
             out = out + _multiple(own, own_weight)
         if self.smp is not None and x_dst is x_src and (self.training or self.is_smoothing):
             # A sum grows with the degree; the constraint is on the mean that it is a multiple of.  Where no correction

@@ -15,6 +15,7 @@ from ..config import OFF
 from ..quantizers import QLRQuantizer
 from ..quantizers.autocast import is_autocasting
 from ..smp.constraint import SmoothLayer, attach_constraint
+from .arithmetic import own_copy
 from .base import QuantizedLayer, QuantizerDict, SiteFactory
 from .graph import gcn_graph, has_fixed_graph
 from .samples import Samples
@@ -259,7 +260,7 @@ class QuantizedMessagePassing(QuantizedConv):
 
 
 def _values(x: Tensor, quantizer: QLRQuantizer) -> Tensor:
-    return quantizer(x.float() if is_autocasting() else x).dequantize()
+    return quantizer(own_copy(x.float() if is_autocasting() else x)).dequantize()
 
 
 def _is_scalar(edge_index: Any) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..quantizers import QLRQuantizer, QuantizedTensor
 from ..quantizers.autocast import full_precision
 from ..smp.constraint import attach_constraint
-from .arithmetic import aggregate_sum
+from .arithmetic import aggregate_sum, own_copy
 from .base import SiteFactory
 from .graph import NormalizedGraph, graph_size, is_sparse, mean_graph, plain_graph
 from .linear import QuantizedLinear
@@ -67,7 +67,9 @@ class QuantizedSAGEConv(QuantizedConv):
         if self.project and hasattr(self, "lin"):
             x_src = self.lin(x_src).relu()
         pair = Pair.of(self, (x_src, x_dst))
-        sent = self.input_quantizer(pair.sent, codes_kept=_transforms_first(self) or self.root_weight)
+        # The map of a node's own features keeps these in any case.
+        x_sent = pair.sent if self.root_weight else own_copy(pair.sent)
+        sent = self.input_quantizer(x_sent, codes_kept=_transforms_first(self) or self.root_weight)
         # A matrix says how many targets there are; without a share of their own, nothing else need fit them.
         num_dst = pair.num_dst if self.root_weight or not is_sparse(edge_index) else None
         graph = Sampled(edge_index, graph_size(edge_index, pair.num_src, num_dst, size, self.flow), pair.samples)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -105,7 +105,11 @@ def _sites(layer: Any, reason: str | None) -> dict[str, SiteSpec]:
 
 
 def inference(forward: Forward) -> Forward:
-    """Guard a packed layer's forward: eval mode only, no gradient, output quantization."""
+    """Guard a packed layer's forward: eval mode only, no gradient, output quantization.
+
+    Raises:
+        RuntimeError: In training mode, or where an input requires a gradient and gradients are on.
+    """
 
     @functools.wraps(forward)
     @full_precision
@@ -114,6 +118,12 @@ def inference(forward: Forward) -> Forward:
             raise RuntimeError(
                 f"Expected the packed '{self._packed.spec.name}' in eval mode (got training mode): packed "
                 f"models only run inference; call .eval(), or train the quantized model"
+            )
+        if torch.is_grad_enabled() and _wants_gradient((*args, *kwargs.values())):
+            raise RuntimeError(
+                f"Expected no gradient through the packed '{self._packed.spec.name}' (got an input that requires one): "
+                f"packed models only run inference; take gradients, such as forces, of the quantized model, or call "
+                f"the packed one under torch.no_grad()"
             )
         with torch.no_grad():
             if torch.compiler.is_compiling():
@@ -148,6 +158,16 @@ def _name_layer(error: Exception, name: str) -> None:
     message = error.args[0] if error.args else None
     if name and isinstance(message, str) and f"'{name}" not in message:
         error.args = (f"{message} (in '{name}')", *error.args[1:])
+
+
+def _wants_gradient(values: Iterable[Any]) -> bool:
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.requires_grad:
+                return True
+        elif isinstance(value, (tuple, list)) and _wants_gradient(value):
+            return True
+    return False
 
 
 @dataclass

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch_geometric.nn.models.rev_gnn import InvertibleModule
 
 from ..config import OFF
 from ..conversion import is_quantized, quantized_layers
@@ -103,6 +104,9 @@ def assemble(model: nn.Module, layers: Mapping[str, Any], specs: Iterable[LayerS
         layer = packed.get_submodule(spec.name)
         if isinstance(layer, QuantizedMessagePassing):
             layer.adopt(spec.sites)
+    for module in packed.modules():
+        if isinstance(module, InvertibleModule):
+            module.disable = True  # it frees its input for a backward pass to restore, and there is none
     for parameter in packed.parameters():
         parameter.requires_grad_(False)
     setattr(packed, SPECS, specs)

@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .autocast import backward_without_autocast
+from .first_order import first_order
 from .masks import OneBitMasks
 from .packed import Packed, pack, unpack
 
@@ -140,7 +140,7 @@ class _QuantizeAgain(torch.autograd.Function):
         return codes.view_as(codes)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     @backward_without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         v = _steps(ctx.recipe(), *ctx.saved_tensors)
@@ -161,7 +161,7 @@ class _QuantizeState(torch.autograd.Function):
         return codes.view_as(codes)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (words,) = ctx.saved_tensors
         state = unpack(words, grad.shape, STATE_BITS)
@@ -182,7 +182,7 @@ class _QuantizeSide(torch.autograd.Function):
         return codes.view_as(codes)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         sides, words = ctx.saved_tensors
         side, codes = unpack(sides, grad.shape, 1), unpack(words, grad.shape, ctx.bits)
@@ -220,7 +220,7 @@ class _Dequantize(torch.autograd.Function):
         return codes * scale + lower
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return grad, None, None
 

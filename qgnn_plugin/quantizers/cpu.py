@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..kernels.cpu import jit
 from ..kernels.cpu.epilogue import GROUP, quantize_group
+from ..kernels.cpu.memory import array_of
 from ..kernels.cpu.parallel import even_chunks, run_chunks
 from ..kernels.cpu.simd import atomic_add, peek, vcast, vload_first, vsplat, vstore, vstore_first, vwithin
 
@@ -137,7 +138,7 @@ def supports(x: Tensor, scale: Tensor, lower: Tensor) -> bool:
 
 
 def _flat(x: Tensor) -> np.ndarray:
-    return x.detach().contiguous().view(-1).numpy()
+    return array_of(x.detach().contiguous().view(-1))
 
 
 def _prepare(x: Tensor, scale: Tensor, lower: Tensor) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import cpu
 
@@ -55,10 +54,10 @@ class _QuantizeCodes(torch.autograd.Function):
         return truncate(_codes(x, scale * (qmax / FINE_LEVELS), lower, FINE_LEVELS), qmax, skew)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, lower = ctx.saved_tensors
-        if cpu.supports(x, scale, lower):
+        # Where gradients are differentiated in turn, those of the surrogate are, by operations that know how.
+        if not torch.is_grad_enabled() and cpu.supports(x, scale, lower):
             grad_x, grad_scale, grad_lower = cpu.codes_backward(grad, x, scale, lower, ctx.qmax)
         else:
             grad_x, grad_scale, grad_lower = _codes_backward(grad, x, scale, lower, ctx.qmax)

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
+from .first_order import first_order
 from .packed import pack, unpack
 
 __all__ = ["OneBitMasks"]
@@ -24,7 +24,7 @@ class _ReLU(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (words,) = ctx.saved_tensors
         return grad.masked_fill(unpack(words, grad.shape, 1) == 0, 0)
@@ -43,7 +43,7 @@ class _Dropout(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (words,) = ctx.saved_tensors
         return grad * (unpack(words, grad.shape, 1).to(grad.dtype) * ctx.factor), None
