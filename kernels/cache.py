@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from threading import Lock
@@ -22,7 +22,7 @@ from torch import Tensor
 from .checksum import checksum
 from .streams import Built
 
-__all__ = ["Fingerprint", "PlanCache", "parts_of", "pinned_plans"]
+__all__ = ["Fingerprint", "PlanCache", "have_memory", "parts_of", "pinned_plans"]
 
 _pins: ContextVar[list[Any] | None] = ContextVar("qgnn_pins", default=None)
 
@@ -82,11 +82,8 @@ def _contents(part: Tensor) -> Any:
     return part.clone() if part.is_inference() else part._version
 
 
-def parts_of(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, ...] | None:
-    """The strided tensors that hold ``tensors``; :obj:`None` where one has no memory to be known by.
-
-    That is a tensor subclass that wraps another, and a meta tensor.
-    """
+def parts_of(tensors: Iterable[Tensor | None]) -> tuple[Tensor, ...]:
+    """The strided tensors that hold ``tensors``."""
     found: list[Tensor] = []
     for tensor in tensors:
         if tensor is None:
@@ -100,9 +97,12 @@ def parts_of(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, ...] | None:
             found += (tensor.crow_indices(), tensor.col_indices(), tensor.values())
         else:
             found += (tensor.ccol_indices(), tensor.row_indices(), tensor.values())
-    if any(part.data_ptr() == 0 and part.numel() for part in found):
-        return None
     return tuple(found)
+
+
+def have_memory(parts: tuple[Tensor, ...]) -> bool:
+    """Whether all can be known by their address: a meta tensor, or a subclass that wraps another tensor, cannot."""
+    return not any(part.data_ptr() == 0 and part.numel() for part in parts)
 
 
 class PlanCache:
@@ -122,7 +122,7 @@ class PlanCache:
     def get(self, tensors: tuple[Tensor | None, ...], key: tuple[Any, ...], build: Callable[[], Any]) -> Any:
         """Return the cached value for ``tensors`` and ``key``, building it on a miss."""
         parts = parts_of(tensors)
-        if parts is None:
+        if not have_memory(parts):
             return build()
         full_key = (key, tuple(map(_form, tensors)), *map(_place, parts))
         entry = self._entries.get(full_key)

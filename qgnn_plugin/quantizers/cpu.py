@@ -131,7 +131,7 @@ def supports(x: Tensor, scale: Tensor, lower: Tensor) -> bool:
     """Whether ``x`` is on the CPU in float32 or float64, and the range is per tensor or per row."""
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or x.numel() == 0:
         return False
-    if torch.compiler.is_compiling() or scale.dtype != x.dtype or lower.dtype != x.dtype:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or scale.dtype != x.dtype or lower.dtype != x.dtype:
         return False
     per_row = x.dim() >= 2 and scale.shape == (*x.shape[:-1], 1)
     return lower.shape == scale.shape and (scale.numel() == 1 or per_row)

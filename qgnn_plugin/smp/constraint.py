@@ -104,13 +104,15 @@ class SmoothLayer:
     @property
     def step_size(self) -> float:
         """``eta`` of the explicit correction."""
-        assert self.smp is not None
+        if self.smp is None:
+            raise AttributeError(f"Expected a smoothness constraint on {type(self).__name__} (got none)")
         return self.smp.eta
 
     @property
     def highest_multiplier(self) -> float:
         """Upper end of the multiplier: that of the settings, or where the explicit correction stops being stable."""
-        assert self.smp is not None
+        if self.smp is None:
+            raise AttributeError(f"Expected a smoothness constraint on {type(self).__name__} (got none)")
         if self.smp.correction == "proximal" or self.smp.algorithm == "reference":
             return self.smp.max_multiplier
         return min(self.smp.max_multiplier, EXPLICIT_LIMIT / self.step_size)

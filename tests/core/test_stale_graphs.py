@@ -195,7 +195,7 @@ def test_a_plan_holds_no_memory_of_the_callers() -> None:
     weight.numpy()[...] = float("nan")
     assert torch.equal(graph.apply(torch.eye(NODES)), before)
     with pytest.raises(ValueError, match="in the interval"):
-        gcn_graph(edge_index, weight, NODES, add_self_loops=False)
+        gcn_graph(edge_index, None, NODES, add_self_loops=False)
 
 
 def test_a_refilled_buffer_takes_one_place_in_the_cache() -> None:
