@@ -8,7 +8,7 @@ One line converts a model, it trains as before, one more packs it::
 from . import training
 from .calibration import calibrate
 from .config import QuantConfig, SMPConfig
-from .conversion import is_quantized, quantize_model, quantizers, range_parameters, restore_model
+from .conversion import is_quantized, quantize_like, quantize_model, quantizers, range_parameters, restore_model
 from .layers import QuantizedLayer, register_layer
 from .layers.graph import fixed_graph
 from .packing import (
@@ -52,6 +52,7 @@ __all__ = [
     "load_packed",
     "pack_model",
     "packed_bytes",
+    "quantize_like",
     "quantize_model",
     "quantizers",
     "range_parameters",

@@ -18,12 +18,14 @@ from .layers.deep import conv_widths, deep_mixin
 from .layers.message_passing import QuantizedConv
 from .layers.registry import convert_layer, mixin_for
 from .quantizers import QLRQuantizer
+from .saved import CONFIG_KEY, decode
 from .smp.deep import DeepLayer, StackPlace, close_scopes, connect_stacks, find_stacks
 
 __all__ = [
     "convert_as",
     "expect_converted",
     "is_quantized",
+    "quantize_like",
     "quantize_model",
     "quantized_layers",
     "quantizers",
@@ -102,6 +104,60 @@ def convert_as(model: nn.Module, configs: Mapping[str, QuantConfig]) -> None:
     _check_units(chosen)
     config_of = configs.__getitem__
     _convert_or_undo(model, [name for name, _ in chosen], config_of, _stack_places(chosen, config_of))
+
+
+def quantize_like(model: nn.Module, state_dict: Mapping[str, Any], *, inplace: bool = False) -> nn.Module:
+    """Convert a float model as the one was whose state dict this is; its numbers are still to be loaded.
+
+    ::
+
+        state = torch.load("gcn-int4.pt")
+        qmodel = qgnn_plugin.quantize_like(GCN(...), state)
+        qmodel.load_state_dict(state)
+
+    Args:
+        model: The float architecture.
+        state_dict: Of a converted model, with the names that ``model`` has.
+        inplace: Convert ``model`` itself.
+
+    Returns:
+        The converted model.
+
+    Raises:
+        ValueError: If ``state_dict`` does not say how its model was converted (that of a float model, or of version
+            1), or does not fit ``model``.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"Expected a torch.nn.Module (got {_kind(model)})")
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"Expected a state dict (got {type(state_dict).__name__})")
+    configs = _saved_configs(model, state_dict)
+    if not configs:
+        raise ValueError(
+            "Expected the state dict of a converted model (got one that does not say how it was converted); convert "
+            "with the configuration it was saved with: qgnn_plugin.quantize_model(model, config=...)"
+        )
+    if not inplace:
+        _check_unconverted(model)
+        model = copy_model(model)
+    convert_as(model, configs)
+    return model
+
+
+def _saved_configs(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, QuantConfig]:
+    """The configuration of every converted layer in a state dict, by qualified name."""
+    names = {id(module): name for name, module in reversed(list(model.named_modules()))}
+    configs = {}
+    for key, value in state_dict.items():
+        if key != CONFIG_KEY and not key.endswith(f".{CONFIG_KEY}"):
+            continue
+        name = key.removesuffix(CONFIG_KEY).removesuffix(".")
+        try:
+            layer = model.get_submodule(name)
+            configs[names[id(layer)]] = QuantConfig.from_dict(decode(value)["config"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"Expected the state dict of such a model (got another at '{name}'): {error}") from error
+    return configs
 
 
 def _configuration(bits: int | QuantConfig | None, config: QuantConfig | None) -> QuantConfig:

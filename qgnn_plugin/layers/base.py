@@ -15,6 +15,7 @@ from ..config import OFF, Granularity, Levels, QuantConfig, Site
 from ..quantizers import QLRQuantizer
 from ..smp.constraint import BUFFERS, CONSTRAINT_ATTRIBUTES, SmoothLayer
 from ..smp.deep import StackPlace
+from .saved import CarriesConfiguration
 
 __all__ = [
     "QuantizedLayer",
@@ -79,7 +80,7 @@ def named_as(float_class: type[nn.Module]) -> dict[str, Any]:
     }
 
 
-class QuantizedLayer(SwappedLayer):
+class QuantizedLayer(CarriesConfiguration, SwappedLayer):
     """Mixin of every converted layer.
 
     Converting sets ``layer.__class__`` to a subclass of (mixin, the layer's own class), so parameters, hooks, buffers

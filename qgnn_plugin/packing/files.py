@@ -19,7 +19,7 @@ from ..layers.message_passing import SITES, QuantizedMessagePassing
 from ..quantizers import QLRQuantizer, RangeKind
 from . import container
 from .base import LayerSpec, PackedLayer
-from .model import assemble, is_packed, specs_of
+from .model import assemble, is_packed, own_state, specs_of
 from .ranges import PackedRange
 from .schema import Description, fits, read_description, written
 from .settings import first_difference, settings_of
@@ -27,7 +27,6 @@ from .settings import first_difference, settings_of
 __all__ = ["load_packed", "save_packed"]
 
 KIND = "model"
-EXTRA_STATE = "_extra_state"
 RANGES = ("scale", "lower_end", "skew")  # buffers of a frozen range
 OTHER_RANGES = ("weight_scale", "weight_lower_end", "multiplier")  # and of a packed layer
 _PLAIN = {"reason": None, "smooth": False, "output": False, "attention_bits": OFF, "check": False}
@@ -130,17 +129,14 @@ def _told(values: Mapping[str, Any], cls: type[QuantConfig | SMPConfig]) -> dict
 
 
 def _state(packed: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a packed model; what its configuration says already is left out.
+    """The tensors of a packed model.
 
     Raises:
         ValueError: If a module of the user keeps something else than a tensor in its state.
     """
-    state = dict(packed.state_dict(keep_vars=True))
-    for name, value in list(state.items()):
-        *path, last = name.split(".")
-        if last == EXTRA_STATE and isinstance(packed.get_submodule(".".join(path)), QLRQuantizer):
-            del state[name]
-        elif not isinstance(value, Tensor):
+    state = own_state(packed)
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
             raise ValueError(
                 f"Expected tensors in the state dict of a packed model (got a {type(value).__name__} at '{name}'); let "
                 f"get_extra_state() of that module return a tensor"

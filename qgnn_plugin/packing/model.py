@@ -20,6 +20,7 @@ from ..layers.message_passing import QuantizedMessagePassing
 from ..layers.registry import mixin_for
 from ..layers.sage import QuantizedSAGEConv
 from ..quantizers import QLRQuantizer
+from ..saved import CONFIG_KEY
 from ..smp.constraint import BUFFERS
 from ..smp.deep import DeepLayer, StackPlace, connect_stacks
 from .base import NEVER_RAN, WEIGHT, LayerSpec, PackedLayer, frozen_class, packed_class
@@ -28,6 +29,7 @@ from .ranges import PackedRange
 
 __all__ = ["PackedBytes", "is_packed", "pack_model", "packed_bytes", "packed_layers"]
 
+EXTRA_STATE = "_extra_state"
 SPECS = "_packed_specs"  # attribute of a packed model: the description of every converted layer, in order
 
 
@@ -225,6 +227,16 @@ def specs_of(model: nn.Module) -> list[LayerSpec]:
     return specs
 
 
+def own_state(packed: nn.Module) -> dict[str, Any]:
+    """The state dict of a packed model, the very tensors, without configurations: its description has these."""
+    state = dict(packed.state_dict(keep_vars=True))
+    for name, module in packed.named_modules(remove_duplicate=False):
+        if isinstance(module, (QLRQuantizer, QuantizedLayer)):
+            key = EXTRA_STATE if isinstance(module, QLRQuantizer) else CONFIG_KEY
+            state.pop(f"{name}.{key}" if name else key, None)
+    return state
+
+
 def packed_bytes(packed: nn.Module) -> PackedBytes:
     """Bytes of the float state dict and of the packed one, and their ``ratio``.
 
@@ -233,7 +245,7 @@ def packed_bytes(packed: nn.Module) -> PackedBytes:
     """
     specs_of(packed)
     layers = packed_layers(packed)
-    state = packed.state_dict()
+    state = {key: value for key, value in own_state(packed).items() if isinstance(value, Tensor)}
     unique = {t.data_ptr() if t.numel() else key: t for key, t in state.items()}
     size = sum(t.numel() * t.element_size() for t in unique.values())
     before = sum(layer._packed.float_bytes for layer in layers.values())

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..config import BITS, OFF, Granularity, Levels, Truncation, _one_of
 from ..kernels.plan import GraphPlan, plan_cache
 from ..kernels.spmm import segment_max
+from ..saved import REMEDY, encode, refusal, refuse
 from . import compressed
 from .functional import FINE_BITS, quantize_codes
 from .functional import levels as max_code
@@ -112,6 +113,47 @@ class QLRQuantizer(nn.Module):
         return f"bits={self.bits}, levels={self.levels}, granularity={self.granularity}, {self.range_kind.name}"
 
     # State ############################################################################################################
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides, beside its numbers, what the quantizer computes."""
+        if self.bits == OFF:
+            return {"bits": OFF}
+        return {name: getattr(self, name) for name in ("bits", "levels", "granularity", "truncation")}
+
+    def get_extra_state(self) -> Tensor:
+        """:attr:`settings`, so that a state dict of others is refused."""
+        return encode(self.settings)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Compare with :attr:`settings`.
+
+        Raises:
+            ValueError: If they differ.
+        """
+        message = refusal(self.site, self.settings, state)
+        if message is not None:
+            raise ValueError(message + REMEDY)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        key = f"{prefix}_extra_state"
+        message = refusal(self.site, self.settings, state_dict[key]) if key in state_dict else None
+        if message is not None:
+            refuse(error_msgs, message)
+            return
+        state_dict[key] = self.get_extra_state()  # state dicts of version 1 have none
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     @property
     def range_kind(self) -> RangeKind:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from core.support import CONVS, OUT, WIDTH, Plain, assert_same_state, features, graph, quantized, relative, state
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch_geometric.nn import GAT, GCN, GIN, GATConv, GCNConv, GraphConv, GraphSAGE, MessagePassing
 
 import qgnn_plugin as qgnn
-from qgnn_plugin import QuantConfig
+from qgnn_plugin import QuantConfig, SMPConfig
 from qgnn_plugin.conversion import quantized_layers
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -151,11 +152,113 @@ def test_float_weights_load_into_a_converted_model() -> None:
     assert_same_state(qgnn.restore_model(qmodel), state(source))
 
 
-def test_other_settings_do_not_load_silently() -> None:
-    one = qgnn.quantize_model(Plain(), config=QuantConfig(bits=4, granularity="channel"))
-    other = qgnn.quantize_model(Plain(), config=QuantConfig(bits=4, truncation="bt"))
-    with pytest.raises(RuntimeError, match=r"skew|size mismatch"):
-        other.load_state_dict(one.state_dict())
+OTHERS: dict[str, tuple[QuantConfig, QuantConfig, str]] = {
+    "bits": (QuantConfig(bits=4), QuantConfig(bits=8), r"bits=8 at '.*' \(got bits=4\)"),
+    "off": (QuantConfig(bits=32), QuantConfig(bits=4), r"bits=4.* \(got bits=32\)"),
+    "message_bits": (QuantConfig(), QuantConfig(message_bits=8), r"bits=8 at '.*message.*' \(got bits=4\)"),
+    "output_bits": (QuantConfig(output_bits=8), QuantConfig(), "output=False at 'convs.1'.*got output=True"),
+    "granularity": (QuantConfig(granularity="node"), QuantConfig(), "granularity='tensor' at .*got granularity='node'"),
+    "channels": (QuantConfig(granularity="channel"), QuantConfig(truncation="bt"), "got granularity='channel'"),
+    "levels": (QuantConfig(message_levels="half"), QuantConfig(), "levels='affine' at .*got levels='half'"),
+    "truncation": (QuantConfig(truncation="sbt"), QuantConfig(truncation="bt"), "truncation='bt' at .*'sbt'"),
+    "smp": (QuantConfig(smp=SMPConfig(terms=8)), QuantConfig(), r"smp.terms=4 at 'convs.0' \(got smp.terms=8\)"),
+    "deep": (
+        QuantConfig(smp=SMPConfig(initial_residual=0.1)), QuantConfig(smp=SMPConfig(initial_residual=0.2)),
+        "smp.initial_residual=0.2",
+    ),
+    "attention_bits": (QuantConfig(attention_bits=8), QuantConfig(), r"attention_bits=4 at 'convs.0'.*=8"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["calibrated", "as converted", "assign", "not strict"])
+@pytest.mark.parametrize("what", OTHERS)
+def test_state_of_another_configuration_is_refused(what: str, how: str) -> None:
+    """Whether ranges are set or not, and the ranges stay what they are; settings of training may differ."""
+    saved, config, message = OTHERS[what]
+    depth = 4 if what == "deep" else 2
+    build: Any = {"attention_bits": GAT}.get(what, GCN)
+    first, other = (qgnn.quantize_model(build(WIDTH, 8, depth, OUT), config=c) for c in (saved, config))
+    if how == "calibrated":
+        qgnn.calibrate(first, (features(), graph()))
+    before = {name: value.clone() for name, value in other.state_dict().items() if name.endswith("log_scale")}
+    with pytest.raises(RuntimeError, match=message) as caught:
+        other.load_state_dict(first.state_dict(), strict=how != "not strict", assign=how == "assign")
+    assert "quantize_like" in str(caught.value)
+    if what not in ("smp", "deep", "output_bits", "attention_bits"):
+        changed = [n for n, v in before.items() if not torch.equal(v, other.get_parameter(n))]
+        refused = [n for n, q in qgnn.quantizers(other).items() if q.settings != qgnn.quantizers(first)[n].settings]
+        assert not {name.removesuffix(".log_scale") for name in changed} & set(refused)
+    again = qgnn.quantize_like(build(WIDTH, 8, depth, OUT), first.state_dict())
+    again.load_state_dict(first.state_dict())
+    assert_same_state(again, state(first))
+    assert [str(m) for m in again.modules()] == [str(m) for m in first.modules()]
+
+
+def test_settings_of_training_may_differ() -> None:
+    config = QuantConfig(learn_ranges=False, smp=SMPConfig(alpha=0.1, eta_lambda=0.5, multiplier=0.3))
+    first = quantized(GCN(WIDTH, 8, 2, OUT), features(), graph(), config=QuantConfig())
+    other = qgnn.quantize_model(GCN(WIDTH, 8, 2, OUT), config=config)
+    other.load_state_dict(first.state_dict())
+    x, edge_index = features(), graph()
+    assert torch.equal(other.eval()(x, edge_index), first(x, edge_index))
+
+
+def test_configurations_travel_in_every_format(tmp_path: Any) -> None:
+    """As small tensors; without them, as in version 1, a state dict loads as it did."""
+    qmodel = quantized(Plain(), features(), graph(), bits=4)
+    values = qmodel.state_dict()
+    assert all(isinstance(value, Tensor) for value in values.values())
+    torch.save(values, tmp_path / "state.pt")
+    safetensors.torch.save_file({k: v.clone() for k, v in values.items()}, tmp_path / "state.safetensors")
+    for loaded in (
+        torch.load(tmp_path / "state.pt", weights_only=True),
+        safetensors.torch.load_file(tmp_path / "state.safetensors"),
+        {k: v for k, v in values.items() if "_state" not in k},
+        {k: v.to("meta") if "_state" in k else v for k, v in values.items()},
+    ):
+        for strict in (True, False):
+            other = qgnn.quantize_model(Plain(), 4)
+            assert other.load_state_dict(loaded, strict=strict) == ([], [])
+            assert_same_state(other, state(qmodel))
+    with pytest.raises(RuntimeError, match=r"bits=8 at 'convs.1.message.x' \(got bits=4\)"):
+        qgnn.quantize_model(Plain(), 8).convs[1].load_state_dict(qmodel.convs[1].state_dict())
+    damaged = {**values, "encoder._quantization_state": torch.ones(3), "encoder.weight_quantizer._extra_state": None}
+    with pytest.raises(RuntimeError, match=r"'encoder'.*a uint8 vector \(got torch.float32 \[3\]\)[\s\S]*NoneType"):
+        qgnn.quantize_model(Plain(), 4).load_state_dict(damaged)
+    assert set(qgnn.restore_model(qmodel).state_dict()) == set(Plain().state_dict())
+
+
+def test_layers_with_extra_state_of_their_own() -> None:
+    class Counting(GCNConv):
+        count = 0
+
+        def get_extra_state(self) -> Any:
+            return {"count": self.count}
+
+        def set_extra_state(self, value: Any) -> None:
+            self.count = value["count"]
+
+    first, other = (qgnn.quantize_model(nn.ModuleDict({"conv": Counting(3, 3)}), 4) for _ in range(2))
+    first["conv"].count = 5
+    other.load_state_dict(first.state_dict())
+    assert other["conv"].count == 5
+    assert set(qgnn.restore_model(first).state_dict()) == set(nn.ModuleDict({"conv": Counting(3, 3)}).state_dict())
+    with pytest.raises(RuntimeError, match="got bits=4"):
+        qgnn.quantize_model(nn.ModuleDict({"conv": Counting(3, 3)}), 8).load_state_dict(first.state_dict())
+
+
+def test_quantize_like_says_what_is_missing() -> None:
+    qmodel, model = qgnn.quantize_model(Plain(), 4), Plain()
+    with pytest.raises(ValueError, match="does not say how it was converted"):
+        qgnn.quantize_like(model, model.state_dict())
+    with pytest.raises(ValueError, match="got another at 'encoder'"):
+        qgnn.quantize_like(GCN(WIDTH, 8, 2, OUT), qmodel.state_dict())
+    with pytest.raises(ValueError, match="already quantized"):
+        qgnn.quantize_like(qmodel, qmodel.state_dict())
+    with pytest.raises(TypeError, match="state dict"):
+        qgnn.quantize_like(model, [1])  # type: ignore[arg-type]
+    assert not qgnn.is_quantized(model)
+    assert qgnn.quantize_like(model, qmodel.state_dict(), inplace=True) is model
 
 
 @pytest.mark.parametrize("name", ["GCN", "GIN", "GAT", "GraphSAGE"])
