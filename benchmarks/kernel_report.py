@@ -17,21 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import environment, write_atomically
+from benchmarks.kernel_predictions import CARDS, EFFICIENCY, issue_ms, linear_ms, memory_ms
 
 RESULTS = Path(__file__).parent / "results"
 TARGETS = ("sm_80", "sm_90", "gfx942")
 
-# Published figures: processors, 32-bit lanes per processor and clock, clock in GHz, memory bandwidth
-# in TB/s, dense int8 products in 10^12 operations per second, threads of a warp, registers and
-# threads per processor, shared bytes, and how registers are handed out.
-CARDS: dict[str, dict[str, float]] = {
-    "sm_80": {"sms": 108, "lanes": 64, "ghz": 1.41, "tbs": 2.04, "tops": 624, "warp": 32,
-              "registers": 65536, "threads": 2048, "shared": 163840},
-    "sm_90": {"sms": 132, "lanes": 64, "ghz": 1.76, "tbs": 3.35, "tops": 1979, "warp": 32,
-              "registers": 65536, "threads": 2048, "shared": 232448},
-    "gfx942": {"sms": 304, "lanes": 64, "ghz": 2.1, "tbs": 5.3, "tops": 2615, "warp": 64,
-               "registers": 131072, "threads": 2048, "shared": 65536},
-}  # fmt: skip
 NODES, EDGES = 170_000, 2_000_000
 REGISTER_GRANULE = 8
 SCHEDULE_BYTES = 24  # that a program reads per row
@@ -66,8 +56,11 @@ def predict(row: dict[str, Any]) -> dict[str, float]:
     """
     if row["codes_per_iteration"] and "row_bytes" in row:
         return _predict_gather(row, CARDS[row["target"]])
+    if row["op"] == "linear":
+        return linear_ms(row, NODES)
     if "row_traffic" in row:
-        return _predict_rows(row, CARDS[row["target"]])
+        memory = memory_ms(NODES * row["row_traffic"], row["target"])
+        return {"memory_ms": memory, "predicted_ms": memory}
     return {}
 
 
@@ -75,7 +68,7 @@ def _predict_gather(row: dict[str, Any], card: dict[str, float]) -> dict[str, fl
     instructions = sum(row["loop"].values()) / row["codes_per_iteration"]
     outside = row["outside"] / (row["codes_per_iteration"] / row["unroll"])
     work = row["features"] * (EDGES * instructions + NODES * outside)
-    issued = work / (card["sms"] * card["lanes"] * card["ghz"] * 1e6)
+    issued = issue_ms(work / card["warp"], row["target"])
     least = row["features"] * row["bits"] / 8 + 4
     sectors = -(-row["row_bytes"] // 32) * 32 + 4
     traffic = EDGES * sectors + NODES * (row.get("out_bytes", row["features"] * 4) + SCHEDULE_BYTES)
@@ -86,19 +79,11 @@ def _predict_gather(row: dict[str, Any], card: dict[str, float]) -> dict[str, fl
         "integer_per_code": row["integer_instructions"] / row["codes_per_iteration"],
         "bytes_per_edge": sectors,
         "least_bytes_per_edge": least,
+        "slots_ms": issued * EFFICIENCY,
         "issue_ms": issued,
         "memory_ms": memory,
         "predicted_ms": max(issued, memory),
     }
-
-
-def _predict_rows(row: dict[str, Any], card: dict[str, float]) -> dict[str, float]:
-    memory = NODES * row["row_traffic"] / (card["tbs"] * 1e9)
-    figures = {"memory_ms": memory, "predicted_ms": memory}
-    if "products" in row:
-        figures["issue_ms"] = 2 * NODES * row["products"] / (card["tops"] * 1e9)
-        figures["predicted_ms"] = max(memory, figures["issue_ms"])
-    return figures
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
@@ -108,10 +93,12 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "Read from ahead-of-time binaries by `make kernel-report`; no GPU took part. Times are predictions for "
         f"{NODES:,} nodes and {EDGES:,} edges from published clocks and bandwidths (A100, H100 SXM, MI300X): the "
         "larger of instructions issued and bytes moved, every gather counted as a trip to memory and every instruction "
-        "outside the inner loop as executed once per row (`outside`, per code of a row). `linear` has 256 "
-        "outputs and counts tensor-core products. Instructions per code are those of the inner loop; `integer` are "
-        "integer, logic, move and predicate ones, of AMD's the vector ones. Kernels without a prediction are second "
-        "stages of hubs and passes over logits.",
+        "outside the inner loop as executed once per row (`outside`, per code of a row). `slots ms` are all issue "
+        f"slots filled, `issue ms` {EFFICIENCY:.0%} of them. `linear` has 256 outputs; its whole way is counted, the "
+        "loop over blocks of rows with unpacking, products, arithmetic and packing in it, and its slowest pipe and the "
+        "L2 cache as well; of rows too long to keep the weights there is no prediction. Instructions per code are "
+        "those of the inner loop; `integer` are integer, logic, move and predicate ones, of AMD's the vector ones. "
+        "Kernels without a prediction are second stages of hubs and passes over logits.",
     ]
     for target in dict.fromkeys(row["target"] for row in rows):
         lines += ["", f"## {target}", "", *_table([row for row in rows if row["target"] == target])]
@@ -120,7 +107,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 HEADER = (
     "op", "case", "registers", "spills", "local", "shared", "occupancy", "widest load", "in loop", "per code",
-    "integer", "outside", "bytes per edge (least)", "issue ms", "memory ms", "predicted ms",
+    "integer", "outside", "per row", "bytes per edge (least)", "slots ms", "issue ms", "pipe ms", "L2 ms", "memory ms",
+    "predicted ms",
 )  # fmt: skip
 
 
@@ -137,8 +125,9 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
             row["op"], row["case"], row["registers"], row["spills"], row["local_bytes"], row["shared_bytes"],
             f"{row['occupancy']:.0%}", row["widest_load"], max(row["loop_loads"], default=""),
             number("instructions_per_code", ".2f"), number("integer_per_code", ".2f"),
-            number("outside_per_code", ".1f"), edge if "bytes_per_edge" in figures else "",
-            number("issue_ms", ".3f"), number("memory_ms", ".3f"), number("predicted_ms", ".3f"),
+            number("outside_per_code", ".1f"), number("instructions_per_row", ".0f"),
+            edge if "bytes_per_edge" in figures else "",
+            *(number(f"{name}_ms", ".3f") for name in ("slots", "issue", "pipe", "l2", "memory", "predicted")),
         ]  # fmt: skip
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     return lines

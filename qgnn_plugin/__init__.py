@@ -12,9 +12,11 @@ from .conversion import is_quantized, quantize_like, quantize_model, quantizers,
 from .layers import QuantizedLayer, register_layer
 from .layers.graph import fixed_graph
 from .packing import (
+    CapturedModel,
     PackedBytes,
     PackedEmbeddings,
     PackedLayer,
+    capture,
     is_packed,
     load_packed,
     pack_model,
@@ -30,6 +32,7 @@ from .smp.error import ErrorReport, error_report
 __version__ = "0.1.0"
 
 __all__ = [
+    "CapturedModel",
     "ErrorReport",
     "MultiplierState",
     "PackedBytes",
@@ -43,6 +46,7 @@ __all__ = [
     "SMPropagation",
     "Summary",
     "calibrate",
+    "capture",
     "compressed_activations",
     "differential_multiplier_step",
     "error_report",

@@ -19,7 +19,6 @@ from qgnn_plugin.kernels.plan import GraphPlan
 from qgnn_plugin.kernels.quantize_pack import quantize_pack
 from qgnn_plugin.kernels.smp_step import smp_step
 from qgnn_plugin.kernels.triton.autotune import power_law_plan
-from qgnn_plugin.kernels.triton.replay import graph_of
 from qgnn_plugin.kernels.unpack_dequantize import unpack_dequantize
 
 from .graphs import edge_index_of
@@ -209,15 +208,8 @@ def model_units(run: Run) -> Iterator[Unit]:
 
 def _replayed(model: nn.Module, x: Tensor, fresh: Tensor, edge_index: Tensor) -> str | None:
     """A captured forward pass on features that it was not captured with, against an eager one."""
-    held, result = x.clone(), []
+    import qgnn_plugin as qgnn
 
-    def forward() -> None:
-        with torch.no_grad():
-            result[:] = [model(held, edge_index)]
-
-    graph = graph_of([forward])
-    captured = result[0]
-    held.copy_(fresh)
-    graph.replay()
+    captured = qgnn.capture(model, x, edge_index)
     with torch.no_grad():
-        return differs(model(fresh, edge_index), captured, exact=True)
+        return differs(model(fresh, edge_index), captured(fresh, edge_index), exact=True)

@@ -19,7 +19,7 @@ from qgnn_plugin.kernels.backend import use_backend
 
 from .record import Row
 from .sections import MODELS
-from .worker import Run, Unit
+from .worker import Run, Unit, mend_interpreter
 
 __all__ = ["counter_units", "find_ncu", "read_counters", "units"]
 
@@ -133,6 +133,8 @@ def _call(op: str, bits: int, device: str) -> None:
     from .tuning import DRY_FEATURES, FEATURES, calls
 
     dry = device == "dry"
+    if dry:
+        mend_interpreter()
     place = torch.device("cpu" if dry else "cuda")
     kernel = "linear" if op == "linear" else "aggregate_sum"
     plan = generated("170k/2M", place, dry)

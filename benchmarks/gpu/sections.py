@@ -42,7 +42,7 @@ def _inference(size: str, limit: float) -> list[Section]:
 
 SECTIONS: tuple[Section, ...] = (
     Section("device", "kernels:device_units", 30, package=False),
-    Section("precompile", "precompile:units", 110, interpreted=False),
+    Section("precompile", "precompile:units", 110, package=False, interpreted=False),
     Section("checks: ops", "checks:op_units", 60, package=False),
     Section("checks: models", "checks:model_units", 45),
     Section("aggregate 170k/2M", "kernels:aggregate_units", 45, {"size": "170k/2M"}, package=False),

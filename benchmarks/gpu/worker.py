@@ -97,6 +97,19 @@ def listen() -> CacheLog:
     return log
 
 
+def mend_interpreter() -> None:
+    """Let Triton 3.6 interpret loops under NumPy 2.4, which no longer takes an array of one element for a number."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.reshape(-1)[0]))
+
+    interpreter._patch_lang_tensor = patched
+
+
 def _usable() -> bool:
     """Whether the device still answers: after a failed capture even a new tensor may raise."""
     if not torch.cuda.is_available():
@@ -172,6 +185,8 @@ def main(argv: list[str] | None = None) -> int:
     if message is None:
         return 0
     torch.manual_seed(message["seed"])
+    if options.dry_run:
+        mend_interpreter()
     run = Run(
         dry=options.dry_run, device=torch.device("cpu" if options.dry_run else "cuda"),
         backend="interpret" if options.dry_run else "triton", scratch=options.scratch, limit=message["limit"],

@@ -8,10 +8,10 @@ their shapes mean anything.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -44,6 +44,8 @@ class Launch:
         shared_bytes: Of a program.
         code: The binary; equal for launches of one specialization.
         hip: Whether it is AMD's.
+        numbers: Arguments and constants that are numbers, by name.
+        tensor_bytes: Of all distinct tensors among the arguments: what is read or written at least once.
     """
 
     kernel: str
@@ -52,6 +54,8 @@ class Launch:
     shared_bytes: int
     code: bytes
     hip: bool
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    tensor_bytes: int = 0
 
     @cached_property
     def binary(self) -> Binary:
@@ -100,9 +104,15 @@ class _Driver(DriverBase):
         return object(), code, 0, 0, MAX_THREADS
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
-        def launch(x: int, y: int, z: int, stream: int, code: bytes, *_: Any) -> None:
+        names = source.fn.arg_names
+
+        def launch(x: int, y: int, z: int, stream: int, code: bytes, *rest: Any) -> None:
+            arguments = dict(zip(names, rest[-len(names) :], strict=True))  # hooks and metadata come first
+            numbers = {k: v for k, v in arguments.items() if isinstance(v, (int, float))}
+            tensors = {v.data_ptr(): v.nbytes for v in arguments.values() if isinstance(v, torch.Tensor)}
             shape = (metadata.num_warps, metadata.shared)
-            _launches.get().append(Launch(metadata.name, (x, y, z), *shape, code, self.hip))
+            made = Launch(metadata.name, (x, y, z), *shape, code, self.hip, numbers, sum(tensors.values()))
+            _launches.get().append(made)
 
         return launch
 

@@ -2,15 +2,18 @@
 
 from . import attention, convs, linear, propagation
 from .base import PackedLayer, register_packed
+from .cuda_graph import CapturedModel, capture
 from .embeddings import PackedEmbeddings
 from .files import load_packed, save_packed
 from .model import PackedBytes, is_packed, pack_model, packed_bytes, packed_layers
 
 __all__ = [
+    "CapturedModel",
     "PackedBytes",
     "PackedEmbeddings",
     "PackedLayer",
     "attention",
+    "capture",
     "convs",
     "is_packed",
     "linear",
