@@ -10,6 +10,7 @@ from torch import Tensor
 from torch_geometric import EdgeIndex
 
 from ..kernels.plan import GraphPlan, check_nodes
+from .samples import layer_name
 
 __all__ = ["Edges", "LoopedPlan", "edges_of", "graph_size", "is_sparse", "may_look", "memory_of", "own_order"]
 
@@ -140,16 +141,16 @@ def is_sparse(edge_index: Any) -> bool:
 
 
 def graph_size(
-    edge_index: Any, num_src: int, num_dst: int | None, size: Any = None, flow: str = "source_to_target"
+    layer: Any, edge_index: Any, num_src: int, num_dst: int | None, size: Any = None
 ) -> tuple[int, int]:
     """Number of nodes that send and that receive messages, as PyG finds it.
 
     Args:
+        layer: Whose graph it is.
         edge_index: The graph; the size of a matrix or an ``EdgeIndex`` comes before ``size``.
-        num_src: Nodes that have features to send.
-        num_dst: Nodes that receive and have features, :obj:`None` where they have none.
-        size: The caller's, rows and columns of ``edge_index``.
-        flow: Which of the two send.
+        num_src: Nodes in the first feature matrix, which send.
+        num_dst: Nodes in the second, which add their own share; :obj:`None` where there is none.
+        size: The caller's: rows and columns of ``edge_index``.
 
     Raises:
         ValueError: If these do not agree.
@@ -158,11 +159,21 @@ def graph_size(
         size = edge_index.sparse_size()
     elif is_sparse(edge_index):
         size = (edge_index.size(1), edge_index.size(0))
-    src, dst = (None, None) if size is None else size if flow == "source_to_target" else size[::-1]
-    for what, found, expected in (("source", num_src, src), ("target", num_dst, dst)):
+    sizes = (None, None) if size is None else size
+    for what, found, expected in zip(("source", "target"), (num_src, num_dst), sizes, strict=True):
         if found is not None and expected is not None and found != expected:
-            raise ValueError(f"Expected features of {expected} {what} nodes, the size of the graph (got {found})")
-    return num_src, next(n for n in (num_dst, dst, num_src) if n is not None)
+            raise ValueError(
+                f"Expected features of {expected} {what} nodes in '{layer_name(layer)}', the size of its graph "
+                f"(got {found})"
+            )
+    if layer.flow == "source_to_target":
+        return num_src, next(n for n in (num_dst, sizes[1], num_src) if n is not None)
+    if num_dst not in (None, num_src):
+        raise ValueError(
+            f"Expected as many target as source nodes, {num_src}, in '{layer_name(layer)}', whose flow is "
+            f"'target_to_source': there PyG counts those that receive by the first of a pair (got {num_dst})"
+        )
+    return num_src, num_src
 
 
 def memory_of(edge_index: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

@@ -46,7 +46,7 @@ class QuantizedGINConv(QuantizedConv):
         samples, x_src, x_dst, *nodes = Pair.of(self, (x, x) if isinstance(x, Tensor) else x)
         own_weight = 1 + self.eps
         sent = self.message_quantizer(own_copy(x_src), codes_kept=own_weight.requires_grad)
-        shape = graph_size(edge_index, *nodes, size, self.flow)
+        shape = graph_size(self, edge_index, *nodes, size)
         graph = plain_graph(edge_index, shape, self.flow, copies=samples.count)
         out = aggregate_sum(sent, graph.plan, graph.weight, exact=not self.training)
         if x_dst is not None:

@@ -27,6 +27,14 @@ class Sampled(NamedTuple):
     size: tuple[int, int]
     samples: Samples
 
+    @classmethod
+    def of(cls, layer: Any, edge_index: Any, pair: Pair, size: Any) -> Sampled:
+        """That of ``pair``, in a SAGEConv."""
+        # Without a share of their own, targets need not fit what a matrix, or the flow, says about their number.
+        fitting = layer.root_weight or not (is_sparse(edge_index) or layer.flow != "source_to_target")
+        num_dst = pair.num_dst if fitting else None
+        return cls(edge_index, graph_size(layer, edge_index, pair.num_src, num_dst, size), pair.samples)
+
 
 class QuantizedSAGEConv(QuantizedConv):
     r"""Quantized :class:`torch_geometric.nn.SAGEConv`.
@@ -70,9 +78,7 @@ class QuantizedSAGEConv(QuantizedConv):
         # The map of a node's own features keeps these in any case.
         x_sent = pair.sent if self.root_weight else own_copy(pair.sent)
         sent = self.input_quantizer(x_sent, codes_kept=_transforms_first(self) or self.root_weight)
-        # A matrix says how many targets there are; without a share of their own, nothing else need fit them.
-        num_dst = pair.num_dst if self.root_weight or not is_sparse(edge_index) else None
-        graph = Sampled(edge_index, graph_size(edge_index, pair.num_src, num_dst, size, self.flow), pair.samples)
+        graph = Sampled.of(self, edge_index, pair, size)
         if _transforms_first(self):
             out = self._transform_first(sent, graph, smooth=x_dst is x_src)
         else:
@@ -104,11 +110,9 @@ class QuantizedSAGEConv(QuantizedConv):
             graph = self._graph(sampled)
             out = aggregate_sum(sent, graph.plan, graph.weight, exact=not self.training)
             return out if graph.target is None else out * graph.target
-        values, size = sampled.samples.shaped(sent.dequantize()), sampled.size
-        backwards = self.flow != "source_to_target"
-        size = None if is_sparse(sampled.edge_index) else size[::-1] if backwards else size
-        x = (None, values) if backwards else (values, None)
-        return sampled.samples.rows(self.float_propagate(sampled.edge_index, size, x=x))
+        values = sampled.samples.shaped(sent.dequantize())
+        size = None if is_sparse(sampled.edge_index) else sampled.size
+        return sampled.samples.rows(self.float_propagate(sampled.edge_index, size, x=(values, None)))
 
 
 def _transforms_first(layer: Any) -> bool:

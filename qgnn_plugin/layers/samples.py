@@ -87,22 +87,13 @@ class Pair(NamedTuple):
 
     @classmethod
     def of(cls, layer: Any, x: tuple[Tensor, Tensor | None]) -> Pair:
-        """Those of ``x``, whose samples are broadcast as by PyG.
-
-        With the flow ``"target_to_source"`` it is the second of the two that sends, and still the second that adds its
-        own share.
+        """Those of ``x``, whose samples are broadcast as by PyG.  The first of the two sends, whatever the flow.
 
         Raises:
-            ValueError: If their samples do not match, or the nodes that send have no features.
+            ValueError: If their samples do not match.
         """
         first, second = x
-        backwards = layer.flow != "source_to_target"
         if second is None or second is first:
-            if second is None and backwards:
-                raise ValueError(
-                    f"Expected features of both kinds of nodes in '{layer_name(layer)}', whose flow is "
-                    f"'target_to_source' (got None for the second, which sends)"
-                )
             samples = Samples.of(layer, first)
             rows = samples.rows(first)
             if second is None:
@@ -111,10 +102,7 @@ class Pair(NamedTuple):
         samples, others = Samples.of(layer, first), Samples.of(layer, second)
         if samples.leading != others.leading:
             samples, others, first, second = _broadcast(layer, samples, others, first, second)
-        first, second = samples.rows(first), others.rows(second)
-        if backwards:
-            return cls(samples, second, second, others.num_nodes, samples.num_nodes)
-        return cls(samples, first, second, samples.num_nodes, others.num_nodes)
+        return cls(samples, samples.rows(first), others.rows(second), samples.num_nodes, others.num_nodes)
 
 
 def _broadcast(

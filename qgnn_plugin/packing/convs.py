@@ -13,7 +13,7 @@ from ..config import OFF
 from ..layers.deep import DeepGCNConv
 from ..layers.gcn import QuantizedGCNConv
 from ..layers.gin import QuantizedGINConv, mean_with_self
-from ..layers.graph import NormalizedGraph, gcn_graph, graph_size, is_sparse, mean_graph, plain_graph
+from ..layers.graph import NormalizedGraph, gcn_graph, graph_size, mean_graph, plain_graph
 from ..layers.sage import QuantizedSAGEConv, Sampled, _transforms_first
 from ..layers.samples import Pair, Samples
 from ..quantizers import QuantizedTensor
@@ -156,9 +156,7 @@ class PackedSAGEConv(PackedConv):
             x_src = self.lin(x_src).relu()
         pair = Pair.of(self, (x_src, x_dst))
         sent = self.input_quantizer(pair.sent)
-        # A matrix says how many targets there are; without a share of their own, nothing else need fit them.
-        num_dst = pair.num_dst if self.root_weight or not is_sparse(edge_index) else None
-        graph = Sampled(edge_index, graph_size(edge_index, pair.num_src, num_dst, size, self.flow), pair.samples)
+        graph = Sampled.of(self, edge_index, pair, size)
         out = self._neighbours(sent, graph, smooth=x_dst is x_src)
         if self.root_weight and pair.own is not None:
             target = sent
@@ -221,7 +219,7 @@ class PackedGINConv(PackedConv):
         sent = self.message_quantizer(x_src)
         if isinstance(sent, QuantizedTensor):
             sent = packed_dense(sent)
-        shape = graph_size(edge_index, *nodes, size, self.flow)
+        shape = graph_size(self, edge_index, *nodes, size)
         graph = plain_graph(edge_index, shape, self.flow, copies=samples.count)
         out, same = self.aggregation(sent, graph), x_dst is x_src
         if x_dst is not None:
