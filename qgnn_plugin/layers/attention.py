@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch_geometric.utils import add_self_loops, remove_self_loops
+from torch_geometric import EdgeIndex
+from torch_geometric.utils import add_self_loops, remove_self_loops, to_edge_index
+from torch_geometric.utils.sparse import set_sparse_value
 
 from ..config import OFF
 from ..kernels.attention_aggregate import attention_aggregate
@@ -35,8 +37,9 @@ from . import compressed
 from .arithmetic import with_gradient_of
 from .base import SiteFactory
 from .dropout import dropout
-from .graph import edges_of, looped_plan, plain_graph
+from .graph import graph_size, is_sparse, looped_plan, plain_graph
 from .message_passing import QuantizedConv
+from .samples import layer_name
 
 __all__ = ["QuantizedGATConv", "QuantizedGATv2Conv", "attention_codes", "attention_numerators"]
 
@@ -86,6 +89,41 @@ def attention_numerators(shifted: Tensor, plan: GraphPlan, bits: int) -> tuple[T
     return _SoftmaxGradient.apply(shifted, codes, total, plan), total
 
 
+class StaticGraphError(ValueError, AssertionError):
+    """Features of several samples on one graph, which attention layers do not take; PyG asserts that there are none."""
+
+
+class AttentionGraph(NamedTuple):
+    """A graph as an attention layer walks it.
+
+    Args:
+        plan: Its edges, self-loops included where the layer adds them.
+        edge_attr: Their features, in CSR order.
+        adjacency: The edges in the caller's form, where attention weights are returned.
+    """
+
+    plan: GraphPlan
+    edge_attr: Tensor | None
+    adjacency: Any
+
+
+def one_sample(layer: Any, x: Any) -> tuple[Tensor, Tensor | None]:
+    """Source and target features of an attention layer.
+
+    Raises:
+        StaticGraphError: If these are no matrices.
+    """
+    x_src, x_dst = (x, x) if isinstance(x, Tensor) else x
+    for value in (x_src, x_dst):
+        if value is not None and value.dim() != 2:
+            raise StaticGraphError(
+                f"Expected node features of shape [N, F] in '{layer_name(layer)}' (got {list(value.shape)}): static "
+                f"graphs, many samples on one graph, are not supported in attention layers; batch the samples with "
+                f"their graphs, by torch_geometric.data.Batch"
+            )
+    return x_src, x_dst
+
+
 class _QuantizedAttention(QuantizedConv):
     """What GATConv and GATv2Conv share."""
 
@@ -102,19 +140,41 @@ class _QuantizedAttention(QuantizedConv):
     def is_off(self) -> bool:
         return self.attention_bits == OFF and super().is_off
 
-    def _plan(self: Any, edge_index: Any, edge_attr: Any, size: tuple[int, int]) -> tuple[GraphPlan, Any, Any]:
-        """The plan with self-loops as the layer wants them, its edge features in CSR order, and its edge index."""
-        if edge_attr is None:
-            if self.add_self_loops:
-                return looped_plan(edge_index, size, self.flow), None, None
-            return plain_graph(edge_index, size, self.flow).plan, None, None
-        edges = edges_of(edge_index, None, self.flow)
-        looped = torch.stack([edges.src, edges.dst])
-        if self.add_self_loops:
-            looped, edge_attr = remove_self_loops(looped, edge_attr)
-            looped, edge_attr = add_self_loops(looped, edge_attr, fill_value=self.fill_value, num_nodes=min(size))
-        plan = GraphPlan.from_edges(looped[0], looped[1], *size)
-        return plan, plan.sort(edge_attr), looped
+    def _sizes(self: Any, edge_index: Any, num_src: int, num_dst: int | None, size: Any = None) -> tuple[int, int]:
+        """Numbers of sources and targets (see :func:`graph_size`)."""
+        sizes = graph_size(self, edge_index, num_src, num_dst, size)
+        if num_dst is None and self.add_self_loops and isinstance(edge_index, EdgeIndex):
+            return num_src, max(sizes)  # as in PyG, the self-loop of every source is within the graph
+        return sizes
+
+    def _graph(self: Any, edge_index: Any, edge_attr: Any, size: tuple[int, int], returned: bool) -> AttentionGraph:
+        """The graph with self-loops as the layer wants them; in the caller's form if weights are to be ``returned``.
+
+        Raises:
+            ValueError: If edge features are given beside a matrix that gets self-loops.
+        """
+        sparse = is_sparse(edge_index)
+        if sparse and self.add_self_loops and edge_attr is not None:
+            raise ValueError(
+                f"Expected the edge features of '{layer_name(self)}' as the values of its sparse adjacency, as it "
+                f"adds self-loops (got both 'edge_attr' and a matrix); pass an edge_index, or add_self_loops=False"
+            )
+        matrix = sparse and isinstance(edge_index, Tensor)
+        as_pyg = returned or edge_attr is not None or (matrix and edge_index.dense_dim() > 0)
+        adjacency = edge_index
+        if self.add_self_loops and as_pyg:
+            adjacency, edge_attr = remove_self_loops(adjacency, edge_attr)
+            options = {"fill_value": self.fill_value, "num_nodes": min(size)}
+            adjacency, edge_attr = add_self_loops(adjacency, edge_attr, **options)
+        if matrix and as_pyg:  # in the order of its entries
+            (dst, src), values = to_edge_index(adjacency)
+            plan = GraphPlan.from_edges(src, dst, *size)
+            edge_attr = values if edge_attr is None and values.dim() > 1 else edge_attr
+        elif self.add_self_loops:
+            plan = looped_plan(edge_index, size, self.flow)
+        else:
+            plan = plain_graph(edge_index, size, self.flow).plan
+        return AttentionGraph(plan, None if edge_attr is None else plan.sort(edge_attr), adjacency)
 
     def _edge_features(self: Any, edge_attr: Tensor) -> Tensor:
         edge_attr = edge_attr.view(-1, 1) if edge_attr.dim() == 1 else edge_attr
@@ -139,21 +199,19 @@ class _QuantizedAttention(QuantizedConv):
             out = out + residual
         return out if self.bias is None else out + self.bias
 
-    def _returned(self: Any, out: Tensor, alpha: Tensor, plan: GraphPlan, request: Any) -> Any:
-        if request is None:
+    def _returned(self: Any, out: Tensor, alpha: Tensor, graph: AttentionGraph, returned: bool) -> Any:
+        """``out``, and the attention weights of the edges in the caller's form and order where these are wanted."""
+        if not returned:
             return out
-        first, second = (plan.col.long(), plan.dst) if self.flow == "source_to_target" else (plan.dst, plan.col.long())
-        return out, (torch.stack([first, second]), alpha)
+        alpha = graph.plan.unsort(alpha)
+        matrix = is_sparse(graph.adjacency)
+        return out, (set_sparse_value(graph.adjacency, alpha) if matrix else graph.adjacency, alpha)
 
-    def _is_fused(self: Any, sent: QuantizedTensor, square: bool, request: Any) -> bool:
+    def _is_fused(self: Any, sent: QuantizedTensor, square: bool, returned: bool) -> bool:
         """Whether the packed layer runs its kernel here: not for attention weights, nor where the correction acts."""
         smooth = square and self.smp is not None and self.is_smoothing
         packs = sent.qmax is not None and sent.codes.dtype == torch.float32
-        return (
-            packs
-            and (sent.scale.numel() == 1 or sent.per_node)
-            and not (self.training or smooth or request is not None)
-        )
+        return packs and (sent.scale.numel() == 1 or sent.per_node) and not (self.training or smooth or returned)
 
     @torch.no_grad()
     def _fused(self: Any, sent: QuantizedTensor, plan: GraphPlan, residual: Tensor | None, **logits: Any) -> Tensor:
@@ -209,11 +267,13 @@ class QuantizedGATConv(_QuantizedAttention):
         if self.is_off:
             return super().forward(x, edge_index, edge_attr, size, return_attention_weights)  # type: ignore[misc]
         self.refuse_explain()
-        x_src, x_dst = (x, x) if isinstance(x, Tensor) else x
+        x_src, x_dst = one_sample(self, x)
         residual = self.res(x_dst) if self.res is not None and x_dst is not None else None
         z_src, z_dst = self._transformed(x_src, x_dst)
-        num_dst = z_dst.size(0) if z_dst is not None else (size[1] if size is not None else z_src.size(0))
-        plan, edge_attr, _ = self._plan(edge_index, edge_attr, (z_src.size(0), num_dst))
+        sizes = self._sizes(edge_index, z_src.size(0), None if z_dst is None else z_dst.size(0), size)
+        returned = bool(return_attention_weights)
+        graph = self._graph(edge_index, edge_attr, sizes, returned)
+        plan, edge_attr = graph.plan, graph.edge_attr
         sent = self.message_quantizer(z_src, codes_kept=True)
         alpha_src = compressed.head_products(z_src, self.att_src)
         alpha_dst = None if z_dst is None else compressed.head_products(z_dst, self.att_dst)
@@ -230,11 +290,11 @@ class QuantizedGATConv(_QuantizedAttention):
                 out = self._smoothed(z_src, out, alpha.detach(), plan)
             return self._finish(out, residual), alpha
 
-        if self._is_fused(sent, z_dst is z_src, return_attention_weights):
-            target = alpha_src.new_zeros((num_dst, self.heads)) if alpha_dst is None else alpha_dst
+        if self._is_fused(sent, z_dst is z_src, returned):
+            target = alpha_src.new_zeros((sizes[1], self.heads)) if alpha_dst is None else alpha_dst
             terms = {"alpha_src": alpha_src, "alpha_dst": target, "alpha_edge": alpha_edge}
             return with_gradient_of(lambda: spelled_out()[0], self._fused(sent, plan, residual, **terms))
-        return self._returned(*spelled_out(), plan, return_attention_weights)
+        return self._returned(*spelled_out(), graph, returned)
 
     def _transformed(self: Any, x_src: Tensor, x_dst: Tensor | None) -> tuple[Tensor, Tensor | None]:
         shape = (-1, self.heads, self.out_channels)
@@ -261,17 +321,25 @@ class QuantizedGATv2Conv(_QuantizedAttention):
         if self.is_off:
             return super().forward(x, edge_index, edge_attr, return_attention_weights)  # type: ignore[misc]
         self.refuse_explain()
-        x_src, x_dst = (x, x) if isinstance(x, Tensor) else x
+        x_src, x_dst = one_sample(self, x)
+        if x_dst is None:
+            raise ValueError(f"Expected target features in '{layer_name(self)}', a GATv2Conv (got None)")
         shape = (-1, self.heads, self.out_channels)
-        residual = self.res(x_dst) if self.res is not None and x_dst is not None else None
+        residual = None if self.res is None else self.res(x_dst)
         z_src = self.lin_l(x_src).view(shape)
         if self.share_weights and x_dst is x_src:
             z_dst = z_src
         else:
-            z_dst = None if x_dst is None else (self.lin_l if self.share_weights else self.lin_r)(x_dst).view(shape)
-        if z_dst is None:
-            raise ValueError("Expected target features in a bipartite GATv2Conv (got None)")
-        plan, edge_attr, _ = self._plan(edge_index, edge_attr, (z_src.size(0), z_dst.size(0)))
+            z_dst = (self.lin_l if self.share_weights else self.lin_r)(x_dst).view(shape)
+        returned = bool(return_attention_weights)
+        sizes = self._sizes(edge_index, z_src.size(0), z_dst.size(0))
+        graph = self._graph(edge_index, edge_attr, sizes, returned)
+        plan, edge_attr = graph.plan, graph.edge_attr
+        if edge_attr is not None and self.lin_edge is None:
+            raise ValueError(
+                f"Expected no edge features in '{layer_name(self)}', made without 'edge_dim' (got some); GATv2Conv("
+                f"..., edge_dim={edge_attr[0].numel() if edge_attr.size(0) else 1}) takes them"
+            )
         sent = self.message_quantizer(z_src, codes_kept=True)
         target = sent if z_dst is z_src else self.target_quantizer(z_dst)
 
@@ -281,10 +349,10 @@ class QuantizedGATv2Conv(_QuantizedAttention):
                 out = self._smoothed(z_src, out, alpha.detach(), plan)
             return self._finish(out, residual), alpha
 
-        if edge_attr is None and self._is_fused(sent, x_dst is x_src, return_attention_weights):
+        if edge_attr is None and self._is_fused(sent, x_dst is x_src, returned):
             terms = {"att": self.att.view(self.heads, -1), "x_dst": target.dequantize().flatten(1)}
             return with_gradient_of(lambda: spelled_out()[0], self._fused(sent, plan, residual, **terms))
-        return self._returned(*spelled_out(), plan, return_attention_weights)
+        return self._returned(*spelled_out(), graph, returned)
 
     def _logits(
         self: Any, sent: QuantizedTensor, target: QuantizedTensor, edge_attr: Tensor | None, plan: GraphPlan

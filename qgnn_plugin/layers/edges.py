@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch_geometric import EdgeIndex
+from torch_geometric.utils import to_edge_index
 
 from ..kernels.plan import GraphPlan, check_nodes
 from .samples import layer_name
@@ -68,9 +69,9 @@ def edges_of(
             f"Expected a matrix in COO, CSR or CSC format (got {edge_index.dim()} dimensions in {edge_index.layout}); "
             f"use 'to_sparse_csr()'"
         )
-    coo = edge_index.to_sparse_coo().coalesce()
-    dst, src = coo.indices()
-    return Edges(src, dst, _unless_ones(_checked(coo.values(), src, dtype, "values")))
+    # Entries that a compressed matrix repeats are several: a mean counts them, a maximum picks one of them.
+    (dst, src), values = to_edge_index(edge_index.coalesce() if edge_index.layout == torch.sparse_coo else edge_index)
+    return Edges(src, dst, _unless_ones(_checked(values, src, dtype, "values")))
 
 
 def _checked_pair(edge_index: Tensor) -> Tensor:

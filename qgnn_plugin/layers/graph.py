@@ -184,7 +184,11 @@ def looped_plan(edge_index: Any, size: tuple[int, int], flow: str) -> GraphPlan:
     """The plan of a graph whose self-loops are removed and put back once per node, as GATConv does."""
 
     def build() -> GraphPlan:
-        return LoopedPlan.of(edges_of(edge_index, None, flow, size), size, "new").plan
+        edges = edges_of(edge_index, None, flow, size)
+        if is_sparse(edge_index):  # PyG merges what a matrix repeats
+            dst, src = torch.unique(torch.stack([edges.dst, edges.src]), dim=1)
+            edges = Edges(src, dst, None)
+        return LoopedPlan.of(edges, size, "new").plan
 
     return _cached(edge_index, None, ("new loops", size, flow), build)
 

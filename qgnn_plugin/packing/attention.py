@@ -13,7 +13,8 @@ from torch import Tensor
 from ..config import OFF
 from ..kernels.attention_aggregate import attention_aggregate
 from ..kernels.plan import GraphPlan
-from ..layers.attention import QuantizedGATConv, QuantizedGATv2Conv, _QuantizedAttention
+from ..layers.attention import QuantizedGATConv, QuantizedGATv2Conv, _QuantizedAttention, one_sample
+from ..layers.samples import layer_name
 from ..quantizers import QuantizedTensor
 from .base import LayerSpec, PackedConv, inference, register_packed
 from .deferred import Producer, conclude
@@ -124,19 +125,21 @@ class PackedGATConv(_PackedAttention):
         return_attention_weights: Any = None,
     ) -> Any:
         """``[N, in_channels]`` to ``[N, H C]`` (``[N, C]`` without ``concat``); ``x`` may be a pair."""
-        x_src, x_dst = (x, x) if isinstance(x, Tensor) else x
+        x_src, x_dst = one_sample(self, x)
         residual = self.res(x_dst) if self.res is not None and x_dst is not None else None
         square = x_dst is x_src and self.lin is not None
         sent, z_src, alpha_src, alpha_dst = self._messages(x_src, x_dst, square)
-        num_src = alpha_src.size(0)
-        num_dst = alpha_dst.size(0) if alpha_dst is not None else (num_src if size is None else size[1])
-        plan, edge_attr, _ = LAYER._plan(self, edge_index, edge_attr, (num_src, num_dst))
+        num_dst = None if alpha_dst is None else alpha_dst.size(0)
+        sizes = LAYER._sizes(self, edge_index, alpha_src.size(0), num_dst, size)
+        returned = bool(return_attention_weights)
+        graph = LAYER._graph(self, edge_index, edge_attr, sizes, returned)
+        plan, edge_attr = graph.plan, graph.edge_attr
         alpha_edge = None
         if edge_attr is not None and self.lin_edge is not None:
             alpha_edge = (self._edge_terms(edge_attr) * self.att_edge).sum(-1)
         smooth = self.smp is not None and square
-        if return_attention_weights is None and not smooth:
-            target = alpha_src.new_zeros((num_dst, self.heads)) if alpha_dst is None else alpha_dst
+        if not (returned or smooth):
+            target = alpha_src.new_zeros((sizes[1], self.heads)) if alpha_dst is None else alpha_dst
 
             def by_target(rows: slice) -> Logits:
                 edge = None if alpha_edge is None else alpha_edge[plan.edges(rows.start, rows.stop)]
@@ -148,7 +151,7 @@ class PackedGATConv(_PackedAttention):
             logits = logits if term is None else logits + term
         logits = F.leaky_relu(logits, self.negative_slope)
         out, alpha = self._spelled_out(z_src if smooth else None, sent, logits, plan)
-        return LAYER._returned(self, LAYER._finish(self, out, residual), alpha, plan, return_attention_weights)
+        return LAYER._returned(self, LAYER._finish(self, out, residual), alpha, graph, returned)
 
     def _messages(
         self, x_src: Tensor, x_dst: Tensor | None, square: bool
@@ -185,9 +188,9 @@ class PackedGATv2Conv(_PackedAttention):
     @inference
     def forward(self, x: Any, edge_index: Any, edge_attr: Any = None, return_attention_weights: Any = None) -> Any:
         """``[N, in_channels]`` to ``[N, H C]`` (``[N, C]`` without ``concat``); ``x`` may be a pair."""
-        x_src, x_dst = (x, x) if isinstance(x, Tensor) else x
+        x_src, x_dst = one_sample(self, x)
         if x_dst is None:
-            raise ValueError("Expected target features in a bipartite GATv2Conv (got None)")
+            raise ValueError(f"Expected target features in '{layer_name(self)}', a GATv2Conv (got None)")
         same = x_dst is x_src
         residual = self.res(x_dst) if self.res is not None else None
         sent, z = self._sent(self.lin_l, x_src, self.message_quantizer)
@@ -195,10 +198,12 @@ class PackedGATv2Conv(_PackedAttention):
         if not (self.share_weights and same):
             lin = self.lin_l if self.share_weights else self.lin_r
             target, _ = self._sent(lin, x_dst, self.target_quantizer)
-        sizes = sent.words.size(0), x_dst.size(0)
-        plan, edge_attr, _ = LAYER._plan(self, edge_index, edge_attr, sizes)
+        sizes = LAYER._sizes(self, edge_index, sent.words.size(0), x_dst.size(0))
+        returned = bool(return_attention_weights)
+        graph = LAYER._graph(self, edge_index, edge_attr, sizes, returned)
+        plan, edge_attr = graph.plan, graph.edge_attr
         smooth = self.smp is not None and same
-        if edge_attr is None and return_attention_weights is None and not smooth:
+        if edge_attr is None and not (returned or smooth):
             att = self.att.view(self.heads, self.out_channels)
 
             def by_target(rows: slice) -> Logits:
@@ -208,7 +213,7 @@ class PackedGATv2Conv(_PackedAttention):
             return self.deferred(replace(self._attended(sent, plan, residual, by_target), is_fused=False))
         logits = self._logits(sent, target.dequantize(), edge_attr, plan)
         out, alpha = self._spelled_out(z if smooth else None, sent, logits, plan)
-        return LAYER._returned(self, LAYER._finish(self, out, residual), alpha, plan, return_attention_weights)
+        return LAYER._returned(self, LAYER._finish(self, out, residual), alpha, graph, returned)
 
     def _sent(self, lin: Any, x: Tensor, site: PackedRange) -> tuple[PackedTensor, Tensor | None]:
         """The packed result of ``lin``, and the floats it comes from where those were written."""

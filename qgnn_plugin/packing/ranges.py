@@ -332,7 +332,7 @@ class PackedRange(nn.Module):
         if self.bits == ONE_BIT:
             self._check_one_bit(bool(((x == 0) | (x == scale)).all()))
         unsigned = self.spec.zero_code == 0
-        return PackedTensor(words, scale.squeeze(-1), lower.squeeze(-1), x[0].numel(), self.bits, unsigned)
+        return PackedTensor(words, scale.squeeze(-1), lower.squeeze(-1), x.size(1) * x.size(2), self.bits, unsigned)
 
     def _quantize_rows(self, x: Tensor) -> PackedTensor:
         scale, lower = self._range_of(x)

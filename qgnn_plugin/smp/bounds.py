@@ -20,7 +20,7 @@ from ..layers.base import QuantizedLayer
 from ..layers.deep import DeepConv, DeepGCNConv
 from ..layers.gcn import QuantizedGCNConv
 from ..layers.gin import QuantizedGINConv
-from ..layers.graph import NormalizedGraph, gcn_graph, mean_graph, plain_graph
+from ..layers.graph import NormalizedGraph, edges_of, gcn_graph, mean_graph, plain_graph
 from ..layers.linear import QuantizedLinear
 from ..layers.message_passing import QuantizedMessagePassing
 from ..layers.sage import QuantizedSAGEConv
@@ -165,8 +165,8 @@ def _gatv2(run: LayerRun, seen: Seen) -> float:
 def _attention(run: LayerRun) -> tuple[GraphPlan, Tensor]:
     """The graph of an attention layer and its weights ``[E, H]``."""
     out, (edges, attention) = run(return_attention_weights=True)
-    src, dst = edges if run.layer.flow == "source_to_target" else edges.flip(0)
-    plan = GraphPlan.from_edges(src, dst, out.size(0), out.size(0))
+    edges = edges_of(edges, None, run.layer.flow)
+    plan = GraphPlan.from_edges(edges.src, edges.dst, out.size(0), out.size(0))
     return plan, plan.sort(attention)
 
 
