@@ -141,9 +141,7 @@ def is_sparse(edge_index: Any) -> bool:
     return True
 
 
-def graph_size(
-    layer: Any, edge_index: Any, num_src: int, num_dst: int | None, size: Any = None
-) -> tuple[int, int]:
+def graph_size(layer: Any, edge_index: Any, num_src: int, num_dst: int | None, size: Any = None) -> tuple[int, int]:
     """Number of nodes that send and that receive messages, as PyG finds it.
 
     Args:
