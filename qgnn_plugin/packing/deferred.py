@@ -9,10 +9,12 @@ the same order, so what a model returns does not depend on what was deferred.
 from __future__ import annotations
 
 import copy
+import functools
+import weakref
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -258,6 +260,9 @@ class DeferredTensor(Tensor):
         shape = (producer.num_rows, producer.num_features)
         tensor = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.float32, device=producer.device)
         tensor.pending = pending
+        scope = _scope.get()
+        if scope is not None:
+            scope.made.append(weakref.ref(tensor))
         return tensor
 
     @classmethod
@@ -360,27 +365,98 @@ def _note_batch_norm(pending: Pending, weight: Any, bias: Any, mean: Any, var: A
 
 # Where layers may defer ###############################################################################################
 
-_depth: ContextVar[int] = ContextVar("qgnn_packed_depth", default=0)
+_scope: ContextVar[_Scope | None] = ContextVar("qgnn_deferring", default=None)
+
+
+class _Scope:
+    """One call of a packed model: the deferred tensors that were made in it."""
+
+    def __init__(self) -> None:
+        self.made: list[weakref.ref[DeferredTensor]] = []
+
+    def compute_what_is_left(self) -> None:
+        """Compute what something still refers to after the call, such as an attribute of the model.
+
+        What it follows from may be written over from now on.
+        """
+        for made in self.made:
+            tensor = made()
+            if tensor is not None:
+                tensor.plain()
 
 
 def is_deferring() -> bool:
     """Whether a packed model is running, whose output :func:`defer_inside` makes plain; never while compiling."""
-    return not torch.compiler.is_compiling() and not torch.jit.is_tracing() and _depth.get() > 0
+    return not torch.compiler.is_compiling() and not torch.jit.is_tracing() and _scope.get() is not None
 
 
 def defer_inside(model: nn.Module) -> None:
-    """Let the layers of ``model`` defer their results while it runs; what it returns are plain tensors."""
-    model.register_forward_pre_hook(_enter, prepend=True)
-    model.register_forward_hook(_leave, prepend=True, always_call=True)
+    """Let the layers of ``model`` defer their results while it runs; what it returns are plain tensors.
+
+    Its class is swapped for one that sees to that: hooks would not run where a call is interrupted.
+    """
+    if not isinstance(model, DeferringModel):
+        model.__class__ = _deferring_class(type(model))
+
+
+class DeferringModel:
+    """Mixin of a packed model's class: the scope of its calls."""
+
+    inner_class: ClassVar[type[nn.Module]]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        make, args, *rest = super().__reduce_ex__(protocol)  # type: ignore[misc]
+        args = tuple(type(self).inner_class if arg is type(self) else arg for arg in args)
+        return _rebuild, (make, args), *rest
+
+
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _deferring_class(inner: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of ``(DeferringModel, inner)``, made once, under the name of ``inner``."""
+    if inner not in _CLASSES:
+        names = ("__module__", "__qualname__", "__doc__")
+        namespace: dict[str, Any] = {name: getattr(inner, name) for name in names}
+        namespace |= {"inner_class": inner, "forward": _scoped(inner)}
+        _CLASSES[inner] = type(inner.__name__, (DeferringModel, inner), namespace)
+    return _CLASSES[inner]
+
+
+def _scoped(inner: Any) -> Callable[..., Any]:
+    """The ``forward`` of a class in a scope of its own; hooks of the model run outside."""
+
+    @functools.wraps(inner.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return inner.forward(self, *args, **kwargs)
+        outer, scope = _scope.get(), _Scope()
+        try:
+            _scope.set(scope)
+            out = plain(inner.forward(self, *args, **kwargs))
+            scope.compute_what_is_left()
+            return out
+        finally:
+            _scope.set(outer)
+
+    return forward
+
+
+def _rebuild(make: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    model = make(*args)
+    defer_inside(model)
+    return model
+
+
+# Pickles of the time when hooks opened the scope name these two: the first call puts the class in their place.
 
 
 def _enter(model: nn.Module, args: Any) -> None:
-    if not torch.compiler.is_compiling():
-        _depth.set(_depth.get() + 1)
+    for hooks in (model._forward_pre_hooks, model._forward_hooks):
+        for key in [key for key, hook in hooks.items() if hook in (_enter, _leave)]:
+            del hooks[key]
+    defer_inside(model)
 
 
-def _leave(model: nn.Module, args: Any, output: Any) -> Any:
-    if torch.compiler.is_compiling():
-        return None
-    _depth.set(_depth.get() - 1)
-    return plain(output)
+def _leave(model: nn.Module, args: Any, output: Any) -> None:
+    """Nothing: :func:`_enter` has taken it off."""
