@@ -1,6 +1,7 @@
 """Training of quantized graph neural networks with PyTorch Lightning."""
 
 from .calibration import RangeCalibration
+from .checkpoint import load_converted
 from .classifiers import QuantizedGraphClassifier, QuantizedNodeClassifier
 from .data import NodeDataModule
 from .multiplier import DifferentialMultiplier
@@ -13,4 +14,5 @@ __all__ = [
     "QuantizedNodeClassifier",
     "RandomState",
     "RangeCalibration",
+    "load_converted",
 ]

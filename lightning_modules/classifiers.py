@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch_geometric.data import Data
 from torchmetrics.classification import MulticlassAccuracy
 
+from qgnn_plugin.checkpoints import ConvertsOnLoad
 from qgnn_plugin.inputs import model_inputs
 from qgnn_plugin.training import distillation_loss, parameter_groups
 
@@ -27,7 +28,7 @@ Split = Literal["train", "val", "test"]
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-class _QuantizedClassifier(pl.LightningModule):
+class _QuantizedClassifier(ConvertsOnLoad, pl.LightningModule):
     """What node and graph classifiers share: all but the choice of rows and labels."""
 
     def __init__(

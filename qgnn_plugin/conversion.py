@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
+from .checkpoints import close_checkpoints, open_checkpoints
 from .config import OFF, QuantConfig
 from .copying import copy_model
 from .layers.base import QuantizedLayer, SiteFactory, restore_class
@@ -80,6 +81,7 @@ def quantize_model(
     if not inplace:
         model = copy_model(model)
     _convert_or_undo(model, [name for name, _ in chosen], config.for_layer, places)
+    open_checkpoints(model)
     return model
 
 
@@ -141,6 +143,7 @@ def quantize_like(model: nn.Module, state_dict: Mapping[str, Any], *, inplace: b
         _check_unconverted(model)
         model = copy_model(model)
     convert_as(model, configs)
+    open_checkpoints(model)
     return model
 
 
@@ -385,6 +388,7 @@ def restore_model(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     for layer in list(model.modules()):
         if isinstance(layer, QuantizedLayer):
             restore_class(layer)
+    close_checkpoints(model)
     close_scopes(model)
     return model
 

@@ -28,7 +28,7 @@ class CarriesConfiguration:
             "output": type(self).quantizes_output,
             "attention_bits": getattr(self, "attention_bits", OFF),
             **{f"smp.{name}": value for name, value in ({} if smp is None else smp.acting()).items()},
-            "deep_place": None if place is None else [place.stack, place.depth, place.length],
+            "deep_place": None if place is None else [place.depth, place.length],
         }
 
     def _save_to_state_dict(self: Any, destination: Any, prefix: str, keep_vars: bool) -> None:
