@@ -161,3 +161,21 @@ def test_a_file_is_as_small_as_its_bits(tmp_path: Path) -> None:
         qgnn_plugin.save_packed(packed, path)
         assert qgnn_plugin.packed_bytes(packed).ratio > ratio
         assert qgnn_plugin.packed_bytes(packed).float / path.stat().st_size > ratio
+
+
+@pytest.mark.parametrize("name", ["gcn", "sage", "gat", "gatv2", "gin", "appnp"])
+def test_packed_models_change_neither_dtype_nor_mode(name: str) -> None:
+    """By the layer's name; devices and memory may change."""
+    _, packed, args = packed_pair(name, bits=4)
+    expected = packed(*args)
+    for change in ("half", "double", "bfloat16"):
+        with pytest.raises(ValueError, match=r"packed '.*' to stay in float32 \(got (float|bfloat)(16|64)"):
+            getattr(packed_pair(name, bits=4)[1], change)()
+    with pytest.raises(ValueError, match="to stay in float32"):
+        packed_pair(name, bits=4)[1].to(torch.float16)
+    for same in (packed.float(), packed.cpu(), packed.to(torch.float32), packed.share_memory()):
+        assert torch.equal(same(*args), expected)
+    assert all(t.is_meta for t in packed_pair(name, bits=4)[1].to("meta").state_dict().values())
+    with pytest.raises(RuntimeError, match=r"packed '.*' in eval mode \(got training mode\).*\.eval\(\)"):
+        packed.train()(*args)
+    assert torch.equal(packed.eval()(*args), expected)
