@@ -77,13 +77,13 @@ class DifferentialMultiplier(pl.Callback):
     ) -> None:
         layers = qgnn.smp_layers(pl_module)
         for name, layer in layers.items():
-            if layer.constraint_state is not None:
-                self._measured.setdefault(name, []).append(layer.constraint_state)
+            if layer._constraint_state is not None:
+                self._measured.setdefault(name, []).append(layer._constraint_state)
         if trainer.global_step == self._step:  # gradients are still accumulating
             return
         self._step = trainer.global_step
         for name, measured in self._measured.items():
-            layers[name].constraint_state = _mean(measured)
+            layers[name]._constraint_state = _mean(measured)
         self._measured.clear()
 
         def reduce(value: Tensor) -> Tensor:
@@ -105,10 +105,10 @@ class DifferentialMultiplier(pl.Callback):
 
     def _warn_saturated(self, name: str, state: MultiplierState, layer: SmoothLayer) -> None:
         self._saturated.add(name)
-        assert layer.smp is not None
+        assert layer._smp is not None
         rank_zero_warn(
             f"The smoothness multiplier of {name!r} saturates: {state.multiplier:.3g} of at most "
-            f"{layer.highest_multiplier:.3g}, with a violation of {state.violation:.3g}. The layer "
+            f"{layer._highest_multiplier:.3g}, with a violation of {state.violation:.3g}. The layer "
             "cannot meet its bound: raise SMPConfig(alpha=...) or lower SMPConfig(eta_lambda=...)."
         )
 

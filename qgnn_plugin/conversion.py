@@ -399,7 +399,7 @@ def unquantized(qmodel: nn.Module) -> nn.Module:
     deep = {n: layer for n, layer in quantized_layers(qmodel).items() if isinstance(layer, DeepLayer)}
     if not deep:
         return plain
-    overrides = {name: {"smp": layer.deep_config} for name, layer in deep.items()}
+    overrides = {name: {"smp": layer._deep_config} for name, layer in deep.items()}
     return quantize_model(plain, config=QuantConfig(bits=OFF, smp=None, overrides=overrides))
 
 

@@ -108,7 +108,7 @@ def _summary(qmodel: nn.Module) -> Summary:
     layers = [_report(name, layer) for name, layer in quantized_layers(qmodel).items()]
     before = sum(layer.float_bytes for layer in layers)
     extra = {id(t) for module in qmodel.modules() if isinstance(module, QLRQuantizer) for t in _tensors(module)}
-    extra |= {id(t) for layer in smp_layers(qmodel).values() for t in layer.constraint_buffers}
+    extra |= {id(t) for layer in smp_layers(qmodel).values() for t in layer._constraint_buffers}
     total = sum(t.numel() * t.element_size() for t in _tensors(qmodel) if id(t) not in extra)
     return Summary(layers, total, total - before + sum(layer.packed_bytes for layer in layers))
 
@@ -139,7 +139,7 @@ def _report(name: str, layer: Any) -> LayerReport:
             with torch.no_grad():
                 error = float((weight(matrix).dequantize() - matrix).norm() / matrix.norm().clamp_min(1e-30))
     after += sum(8 * q.log_scale.numel() for site, q in own.items() if site != "weight_quantizer" and q.bits != OFF)
-    smooth = getattr(layer, "smp", None) is not None
+    smooth = getattr(layer, "_smp", None) is not None
     return LayerReport(
         name,
         type(layer).float_class.__name__,
@@ -148,9 +148,9 @@ def _report(name: str, layer: Any) -> LayerReport:
         after,
         ranges,
         error,
-        layer.constraint if smooth else None,
-        layer.multiplier_value if smooth else None,
-        getattr(layer, "deep_place", None),
+        layer._constraint if smooth else None,
+        layer._multiplier_value if smooth else None,
+        getattr(layer, "_deep_place", None),
     )
 
 

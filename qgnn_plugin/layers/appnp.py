@@ -73,7 +73,7 @@ class QuantizedPropagation(PropagationLayer, QuantizedConv):
     def forward(self: Any, x: Tensor, edge_index: Any, edge_weight: Tensor | None = None) -> Tensor:
         if not x.is_floating_point():  # counts, say, which sums leave what they are
             return super().forward(x, edge_index, edge_weight)  # type: ignore[misc]
-        if self.is_plain and not (self.smp is not None and (self.is_smoothing or self.moves_itself)):
+        if self.is_plain and not (self._smp is not None and (self._is_smoothing or self._moves_itself)):
             return self.unquantized(x, edge_index, edge_weight)
         self.refuse_explain()
         samples = Samples.of(self, x)
@@ -159,17 +159,17 @@ class QuantizedAPPNP(NormalizedOperator, QuantizedPropagation):
         return Descent(0.0, 1 - self.alpha, self.alpha)
 
     def unquantized(self: Any, x: Tensor, edge_index: Any, edge_weight: Tensor | None) -> Tensor:
-        if not self.training or self.smp is None or not x.is_floating_point():
+        if not self.training or self._smp is None or not x.is_floating_point():
             return super().unquantized(x, edge_index, edge_weight)
         graph, samples = self.normalized(x, edge_index, edge_weight), Samples.of(self, x)
-        meter = Meter(self.smp, graph.apply, graph.plan.num_edges)
+        meter = Meter(self._smp, graph.apply, graph.plan.num_edges)
         self.step_meter = lambda state: meter.observe(samples.rows(state))
         try:
             out = super().unquantized(x, edge_index, edge_weight)
         finally:
             self.step_meter = None
         meter.observe(samples.rows(out))
-        self.constraint_state = meter.state()
+        self._constraint_state = meter.state()
         return out
 
     def quantized_propagate(self: Any, edge_index: Any, size: Any = None, **kwargs: Any) -> Tensor:
@@ -184,4 +184,4 @@ class QuantizedSMPropagation(QuantizedPropagation):
 
     @classmethod
     def settings(cls, layer: Any, sites: SiteFactory) -> SMPConfig | None:
-        return layer.smp
+        return layer._smp

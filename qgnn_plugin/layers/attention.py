@@ -209,7 +209,7 @@ class _QuantizedAttention(QuantizedConv):
 
     def _is_fused(self: Any, sent: QuantizedTensor, square: bool, returned: bool) -> bool:
         """Whether the packed layer runs its kernel here: not for attention weights, nor where the correction acts."""
-        smooth = square and self.smp is not None and self.is_smoothing
+        smooth = square and self._smp is not None and self._is_smoothing
         packs = sent.qmax is not None and sent.codes.dtype == torch.float32
         return packs and (sent.scale.numel() == 1 or sent.per_node) and not (self.training or smooth or returned)
 
@@ -227,9 +227,9 @@ class _QuantizedAttention(QuantizedConv):
         return out if self.bias is None else out + self.bias
 
     def _smoothed(self: Any, z: Tensor, out: Tensor, alpha: Tensor, plan: GraphPlan) -> Tensor:
-        if self.smp is None or not (self.training or self.is_smoothing):
+        if self._smp is None or not (self.training or self._is_smoothing):
             return out
-        return self.smooth(z, out, lambda v: spmm(plan, v, alpha.to(v.dtype)), plan.num_edges, averaged=True)
+        return self._smooth(z, out, lambda v: spmm(plan, v, alpha.to(v.dtype)), plan.num_edges, averaged=True)
 
 
 def _weighted_mean(messages: QuantizedTensor, plan: GraphPlan, weight: Tensor, divisor: Tensor) -> Tensor:

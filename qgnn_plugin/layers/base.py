@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ..aliases import Alias, LayersOwn, public_names
 from ..config import OFF, Granularity, Levels, QuantConfig, Site
 from ..quantizers import QLRQuantizer
-from ..smp.constraint import BUFFERS, CONSTRAINT_ATTRIBUTES, SmoothLayer
+from ..smp.constraint import CONSTRAINT_ATTRIBUTES, SmoothLayer, constraint_names, reset_constraint
 from ..smp.deep import StackPlace
 from .saved import CarriesConfiguration
 
@@ -33,15 +34,22 @@ class SwappedLayer:
     """Mixin of a layer whose class was swapped for a subclass of (mixin, the layer's own class), of the same name."""
 
     float_class: ClassVar[type[nn.Module]]
+    own_names: ClassVar[tuple[str, ...]]  # aliases that mean attributes of the layer's own
     notes: ClassVar[tuple[str, ...]] = ()  # for its ``repr``
 
     def own_sites(self) -> dict[str, int]:
         """Bits of its quantization sites, by name."""
         raise NotImplementedError
 
+    def added_names(self) -> Iterable[str]:
+        """Names of the attributes that its own class does not know."""
+        raise NotImplementedError
+
     def as_float(self) -> nn.Module:
         """The layer as its own class describes it, without what was added: a view to read, not to run or keep."""
-        raise NotImplementedError
+        view = object.__new__(type(self).float_class)
+        view.__dict__.update(float_state(self))
+        return view
 
     def __repr__(self) -> str:
         """That of the layer's own class, and what is quantized."""
@@ -70,14 +78,74 @@ def annotated(text: str, *notes: str) -> str:
     return f"{head}({note})" if rest == ")" else f"{text[:-1]}, {note})"
 
 
-def named_as(float_class: type[nn.Module]) -> dict[str, Any]:
-    """What makes a subclass go by the name of ``float_class``: models look layers up by it."""
+def named_as(float_class: type[nn.Module], own_names: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What makes a subclass go by the name of ``float_class``, by which models look layers up.
+
+    ``own_names`` are aliases of the mixin's that mean what ``float_class`` or its instances have under these names.
+    """
     return {
+        **{name: vars_of(float_class).get(name, LayersOwn(name)) for name in own_names},
         "float_class": float_class,
+        "own_names": own_names,
         "__module__": float_class.__module__,
         "__qualname__": float_class.__qualname__,
         "__doc__": float_class.__doc__,
     }
+
+
+def vars_of(cls: type) -> dict[str, Any]:
+    """Every attribute of a class as it was defined, those of its bases included."""
+    return {name: value for base in reversed(cls.__mro__) for name, value in vars(base).items()}
+
+
+def names_kept(mixin: type, layer: nn.Module) -> tuple[str, ...]:
+    """The aliases of ``mixin`` that ``layer`` has attributes of its own under."""
+    shared = type(layer) if not isinstance(layer, SwappedLayer) else type(layer).float_class
+    if isinstance(layer, SwappedLayer):
+        return type(layer).own_names
+    return tuple(sorted(name for name in public_names(mixin) - public_names(shared) if hasattr(layer, name)))
+
+
+# What a mixin means to put in the place of the layer's own.
+_REPLACED = frozenset({"forward", "reset_parameters", "weight", "_save_to_state_dict", "_load_from_state_dict"})
+_LIBRARIES = ("torch.", "torch_geometric.", __name__.partition(".")[0] + ".")
+
+
+def clashes(mixin: type, layer: nn.Module) -> list[str]:
+    """Methods of ``mixin`` whose names ``layer`` needs for attributes of its own: either would miss its own."""
+    float_class = type(layer).float_class if isinstance(layer, SwappedLayer) else type(layer)
+    users = [cls for cls in float_class.__mro__ if not f"{cls.__module__}.".startswith(_LIBRARIES)]
+    taken = {name for cls in users if cls is not object for name in vars(cls)}
+    taken |= attribute_names(float_state(layer))
+    needed = set()
+    for cls in mixin.__mro__:
+        if not issubclass(float_class, cls):
+            methods = (name for name, value in vars(cls).items() if callable(value) or isinstance(value, _METHODS))
+            needed |= {name for name in methods if not (name.startswith("__") or name in _REPLACED)}
+    return sorted(needed & taken)
+
+
+_METHODS = (property, classmethod, staticmethod)
+
+
+def attribute_names(state: Mapping[str, Any]) -> set[str]:
+    """Every attribute that a layer's ``__dict__`` gives it."""
+    return {*state, *state["_parameters"], *state["_buffers"], *state["_modules"]}
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a converted layer knows of its conversion.
+
+    Args:
+        config: Its configuration.
+        name: Its qualified name in the model.
+        added: Names of the attributes that it did not have before; :obj:`None` in a pickle that does not tell.
+    """
+
+    config: QuantConfig
+    name: str
+    added: frozenset[str] | None
 
 
 class QuantizedLayer(CarriesConfiguration, SwappedLayer):
@@ -92,9 +160,17 @@ class QuantizedLayer(CarriesConfiguration, SwappedLayer):
     quantizes_output: ClassVar[bool]
     units: ClassVar[tuple[str, ...]] = ()  # inner layers that this one converts itself, where it has them
 
-    # Set by conversion:
-    quant_config: QuantConfig
-    layer_name: str
+    quant_config = Alias("_config")
+    layer_name = Alias("_qualified_name")
+    _conversion: Conversion
+
+    @property
+    def _config(self) -> QuantConfig:
+        return self._conversion.config
+
+    @property
+    def _qualified_name(self) -> str:
+        return self._conversion.name
 
     @classmethod
     def attach(cls, layer: Any, sites: SiteFactory) -> None:
@@ -103,7 +179,19 @@ class QuantizedLayer(CarriesConfiguration, SwappedLayer):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         cls = type(self)
-        return _rebuild, (cls.mixin, cls.float_class, cls.quantizes_output), self.__dict__.copy()
+        return _rebuild, (cls.mixin, cls.float_class, cls.quantizes_output, cls.own_names), self.__dict__.copy()
+
+    def __setstate__(self, data: dict[str, Any]) -> None:
+        super().__setstate__(data if "_conversion" in data else self._renamed(data))  # type: ignore[misc]
+
+    @classmethod
+    def _renamed(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """The attributes of a pickle written when what conversion adds had public names."""
+        private = {"constraint_state", "deep_place", "deep_config", "deep_stack"}
+        private |= set() if issubclass(cls.float_class, SmoothLayer) else {"smp"}
+        data = {f"_{name}" if name in private else name: value for name, value in data.items()}
+        data["_conversion"] = Conversion(data.pop("quant_config"), data.pop("layer_name"), None)
+        return data
 
     def own_quantizers(self) -> Iterator[tuple[str, QLRQuantizer]]:
         """Quantizers that belong to this layer itself, not to a layer inside it."""
@@ -116,10 +204,12 @@ class QuantizedLayer(CarriesConfiguration, SwappedLayer):
     def own_sites(self) -> dict[str, int]:
         return {name.removesuffix("_quantizer"): quantizer.bits for name, quantizer in self.own_quantizers()}
 
-    def as_float(self) -> nn.Module:
-        view = object.__new__(type(self).float_class)
-        view.__dict__.update(float_state(self))
-        return view
+    def added_names(self) -> Iterable[str]:
+        added = self._conversion.added
+        if added is None:
+            added = _added_before(self)
+        constrained = issubclass(type(self).float_class, SmoothLayer)  # by itself
+        return (*added, *_LATER, *(() if constrained else CONSTRAINT_ATTRIBUTES))
 
     @property
     def is_off(self) -> bool:
@@ -136,16 +226,27 @@ class QuantizerDict(nn.ModuleDict):
     """Quantizers of a layer, by argument name or step."""
 
 
-_CLASSES: dict[tuple[type, type, bool], type] = {}
+_CLASSES: dict[tuple[type, type, bool, tuple[str, ...]], type] = {}
 
 
-def quantized_class(mixin: type[QuantizedLayer], float_class: type[nn.Module], output: bool = False) -> type:
-    """The subclass of ``(mixin, float_class)``, made once; with ``output`` its result is quantized as well."""
-    key = (mixin, float_class, output)
+def quantized_class(
+    mixin: type[QuantizedLayer], float_class: type[nn.Module], output: bool = False, own_names: tuple[str, ...] = ()
+) -> type:
+    """The subclass of ``(mixin, float_class)``, made once.
+
+    Args:
+        mixin: What quantizes the layer.
+        float_class: The layer's own class.
+        output: Whether its result is quantized as well.
+        own_names: Names of aliases that mean the layer's own attributes (see :func:`names_kept`).
+    """
+    key = (mixin, float_class, output, own_names)
     if key not in _CLASSES:
-        namespace = {**named_as(float_class), "mixin": mixin, "quantizes_output": output}
+        namespace = {**named_as(float_class, own_names), "mixin": mixin, "quantizes_output": output}
         # Before those of a class that shares a base with the mixin, which then comes first.
         namespace["__repr__"] = SwappedLayer.__repr__
+        if hasattr(float_class, "reset_parameters"):
+            namespace["reset_parameters"] = _resetting_ranges(float_class.reset_parameters)
         # PyG generates a `propagate` onto a subclass that has none in its own namespace, on the first copy or
         # unpickling of an instance, and `explain` reads the two aliases: all three must be in the concrete class.
         propagate = getattr(mixin, "quantized_propagate", None)
@@ -172,29 +273,42 @@ def _quantizing_output(forward: Any) -> Any:
     return quantized
 
 
-def _rebuild(mixin: type[QuantizedLayer], float_class: type[nn.Module], output: bool) -> Any:
-    cls = quantized_class(mixin, float_class, output)
-    return object.__new__(cls)
+def _resetting_ranges(reset_parameters: Any) -> Any:
+    @functools.wraps(reset_parameters)
+    def reset(self: Any, *args: Any, **kwargs: Any) -> Any:
+        out = reset_parameters(self, *args, **kwargs)
+        for _, quantizer in self.own_quantizers():
+            quantizer.unset()
+        if isinstance(self, SmoothLayer):
+            reset_constraint(self)
+        return out
+
+    return reset
+
+
+def _rebuild(
+    mixin: type[QuantizedLayer], float_class: type[nn.Module], output: bool, own_names: tuple[str, ...] = ()
+) -> Any:
+    return object.__new__(quantized_class(mixin, float_class, output, own_names))
 
 
 def float_state(layer: Any) -> dict[str, Any]:
-    """The ``__dict__`` that a layer, converted or not, has as a float layer: a new one, of the same values."""
+    """The ``__dict__`` that a layer, swapped or not, has as a float layer: a new one, of the same values."""
     state: dict[str, Any] = layer.__dict__.copy()
     for name in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
         state[name] = copy.copy(state[name])
-    if not isinstance(layer, QuantizedLayer):
-        return state
-    children = state["_modules"].items()
-    state["_modules"] = {name: m for name, m in children if not isinstance(m, (QLRQuantizer, QuantizerDict))}
-    if not issubclass(type(layer).float_class, SmoothLayer):
-        for name in BUFFERS:
-            state["_buffers"].pop(name, None)
-            state["_non_persistent_buffers_set"].discard(name)
-        for name in CONSTRAINT_ATTRIBUTES:
-            state.pop(name, None)
-    for name in _ATTRIBUTES:
-        state.pop(name, None)
+    for name in layer.added_names() if isinstance(layer, SwappedLayer) else ():
+        for held in (state, state["_parameters"], state["_buffers"], state["_modules"]):
+            held.pop(name, None)
+        state["_non_persistent_buffers_set"].discard(name)
     return state
+
+
+def _added_before(layer: Any) -> frozenset[str]:
+    """What conversion had added to a layer from a pickle that does not tell."""
+    children = [name for name, m in layer.named_children() if isinstance(m, (QLRQuantizer, QuantizerDict))]
+    constrained = issubclass(type(layer).float_class, SmoothLayer)
+    return frozenset({*children, *_ATTRIBUTES, *(() if constrained else constraint_names(layer))})
 
 
 def restore_class(layer: Any) -> None:
@@ -209,15 +323,13 @@ def restore_class(layer: Any) -> None:
         state.propagate = type(state)._orig_propagate.__get__(state)
 
 
+_LATER = ("_conversion", "_deep_stack")  # added after the conversion itself
 _ATTRIBUTES = (
-    "quant_config",
-    "layer_name",
     "gap_quantizer",
     "state_quantizers",
     "step_meter",
-    "deep_place",
-    "deep_config",
-    "deep_stack",
+    "_deep_place",
+    "_deep_config",
     "float_arguments",
     "is_adopted",
     "attention_bits",

@@ -29,7 +29,7 @@ class DeepGCNConv(DeepLayer, QuantizedGCNConv):
     @classmethod
     def attach(cls, layer: Any, sites: SiteFactory) -> None:
         require_sum(layer, sites)
-        layer.deep_place, layer.deep_config = sites.place, sites.config.smp
+        layer._deep_place, layer._deep_config = sites.place, sites.config.smp
         # What is sent are the features themselves, often non-negative: levels of messages are not for them.
         if sites.first[0]:
             layer.message_quantizer = sites.features("message", layer.in_channels)
@@ -45,7 +45,7 @@ class DeepGCNConv(DeepLayer, QuantizedGCNConv):
         graph = self.normalized(edge_index, edge_weight, samples.num_nodes, samples.count)
         rows = samples.rows(x)
         out = propagate_codes(rows, graph, self.message_quantizer)
-        out = self.smooth(rows, out, graph.apply, graph.plan.num_edges, averaged=True)
+        out = self._smooth(rows, out, graph.apply, graph.plan.num_edges, averaged=True)
         support = self.with_initial(samples.shaped(out), initial)
         out = self.identity_mapped(support, self.lin(support))
         return out if self.bias is None else out + self.bias
@@ -63,7 +63,7 @@ class DeepConv(DeepLayer, QuantizedConv):
 
     @classmethod
     def attach(cls, layer: Any, sites: SiteFactory) -> None:
-        layer.deep_place, layer.deep_config = sites.place, sites.config.smp
+        layer._deep_place, layer._deep_config = sites.place, sites.config.smp
         super().attach(layer, sites)
         widths = conv_widths(layer)
         layer.support_quantizer = sites.make("message", "support", channels=widths and widths[0])

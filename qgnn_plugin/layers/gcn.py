@@ -46,7 +46,7 @@ class QuantizedGCNConv(QuantizedConv):
         graph = self.normalized(edge_index, edge_weight, samples.num_nodes, samples.count)
         z = samples.rows(self.lin(x))
         out = propagate_codes(z, graph, self.message_quantizer)
-        out = self.smooth(z, out, graph.apply, graph.plan.num_edges, averaged=True)
+        out = self._smooth(z, out, graph.apply, graph.plan.num_edges, averaged=True)
         return samples.shaped(out if self.bias is None else out + self.bias)
 
     def normalized(

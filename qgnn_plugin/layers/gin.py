@@ -52,13 +52,13 @@ class QuantizedGINConv(QuantizedConv):
         if x_dst is not None:
             own = sent if x_dst is x_src else self.message_quantizer(own_copy(x_dst))
             out = out + _multiple(own, own_weight)
-        if self.smp is not None and x_dst is x_src and (self.training or self.is_smoothing):
+        if self._smp is not None and x_dst is x_src and (self.training or self._is_smoothing):
             # A sum grows with the degree; the constraint is on the mean that it is a multiple of.  Where no correction
             # acts it is measured only.
-            with torch.set_grad_enabled(torch.is_grad_enabled() and self.is_smoothing):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self._is_smoothing):
                 mean, mass = mean_with_self(graph, out, own_weight)
-                smoothed = self.smooth(own.dequantize(), out / mass, mean, graph.plan.num_edges, averaged=True)
-            out = smoothed * mass if self.is_smoothing else out
+                smoothed = self._smooth(own.dequantize(), out / mass, mean, graph.plan.num_edges, averaged=True)
+            out = smoothed * mass if self._is_smoothing else out
         return self.nn(samples.shaped(out))
 
 

@@ -65,24 +65,24 @@ class QuantizedConv(QuantizedLayer, SmoothLayer):
         x, size = kwargs.get("x"), kwargs.get("size")
         kwargs = self.quantized_arguments(kwargs)
         out = original(self, edge_index, **kwargs)
-        if self.smp is None or not (self.training or self.is_smoothing):
+        if self._smp is None or not (self.training or self._is_smoothing):
             return out
         sent = kwargs.get("x")
         if isinstance(x, (tuple, list)):  # of two sides that may be one and the same
             sent = sent[0] if isinstance(sent, (tuple, list)) and len(x) == 2 and x[0] is x[1] else None
         # x may have been quantized; the constraint is on what the layer does to what it propagates.
-        return self._smoothed(sent, out, edge_index, size)
+        return self._smoothed_change(sent, out, edge_index, size)
 
-    def _smoothed(self, x: Any, out: Any, edge_index: Any, size: Any) -> Any:
+    def _smoothed_change(self, x: Any, out: Any, edge_index: Any, size: Any) -> Any:
         """``out`` with its change corrected, or measured; as it is where a graph has no change from node to node."""
-        self.constraint_state = None
+        self._constraint_state = None
         if size is not None or not self._is_square(x, out) or not _is_scalar(edge_index):
             return out
         assert isinstance(x, Tensor)
         try:
             samples = Samples.of(self, x)
             graph = gcn_graph(edge_index, None, samples.num_nodes, flow=self.flow, dtype=x.dtype, copies=samples.count)
-            smoothed = self.smooth(samples.rows(x), samples.rows(out), graph.apply, graph.plan.num_edges)
+            smoothed = self._smooth(samples.rows(x), samples.rows(out), graph.apply, graph.plan.num_edges)
             return samples.shaped(smoothed)
         except (IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
             # Edges that are none between these nodes, which the layer's own functions know to read.
@@ -120,7 +120,7 @@ class QuantizedConv(QuantizedLayer, SmoothLayer):
         """Explanation masks act inside PyG's ``propagate``, which a converted layer of this kind does not run."""
         if self.explain:
             raise NotImplementedError(
-                f"Expected '{self.layer_name}' not to be in explain mode while quantized; "
+                f"Expected '{self._qualified_name}' not to be in explain mode while quantized; "
                 f"explain the plain model: qgnn_plugin.restore_model(model)"
             )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -21,11 +22,21 @@ from torch_geometric.nn import (
 )
 from torch_geometric.nn import Linear as PyGLinear
 
-from ..smp.constraint import BUFFERS, SmoothLayer
+from ..smp.constraint import SmoothLayer
 from ..smp.propagation import SMPropagation
 from .appnp import QuantizedAPPNP, QuantizedSMPropagation
 from .attention import QuantizedGATConv, QuantizedGATv2Conv
-from .base import QuantizedLayer, SiteFactory, SwappedLayer, quantized_class, release_propagate
+from .base import (
+    Conversion,
+    QuantizedLayer,
+    SiteFactory,
+    SwappedLayer,
+    attribute_names,
+    clashes,
+    names_kept,
+    quantized_class,
+    release_propagate,
+)
 from .behaviour import aggregates_as_named, bound_changes, changes, defined, strays
 from .gcn import QuantizedGCNConv
 from .gin import QuantizedGINConv
@@ -95,13 +106,9 @@ def convert_layer(
         ValueError: If ``layer`` has attributes of its own under names that are needed, or a ``propagate`` of its own.
     """
     constrained = isinstance(layer, SmoothLayer)  # by itself: it keeps what it has
-    taken = [name for name in _RESERVED if hasattr(layer, name) and not (constrained and name in _CONSTRAINT)]
-    if taken:
-        raise ValueError(
-            f"Expected the names {', '.join(taken)} to be free on '{sites.name}', a {type(layer).__name__}; rename "
-            f"these attributes or exclude the layer"
-        )
+    _check_names(clashes(mixin, layer), layer, sites.name)
     _check_bound(layer, sites.name)
+    own_names = names_kept(mixin, layer)
     before = _snapshot(layer)
     try:
         if isinstance(layer, MessagePassing):
@@ -110,15 +117,33 @@ def convert_layer(
         if output:
             layer.output_quantizer = sites.make("output", "output")
         state: Any = layer
-        state.quant_config, state.layer_name = sites.config, sites.name
         if issubclass(mixin, QuantizedConv) and not constrained:
-            state.smp = sites.config.smp
-        layer.__class__ = quantized_class(mixin, type(layer), output)
+            state._smp = sites.config.smp
+        added = attribute_names(layer.__dict__) - attribute_names(before)
+        _check_names(_overwritten(layer, before) | {n for n in added if hasattr(type(layer), n)}, layer, sites.name)
+        state._conversion = Conversion(sites.config, sites.name, frozenset(added))
+        layer.__class__ = quantized_class(mixin, type(layer), output, own_names)
     except Exception:
         _reset(layer, before)
         raise
     for _, quantizer in state.own_quantizers():
         quantizer.train(layer.training)
+
+
+def _check_names(taken: Iterable[str], layer: nn.Module, name: str) -> None:
+    if taken := sorted(taken):
+        raise ValueError(
+            f"Expected the names {', '.join(taken)} to be free on '{name}', a {type(layer).__name__}; rename "
+            f"these attributes or exclude the layer"
+        )
+
+
+def _overwritten(layer: nn.Module, before: dict[str, Any]) -> set[str]:
+    """Attributes of ``layer`` that are no longer what they were."""
+    held = [(before[name], layer.__dict__[name]) for name in _OWN[:3]]
+    held.append(({k: v for k, v in before.items() if k not in _OWN}, layer.__dict__))
+    changed = {name for was, now in held for name in was if name not in now or now[name] is not was[name]}
+    return changed - {"propagate"}  # one that PyG had bound to the layer, which is that of the class again
 
 
 def _check_bound(layer: nn.Module, name: str) -> None:
@@ -132,16 +157,6 @@ def _check_bound(layer: nn.Module, name: str) -> None:
         )
 
 
-_CONSTRAINT = (*BUFFERS, "smp", "constraint_state")
-_RESERVED = (
-    "quant_config",
-    "layer_name",
-    *_CONSTRAINT,
-    "deep_place",
-    "deep_config",
-    "deep_stack",
-    "output_quantizer",
-)
 _OWN = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 

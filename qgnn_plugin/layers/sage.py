@@ -100,9 +100,9 @@ class QuantizedSAGEConv(QuantizedConv):
         out = aggregate_sum(self.message_quantizer(z), graph.plan, graph.weight, exact=not self.training)
         if graph.target is not None:
             out = out * graph.target
-        if smooth and self.smp is not None and (self.training or self.is_smoothing):
+        if smooth and self._smp is not None and (self.training or self._is_smoothing):
             smoother = mean_graph(sampled.edge_index, sampled.size, self.flow, z.dtype, copies=sampled.samples.count)
-            out = self.smooth(z, out, smoother.apply, graph.plan.num_edges, averaged=self.aggr == "mean")
+            out = self._smooth(z, out, smoother.apply, graph.plan.num_edges, averaged=self.aggr == "mean")
         return out if self.lin_l.bias is None else out + self.lin_l.bias
 
     def _aggregate(self: Any, sent: QuantizedTensor, sampled: Sampled) -> Tensor:

@@ -127,4 +127,4 @@ def _broadcast(
 
 def layer_name(layer: Any) -> str:
     """The name of a layer in its model, that of its class outside of one."""
-    return getattr(layer, "layer_name", "") or type(layer).__name__
+    return getattr(layer, "_qualified_name", "") or type(layer).__name__

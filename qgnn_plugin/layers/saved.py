@@ -18,12 +18,12 @@ class CarriesConfiguration:
     extra state.  State dicts without such entries, of float models and of version 1, load as ever.
     """
 
-    quant_config: QuantConfig
-    layer_name: str
+    _config: QuantConfig
+    _qualified_name: str
 
     def computing_settings(self: Any) -> dict[str, Any]:
         """What decides, beside the quantizers, what this layer computes."""
-        smp, place = getattr(self, "smp", None), getattr(self, "deep_place", None)
+        smp, place = getattr(self, "_smp", None), getattr(self, "_deep_place", None)
         return {
             "output": type(self).quantizes_output,
             "attention_bits": getattr(self, "attention_bits", OFF),
@@ -33,7 +33,7 @@ class CarriesConfiguration:
 
     def _save_to_state_dict(self: Any, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
-        saved = {"version": 1, "config": self.quant_config.to_dict(), "settings": self.computing_settings()}
+        saved = {"version": 1, "config": self._config.to_dict(), "settings": self.computing_settings()}
         destination[prefix + CONFIG_KEY] = encode(saved)
 
     def _load_from_state_dict(
@@ -47,7 +47,7 @@ class CarriesConfiguration:
         error_msgs: list[str],
     ) -> None:
         state = state_dict.pop(prefix + CONFIG_KEY, None)
-        message = None if state is None else refusal(self.layer_name, self.computing_settings(), state, "settings")
+        message = None if state is None else refusal(self._qualified_name, self.computing_settings(), state, "settings")
         if message is not None:
             refuse(error_msgs, message)
         super()._load_from_state_dict(  # type: ignore[misc]

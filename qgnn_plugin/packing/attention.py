@@ -137,7 +137,7 @@ class PackedGATConv(_PackedAttention):
         alpha_edge = None
         if edge_attr is not None and self.lin_edge is not None:
             alpha_edge = (self._edge_terms(edge_attr) * self.att_edge).sum(-1)
-        smooth = self.smp is not None and square
+        smooth = self._smp is not None and square
         if not (returned or smooth):
             target = alpha_src.new_zeros((sizes[1], self.heads)) if alpha_dst is None else alpha_dst
 
@@ -158,7 +158,7 @@ class PackedGATConv(_PackedAttention):
     ) -> tuple[PackedTensor, Tensor | None, Tensor, Tensor | None]:
         """What is sent, the floats it comes from where they are needed, and the logits' terms of both ends."""
         product = None
-        if square and self.smp is None and isinstance(self.lin, PackedLinear):
+        if square and self._smp is None and isinstance(self.lin, PackedLinear):
             product = self.lin.fusible(self.lin.quantize(x_src), self.lin.bias, self.message_quantizer)
         if product is not None:
             return self._messages_by_blocks(product)
@@ -202,7 +202,7 @@ class PackedGATv2Conv(_PackedAttention):
         returned = bool(return_attention_weights)
         graph = LAYER._graph(self, edge_index, edge_attr, sizes, returned)
         plan, edge_attr = graph.plan, graph.edge_attr
-        smooth = self.smp is not None and same
+        smooth = self._smp is not None and same
         if edge_attr is None and not (returned or smooth):
             att = self.att.view(self.heads, self.out_channels)
 
@@ -218,7 +218,7 @@ class PackedGATv2Conv(_PackedAttention):
     def _sent(self, lin: Any, x: Tensor, site: PackedRange) -> tuple[PackedTensor, Tensor | None]:
         """The packed result of ``lin``, and the floats it comes from where those were written."""
         shape = (-1, self.heads, self.out_channels)
-        if isinstance(lin, PackedLinear) and self.smp is None and x.layout == torch.strided and x.dim() == 2:
+        if isinstance(lin, PackedLinear) and self._smp is None and x.layout == torch.strided and x.dim() == 2:
             product = lin.fusible(lin.quantize(x), lin.bias, site)
             if product is not None and site.spec.is_fixed:
                 return cast(PackedTensor, site.of(product)), None

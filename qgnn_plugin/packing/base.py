@@ -19,7 +19,7 @@ from ..layers.base import QuantizedLayer, SwappedLayer, float_state, named_as
 from ..layers.graph import NormalizedGraph
 from ..quantizers import QuantizedTensor
 from ..quantizers.autocast import full_precision
-from ..smp.constraint import BUFFERS, SmoothLayer
+from ..smp.constraint import OTHER_PREFIX, SmoothLayer, constraint_names
 from ..smp.deep import StackPlace
 from .deferred import DeferredTensor, Producer, conclude, is_deferring, plain
 from .ranges import UNSET, PackedRange, PackedTensor, SiteSpec
@@ -86,13 +86,13 @@ class LayerSpec:
         return cls(
             name,
             type(layer).float_class.__name__,
-            layer.quant_config,
+            layer._conversion.config,
             _sites(layer, reason),
             reason,
-            getattr(layer, "smp", None) is not None and layer.multiplier_value > 0,
+            getattr(layer, "_smp", None) is not None and layer._multiplier_value > 0,
             type(layer).quantizes_output,
             getattr(layer, "attention_bits", OFF),
-            deep_place=getattr(layer, "deep_place", None),
+            deep_place=getattr(layer, "_deep_place", None),
         )
 
 
@@ -178,11 +178,13 @@ class PackedState:
         spec: Its description.
         float_bytes: Bytes of its float parameters and buffers.
         defers: Whether its result may be put off: until one was needed twice, then floats are written once.
+        added: Names of the attributes that the float layer does not have.
     """
 
     spec: LayerSpec
     float_bytes: int
     defers: bool = True
+    added: frozenset[str] = frozenset()
 
     def write_floats(self) -> None:
         self.defers = False
@@ -199,6 +201,7 @@ class PackedLayer(SwappedLayer):
     packed_mixin: ClassVar[type[PackedLayer]]
     notes = ("packed",)
     packs: ClassVar[tuple[str, ...]] = ()  # float parameters that packed words take the place of
+    adds: ClassVar[tuple[str, ...]] = ()  # what takes it
     entry: ClassVar[str] = "input_quantizer"  # the site that a layer's input passes first, if it has one
     output_quantizer: PackedRange | None
     training: bool
@@ -237,7 +240,7 @@ class PackedLayer(SwappedLayer):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         cls = type(self)
-        return _rebuild_packed, (cls.packed_mixin, cls.float_class), self.__dict__.copy()
+        return _rebuild_packed, (cls.packed_mixin, cls.float_class, cls.own_names), self.__dict__.copy()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if hasattr(type(self), "float_class"):
@@ -282,15 +285,15 @@ class PackedLayer(SwappedLayer):
             f"reset the float model, convert and train it, and pack it again"
         )
 
+    @property
+    def _qualified_name(self) -> str:
+        return self._packed.spec.name
+
     def own_sites(self) -> dict[str, int]:
         return {name.removesuffix("_quantizer"): site.bits for name, site in self._packed.spec.sites.items()}
 
-    def as_float(self) -> nn.Module:
-        view = object.__new__(type(self).float_class)
-        view.__dict__.update(self.__dict__)
-        added = {site.partition(".")[0] for site in self._packed.spec.sites}
-        view._modules = {name: module for name, module in self._modules.items() if name not in added}
-        return view
+    def added_names(self) -> Iterable[str]:
+        return (*self._packed.added, "_packed", "_deep_stack")
 
     def deferred(self, producer: Producer) -> Tensor:
         """What ``producer`` computes, put off where the packed model around may never need it as floats."""
@@ -327,14 +330,17 @@ class PackedLayer(SwappedLayer):
         return None
 
 
-_CLASSES: dict[tuple[type, type], type] = {}
+_CLASSES: dict[tuple[type, type, tuple[str, ...]], type] = {}
 
 
-def frozen_class(mixin: type[PackedLayer], float_class: type[nn.Module]) -> type:
-    """The subclass of ``(mixin, float_class)``, made once, under the name of ``float_class``."""
-    key = (mixin, float_class)
+def frozen_class(mixin: type[PackedLayer], float_class: type[nn.Module], own_names: tuple[str, ...] = ()) -> type:
+    """The subclass of ``(mixin, float_class)``, made once, under the name of ``float_class``.
+
+    ``own_names`` are those of aliases that mean the layer's own attributes (see :func:`names_kept`).
+    """
+    key = (mixin, float_class, own_names)
     if key not in _CLASSES:
-        namespace = {**named_as(float_class), "packed_mixin": mixin}
+        namespace = {**named_as(float_class, own_names), "packed_mixin": mixin}
         # Before those of a class that shares a base with the mixin, which then comes first.
         namespace |= {"__repr__": SwappedLayer.__repr__, "reset_parameters": PackedLayer.reset_parameters}
         if issubclass(float_class, MessagePassing):
@@ -346,8 +352,8 @@ def frozen_class(mixin: type[PackedLayer], float_class: type[nn.Module]) -> type
     return _CLASSES[key]
 
 
-def _rebuild_packed(mixin: type[PackedLayer], float_class: type[nn.Module]) -> Any:
-    return object.__new__(frozen_class(mixin, float_class))
+def _rebuild_packed(mixin: type[PackedLayer], float_class: type[nn.Module], own_names: tuple[str, ...]) -> Any:
+    return object.__new__(frozen_class(mixin, float_class, own_names))
 
 
 def _adopt(layer: Any, state: dict[str, Any]) -> None:
@@ -359,14 +365,16 @@ def _adopt(layer: Any, state: dict[str, Any]) -> None:
     known = [float_class for mixin in mixins for float_class in classes_of(mixin)]
     named = [float_class for float_class in known if float_class.__name__ == spec.type]
     layer.__class__ = frozen_class(type(layer), (named or known)[0])
-    layer._packed = PackedState(spec, state.pop("float_bytes"), state.pop("defers"))
     layer.upgrade(state)
+    sites = {site.partition(".")[0] for site in spec.sites}
+    state["_packed"] = PackedState(spec, state.pop("float_bytes"), state.pop("defers"), frozenset(sites))
     nn.Module.__setstate__(layer, state)
 
 
 def _float_bytes(layer: nn.Module) -> int:
     """Bytes of the layer's own float parameters and buffers, without what conversion added."""
-    buffers = [b for k, b in layer.named_buffers(recurse=False) if k not in BUFFERS]
+    added = constraint_names(layer)
+    buffers = [b for k, b in layer.named_buffers(recurse=False) if k not in added]
     return sum(t.numel() * t.element_size() for t in (*layer.parameters(recurse=False), *buffers))
 
 
@@ -375,23 +383,33 @@ class PackedConv(PackedLayer, SmoothLayer):
 
     def freeze(self: Any, layer: Any, spec: LayerSpec) -> None:
         super().freeze(layer, spec)
-        self.smp = spec.config.smp if spec.smooth else None
+        constrained = issubclass(type(self).float_class, SmoothLayer)  # by itself
+        if not constrained:
+            self._smp = spec.config.smp if spec.smooth else None
+            self._buffer_prefix = OTHER_PREFIX if hasattr(self, "multiplier") else ""
         if spec.smooth:
             device = next((p.device for p in layer.parameters()), None)
-            self.register_buffer("multiplier", torch.zeros((), device=device))
+            self.register_buffer(self._buffer_prefix + "multiplier", torch.zeros((), device=device))
+
+    def upgrade(self, state: dict[str, Any]) -> None:
+        for name in ("deep_place", "deep_config", "deep_stack"):
+            if name in state:
+                state[f"_{name}"] = state.pop(name)
+        if not issubclass(type(self).float_class, SmoothLayer):
+            state["_smp"] = state.pop("smp")
 
     @property
-    def is_smoothing(self) -> bool:
+    def _is_smoothing(self) -> bool:
         return self._packed.spec.smooth
 
     @property
-    def force(self) -> Tensor:
-        return self.multiplier
+    def _force(self) -> Tensor:
+        return self._constraint_buffer("multiplier")
 
     def fill(self, layer: Any) -> None:
         super().fill(layer)
-        if self.is_smoothing:
-            self.multiplier.copy_(layer.force)
+        if self._is_smoothing:
+            self._force.copy_(layer._force)
 
     def aggregation(self, x: Activation, graph: NormalizedGraph, **epilogue: Any) -> Producer:
         r""":math:`t_i \sum_j w_{ij} x_j` over codes.

@@ -47,13 +47,13 @@ class PackedGCNConv(PackedConv):
     def forward(self, x: Tensor, edge_index: Any, edge_weight: Tensor | None = None) -> Tensor:
         """``[N, in_channels]`` to ``[N, out_channels]``, as :class:`torch_geometric.nn.GCNConv`."""
         if isinstance(x, (tuple, list)):
-            raise ValueError(f"Expected one feature matrix in '{self.spec.name}', a GCNConv (got a pair)")
+            raise ValueError(f"Expected one feature matrix in '{self._qualified_name}', a GCNConv (got a pair)")
         samples = Samples.of(self, x)
         graph = self.normalized(edge_index, edge_weight, samples.num_nodes, samples.count)
         sent, z = self._messages(x, samples, graph)
-        if z is None or self.smp is None:
+        if z is None or self._smp is None:
             return samples.shaped(self.deferred(self.aggregation(sent, graph, bias=self.bias)))
-        out = self.smooth(z, self.aggregated(sent, graph), graph.apply, graph.plan.num_edges)
+        out = self._smooth(z, self.aggregated(sent, graph), graph.apply, graph.plan.num_edges)
         return samples.shaped(out if self.bias is None else out + self.bias)
 
     def normalized(
@@ -75,7 +75,7 @@ class PackedGCNConv(PackedConv):
     def _messages(self, x: Tensor, samples: Samples, graph: NormalizedGraph) -> tuple[Activation, Tensor | None]:
         """What neighbours send, and the transformed features where they were written."""
         lin = self.lin
-        if self.smp is None and isinstance(lin, PackedLinear):
+        if self._smp is None and isinstance(lin, PackedLinear):
             factor = None if graph.source is None else graph.source.view(-1)
             fused = lin.packed_to(lin.quantize(samples.rows(x)), self.message_quantizer, lin.bias, factor)
             if fused is not None:
@@ -93,7 +93,7 @@ class PackedDeepGCNConv(DeepLayer, PackedGCNConv):
         super().freeze(layer, spec)
         assert spec.deep_place is not None
         assert spec.config.smp is not None
-        self.deep_place, self.deep_config, self.layer_name = spec.deep_place, spec.config.smp, spec.name
+        self._deep_place, self._deep_config = spec.deep_place, spec.config.smp
 
     @inference
     def forward(self, x: Tensor, edge_index: Any, edge_weight: Tensor | None = None) -> Tensor:
@@ -104,8 +104,8 @@ class PackedDeepGCNConv(DeepLayer, PackedGCNConv):
         graph = self.normalized(edge_index, edge_weight, samples.num_nodes, samples.count)
         rows = samples.rows(x)
         out = self.aggregated(self.message_quantizer(rows if graph.source is None else rows * graph.source), graph)
-        if self.smp is not None:
-            out = self.smooth(rows, out, graph.apply, graph.plan.num_edges)
+        if self._smp is not None:
+            out = self._smooth(rows, out, graph.apply, graph.plan.num_edges)
         support = self.with_initial(samples.shaped(out), initial)
         out = self.identity_mapped(support, self.lin(support))
         return out if self.bias is None else out + self.bias
@@ -128,9 +128,13 @@ class PackedSAGEConv(PackedConv):
 
     def freeze(self: Any, layer: Any, spec: LayerSpec) -> None:
         super().freeze(layer, spec)
-        self.transforms_first = _transforms_first(layer)
+        self._maps_first = _transforms_first(layer)
         if "target_quantizer" not in spec.sites:
             self.target_quantizer = None
+
+    def upgrade(self, state: dict[str, Any]) -> None:
+        super().upgrade(state)
+        state["_maps_first"] = state["transforms_first"]
 
     @classmethod
     def refuses(cls, layer: Any) -> str | None:
@@ -180,12 +184,12 @@ class PackedSAGEConv(PackedConv):
     def _neighbours(self, sent: Activation, sampled: Sampled, smooth: bool) -> Producer:
         """What neighbours bring, transformed."""
         lin, bias, graph = self.lin_l, self.lin_l.bias, self._graph(sampled)
-        if not self.transforms_first:
+        if not self._maps_first:
             options = {"reduce": "max"} if self.aggr == "max" else {}
             assert lin.input_quantizer is not None
             mean = lin.input_quantizer.of(self.aggregation(sent, graph, **options))
             return lin.product(mean, bias) or computed(lin.apply_to(mean, bias))
-        if self.smp is None or not smooth:
+        if self._smp is None or not smooth:
             messages: Activation | None = lin.packed_to(sent, self.message_quantizer)
             if messages is None:
                 messages = self.message_quantizer(lin.apply_to(sent, None))
@@ -193,7 +197,7 @@ class PackedSAGEConv(PackedConv):
         z = lin.apply_to(sent, None)
         out = self.aggregated(self.message_quantizer(z), graph)
         smoother = mean_graph(sampled.edge_index, sampled.size, self.flow, copies=sampled.samples.count)
-        out = self.smooth(z, out, smoother.apply, graph.plan.num_edges)
+        out = self._smooth(z, out, smoother.apply, graph.plan.num_edges)
         return computed(out if bias is None else out + bias)
 
 
@@ -225,7 +229,7 @@ class PackedGINConv(PackedConv):
         if x_dst is not None:
             own = sent if same else self.message_quantizer(x_dst)
             out = added(out, self._own(own if isinstance(own, PackedTensor) else packed_dense(own)))
-        if self.smp is not None and x_dst is not None and same:
+        if self._smp is not None and x_dst is not None and same:
             return self.nn(samples.shaped(self._smoothed(sent.dequantize(), out(), graph)))
         return self.nn(samples.shaped(DeferredTensor(out) if is_deferring() else out()))
 
@@ -239,7 +243,7 @@ class PackedGINConv(PackedConv):
 
     def _smoothed(self, z: Tensor, out: Tensor, graph: NormalizedGraph) -> Tensor:
         mean, mass = mean_with_self(graph, out, 1 + self.eps)
-        return self.smooth(z, out / mass, mean, graph.plan.num_edges) * mass
+        return self._smooth(z, out / mass, mean, graph.plan.num_edges) * mass
 
 
 def _refusal(layer: Any, message: Any) -> str | None:

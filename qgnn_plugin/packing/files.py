@@ -191,11 +191,11 @@ def _check_layer(path: container.PathLike, spec: LayerSpec, layer: Any) -> None:
     for name, site in spec.sites.items():
         if not fits(site, own[name], packed=spec.reason is None):
             _differ(path, f"site '{name}' of layer '{spec.name}'", str(site.to_dict()), str(own[name].extra_repr()))
-    smooth = spec.smooth and getattr(layer, "smp", None) is None
+    smooth = spec.smooth and getattr(layer, "_smp", None) is None
     expected = {
         "output": type(layer).quantizes_output,
         "attention_bits": getattr(layer, "attention_bits", OFF),
-        "deep_place": getattr(layer, "deep_place", None),
+        "deep_place": getattr(layer, "_deep_place", None),
         "smooth": False if smooth else spec.smooth,
     }
     for field, value in expected.items():

@@ -30,28 +30,31 @@ class PackedLinear(PackedLayer):
     """
 
     packs = ("weight",)
+    adds = ("words", "float_weight", "weight_scale", "weight_lower_end")
     input_quantizer: PackedRange | None
     bias: Tensor | None
     words: Tensor | None
     float_weight: Tensor | None
     weight_scale: Tensor
     weight_lower_end: Tensor | None
-    site: SiteSpec
+    _site: SiteSpec
+    _num_out: int
+    _num_in: int
 
     def freeze(self: Any, layer: Any, spec: LayerSpec) -> None:
         super().freeze(layer, spec)
         if "input_quantizer" not in spec.sites:
             self.input_quantizer = None
         weight = layer.weight.detach()
-        self.out_features, self.in_features = weight.shape
-        self.site = site = spec.sites[WEIGHT]
+        self._num_out, self._num_in = weight.shape
+        self._site = site = spec.sites[WEIGHT]
         words = full = scale = lower = None
         if site.bits == OFF:
             full = nn.Parameter(weight.clone(), requires_grad=False)
         else:
-            shape = (self.out_features, row_words(self.in_features, site.bits))
+            shape = (self._num_out, row_words(self._num_in, site.bits))
             words = torch.zeros(shape, dtype=torch.int32, device=weight.device)
-            width = self.out_features if site.channels or site.granularity == "node" else 1
+            width = self._num_out if site.channels or site.granularity == "node" else 1
             scale = nn.Parameter(torch.ones(width, device=weight.device), requires_grad=False)
             lower = torch.zeros_like(scale) if site.zero_code is None else None
         self.register_buffer("words", words)
@@ -70,8 +73,8 @@ class PackedLinear(PackedLayer):
         """``W`` as the float matrix that the words stand for, read only; dequantized where its values are touched."""
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return self._dequantized()
-        shape = torch.Size((self.out_features, self.in_features))
-        return FrozenWeight(self._packed.spec.name, self._dequantized, shape, self._weight_device)
+        shape = torch.Size((self._num_out, self._num_in))
+        return FrozenWeight(self._qualified_name, self._dequantized, shape, self._weight_device)
 
     @property
     def _weight_device(self) -> torch.device:
@@ -82,7 +85,7 @@ class PackedLinear(PackedLayer):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
-            raise read_only(self._packed.spec.name, "an assignment")
+            raise read_only(self._qualified_name, "an assignment")
         super().__setattr__(name, value)
 
     def as_float(self) -> nn.Module:
@@ -96,7 +99,7 @@ class PackedLinear(PackedLayer):
         if self.words is None:
             return
         weight = layer.weight_quantizer(layer.weight)
-        self.words.copy_(pack_codes(weight.codes, self.site.bits))
+        self.words.copy_(pack_codes(weight.codes, self._site.bits))
         self.weight_scale.copy_(weight.scale.reshape(-1))
         if self.weight_lower_end is not None:
             self.weight_lower_end.copy_(weight.lower.reshape(-1))
@@ -106,8 +109,12 @@ class PackedLinear(PackedLayer):
         """Lower end of the weight's range, one element or ``[O]``."""
         if self.weight_lower_end is not None:
             return self.weight_lower_end
-        assert self.site.zero_code is not None
-        return self.weight_scale * -self.site.zero_code
+        assert self._site.zero_code is not None
+        return self.weight_scale * -self._site.zero_code
+
+    def upgrade(self, state: dict[str, Any]) -> None:
+        for name, old in {"_num_out": "out_features", "_num_in": "in_features", "_site": "site"}.items():
+            state[name] = state[old]
 
     @inference
     def forward(self, x: Tensor) -> Tensor:
@@ -118,7 +125,7 @@ class PackedLinear(PackedLayer):
             return self.apply_to(taken, self.bias) if producer is None else self.deferred(producer)
         rows = x.reshape(-1, x.size(-1))
         y = self.apply_to(self.quantize(rows), self.bias)
-        return y.view(*x.shape[:-1], self.out_features)
+        return y.view(*x.shape[:-1], self._num_out)
 
     def unbiased(self, x: Tensor) -> Tensor:
         """The linear map of ``[N, K]`` without its bias."""
@@ -165,23 +172,23 @@ class PackedLinear(PackedLayer):
             return None
         if isinstance(x, QuantizedTensor):
             return self._sparse_product(x, bias, row_scale)
-        limit = (2**31 - 1) // (top_code(x.bits) * top_code(self.site.bits))
-        if (x.scale.dim() == 1 and x.scale.numel() > 1) or self.in_features > limit:
+        limit = (2**31 - 1) // (top_code(x.bits) * top_code(self._site.bits))
+        if (x.scale.dim() == 1 and x.scale.numel() > 1) or self._num_in > limit:
             return None
 
         def run(start: int, stop: int, **out: Any) -> Tensor:
             rows, factor = x.rows(start, stop), None if row_scale is None else row_scale[start:stop]
             return kernel.linear(
                 rows.words, words, rows.scale, rows.lower, self.weight_scale, self.weight_lower,
-                self.in_features, x.bits, self.site.bits, bias=bias, row_scale=factor, **out,
+                self._num_in, x.bits, self._site.bits, bias=bias, row_scale=factor, **out,
             )  # fmt: skip
 
-        return Producer(x.words.size(0), self.out_features, x.words.device, run, adds=row_scale is None)
+        return Producer(x.words.size(0), self._num_out, x.words.device, run, adds=row_scale is None)
 
     def _expect_width(self: Any, x: Activation) -> None:
-        if x.shape[-1] != self.in_features:
+        if x.shape[-1] != self._num_in:
             raise ValueError(
-                f"Expected {self.in_features} features at '{self._packed.spec.name}' (got {list(x.shape)}); check that "
+                f"Expected {self._num_in} features at '{self._qualified_name}' (got {list(x.shape)}); check that "
                 f"the features are those of the model"
             )
 
@@ -189,14 +196,14 @@ class PackedLinear(PackedLayer):
         """Sparse codes times the weight: a sum of the packed rows of ``W^T`` that a row of ``x`` names."""
         if x.pattern is None or x.qmax is None or self.words is None:
             return None
-        pattern, words, bits, num_out = x.pattern, self.words, self.site.bits, self.out_features
+        pattern, words, bits, num_out = x.pattern, self.words, self._site.bits, self._num_out
         if pattern.max_degree * x.qmax * top_code(bits) >= EXACT_FLOAT32:
             return None
 
         def transposed() -> Tensor:
-            return pack_codes(unpack_codes(words, self.in_features, bits).t(), bits)
+            return pack_codes(unpack_codes(words, self._num_in, bits).t(), bits)
 
-        messages = plan_cache.get((words,), ("transposed", self.in_features, bits), transposed)
+        messages = plan_cache.get((words,), ("transposed", self._num_in, bits), transposed)
         scale, lower = (v.expand(num_out).contiguous() for v in (self.weight_scale, self.weight_lower))
         step = x.scale.expand(pattern.num_dst, 1).reshape(-1)
         codes = None if x.qmax == 1 and bool(x.codes.all()) else x.codes
@@ -221,9 +228,9 @@ class PackedLinear(PackedLayer):
         if self.words is None:
             assert self.float_weight is not None
             return QuantizedTensor.identity(self.float_weight)
-        codes = unpack_codes(self.words, self.in_features, self.site.bits).to(torch.float32)
+        codes = unpack_codes(self.words, self._num_in, self._site.bits).to(torch.float32)
         scale, lower = self.weight_scale.view(-1, 1), self.weight_lower.view(-1, 1)
-        return QuantizedTensor(codes, scale, lower, top_code(self.site.bits), self.site.zero_code == 0)
+        return QuantizedTensor(codes, scale, lower, top_code(self._site.bits), self._site.zero_code == 0)
 
 
 register_packed(QuantizedLinear, PackedLinear)

@@ -14,14 +14,14 @@ from torch_geometric.nn.models.rev_gnn import InvertibleModule
 from ..config import OFF
 from ..conversion import is_quantized, quantized_layers
 from ..copying import copying_memo
-from ..layers.base import QuantizedLayer, float_state
+from ..layers.base import QuantizedLayer, attribute_names, clashes, float_state, names_kept
 from ..layers.deep import deep_mixin
 from ..layers.message_passing import QuantizedMessagePassing
 from ..layers.registry import mixin_for
 from ..layers.sage import QuantizedSAGEConv
 from ..quantizers import QLRQuantizer
 from ..saved import CONFIG_KEY
-from ..smp.constraint import BUFFERS
+from ..smp.constraint import constraint_names
 from ..smp.deep import DeepLayer, StackPlace, connect_stacks
 from .base import NEVER_RAN, WEIGHT, LayerSpec, PackedLayer, frozen_class, packed_class
 from .deferred import defer_inside
@@ -90,17 +90,18 @@ def assemble(model: nn.Module, layers: Mapping[str, Any], specs: Iterable[LayerS
     for spec in specs:
         layer = layers[spec.name]
         if spec.reason is None:
-            memo[id(layer)] = object.__new__(frozen_class(_packed_class(layer, spec), _float_class(layer)))
+            mixin, float_class = _packed_class(layer, spec), _float_class(layer)
+            memo[id(layer)] = object.__new__(frozen_class(mixin, float_class, names_kept(mixin, layer)))
         elif spec.stays_plain:
             memo[id(layer)] = object.__new__(_float_class(layer))
     for spec in specs:
         layer = layers[spec.name]
         if (copied := memo.get(id(layer))) is not None:
-            is_packed = isinstance(copied, PackedLayer)
-            kept = type(copied).kept(layer) if is_packed else float_state(layer)
+            kept = type(copied).kept(layer) if isinstance(copied, PackedLayer) else float_state(layer)
             copied.__dict__.update(copy.deepcopy(kept, memo))
-            if is_packed:
+            if isinstance(copied, PackedLayer):
                 copied.freeze(layer, spec)
+                copied._packed.added = frozenset(attribute_names(copied.__dict__) - attribute_names(kept))
     packed = copy.deepcopy(model, memo)
     for spec in specs:
         layer = packed.get_submodule(spec.name)
@@ -157,6 +158,8 @@ def _describe(layers: Mapping[str, Any]) -> list[LayerSpec]:
         elif cls is None:
             deep = " in a deep stack" if isinstance(layer, DeepLayer) else ""
             reason = f"no packed {type(layer).float_class.__name__}{deep}"
+        elif taken := [*clashes(cls, layer), *(name for name in cls.adds if hasattr(layer, name))]:
+            reason = f"it has attributes of its own named {', '.join(taken)}"
         else:
             reason = cls.refuses(layer)
         if isinstance(layer, QuantizedSAGEConv):
@@ -259,7 +262,6 @@ def _float_state(module: nn.Module) -> list[Tensor]:
     """What a module holds in the float model: a quantizer and a multiplier are not there."""
     if isinstance(module, (QLRQuantizer, PackedRange)):
         return []
-    dropped = set(BUFFERS) if isinstance(module, QuantizedLayer) else set()
-    dropped |= module._non_persistent_buffers_set
+    dropped = {*constraint_names(module), *module._non_persistent_buffers_set}
     persistent = [b for k, b in module.named_buffers(recurse=False) if k not in dropped]
     return [*module.parameters(recurse=False), *persistent]

@@ -44,8 +44,7 @@ class PackedSteps(PropagationLayer, PackedConv):
 
     def freeze(self: Any, layer: Any, spec: LayerSpec) -> None:
         super().freeze(layer, spec)
-        if isinstance(layer, SMPropagation):
-            self.smp = layer.smp  # its own, whether it acts or not, and so are the buffers
+        if isinstance(layer, SMPropagation):  # what is its own stays, whether it acts or not
             kept = [name for name in BUFFERS if name in self._buffers]
             self._non_persistent_buffers_set.update(name for name in kept if not spec.smooth or name != "multiplier")
         for site in ("gap_quantizer", "state_quantizers"):
@@ -58,7 +57,7 @@ class PackedSteps(PropagationLayer, PackedConv):
             return "explain mode"
         if layer.is_off:
             return "32 bits"
-        if layer.moves_itself or (layer.smp is not None and layer.smp.algorithm == "reference"):
+        if layer._moves_itself or (layer._smp is not None and layer._smp.algorithm == "reference"):
             return "a multiplier that moves within the forward pass"
         dtypes = {quantizer.log_scale.dtype for _, quantizer in layer.own_quantizers()}
         return None if dtypes == {torch.float32} else "its ranges are not float32"
@@ -104,20 +103,25 @@ class PackedPropagation(PackedSteps):
     r"""Packed APPNP and SMPropagation; without correction, a step is one kernel."""
 
     input_quantizer: PackedRange
-    mu: float | None  # infinite without teleport: None
+    _eta: float
+    _mu: float | None  # infinite without teleport: None
 
     def freeze(self: Any, layer: Any, spec: LayerSpec) -> None:
         super().freeze(layer, spec)
         if isinstance(layer, SMPropagation):
-            self.eta, self.mu = layer.smp.eta, layer.smp.mu
+            self._eta, self._mu = layer._smp.eta, layer._smp.mu
         else:
-            self.eta, self.mu = layer.alpha, None if layer.alpha == 0 else (1 - layer.alpha) / layer.alpha
+            self._eta, self._mu = layer.alpha, None if layer.alpha == 0 else (1 - layer.alpha) / layer.alpha
+
+    def upgrade(self, state: dict[str, Any]) -> None:
+        super().upgrade(state)
+        state["_eta"], state["_mu"] = state["eta"], state["mu"]
 
     @property
     def descent(self) -> Descent:
-        return (
-            Descent(0.0, 1.0, 0.0) if self.mu is None else Descent(*step_factors(self.eta, self.mu, 0.0)[:2], self.eta)
-        )
+        if self._mu is None:
+            return Descent(0.0, 1.0, 0.0)
+        return Descent(*step_factors(self._eta, self._mu, 0.0)[:2], self._eta)
 
     @inference
     def forward(self, x: Tensor, edge_index: Any, edge_weight: Tensor | None = None) -> Tensor:
@@ -127,7 +131,7 @@ class PackedPropagation(PackedSteps):
         x0 = self.input_quantizer(samples.rows(x)).dequantize()
         ranges = [self.step_quantizers[str(k)] for k in range(self.K)]
         symmetric = graph.weight is None and graph.source is not None and graph.source is graph.target
-        plain_steps = not self.is_smoothing and self.state_quantizers is None and self.mu is not None
+        plain_steps = not self._is_smoothing and self.state_quantizers is None and self._mu is not None
         if plain_steps and symmetric and all(sent.spec.is_fixed for sent in ranges):
             return samples.shaped(self._steps_in_kernel(x0, graph, ranges))
         return samples.shaped(self.steps(x0, graph))
@@ -135,13 +139,13 @@ class PackedPropagation(PackedSteps):
     def _steps_in_kernel(self, x0: Tensor, graph: NormalizedGraph, ranges: list[PackedRange]) -> Tensor:
         """A kernel per step, which also packs what the next one sends."""
         assert graph.source is not None
-        assert self.mu is not None
+        assert self._mu is not None
         h, norm = x0, graph.source.view(-1)
         words = None if not ranges else ranges[0](x0 * graph.source).words
         for k, sent in enumerate(ranges):
             target = ranges[k + 1].output_range() if k + 1 < self.K else {}
             h, words, _ = smp_step(
-                h, x0, graph.plan, norm, eta=self.eta, mu=self.mu, words=words, scale=sent.scale,
+                h, x0, graph.plan, norm, eta=self._eta, mu=self._mu, words=words, scale=sent.scale,
                 offset=sent.lower, bits=sent.bits, **target,
             )  # fmt: skip
         return h

@@ -16,10 +16,9 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from ..config import SMPConfig
-from ..layers.base import _ATTRIBUTES, QuantizedLayer, QuantizerDict
+from ..layers.base import QuantizerDict, float_state
 from ..quantizers import QLRQuantizer
 from ..smp.constraint import CONSTRAINT_ATTRIBUTES, SmoothLayer
-from .base import PackedLayer
 from .ranges import PackedRange
 
 __all__ = ["Difference", "ModuleSettings", "first_difference", "settings_of"]
@@ -27,8 +26,6 @@ __all__ = ["Difference", "ModuleSettings", "first_difference", "settings_of"]
 # What changes initial values, training or speed, and nothing else.
 IRRELEVANT = {"training", "inplace", "cached", "explain", "momentum", "decomposed_layers", "fuse"}
 IRRELEVANT |= {"weight_initializer", "bias_initializer", *CONSTRAINT_ATTRIBUTES}
-# What conversion and packing add to a layer, as long as it is plain.
-ADDED = {*_ATTRIBUTES, "output_quantizer", "transforms_first"}
 DROPOUT = "dropout"  # in the name of an attribute: a rate, which eval mode does not know
 
 FRAMEWORKS = {"torch", "torch_geometric", "pytorch_lightning", "lightning", "torchmetrics", "qgnn_plugin"}
@@ -74,11 +71,10 @@ def _float_class(module: Any) -> type:
 
 def _values(module: nn.Module) -> dict[str, Any]:
     private = _is_users_own(_float_class(module))
-    added = ADDED if isinstance(module, (QuantizedLayer, PackedLayer)) else ()
     found = {}
-    for name, value in vars(module).items():
+    for name, value in float_state(module).items():
         hidden = name.startswith("_") and (not private or name.startswith("__") or name in MODULE_NAMES)
-        if hidden or name in IRRELEVANT or DROPOUT in name or name in added:
+        if hidden or name in IRRELEVANT or DROPOUT in name:
             continue
         plain = _plain(value)
         if plain is not _OTHER:

@@ -103,15 +103,15 @@ def _unknown(layer: Any) -> str:
         return "a network of its own follows its sum"
     if isinstance(layer, QuantizedPropagation):  # in a deep stack
         return "maps of its own follow its steps"
-    if layer.is_smoothing and type(layer).message in SCALED_MESSAGES:
+    if layer._is_smoothing and type(layer).message in SCALED_MESSAGES:
         return "maps of its own follow its corrected aggregate"
     return "what it does with a message is not known"
 
 
 def _correction(layer: Any, operator: OperatorBound) -> Correction:
-    if layer.smp is None:
+    if layer._smp is None:
         return Correction.of(None, 0.0, 0.0, operator)
-    return Correction.of(layer.smp, layer.multiplier_value, layer.smp.eta, operator)
+    return Correction.of(layer._smp, layer._multiplier_value, layer._smp.eta, operator)
 
 
 def _norm(graph: NormalizedGraph) -> OperatorBound:
@@ -154,9 +154,9 @@ def _gatv2(run: LayerRun, seen: Seen) -> float:
 
     def attended(plan: GraphPlan, weight: Tensor) -> Tensor:
         operator = partial(spmm, plan, weight=weight)
-        if layer.smp is None:
+        if layer._smp is None:
             return operator(z)
-        return z + corrected(operator(z) - z, operator, layer.smp, layer.force)
+        return z + corrected(operator(z) - z, operator, layer._smp, layer._force)
 
     moved = float((attended(plan, attention) - attended(exact_plan, exact)).norm())
     return _attention_bound(run, seen, plan, attention) + moved
@@ -220,7 +220,7 @@ def _deep(run: LayerRun, seen: Seen, bound: float) -> float:
 def _collected(run: LayerRun) -> Finding | None:
     """Of a layer that maps what it has aggregated, the error of the aggregate; :obj:`None` for others."""
     layer, mixin = run.layer, type(run.layer).mixin
-    if not isinstance(run.call.features, Tensor) or layer.is_smoothing:
+    if not isinstance(run.call.features, Tensor) or layer._is_smoothing:
         return None
     if issubclass(mixin, QuantizedGINConv) and layer.aggr in ("add", "sum"):
         return _gin(run)

@@ -14,13 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..aliases import Alias
 from ..config import SMPConfig
 
-__all__ = ["ConstraintState", "SmoothLayer", "attach_constraint", "corrected", "dirichlet_energy"]
+__all__ = [
+    "ConstraintState",
+    "SmoothLayer",
+    "attach_constraint",
+    "constraint_names",
+    "corrected",
+    "dirichlet_energy",
+    "reset_constraint",
+]
 
 Operator = Callable[[Tensor], Tensor]
 BUFFERS = ("multiplier", "slack", "penalty")
-CONSTRAINT_ATTRIBUTES = ("constraint_state", "smp", "_smoothing", "_written")  # beside them
+OTHER_PREFIX = "qgnn_"
+CONSTRAINT_ATTRIBUTES = ("_constraint_state", "_smp", "_smoothing", "_written", "_buffer_prefix")  # beside them
 EXPLICIT_LIMIT = 0.25  # of eta lambda: past it the explicit correction turns changes of frequency 2 round
 
 
@@ -59,71 +69,89 @@ class SmoothLayer:
     ``penalty`` is ``c h`` of the last update, so that a saved model goes on as it was.
     """
 
-    multiplier: Tensor
-    slack: Tensor
-    smp: SMPConfig | None
+    smp = Alias("_smp")
+    constraint_state = Alias("_constraint_state")
+    num_constraints = Alias("_num_constraints")
+    moves_itself = Alias("_moves_itself")
+    constraint = Alias("_constraint")
+    violation = Alias("_violation")
+    constraint_buffers = Alias("_constraint_buffers")
+    force = Alias("_force")
+    step_size = Alias("_step_size")
+    highest_multiplier = Alias("_highest_multiplier")
+    multiplier_value = Alias("_multiplier_value")
+    is_smoothing = Alias("_is_smoothing")
+    refresh = Alias("_refresh")
+    smooth = Alias("_smooth")
+
     training: bool
-    constraint_state: ConstraintState | None
+    _smp: SMPConfig | None
+    _constraint_state: ConstraintState | None
     _buffers: dict[str, Any]
+    _buffer_prefix: str = ""  # of the buffers' names, where the layer has attributes of these names itself
     _smoothing: bool = False  # what the buffers said
     _written: tuple[Any, ...] | None = None  # in these versions
 
     @property
-    def num_constraints(self) -> int:
+    def _num_constraints(self) -> int:
         """How many changes are bounded: one, or one per step of a propagation."""
         return 1
 
     @property
-    def moves_itself(self) -> bool:
+    def _moves_itself(self) -> bool:
         """Whether the multiplier moves within the forward pass."""
         return False
 
     @property
-    def constraint(self) -> float | None:
+    def _constraint(self) -> float | None:
         """``g`` over its bound, from the last training forward: at most 1 when met; :obj:`None` before any."""
-        state = self.constraint_state
+        state = self._constraint_state
         return None if state is None else float(state.ratio)
 
     @property
-    def violation(self) -> float | None:
+    def _violation(self) -> float | None:
         """``constraint - 1``: positive where the bound is exceeded."""
-        constraint = self.constraint
+        constraint = self._constraint
         return None if constraint is None else constraint - 1.0
 
     @property
-    def constraint_buffers(self) -> list[Tensor]:
+    def _constraint_buffers(self) -> list[Tensor]:
         """Multiplier, slack and, with damping, penalty."""
-        return [self._buffers[name] for name in BUFFERS if name in self._buffers]
+        return [self._buffers[name] for name in constraint_names(self)]
+
+    def _constraint_buffer(self, name: str) -> Any:
+        """The buffer ``name`` of the constraint; :obj:`None` where the layer has none."""
+        return self._buffers.get(self._buffer_prefix + name)
 
     @property
-    def force(self) -> Tensor:
+    def _force(self) -> Tensor:
         """The multiplier that acts: ``max(0, lambda + c h)``, which without damping is ``lambda`` itself."""
-        penalty = self._buffers.get("penalty")
-        return self.multiplier if penalty is None else (self.multiplier + penalty).clamp_min(0)
+        multiplier, penalty = self._constraint_buffer("multiplier"), self._constraint_buffer("penalty")
+        return multiplier if penalty is None else (multiplier + penalty).clamp_min(0)
 
     @property
-    def step_size(self) -> float:
+    def _step_size(self) -> float:
         """``eta`` of the explicit correction."""
-        if self.smp is None:
+        if self._smp is None:
             raise AttributeError(f"Expected a smoothness constraint on {type(self).__name__} (got none)")
-        return self.smp.eta
+        return self._smp.eta
 
     @property
-    def highest_multiplier(self) -> float:
+    def _highest_multiplier(self) -> float:
         """Upper end of the multiplier: that of the settings, or where the explicit correction stops being stable."""
-        if self.smp is None:
+        if self._smp is None:
             raise AttributeError(f"Expected a smoothness constraint on {type(self).__name__} (got none)")
-        if self.smp.correction == "proximal" or self.smp.algorithm == "reference":
-            return self.smp.max_multiplier
-        return min(self.smp.max_multiplier, EXPLICIT_LIMIT / self.step_size)
+        if self._smp.correction == "proximal" or self._smp.algorithm == "reference":
+            return self._smp.max_multiplier
+        return min(self._smp.max_multiplier, EXPLICIT_LIMIT / self._step_size)
 
     @property
-    def multiplier_value(self) -> float:
+    def _multiplier_value(self) -> float:
         """The multiplier that acts, as a number."""
-        return float(self.force)
+        return float(self._force)
 
     @property
-    def is_smoothing(self) -> bool:
+    def _is_smoothing(self) -> bool:
         """Whether the correction acts.
 
         A mirror on the host of the buffers, read anew whenever they were written: a forward pass need not wait for
@@ -132,18 +160,19 @@ class SmoothLayer:
         :func:`qgnn_plugin.differential_multiplier_step`.
         """
         if not torch.compiler.is_compiling():
-            self.refresh()
+            self._refresh()
         return self._smoothing
 
-    def refresh(self) -> None:
+    def _refresh(self) -> None:
         """Read anew whether the correction acts, where the buffers were written since it was last asked."""
-        if self.smp is None or self.multiplier.is_meta:
+        multiplier = self._constraint_buffer("multiplier")
+        if self._smp is None or multiplier.is_meta:
             return
-        written = tuple(_version(self._buffers.get(name)) for name in ("multiplier", "penalty"))
+        written = (_version(multiplier), _version(self._constraint_buffer("penalty")))
         if written != self._written:
-            self._smoothing, self._written = self.multiplier_value > 0, written
+            self._smoothing, self._written = self._multiplier_value > 0, written
 
-    def smooth(self, z: Tensor, a: Tensor, operator: Operator, num_edges: int, *, averaged: bool = False) -> Tensor:
+    def _smooth(self, z: Tensor, a: Tensor, operator: Operator, num_edges: int, *, averaged: bool = False) -> Tensor:
         """Correct the change from ``z`` to ``a`` (both ``[N, ...]``) and, in training, measure its constraint.
 
         Args:
@@ -153,12 +182,12 @@ class SmoothLayer:
             num_edges: ``|E|`` of an absolute bound.
             averaged: Whether ``a`` is ``P z``, which then need not be computed again.
         """
-        config = self.smp
+        config = self._smp
         if config is None or z.shape != a.shape:
             return a
         propagated = a
-        if self.is_smoothing:
-            a = z + corrected(a - z, operator, config, self.force)
+        if self._is_smoothing:
+            a = z + corrected(a - z, operator, config, self._force)
         if self.training:
             with torch.no_grad():
                 energy = dirichlet_energy((a - z).detach(), operator).clamp_min(0)
@@ -167,7 +196,7 @@ class SmoothLayer:
                     bound = bound.clamp_min(0)
                 else:
                     bound = torch.full_like(energy, config.alpha * num_edges)
-                self.constraint_state = ConstraintState(energy, bound)
+                self._constraint_state = ConstraintState(energy, bound)
         return a
 
 
@@ -208,9 +237,12 @@ def attach_constraint(layer: Any, config: SMPConfig | None, device: torch.device
     Raises:
         ValueError: If ``config`` is the authors' algorithm and the layer is no propagation.
     """
-    layer.constraint_state = None
+    layer._constraint_state = None
     if config is None:
         return
+    constrained = isinstance(layer, SmoothLayer)  # by itself
+    if not constrained and any(hasattr(layer, name) for name in BUFFERS):
+        layer._buffer_prefix = OTHER_PREFIX
     if config.algorithm == "reference" and not hasattr(layer, "K"):
         raise ValueError(
             f"Expected a propagation layer (SMPropagation, APPNP) for the reference algorithm (got a "
@@ -218,4 +250,24 @@ def attach_constraint(layer: Any, config: SMPConfig | None, device: torch.device
         )
     for name, value in zip(BUFFERS, (config.multiplier, config.slack, 0.0), strict=True):
         if name != "penalty" or config.damping > 0:
-            layer.register_buffer(name, torch.tensor(value, device=device))
+            prefix = getattr(layer, "_buffer_prefix", "")
+            layer.register_buffer(prefix + name, torch.tensor(value, device=device))
+
+
+def reset_constraint(layer: SmoothLayer) -> None:
+    """Back to the initial multiplier and slack, in place."""
+    config = layer._smp
+    if config is None:
+        return
+    for name, value in zip(BUFFERS, (config.multiplier, config.slack, 0.0), strict=True):
+        if (buffer := layer._constraint_buffer(name)) is not None:
+            buffer.fill_(value)
+    layer._constraint_state = None
+
+
+def constraint_names(layer: Any) -> list[str]:
+    """Names of the buffers that hold the constraint of ``layer``, if it has one."""
+    if not isinstance(layer, SmoothLayer):
+        return []
+    names = [layer._buffer_prefix + name for name in BUFFERS]
+    return [name for name in names if name in layer._buffers]

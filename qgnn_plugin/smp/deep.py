@@ -25,6 +25,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch_geometric.nn import MessagePassing
 
+from ..aliases import Alias
 from ..config import SMPConfig
 
 __all__ = ["DeepLayer", "DeepStack", "StackPlace", "StackScope", "close_scopes", "connect_stacks", "find_stacks"]
@@ -72,21 +73,24 @@ class DeepStack:
 class DeepLayer:
     """Mixin of a layer in a deep stack."""
 
-    deep_place: StackPlace
-    deep_stack: DeepStack
-    deep_config: SMPConfig
-    layer_name: str
+    deep_place = Alias("_deep_place")
+    deep_stack = Alias("_deep_stack")
+    deep_config = Alias("_deep_config")
+    _deep_place: StackPlace
+    _deep_stack: DeepStack
+    _deep_config: SMPConfig
+    _qualified_name: str
 
     @property
     def initial_residual(self) -> float:
         """``a``."""
-        return self.deep_config.initial_residual or 0.0
+        return self._deep_config.initial_residual or 0.0
 
     @property
     def identity_strength(self) -> float:
         """``b_l``: the weight of the layer's own map against the identity."""
-        theta = self.deep_config.identity_map
-        return 1.0 if theta is None else math.log(theta / self.deep_place.depth + 1)
+        theta = self._deep_config.identity_map
+        return 1.0 if theta is None else math.log(theta / self._deep_place.depth + 1)
 
     def initial_features(self, x: Tensor) -> Tensor | None:
         """``H_0`` for the nodes of ``x`` [*, N, F], :obj:`None` where no residual is used; call once per forward.
@@ -99,19 +103,19 @@ class DeepLayer:
         """
         if not isinstance(x, Tensor):
             raise ValueError(
-                f"Expected one feature matrix for '{self.layer_name}', a layer of a deep stack (got a "
+                f"Expected one feature matrix for '{self._qualified_name}', a layer of a deep stack (got a "
                 f"{type(x).__name__}); exclude the layer from the stack by an override of 'smp'"
             )
         if self.initial_residual == 0:
             return None
-        place, stack = self.deep_place, self.deep_stack
+        place, stack = self._deep_place, self._deep_stack
         if place.depth == 1:
             stack.initial = x
         initial = stack.initial
         if initial is None:
             raise RuntimeError(
-                f"Expected '{place.stack}' to run before '{self.layer_name}' in the same forward pass: it is the first "
-                f"layer of their deep stack; run the stack in order, or leave this layer out of it by an override"
+                f"Expected '{place.stack}' to run before '{self._qualified_name}' in the same forward pass: it is the "
+                f"first layer of their deep stack; run the stack in order, or leave this layer out of it by an override"
             )
         if place.depth == place.length:
             stack.initial = None
@@ -119,7 +123,7 @@ class DeepLayer:
         sizes = [(*t.shape[:nodes], *t.shape[nodes + 1 :]) for t in (x, initial)]
         if initial.dim() != x.dim() or sizes[0] != sizes[1] or initial.size(nodes) < x.size(nodes):
             raise ValueError(
-                f"Expected the input of '{self.layer_name}' to have the shape of that of '{place.stack}', "
+                f"Expected the input of '{self._qualified_name}' to have the shape of that of '{place.stack}', "
                 f"{list(initial.shape)} (got {list(x.shape)})"
             )
         return initial.narrow(nodes, 0, x.size(nodes)) if initial.size(nodes) > x.size(nodes) else initial
@@ -135,7 +139,7 @@ class DeepLayer:
             return mapped
         if support.shape != mapped.shape:
             raise ValueError(
-                f"Expected '{self.layer_name}' to keep the shape of its input, {list(support.shape)} (got "
+                f"Expected '{self._qualified_name}' to keep the shape of its input, {list(support.shape)} (got "
                 f"{list(mapped.shape)}); leave it out of the deep stack by an override of 'smp'"
             )
         return support * (1 - strength) + mapped * strength
@@ -245,7 +249,7 @@ def connect_stacks(model: nn.Module, places: Mapping[str, StackPlace]) -> None:
         layer: Any = model.get_submodule(name)
         stack = stacks.setdefault(place.stack, DeepStack())
         if isinstance(layer, DeepLayer):  # or not converted yet
-            layer.deep_stack = stack
+            layer._deep_stack = stack
     for first, stack in stacks.items():
         around: Any = _module_around(model, [name for name, place in places.items() if place.stack == first])
         if around is None:

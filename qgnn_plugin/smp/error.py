@@ -142,7 +142,7 @@ def error_report(
 
 
 def _run_of(layer: Any, calls: dict[str, Call], name: str) -> LayerRun:
-    initial = calls[layer.deep_place.stack].features if isinstance(layer, DeepLayer) else None
+    initial = calls[layer._deep_place.stack].features if isinstance(layer, DeepLayer) else None
     return LayerRun(layer, calls[name], initial)
 
 
@@ -151,7 +151,7 @@ def _stacks(runs: dict[str, LayerRun], findings: dict[str, Finding]) -> dict[str
     members: dict[str, dict[str, tuple[LayerRun, Finding]]] = {}
     for name, run in runs.items():
         if isinstance(run.layer, DeepLayer):
-            members.setdefault(run.layer.deep_place.stack, {})[name] = (run, findings[name])
+            members.setdefault(run.layer._deep_place.stack, {})[name] = (run, findings[name])
     found: dict[str, tuple[float, float]] = {}
     for stack in members.values():
         found |= stack_errors(stack)

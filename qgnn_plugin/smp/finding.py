@@ -72,7 +72,7 @@ class LayerRun:
         if features is not None:
             args, kwargs = (features, *args[1:]), {k: v for k, v in kwargs.items() if k != "x"}
         if self.initial is not None:
-            self.layer.deep_stack.initial = self.initial
+            self.layer._deep_stack.initial = self.initial
         return self.layer(*args, **kwargs)
 
     def result(self, features: Any = None) -> Tensor:

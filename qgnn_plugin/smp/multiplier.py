@@ -46,9 +46,7 @@ class Update(NamedTuple):
     penalty: Tensor
 
 
-def ascend(
-    config: SMPConfig, multiplier: Tensor, slack: Tensor, ratio: Tensor, highest: float | None = None
-) -> Update:
+def ascend(config: SMPConfig, multiplier: Tensor, slack: Tensor, ratio: Tensor, highest: float | None = None) -> Update:
     r"""One step of the modified differential multiplier method (Platt and Barr, 1987, eqs. 9 and 19).
 
     With the violation :math:`h = g/b - 1 + s^2` and the acting multiplier :math:`\hat\lambda = \lambda + c h`,
@@ -78,7 +76,7 @@ def smp_layers(model: nn.Module) -> dict[str, SmoothLayer]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, SmoothLayer) and module.smp is not None
+        if isinstance(module, SmoothLayer) and module._smp is not None
     }
 
 
@@ -116,31 +114,34 @@ def differential_multiplier_step(
 
 def _measurements(layer: SmoothLayer) -> Tensor:
     """Energy, bound and a one for each step of ``layer``; zeros where it measured nothing."""
-    state: ConstraintState | None = layer.constraint_state
+    state: ConstraintState | None = layer._constraint_state
     if state is None:
-        return torch.zeros(layer.num_constraints, 3, dtype=torch.float64, device=layer.multiplier.device)
+        return torch.zeros(
+            layer._num_constraints, 3, dtype=torch.float64, device=layer._constraint_buffer("multiplier").device
+        )
     pair = torch.stack([state.energy.reshape(-1), state.bound.reshape(-1)], 1).double()
     return torch.cat([pair, torch.ones_like(pair[:, :1])], 1)
 
 
 def _update(layer: SmoothLayer, ratio: Tensor) -> MultiplierState:
-    config = layer.smp
+    config = layer._smp
     assert config is not None
-    if not layer.moves_itself:
-        multiplier, slack = (value.double().cpu() for value in (layer.multiplier, layer.slack))
-        new = ascend(config, multiplier, slack, ratio, layer.highest_multiplier)
+    if not layer._moves_itself:
+        multiplier, slack = (layer._constraint_buffer(name).double().cpu() for name in ("multiplier", "slack"))
+        new = ascend(config, multiplier, slack, ratio, layer._highest_multiplier)
         for name, value in new._asdict().items():
-            if name in layer._buffers:
-                layer._buffers[name].copy_(value)
-    layer.refresh()
-    strength, constraint = float(layer.multiplier), float(ratio)
-    high = float(torch.tensor(layer.highest_multiplier, dtype=layer.multiplier.dtype))  # as the buffer can hold it
+            if (buffer := layer._constraint_buffer(name)) is not None:
+                buffer.copy_(value)
+    layer._refresh()
+    buffer = layer._constraint_buffer("multiplier")
+    strength, constraint = float(buffer), float(ratio)
+    high = float(torch.tensor(layer._highest_multiplier, dtype=buffer.dtype))  # as the buffer can hold it
     return MultiplierState(
         strength,
-        float(layer.slack),
+        float(layer._constraint_buffer("slack")),
         constraint,
         constraint - 1.0,
         saturated=strength >= high,
         saturating=strength >= high / 2 and constraint > 1,
-        force=layer.multiplier_value,
+        force=layer._multiplier_value,
     )

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch_geometric.nn import MessagePassing
 
+from ..aliases import LayersOwn
 from ..config import SMPConfig
 from ..kernels.smp_step import step_factors
 from ..layers.graph import NormalizedGraph, NormalizedOperator
@@ -129,38 +130,38 @@ class PropagationLayer(SmoothLayer):
     K: int
 
     @property
-    def num_constraints(self) -> int:
+    def _num_constraints(self) -> int:
         return self.K
 
     @property
-    def moves_itself(self) -> bool:
-        return self.smp is not None and self.smp.schedule == "inner"
+    def _moves_itself(self) -> bool:
+        return self._smp is not None and self._smp.schedule == "inner"
 
     @property
     def descent(self) -> Descent:
         """The factors of a step."""
-        assert self.smp is not None
-        return Descent.of(self.smp)
+        assert self._smp is not None
+        return Descent.of(self._smp)
 
     @property
-    def step_size(self) -> float:
+    def _step_size(self) -> float:
         """``eta`` of the explicit correction; a propagation without fidelity term takes that of its settings."""
-        assert self.smp is not None
-        return self.descent.fidelity or self.smp.eta
+        assert self._smp is not None
+        return self.descent.fidelity or self._smp.eta
 
     @property
     def gap_messages(self) -> int:
         """How often a correction exchanges changes."""
-        assert self.smp is not None
-        return 1 if self.smp.correction == "explicit" else self.smp.terms
+        assert self._smp is not None
+        return 1 if self._smp.correction == "explicit" else self._smp.terms
 
     def corrected(self, change: Tensor, operator: Operator, force: Tensor) -> Tensor:
         """``C D``: what remains of a change [N, F] under the multiplier ``force``."""
-        config = self.smp
+        config = self._smp
         assert config is not None
         if config.algorithm == "reference":
             return change + (2 * config.eta * force) * operator(change)
-        return corrected(change, operator, config, force, self.step_size)
+        return corrected(change, operator, config, force, self._step_size)
 
     def stored(self, k: int, h: Tensor) -> Tensor:
         """The state as step ``k`` finds it."""
@@ -189,14 +190,14 @@ class PropagationLayer(SmoothLayer):
             exact: Whether ``average`` is ``A~`` itself, so that measuring may use its results.
             visit: Called with every step.
         """
-        config = self.smp
+        config = self._smp
         descent, source = self.descent, self.descent.source(x0)
         meter = None
-        if config is not None and (self.training or self.moves_itself):
+        if config is not None and (self.training or self._moves_itself):
             meter = Meter(config, graph.apply, graph.plan.num_edges)
         if config is not None and config.algorithm == "reference":
             return self._reference_steps(x0, average, gap, meter, visit)
-        multiplier = _Multiplier(self) if config is not None and (self.moves_itself or self.is_smoothing) else None
+        multiplier = _Multiplier(self) if config is not None and (self._moves_itself or self._is_smoothing) else None
         h = x0
         for k in range(self.K):
             h = self.stored(k, h)
@@ -218,14 +219,14 @@ class PropagationLayer(SmoothLayer):
             if multiplier is not None and meter.energies:
                 multiplier.follow(meter)
                 multiplier.store(self)
-            self.constraint_state = meter.state()
+            self._constraint_state = meter.state()
         return h
 
     def _reference_steps(
         self, x0: Tensor, average: StepOperator, gap: StepOperator, meter: Any, visit: Visit | None
     ) -> Tensor:
         """The authors' update (see :meth:`SMPConfig.reference`); gradients flow through the multiplier, as there."""
-        config, descent, source = self.smp, self.descent, self.descent.source(x0)
+        config, descent, source = self._smp, self.descent, self.descent.source(x0)
         assert config is not None
         h, multiplier, slack = x0, x0.new_tensor(config.multiplier), x0.new_tensor(config.slack)
         for k in range(self.K):
@@ -243,10 +244,10 @@ class PropagationLayer(SmoothLayer):
                 visit(Step(found, u, force, h))
         if self.training:
             meter.observe(h)
-            self.constraint_state = meter.state()
+            self._constraint_state = meter.state()
             with torch.no_grad():
-                self.multiplier.copy_(multiplier)
-                self.slack.copy_(slack)
+                self._constraint_buffer("multiplier").copy_(multiplier)
+                self._constraint_buffer("slack").copy_(slack)
         return h
 
 
@@ -254,14 +255,15 @@ class _Multiplier:
     """The multiplier of one forward pass: constant, or moving with its steps (``schedule="inner"``)."""
 
     def __init__(self, layer: PropagationLayer) -> None:
-        assert layer.smp is not None
-        self.config, self.moves, self.force = layer.smp, layer.moves_itself, layer.force.detach()
-        self.highest = layer.highest_multiplier
+        assert layer._smp is not None
+        self.config, self.moves, self.force = layer._smp, layer._moves_itself, layer._force.detach()
+        self.highest = layer._highest_multiplier
         if self.moves:
             start = self.config
-            self.multiplier = layer.multiplier if start.carry else torch.full_like(layer.multiplier, start.multiplier)
-            self.slack = layer.slack if start.carry else torch.full_like(layer.slack, start.slack)
-            self.penalty = layer._buffers.get("penalty") if start.carry else None
+            multiplier, slack = layer._constraint_buffer("multiplier"), layer._constraint_buffer("slack")
+            self.multiplier = multiplier if start.carry else torch.full_like(multiplier, start.multiplier)
+            self.slack = slack if start.carry else torch.full_like(slack, start.slack)
+            self.penalty = layer._constraint_buffer("penalty") if start.carry else None
             self._act()
 
     def _act(self) -> None:
@@ -280,8 +282,8 @@ class _Multiplier:
         """Leave the last values in the layer's buffers: to be carried on, or only to be read."""
         if self.moves:
             for name in BUFFERS:
-                if name in layer._buffers:
-                    layer._buffers[name].copy_(getattr(self, name))
+                if (buffer := layer._constraint_buffer(name)) is not None:
+                    buffer.copy_(getattr(self, name))
 
 
 def dropped_edges(graph: NormalizedGraph, p: float, training: bool) -> NormalizedGraph:
@@ -324,7 +326,9 @@ class SMPropagation(NormalizedOperator, PropagationLayer, MessagePassing):
     Memory is ``O(N F + E)`` in inference; training keeps the ``K`` states for the backward pass.
     """
 
-    smp: SMPConfig
+    smp: Any = LayersOwn("smp")
+    multiplier: Tensor
+    _cached_graph: NormalizedGraph | None
 
     def __init__(
         self,
@@ -348,9 +352,19 @@ class SMPropagation(NormalizedOperator, PropagationLayer, MessagePassing):
             smp = replace(smp, eta=alpha, mu=1 / alpha - 1)
         self.K, self.dropout, self.cached = K, dropout, cached
         self.add_self_loops, self.normalize = add_self_loops, normalize
-        self._cached_graph: NormalizedGraph | None = None
+        self._cached_graph = None
         self.smp = smp
         attach_constraint(self, smp, None)
+
+    @property
+    def _smp(self) -> SMPConfig:  # type: ignore[override]
+        return self.smp
+
+    def __setstate__(self, data: dict[str, Any]) -> None:
+        if "constraint_state" in data:  # of a pickle written when that was its name
+            data = {"_constraint_state": data["constraint_state"], **data}
+            del data["constraint_state"]
+        super().__setstate__(data)
 
     def reset_parameters(self) -> None:
         """Back to the initial multiplier and slack; forgets a cached graph."""

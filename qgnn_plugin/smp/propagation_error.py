@@ -64,7 +64,7 @@ def _recursion(
     bounds, error = [], entered
     for k, (step, exact) in enumerate(zip(*steps, strict=True)):
         force = 0.0 if step.force is None else float(step.force)
-        correction = Correction.of(layer.smp, force, 0.0 if layer.smp is None else layer.step_size, operator)
+        correction = Correction.of(layer._smp, force, 0.0 if layer._smp is None else layer._step_size, operator)
         error = error + kept[k]
         bounds.append(error)
         injected = abs(descent.average) * operator.norm * sent[k] + abs(descent.fidelity) * entered
@@ -72,7 +72,7 @@ def _recursion(
         if step.force is not None:
             used = [next(remaining) for _ in range(layer.gap_messages)]
             error += sum(w * gap for w, gap in zip(correction.gap, used, strict=False))
-        if layer.moves_itself:
+        if layer._moves_itself:
             error += _moved(layer, graph, step, exact)
     return [*bounds, error]
 

@@ -272,7 +272,7 @@ class Clashing(nn.Module):
         super().__init__()
         self.first = nn.Linear(WIDTH, WIDTH)
         self.conv = GCNConv(WIDTH, OUT)
-        self.conv.register_buffer("slack", torch.ones(2))
+        self.conv.message_quantizer = None
 
 
 class Bound(nn.Module):
@@ -326,7 +326,7 @@ def lazy() -> nn.Module:
         (Plain, {"config": QuantConfig(overrides={"convs.9": {}})}, ValueError,
          "'convs.9' matches no layer.*Did you mean 'convs.[01]'"),
         (lazy, {}, ValueError, r"initialized layers \(got lazy ones: 0.lin, 1\); run the model once"),
-        (Clashing, {}, ValueError, "slack to be free on 'conv', a GCNConv; rename"),
+        (Clashing, {}, ValueError, "message_quantizer to be free on 'conv', a GCNConv; rename"),
         (Bound, {}, ValueError, "class of a GCNConv to define 'propagate'.*define it in a subclass"),
         (lambda: nn.Sequential(nn.Linear(2, 2), Broken(2, 2)), {}, OSError, "half-way"),
         (lambda: nn.Sequential(SAGEConv(4, 4)), {"exclude": "0.lin_r"}, ValueError,
