@@ -20,6 +20,7 @@ from .gcn import propagate_codes
 from .graph import NormalizedGraph, NormalizedOperator
 from .message_passing import QuantizedConv, require_sum
 from .samples import Samples
+from .watched import is_watched, watched_graph
 
 __all__ = ["QuantizedAPPNP", "QuantizedPropagation", "QuantizedSMPropagation"]
 
@@ -75,9 +76,10 @@ class QuantizedPropagation(PropagationLayer, QuantizedConv):
             return super().forward(x, edge_index, edge_weight)  # type: ignore[misc]
         if self.is_plain and not (self._smp is not None and (self._is_smoothing or self._moves_itself)):
             return self.unquantized(x, edge_index, edge_weight)
-        self.refuse_explain()
         samples = Samples.of(self, x)
         graph = self.normalized(x, edge_index, edge_weight)
+        if is_watched(self):
+            graph = watched_graph(self, graph, samples, edge_index, edge_weight)
         return samples.shaped(self.result(samples.rows(self.entered(x)), graph))
 
     @property
@@ -112,14 +114,20 @@ class QuantizedPropagation(PropagationLayer, QuantizedConv):
         r"""``A~ Q_k(H)``, by step."""
 
         def average(k: int, h: Tensor) -> Tensor:
+            if graph.propagate is not None:
+                return self.watched_average(k, h, graph)
             step = dropped_edges(graph, self.dropout, self.training)
             return propagate_codes(h, step, self.step_quantizers[str(k)])
 
         return average
 
+    def watched_average(self, k: int, h: Tensor, graph: NormalizedGraph) -> Tensor:
+        """``A~ Q_k(H)`` by PyG's ``propagate``."""
+        return propagate_codes(h, graph, self.step_quantizers[str(k)])  # type: ignore[arg-type]
+
     def gaps(self, graph: NormalizedGraph) -> StepOperator:
         r"""``A~ Q(D)``, by step."""
-        quantizer = self.gap_quantizer
+        quantizer, graph = self.gap_quantizer, replace(graph, propagate=None)
 
         def gap(k: int, change: Tensor) -> Tensor:
             return graph.apply(change) if quantizer is None else propagate_codes(change, graph, quantizer)

@@ -14,6 +14,7 @@ and means, wherever these run it, so that their order of float operations is the
 from __future__ import annotations
 
 import math
+from contextvars import ContextVar
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -37,9 +38,10 @@ from . import compressed
 from .arithmetic import with_gradient_of
 from .base import SiteFactory
 from .dropout import dropout
-from .graph import graph_size, is_sparse, looped_plan, plain_graph
+from .graph import edges_of, graph_size, is_sparse, looped_plan, plain_graph
 from .message_passing import QuantizedConv
 from .samples import layer_name
+from .watched import is_watched, quantized_attention, source_side, through_pyg
 
 __all__ = ["QuantizedGATConv", "QuantizedGATv2Conv", "attention_codes", "attention_numerators"]
 
@@ -124,7 +126,61 @@ def one_sample(layer: Any, x: Any) -> tuple[Tensor, Tensor | None]:
     return x_src, x_dst
 
 
-class _QuantizedAttention(QuantizedConv):
+_same_nodes: ContextVar[bool] = ContextVar("qgnn_same_nodes", default=False)
+
+
+class WatchedAttention:
+    """What PyG's own forward of GATConv and GATv2Conv calls, converted or packed, where somebody looks into it."""
+
+    def quantized_propagate(self: Any, edge_index: Any, size: Any = None, **kwargs: Any) -> Tensor:
+        """``propagate`` with quantized messages and attention."""
+        if self.is_off:
+            return super().quantized_propagate(edge_index, size=size, **kwargs)  # type: ignore[misc]
+        x = kwargs["x"]
+        x = x if isinstance(x, (tuple, list)) else (x, x)
+        sends, shared = source_side(self), x[0] is x[1]
+        num_nodes = max(n for n in (*(v.size(0) for v in x if v is not None), *(size or ())) if n is not None)
+        z, values = x[sends], list(x)
+        values[sends] = site_values(self.message_quantizer, z)
+        if shared:
+            values[1 - sends] = values[sends]
+        alpha = quantized_attention(kwargs["alpha"], edge_index, num_nodes, self)
+        out = through_pyg(self, edge_index, size, **kwargs | {"x": tuple(values), "alpha": alpha})
+        if not (shared or _same_nodes.get()) or self._smp is None:
+            return out
+        edges = edges_of(edge_index, None, self.flow)
+        plan = GraphPlan.from_edges(edges.src, edges.dst, num_nodes, num_nodes)
+        return _QuantizedAttention._smoothed(self, z, out, plan.sort(alpha.detach()), plan)
+
+
+def site_values(site: Any, z: Tensor) -> Tensor:
+    """Values ``[N, H, C]`` that the codes of ``z`` stand for, at the site of a converted or a packed layer."""
+    if isinstance(site, QLRQuantizer):
+        return site(z).dequantize()
+    return site.quantize_heads(z).dequantize().view_as(z)
+
+
+class WatchedPairs(WatchedAttention):
+    """Of GATv2Conv, whose logits are read from the messages."""
+
+    def watched_forward(self: Any, x: Any, *args: Any) -> Any:
+        """PyG's own forward, which maps sources and targets apart even where these are the same nodes."""
+        token = _same_nodes.set(isinstance(x, Tensor) or x[0] is x[1])
+        try:
+            return type(self).float_class.forward(self, x, *args)
+        finally:
+            _same_nodes.reset(token)
+
+    def quantized_edge_updater(self: Any, edge_index: Any, **kwargs: Any) -> Tensor:
+        """``edge_updater`` with quantized messages."""
+        x_src, x_dst = kwargs["x"]
+        if not self.is_off:
+            sent = site_values(self.message_quantizer, x_src)
+            kwargs["x"] = sent, sent if x_dst is x_src else site_values(self.target_quantizer, x_dst)
+        return type(self).float_class.edge_updater(self, edge_index, **kwargs)
+
+
+class _QuantizedAttention(WatchedAttention, QuantizedConv):
     """What GATConv and GATv2Conv share."""
 
     message_quantizer: QLRQuantizer
@@ -264,9 +320,8 @@ class QuantizedGATConv(_QuantizedAttention):
         size: Any = None,
         return_attention_weights: Any = None,
     ) -> Any:
-        if self.is_off:
+        if self.is_off or is_watched(self):
             return super().forward(x, edge_index, edge_attr, size, return_attention_weights)  # type: ignore[misc]
-        self.refuse_explain()
         x_src, x_dst = one_sample(self, x)
         residual = self.res(x_dst) if self.res is not None and x_dst is not None else None
         z_src, z_dst = self._transformed(x_src, x_dst)
@@ -306,7 +361,7 @@ class QuantizedGATConv(_QuantizedAttention):
         return self.lin_src(x_src).view(shape), None if x_dst is None else self.lin_dst(x_dst).view(shape)
 
 
-class QuantizedGATv2Conv(_QuantizedAttention):
+class QuantizedGATv2Conv(WatchedPairs, _QuantizedAttention):
     """Quantized :class:`torch_geometric.nn.GATv2Conv`; logits are read from the quantized messages themselves."""
 
     target_quantizer: QLRQuantizer
@@ -318,9 +373,8 @@ class QuantizedGATv2Conv(_QuantizedAttention):
 
     @full_precision
     def forward(self: Any, x: Any, edge_index: Any, edge_attr: Any = None, return_attention_weights: Any = None) -> Any:
-        if self.is_off:
-            return super().forward(x, edge_index, edge_attr, return_attention_weights)  # type: ignore[misc]
-        self.refuse_explain()
+        if self.is_off or is_watched(self):
+            return self.watched_forward(x, edge_index, edge_attr, return_attention_weights)
         x_src, x_dst = one_sample(self, x)
         if x_dst is None:
             raise ValueError(f"Expected target features in '{layer_name(self)}', a GATv2Conv (got None)")

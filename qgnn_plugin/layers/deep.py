@@ -19,6 +19,7 @@ from .hops import QuantizedSGConv, QuantizedSSGConv, QuantizedTAGConv
 from .message_passing import QuantizedConv, QuantizedMessagePassing, require_sum
 from .sage import QuantizedSAGEConv
 from .samples import Samples
+from .watched import is_watched, watched_graph
 
 __all__ = ["DeepConv", "DeepGCNConv", "conv_widths", "deep_mixin"]
 
@@ -39,10 +40,11 @@ class DeepGCNConv(DeepLayer, QuantizedGCNConv):
 
     @full_precision
     def forward(self: Any, x: Tensor, edge_index: Any, edge_weight: Tensor | None = None) -> Tensor:
-        self.refuse_explain()
         initial = self.initial_features(x)
         samples = Samples.of(self, x)
         graph = self.normalized(edge_index, edge_weight, samples.num_nodes, samples.count)
+        if is_watched(self):
+            graph = watched_graph(self, graph, samples, edge_index, edge_weight)
         rows = samples.rows(x)
         out = propagate_codes(rows, graph, self.message_quantizer)
         out = self._smooth(rows, out, graph.apply, graph.plan.num_edges, averaged=True)

@@ -15,6 +15,7 @@ from .base import SiteFactory
 from .graph import NormalizedGraph, gcn_graph
 from .message_passing import QuantizedConv, require_sum
 from .samples import Samples
+from .watched import is_watched, watched_graph
 
 __all__ = ["QuantizedGCNConv", "propagate_codes"]
 
@@ -22,6 +23,8 @@ __all__ = ["QuantizedGCNConv", "propagate_codes"]
 def propagate_codes(z: Tensor, graph: NormalizedGraph, quantizer: QLRQuantizer) -> Tensor:
     r""":math:`t_i \sum_j w_{ij} Q(s_j z_j)`: the source factor goes in before quantization, the target factor after."""
     messages = quantizer(z if graph.source is None else compressed.row_scaled(z, graph.source))
+    if graph.propagate is not None:
+        return graph.propagated(messages.dequantize())
     out = aggregate_sum(messages, graph.plan, graph.weight, exact=not quantizer.training)
     return out if graph.target is None else out * graph.target
 
@@ -41,9 +44,10 @@ class QuantizedGCNConv(QuantizedConv):
     def forward(self: Any, x: Tensor, edge_index: Any, edge_weight: Tensor | None = None) -> Tensor:
         if self.is_off or isinstance(x, (tuple, list)):
             return super().forward(x, edge_index, edge_weight)  # type: ignore[misc]
-        self.refuse_explain()
         samples = Samples.of(self, x)
         graph = self.normalized(edge_index, edge_weight, samples.num_nodes, samples.count)
+        if is_watched(self):
+            graph = watched_graph(self, graph, samples, edge_index, edge_weight)
         z = samples.rows(self.lin(x))
         out = propagate_codes(z, graph, self.message_quantizer)
         out = self._smooth(z, out, graph.apply, graph.plan.num_edges, averaged=True)

@@ -16,6 +16,7 @@ from .base import SiteFactory
 from .graph import NormalizedGraph, graph_size, plain_graph
 from .message_passing import QuantizedConv
 from .samples import Pair
+from .watched import is_watched, pair_of, through_pyg
 
 __all__ = ["QuantizedGINConv", "mean_with_self"]
 
@@ -42,15 +43,20 @@ class QuantizedGINConv(QuantizedConv):
         x_src = x if isinstance(x, Tensor) else x[0]
         if self.is_off or self.aggr not in ("add", "sum") or not x_src.is_floating_point():
             return super().forward(x, edge_index, size)  # type: ignore[misc]
-        self.refuse_explain()
         samples, x_src, x_dst, *nodes = Pair.of(self, (x, x) if isinstance(x, Tensor) else x)
         own_weight = 1 + self.eps
         sent = self.message_quantizer(own_copy(x_src), codes_kept=own_weight.requires_grad)
         shape = graph_size(self, edge_index, *nodes, size)
         graph = plain_graph(edge_index, shape, self.flow, copies=samples.count)
-        out = aggregate_sum(sent, graph.plan, graph.weight, exact=not self.training)
+        own = None
         if x_dst is not None:
             own = sent if x_dst is x_src else self.message_quantizer(own_copy(x_dst))
+        if is_watched(self):
+            x = pair_of(self, samples, sent.dequantize(), None if own is None else own.dequantize())
+            out = samples.rows(through_pyg(self, edge_index, size, x=x))
+        else:
+            out = aggregate_sum(sent, graph.plan, graph.weight, exact=not self.training)
+        if own is not None:
             out = out + _multiple(own, own_weight)
         if self._smp is not None and x_dst is x_src and (self.training or self._is_smoothing):
             # A sum grows with the degree; the constraint is on the mean that it is a multiple of.  Where no correction

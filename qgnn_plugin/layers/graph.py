@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -40,12 +41,22 @@ class NormalizedGraph:
         weight: ``[E]`` of ``W`` in CSR order, or :obj:`None` for ones.
         source: ``[num_src, 1]`` factor ``s`` applied before quantization, or :obj:`None`.
         target: ``[num_dst, 1]`` factor ``t`` applied after aggregation, or :obj:`None`.
+        propagate: Computes ``P x`` of values in the place of kernels, where somebody looks into it (see
+            :mod:`~qgnn_plugin.layers.watched`).
     """
 
     plan: GraphPlan
     weight: Tensor | None
     source: Tensor | None
     target: Tensor | None
+    propagate: Callable[[Tensor], Tensor] | None = None
+
+    def propagated(self, scaled: Tensor) -> Tensor:
+        """``P x`` by ``propagate``, of values that have the factor ``s`` in them."""
+        assert self.propagate is not None
+        if self.source is not None:
+            scaled = (scaled / self.source).masked_fill(self.source == 0, 0)
+        return self.propagate(scaled)
 
     def repeated(self, copies: int) -> NormalizedGraph:
         """``copies`` of the graph side by side (see :meth:`GraphPlan.repeated`)."""

@@ -18,6 +18,7 @@ from .appnp import QuantizedPropagation
 from .base import SiteFactory
 from .graph import NormalizedGraph, NormalizedOperator
 from .samples import Samples
+from .watched import is_watched, observed, values_entering
 
 __all__ = [
     "Hops",
@@ -64,21 +65,31 @@ class MappedHops(Hops):
     def maps_first(layer: Any) -> bool:
         return layer.out_channels <= layer.in_channels
 
+    @property
+    def is_mapped(self) -> bool:
+        """Whether the map does come first: not where somebody looks at what PyG sends."""
+        return self.maps_first(self) and not is_watched(self)
+
     def entered(self: Any, x: Tensor) -> Tensor:
         """``X0``, mapped where the map comes first; its bias comes last in any case."""
-        if not self.maps_first(self):
+        if not self.is_mapped:
             return x
         return self.lin.unbiased(x) if hasattr(self.lin, "unbiased") else F.linear(x, self.lin.weight)
 
     def result(self: Any, x0: Tensor, graph: NormalizedGraph) -> Tensor:
         out = self.combined(x0, graph)
-        if not self.maps_first(self):
+        if not self.is_mapped:
             return self.lin(out)
         return out if self.lin.bias is None else out + self.lin.bias
 
     def combined(self: Any, x0: Tensor, graph: NormalizedGraph) -> Tensor:
         """What is mapped, or would be."""
         raise NotImplementedError
+
+
+def scaled(x: Tensor, graph: NormalizedGraph) -> Tensor:
+    """``x`` with the factor of its sources."""
+    return x if graph.source is None else x * graph.source
 
 
 class SGHops(MappedHops):
@@ -157,6 +168,14 @@ class QuantizedHops(NormalizedOperator, QuantizedPropagation):
         lin = getattr(self, "lin", None)
         mapped = self.maps_first(self) and hasattr(lin, "unbiased")
         return self.is_off and (not mapped or getattr(lin, "is_off", False))
+
+    def watched_average(self: Any, k: int, h: Tensor, graph: NormalizedGraph) -> Tensor:
+        if not self.maps_first(self):
+            return super().watched_average(k, h, graph)
+        # The site is for mapped features, which are not sent now.
+        assert graph.propagate is not None
+        observed(self.step_quantizers[str(k)], lambda: scaled(self.lin.unbiased(h), graph))
+        return graph.propagate(values_entering(self.lin, h) if k == 0 else h)
 
     def unquantized(self: Any, x: Tensor, edge_index: Any, edge_weight: Tensor | None) -> Tensor:
         if self.training and self._smp is not None and x.is_floating_point():

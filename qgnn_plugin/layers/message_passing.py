@@ -20,6 +20,7 @@ from .base import QuantizedLayer, QuantizerDict, SiteFactory
 from .graph import gcn_graph, has_fixed_graph
 from .samples import Samples
 from .usage import is_position, is_relative
+from .watched import own_propagate, source_side
 
 __all__ = ["QuantizedConv", "QuantizedMessagePassing", "require_sum"]
 
@@ -58,7 +59,7 @@ class QuantizedConv(QuantizedLayer, SmoothLayer):
 
         Becomes ``propagate`` of the concrete class (see :func:`~qgnn_plugin.layers.base.quantized_class`).
         """
-        original = self._own_propagate()
+        original = own_propagate(self)
         if args:  # of a signature that a user's class, or PyG's template, has given it
             bound = inspect.signature(original).bind_partial(self, edge_index, *args).arguments
             kwargs |= dict(list(bound.items())[2:])
@@ -96,12 +97,7 @@ class QuantizedConv(QuantizedLayer, SmoothLayer):
 
     def float_propagate(self, edge_index: Any, size: Any, **kwargs: Any) -> Any:
         """The original ``propagate`` of the layer's own class."""
-        return self._own_propagate()(self, edge_index, size=size, **kwargs)
-
-    def _own_propagate(self) -> Any:
-        cls: Any = type(self).float_class
-        generated = not self.explain and self.decomposed_layers == 1
-        return cls.propagate if generated else getattr(cls, "_orig_propagate", cls.propagate)
+        return own_propagate(self)(self, edge_index, size=size, **kwargs)
 
     def quantized_edge_updater(self, edge_index: Any, *args: Any, **kwargs: Any) -> Any:
         """The original ``edge_updater`` of the layer's own class; becomes that of the concrete class."""
@@ -115,14 +111,6 @@ class QuantizedConv(QuantizedLayer, SmoothLayer):
         # Nodes first, and more dimensions after them: these are heads or vectors.
         has_nodes = node_dim in (-2, 0) if x.dim() == 2 else -x.dim() <= node_dim < -1
         return has_nodes and x.shape == out.shape and x.is_floating_point() and out.is_floating_point()
-
-    def refuse_explain(self) -> None:
-        """Explanation masks act inside PyG's ``propagate``, which a converted layer of this kind does not run."""
-        if self.explain:
-            raise NotImplementedError(
-                f"Expected '{self._qualified_name}' not to be in explain mode while quantized; "
-                f"explain the plain model: qgnn_plugin.restore_model(model)"
-            )
 
 
 class QuantizedMessagePassing(QuantizedConv):
@@ -210,7 +198,7 @@ class QuantizedMessagePassing(QuantizedConv):
     def _sent(self, value: Any) -> Any:
         """What neighbours send of ``value``: of a pair, the side of the sources."""
         if isinstance(value, (tuple, list)) and len(value) == 2:
-            return value[0 if self.flow == "source_to_target" else 1]
+            return value[source_side(self)]
         return value
 
     def _width(self, value: Any) -> int:
@@ -246,7 +234,7 @@ class QuantizedMessagePassing(QuantizedConv):
         """Quantize a tensor; of a pair the sources, and the targets where they are read as sources are."""
         if isinstance(value, Tensor):
             return _values(value, quantizer)
-        sides, source = list(value), 0 if self.flow == "source_to_target" else 1
+        sides, source = list(value), source_side(self)
         sent = sides[source]
         sides[source] = _values(sent, quantizer)
         other = sides[1 - source]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
@@ -16,16 +17,34 @@ from .graph import NormalizedGraph, graph_size, is_sparse, mean_graph, plain_gra
 from .linear import QuantizedLinear
 from .message_passing import QuantizedConv
 from .samples import Pair, Samples
+from .watched import is_watched, observed, pair_of, source_side, through_pyg, values_mapped
 
 __all__ = ["QuantizedSAGEConv"]
 
 
 class Sampled(NamedTuple):
-    """A graph as the caller gave it, its numbers of sources and targets, and the samples whose features it carries."""
+    """A graph as the caller gave it, its numbers of sources and targets, and the samples whose features it carries.
+
+    Where somebody looks into the layer, ``propagate`` computes its sums.
+    """
 
     edge_index: Any
     size: tuple[int, int]
     samples: Samples
+    propagate: Callable[[Tensor], Tensor] | None = None
+
+    def watched(self, layer: Any, pair: Pair) -> Sampled:
+        """The same, where ``layer`` is watched by its own ``propagate``."""
+        if not is_watched(layer):
+            return self
+
+        def propagate(values: Tensor) -> Tensor:
+            x = pair_of(layer, self.samples, values, values if pair.own is pair.sent else pair.own)
+            size = self.size[::-1] if source_side(layer) else self.size
+            size = None if is_sparse(self.edge_index) else size
+            return self.samples.rows(through_pyg(layer, self.edge_index, size, x=x))
+
+        return self._replace(propagate=propagate)
 
     @classmethod
     def of(cls, layer: Any, edge_index: Any, pair: Pair, size: Any) -> Sampled:
@@ -70,7 +89,6 @@ class QuantizedSAGEConv(QuantizedConv):
     def forward(self: Any, x: Any, edge_index: Any, size: Any = None) -> Tensor:
         if self.is_off and self.lin_l.is_off and (not self.root_weight or self.lin_r.is_off):
             return super().forward(x, edge_index, size)  # type: ignore[misc]
-        self.refuse_explain()
         x_src, x_dst = (x, x) if isinstance(x, Tensor) else x
         if self.project and hasattr(self, "lin"):
             x_src = self.lin(x_src).relu()
@@ -79,6 +97,7 @@ class QuantizedSAGEConv(QuantizedConv):
         x_sent = pair.sent if self.root_weight else own_copy(pair.sent)
         sent = self.input_quantizer(x_sent, codes_kept=_transforms_first(self) or self.root_weight)
         graph = Sampled.of(self, edge_index, pair, size)
+        graph = graph.watched(self, pair)
         if _transforms_first(self):
             out = self._transform_first(sent, graph, smooth=x_dst is x_src)
         else:
@@ -97,15 +116,20 @@ class QuantizedSAGEConv(QuantizedConv):
     def _transform_first(self: Any, sent: QuantizedTensor, sampled: Sampled, smooth: bool) -> Tensor:
         z = self.lin_l.apply_to(sent, None)
         graph = self._graph(sampled)
-        out = aggregate_sum(self.message_quantizer(z), graph.plan, graph.weight, exact=not self.training)
-        if graph.target is not None:
-            out = out * graph.target
+        if sampled.propagate is not None:
+            observed(self.message_quantizer, lambda: z)
+            out = values_mapped(self.lin_l, sampled.propagate(sent.dequantize()))
+        else:
+            out = aggregate_sum(self.message_quantizer(z), graph.plan, graph.weight, exact=not self.training)
+            out = out if graph.target is None else out * graph.target
         if smooth and self._smp is not None and (self.training or self._is_smoothing):
             smoother = mean_graph(sampled.edge_index, sampled.size, self.flow, z.dtype, copies=sampled.samples.count)
             out = self._smooth(z, out, smoother.apply, graph.plan.num_edges, averaged=self.aggr == "mean")
         return out if self.lin_l.bias is None else out + self.lin_l.bias
 
     def _aggregate(self: Any, sent: QuantizedTensor, sampled: Sampled) -> Tensor:
+        if sampled.propagate is not None:
+            return sampled.propagate(sent.dequantize())
         if self.aggr in ("mean", "add", "sum"):
             graph = self._graph(sampled)
             out = aggregate_sum(sent, graph.plan, graph.weight, exact=not self.training)

@@ -13,8 +13,16 @@ from torch import Tensor
 from ..config import OFF
 from ..kernels.attention_aggregate import attention_aggregate
 from ..kernels.plan import GraphPlan
-from ..layers.attention import QuantizedGATConv, QuantizedGATv2Conv, _QuantizedAttention, one_sample
+from ..layers.attention import (
+    QuantizedGATConv,
+    QuantizedGATv2Conv,
+    WatchedAttention,
+    WatchedPairs,
+    _QuantizedAttention,
+    one_sample,
+)
 from ..layers.samples import layer_name
+from ..layers.watched import is_watched
 from ..quantizers import QuantizedTensor
 from .base import LayerSpec, PackedConv, inference, register_packed
 from .deferred import Producer, conclude
@@ -28,8 +36,10 @@ Logits = dict[str, Any]  # arguments of `attention_aggregate`
 LAYER = _QuantizedAttention  # what both executions share is taken from there
 
 
-class _PackedAttention(PackedConv):
+class _PackedAttention(WatchedAttention, PackedConv):
     """What the two layers share."""
+
+    is_off = False
 
     message_quantizer: PackedRange
     heads: int
@@ -125,6 +135,8 @@ class PackedGATConv(_PackedAttention):
         return_attention_weights: Any = None,
     ) -> Any:
         """``[N, in_channels]`` to ``[N, H C]`` (``[N, C]`` without ``concat``); ``x`` may be a pair."""
+        if is_watched(self):
+            return type(self).float_class.forward(self, x, edge_index, edge_attr, size, return_attention_weights)
         x_src, x_dst = one_sample(self, x)
         residual = self.res(x_dst) if self.res is not None and x_dst is not None else None
         square = x_dst is x_src and self.lin is not None
@@ -179,7 +191,7 @@ class PackedGATConv(_PackedAttention):
         return joined(sent), None, torch.cat(alpha_src), torch.cat(alpha_dst)
 
 
-class PackedGATv2Conv(_PackedAttention):
+class PackedGATv2Conv(WatchedPairs, _PackedAttention):
     """Packed :class:`torch_geometric.nn.GATv2Conv`: logits come from the packed messages themselves."""
 
     target_quantizer: PackedRange
@@ -188,6 +200,8 @@ class PackedGATv2Conv(_PackedAttention):
     @inference
     def forward(self, x: Any, edge_index: Any, edge_attr: Any = None, return_attention_weights: Any = None) -> Any:
         """``[N, in_channels]`` to ``[N, H C]`` (``[N, C]`` without ``concat``); ``x`` may be a pair."""
+        if is_watched(self):
+            return self.watched_forward(x, edge_index, edge_attr, return_attention_weights)
         x_src, x_dst = one_sample(self, x)
         if x_dst is None:
             raise ValueError(f"Expected target features in '{layer_name(self)}', a GATv2Conv (got None)")

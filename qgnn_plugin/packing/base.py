@@ -21,7 +21,7 @@ from ..quantizers import QuantizedTensor
 from ..quantizers.autocast import full_precision
 from ..smp.constraint import OTHER_PREFIX, SmoothLayer, constraint_names
 from ..smp.deep import StackPlace
-from .deferred import DeferredTensor, Producer, conclude, is_deferring, plain
+from .deferred import DeferredTensor, Producer, computed, conclude, is_deferring, plain
 from .ranges import UNSET, PackedRange, PackedTensor, SiteSpec
 
 __all__ = [
@@ -119,7 +119,7 @@ def inference(forward: Forward) -> Forward:
                 f"Expected the packed '{self._packed.spec.name}' in eval mode (got training mode): packed "
                 f"models only run inference; call .eval(), or train the quantized model"
             )
-        if torch.is_grad_enabled() and _wants_gradient((*args, *kwargs.values())):
+        if torch.is_grad_enabled() and _wants_gradient((*args, *kwargs.values(), _edge_mask(self))):
             raise RuntimeError(
                 f"Expected no gradient through the packed '{self._packed.spec.name}' (got an input that requires one): "
                 f"packed models only run inference; take gradients, such as forces, of the quantized model, or call "
@@ -158,6 +158,12 @@ def _name_layer(error: Exception, name: str) -> None:
     message = error.args[0] if error.args else None
     if name and isinstance(message, str) and f"'{name}" not in message:
         error.args = (f"{message} (in '{name}')", *error.args[1:])
+
+
+def _edge_mask(layer: Any) -> Tensor | None:
+    """The mask of an explanation of edges, a parameter or an attribute."""
+    mask = vars(layer).get("_edge_mask")
+    return layer._parameters.get("_edge_mask") if mask is None else mask
 
 
 def _wants_gradient(values: Iterable[Any]) -> bool:
@@ -346,8 +352,10 @@ def frozen_class(mixin: type[PackedLayer], float_class: type[nn.Module], own_nam
         if issubclass(float_class, MessagePassing):
             # PyG would generate one onto this class; methods of the user's own find that of the layer.
             original: Any = float_class
-            for name in ("propagate", "_orig_propagate", "_jinja_propagate"):
-                namespace[name] = getattr(original, name, original.propagate)
+            for method in ("propagate", "edge_updater"):
+                for name in (method, f"_orig_{method}", f"_jinja_{method}"):
+                    own = getattr(mixin, f"quantized_{method}", None)
+                    namespace[name] = own or getattr(original, name, getattr(original, method))
         _CLASSES[key] = type(float_class.__name__, (mixin, float_class), namespace)
     return _CLASSES[key]
 
@@ -418,6 +426,9 @@ class PackedConv(PackedLayer, SmoothLayer):
         packed take bias and nothing else.
         """
         _expect_finite_graph(graph)
+        if graph.propagate is not None:
+            out = graph.propagated(x.dequantize())
+            return computed(out if epilogue.get("bias") is None else out + epilogue["bias"])
         if isinstance(x, QuantizedTensor) and x.qmax is not None:
             x = packed_dense(x)
 

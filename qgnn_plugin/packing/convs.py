@@ -16,6 +16,7 @@ from ..layers.gin import QuantizedGINConv, mean_with_self
 from ..layers.graph import NormalizedGraph, gcn_graph, graph_size, mean_graph, plain_graph
 from ..layers.sage import QuantizedSAGEConv, Sampled, _transforms_first
 from ..layers.samples import Pair, Samples
+from ..layers.watched import is_watched, pair_of, through_pyg, values_mapped, watched_graph
 from ..quantizers import QuantizedTensor
 from ..smp.deep import DeepLayer
 from .base import Activation, LayerSpec, PackedConv, inference, packed_dense, register_packed
@@ -50,6 +51,8 @@ class PackedGCNConv(PackedConv):
             raise ValueError(f"Expected one feature matrix in '{self._qualified_name}', a GCNConv (got a pair)")
         samples = Samples.of(self, x)
         graph = self.normalized(edge_index, edge_weight, samples.num_nodes, samples.count)
+        if is_watched(self):
+            graph = watched_graph(self, graph, samples, edge_index, edge_weight)
         sent, z = self._messages(x, samples, graph)
         if z is None or self._smp is None:
             return samples.shaped(self.deferred(self.aggregation(sent, graph, bias=self.bias)))
@@ -102,6 +105,8 @@ class PackedDeepGCNConv(DeepLayer, PackedGCNConv):
         initial = self.initial_features(x)
         samples = Samples.of(self, x)
         graph = self.normalized(edge_index, edge_weight, samples.num_nodes, samples.count)
+        if is_watched(self):
+            graph = watched_graph(self, graph, samples, edge_index, edge_weight)
         rows = samples.rows(x)
         out = self.aggregated(self.message_quantizer(rows if graph.source is None else rows * graph.source), graph)
         if self._smp is not None:
@@ -161,6 +166,7 @@ class PackedSAGEConv(PackedConv):
         pair = Pair.of(self, (x_src, x_dst))
         sent = self.input_quantizer(pair.sent)
         graph = Sampled.of(self, edge_index, pair, size)
+        graph = graph.watched(self, pair)
         out = self._neighbours(sent, graph, smooth=x_dst is x_src)
         if self.root_weight and pair.own is not None:
             target = sent
@@ -184,6 +190,8 @@ class PackedSAGEConv(PackedConv):
     def _neighbours(self, sent: Activation, sampled: Sampled, smooth: bool) -> Producer:
         """What neighbours bring, transformed."""
         lin, bias, graph = self.lin_l, self.lin_l.bias, self._graph(sampled)
+        if sampled.propagate is not None:
+            return self._watched_neighbours(sent, sampled, sampled.propagate(sent.dequantize()), smooth)
         if not self._maps_first:
             options = {"reduce": "max"} if self.aggr == "max" else {}
             assert lin.input_quantizer is not None
@@ -195,7 +203,22 @@ class PackedSAGEConv(PackedConv):
                 messages = self.message_quantizer(lin.apply_to(sent, None))
             return self.aggregation(messages, graph, bias=bias)
         z = lin.apply_to(sent, None)
-        out = self.aggregated(self.message_quantizer(z), graph)
+        return self._corrected(z, self.aggregated(self.message_quantizer(z), graph), sampled)
+
+    def _watched_neighbours(self, sent: Activation, sampled: Sampled, out: Tensor, smooth: bool) -> Producer:
+        """The same, from what PyG's ``propagate`` has summed up."""
+        lin, bias = self.lin_l, self.lin_l.bias
+        if not self._maps_first:
+            mean = lin.quantize(out)
+            return lin.product(mean, bias) or computed(lin.apply_to(mean, bias))
+        out = values_mapped(lin, out)
+        if self._smp is not None and smooth:
+            return self._corrected(lin.apply_to(sent, None), out, sampled)
+        return computed(out if bias is None else out + bias)
+
+    def _corrected(self, z: Tensor, out: Tensor, sampled: Sampled) -> Producer:
+        """Smoothed, with the bias."""
+        bias, graph = self.lin_l.bias, self._graph(sampled)
         smoother = mean_graph(sampled.edge_index, sampled.size, self.flow, copies=sampled.samples.count)
         out = self._smooth(z, out, smoother.apply, graph.plan.num_edges)
         return computed(out if bias is None else out + bias)
@@ -225,9 +248,15 @@ class PackedGINConv(PackedConv):
             sent = packed_dense(sent)
         shape = graph_size(self, edge_index, *nodes, size)
         graph = plain_graph(edge_index, shape, self.flow, copies=samples.count)
-        out, same = self.aggregation(sent, graph), x_dst is x_src
+        same, own = x_dst is x_src, None
         if x_dst is not None:
             own = sent if same else self.message_quantizer(x_dst)
+        if is_watched(self):
+            pair = pair_of(self, samples, sent.dequantize(), None if own is None else own.dequantize())
+            out = computed(samples.rows(through_pyg(self, edge_index, size, x=pair)))
+        else:
+            out = self.aggregation(sent, graph)
+        if own is not None:
             out = added(out, self._own(own if isinstance(own, PackedTensor) else packed_dense(own)))
         if self._smp is not None and x_dst is not None and same:
             return self.nn(samples.shaped(self._smoothed(sent.dequantize(), out(), graph)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from ..layers.hops import (
     TAGHops,
 )
 from ..layers.samples import Samples
+from ..layers.watched import is_watched, values_entering, watched_graph
 from ..smp.constraint import BUFFERS
 from ..smp.propagation import Descent, PropagationLayer, SMPropagation, Visit
 from .base import LayerSpec, PackedConv, inference, register_packed
@@ -83,10 +85,15 @@ class PackedSteps(PropagationLayer, PackedConv):
             if x0.layout != torch.strided:
                 raise ValueError(f"Expected dense features, which every step keeps (got {x0.layout}); use .to_dense()")
             self.step_quantizers["0"].expect_finite(x0)
+        unwatched = replace(graph, propagate=None)
         return self.propagate_steps(
-            x0, graph, lambda k, h: self._averaged(h, graph, self.step_quantizers[str(k)]),
-            lambda k, change: self._averaged(change, graph, self.gap_quantizer), exact=False, visit=visit,
+            x0, graph, lambda k, h: self.average(k, h, graph),
+            lambda k, change: self._averaged(change, unwatched, self.gap_quantizer), exact=False, visit=visit,
         )  # fmt: skip
+
+    def average(self, k: int, h: Tensor, graph: NormalizedGraph) -> Tensor:
+        """``A~ Q_k(h)``."""
+        return self._averaged(h, graph, self.step_quantizers[str(k)])
 
     def _averaged(self, h: Tensor, graph: NormalizedGraph, sent: PackedRange | None) -> Tensor:
         """``A~ Q(h)``."""
@@ -129,6 +136,8 @@ class PackedPropagation(PackedSteps):
         samples = Samples.of(self, x)
         graph = self.normalized(x, edge_index, edge_weight)
         x0 = self.input_quantizer(samples.rows(x)).dequantize()
+        if is_watched(self):
+            return samples.shaped(self.steps(x0, watched_graph(self, graph, samples, edge_index, edge_weight)))
         ranges = [self.step_quantizers[str(k)] for k in range(self.K)]
         symmetric = graph.weight is None and graph.source is not None and graph.source is graph.target
         plain_steps = not self._is_smoothing and self.state_quantizers is None and self._mu is not None
@@ -165,7 +174,15 @@ class PackedHops(PackedSteps):
         """``[N, F]`` to ``[N, out_channels]``, or ``[N, F]`` without a linear map."""
         samples = Samples.of(self, x)
         x0 = self.entered(samples.rows(plain(x)))
-        return samples.shaped(self.result(x0, self.normalized(x, edge_index, edge_weight)))
+        graph = self.normalized(x, edge_index, edge_weight)
+        if is_watched(self):
+            graph = watched_graph(self, graph, samples, edge_index, edge_weight)
+        return samples.shaped(self.result(x0, graph))
+
+    def average(self: Any, k: int, h: Tensor, graph: NormalizedGraph) -> Tensor:
+        if graph.propagate is None or not self.maps_first(self):
+            return super().average(k, h, graph)
+        return graph.propagate(values_entering(self.lin, h) if k == 0 else h)  # unmapped, which no range is for
 
     def entered(self, x: Tensor) -> Tensor:
         """``X0``, as the steps read it."""

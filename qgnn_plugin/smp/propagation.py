@@ -330,6 +330,8 @@ class SMPropagation(NormalizedOperator, PropagationLayer, MessagePassing):
     multiplier: Tensor
     _cached_graph: NormalizedGraph | None
 
+    calls_propagate = False  # hooks and masks of MessagePassing have nothing to act on
+
     def __init__(
         self,
         K: int,

@@ -389,24 +389,6 @@ def test_explaining_before_conversion_and_after_restoring() -> None:
     assert torch.equal(qconv(x, edge_index), reference)
 
 
-@pytest.mark.parametrize("name", ["GCNConv", "GATConv", "GATv2Conv", "SAGEConv", "GINConv", "APPNP"])
-def test_layers_that_do_not_propagate_refuse_to_explain(name: str) -> None:
-    x, edge_index = features(), graph()
-    model = nn.ModuleDict({"conv": CONVS[name]()})
-    qconv: Any = qgnn.quantize_model(model, 4)["conv"]
-    qgnn.calibrate(qconv, (x, edge_index))
-    expected = qconv.eval()(x, edge_index)
-    masked(qconv, edge_index.size(1))
-    with pytest.raises(NotImplementedError, match=r"'conv' not to be in explain mode.*restore_model"):
-        qconv(x, edge_index)
-    qconv.explain = False
-    assert torch.equal(qconv(x, edge_index), expected)
-    off: Any = qgnn.quantize_model(CONVS["GCNConv"](), 32).eval()
-    masked(off, edge_index.size(1))
-    off._loop_mask = edge_index[0] != edge_index[1]
-    off(x, edge_index)
-
-
 # Compilation #########################################################################################
 
 
