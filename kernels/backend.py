@@ -36,6 +36,7 @@ __all__ = [
     "check_devices",
     "current_backend",
     "dispatch",
+    "has_numba",
     "implementation",
     "rehearsing",
     "use_backend",
@@ -53,6 +54,12 @@ def _installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
+@cache
+def has_numba() -> bool:
+    """Whether numba is there, and not told to run kernels as plain Python, which they are not."""
+    return _installed("numba") and os.environ.get("NUMBA_DISABLE_JIT", "0") in ("", "0")
+
+
 def _interpreting() -> bool:
     # Triton reads this when a kernel is decorated, so it must be set before importing them.
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -64,7 +71,7 @@ def available_backends(device: torch.device | str = "cpu") -> tuple[str, ...]:
     found = []
     if (kind == "cuda" or _rehearsing.get()) and _installed("triton") and not _interpreting():
         found.append("triton")
-    if kind == "cpu" and _installed("numba"):
+    if kind == "cpu" and has_numba():
         found.append("cpu")
     found.append("torch")
     if _installed("triton") and _interpreting():
@@ -77,6 +84,12 @@ def current_backend() -> str:
     ``"auto"``.
     """
     return _requested.get() or os.environ.get(_ENV) or "auto"
+
+
+_HINTS = {
+    "cpu": "; it takes tensors of the CPU, and needs numba with NUMBA_DISABLE_JIT unset",
+    "interpret": "; set TRITON_INTERPRET=1 before importing qgnn_plugin",
+}
 
 
 def backend_for(device: torch.device | str) -> str:
@@ -93,9 +106,7 @@ def backend_for(device: torch.device | str) -> str:
     if name not in BACKENDS:
         raise ValueError(f"Expected a backend out of {('auto', *BACKENDS)} (got {name!r})")
     if name not in found:
-        hint = (
-            "; set TRITON_INTERPRET=1 before importing qgnn_plugin" if name == "interpret" else ""
-        )
+        hint = _HINTS.get(name, "")
         raise RuntimeError(
             f"Backend {name!r} is not available for device '{device}', available: {found}{hint}"
         )

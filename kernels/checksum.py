@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backend import _installed
+from .backend import has_numba
 
 __all__ = ["checksum", "checksum_reference"]
 
@@ -52,7 +52,7 @@ def _shifted(x: Tensor) -> Tensor:
 @cache
 def _compiled() -> Any:
     """The compiled form for memory of the CPU; :obj:`None` without numba."""
-    if not _installed("numba"):
+    if not has_numba():
         return None
     return importlib.import_module(f"{__package__}.cpu.checksum").checksum_bytes
 

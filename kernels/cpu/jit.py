@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numba
+from numba.core.caching import IndexDataCacheFile
 
 __all__ = ["kernel"]
 
@@ -26,6 +28,40 @@ def _fingerprint() -> str:
 _STAMP = _fingerprint()
 
 
+class _CheckedFile(IndexDataCacheFile):
+    """numba's files of compiled code, with a checksum before each: what is damaged is compiled and written anew."""
+
+    def _load_index(self) -> dict[Any, str]:
+        try:
+            version, stamp, overloads = self._read(self._index_path)
+        except OSError:
+            return {}
+        return overloads if (version, stamp) == (self._version, self._source_stamp) else {}
+
+    def _save_index(self, overloads: dict[Any, str]) -> None:
+        self._write(self._index_path, (self._version, self._source_stamp, overloads))
+
+    def _load_data(self, name: str) -> Any:
+        return self._read(self._data_path(name))
+
+    def _save_data(self, name: str, data: Any) -> None:
+        self._write(self._data_path(name), data)
+
+    def _write(self, path: str, value: Any) -> None:
+        data = self._dump(value)
+        with self._open_for_write(path) as file:
+            file.write(hashlib.sha256(data).digest() + data)
+
+    def _read(self, path: str) -> Any:
+        """What :meth:`_write` wrote; an OSError, as for a file that is missing, where that is damaged."""
+        content = Path(path).read_bytes()
+        length = hashlib.sha256().digest_size
+        digest, data = content[:length], content[length:]
+        if hashlib.sha256(data).digest() != digest:
+            raise OSError(f"Expected compiled code as it was written (got other bytes in '{path}')")
+        return pickle.loads(data)
+
+
 def kernel(function: Callable[..., Any] | None = None, *, reassociate: bool = False) -> Any:
     """Compile ``function`` on first call, or load what an earlier process compiled.
 
@@ -39,8 +75,8 @@ def kernel(function: Callable[..., Any] | None = None, *, reassociate: bool = Fa
         compiled = numba.njit(cache=True, **options)(function)
     except RuntimeError:  # no place on disk may be written
         return numba.njit(**options)(function)
-    # numba looks at the age of the function's own file only; helpers in other files count as well.
-    cache_file = getattr(getattr(compiled, "_cache", None), "_cache_file", None)
-    if cache_file is not None:
-        cache_file._source_stamp = _STAMP
+    cache = getattr(compiled, "_cache", None)
+    if hasattr(cache, "_cache_file"):
+        # numba looks at the age of the function's own file only; helpers in other files count as well.
+        cache._cache_file = _CheckedFile(cache._cache_path, cache._impl.filename_base, _STAMP)
     return compiled

@@ -34,6 +34,15 @@ _idle: deque[np.ndarray] = deque()  # least recently used first
 _lock = Lock()
 
 
+def _renew_lock() -> None:
+    global _lock
+    _lock = Lock()
+
+
+if hasattr(os, "register_at_fork"):  # a lock that another thread held would stay locked in the child
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
 @cache
 def _default_limit() -> int:
     try:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..kernels.backend import has_numba
 from ..kernels.cpu import jit
 from ..kernels.cpu.epilogue import GROUP, quantize_group
 from ..kernels.cpu.memory import array_of
@@ -132,6 +133,8 @@ def supports(x: Tensor, scale: Tensor, lower: Tensor) -> bool:
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or x.numel() == 0:
         return False
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or scale.dtype != x.dtype or lower.dtype != x.dtype:
+        return False
+    if not has_numba():
         return False
     per_row = x.dim() >= 2 and scale.shape == (*x.shape[:-1], 1)
     return lower.shape == scale.shape and (scale.numel() == 1 or per_row)
