@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ __all__ = ["PathLike", "atomic_file", "shown"]
 
 PathLike = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
-PREFIX, SUFFIX = ".qgnn-", ".tmp"
+TEMPORARY = re.compile(r"\.qgnn-[0-9a-f]{32}\.tmp")
 ATTEMPTS = 100
 
 
@@ -35,18 +35,18 @@ def atomic_file(path: PathLike) -> Iterator[BinaryIO]:
 
     Readers see the old file or the new one, after a crash of the machine as well.  A symbolic link at ``path`` is
     replaced, what it points to is left alone.  The permissions are those that the umask leaves.  What earlier writers
-    of ``path`` left behind when they were killed is removed.
+    left behind in the folder when they were killed is removed.
 
     Raises:
         FileNotFoundError: If there is no folder to write to.
         OSError: If ``path`` is a folder or cannot be written.
     """
     target = os.path.abspath(os.fsdecode(path))
-    folder, name = os.path.split(target)
+    folder = os.path.dirname(target)
     _check(target, folder)
-    _sweep(folder, name)
+    _sweep(folder)
     with _about(target):
-        temporary, file = _create(folder, name)
+        temporary, file = _create(folder)
     try:
         with file:
             yield file
@@ -92,18 +92,13 @@ def _check(target: str, folder: str) -> None:
         raise IsADirectoryError(errno.EISDIR, "Expected the name of a file (got a folder)", shown(target))
 
 
-def _stem(name: str) -> str:
-    """How the temporary files for ``name`` begin: of one length, so that long names have theirs."""
-    return PREFIX + hashlib.blake2b(os.fsencode(name), digest_size=8).hexdigest() + "-"
-
-
-def _create(folder: str, name: str) -> tuple[str, BinaryIO]:
+def _create(folder: str) -> tuple[str, BinaryIO]:
     """A new file under a name that nobody can guess, locked for as long as it is open."""
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
     for flag in ("O_NOFOLLOW", "O_CLOEXEC", "O_BINARY"):
         flags |= getattr(os, flag, 0)
     for _ in range(ATTEMPTS):
-        path = os.path.join(folder, _stem(name) + secrets.token_hex(8) + SUFFIX)
+        path = os.path.join(folder, f".qgnn-{secrets.token_hex(16)}.tmp")
         descriptor = os.open(path, flags, 0o666)
         _lock(descriptor, wait=True)
         # Not there: a sweep between the two calls has taken it for one that was left behind.
@@ -124,12 +119,11 @@ def _lock(descriptor: int, *, wait: bool) -> bool:
     return True
 
 
-def _sweep(folder: str, name: str) -> None:
-    """Remove temporary files for ``name`` whose writers are dead: a lock ends with its process."""
-    stem = _stem(name)
+def _sweep(folder: str) -> None:
+    """Remove temporary files whose writers are dead: a lock ends with its process."""
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name.startswith(stem) and entry.name.endswith(SUFFIX) and entry.is_file(follow_symlinks=False):
+            if TEMPORARY.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
                 _remove_if_left(entry.path)
 
 

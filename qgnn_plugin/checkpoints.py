@@ -40,7 +40,8 @@ class _Checkpointed(ConvertsOnLoad):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         cls = type(self)
-        function, arguments, *rest = cls.wrapped_class.__reduce_ex__(self, protocol)
+        reduced: Any = super().__reduce_ex__(protocol)
+        function, arguments, *rest = reduced
         arguments = tuple(cls.wrapped_class if argument is cls else argument for argument in arguments)
         return _rebuild, (function, arguments), *rest
 
@@ -76,4 +77,4 @@ def close_checkpoints(model: nn.Module) -> None:
     """Undo :func:`open_checkpoints`."""
     for module in model.modules():
         if isinstance(module, _Checkpointed):
-            module.__class__ = type(module).wrapped_class  # type: ignore[assignment]
+            module.__class__ = type(module).wrapped_class

@@ -23,6 +23,7 @@ from ..smp.constraint import OTHER_PREFIX, SmoothLayer, constraint_names
 from ..smp.deep import StackPlace
 from .deferred import DeferredTensor, Producer, computed, conclude, is_deferring, plain
 from .ranges import UNSET, PackedRange, PackedTensor, SiteSpec
+from .weight import refuse_dtype
 
 __all__ = [
     "LayerSpec",
@@ -266,18 +267,7 @@ class PackedLayer(SwappedLayer):
         nn.Module._load_from_state_dict(self, *args, **kwargs)
 
     def _apply(self: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Refused where it changes the dtype, as ``.half()`` does: codes go with float32 ranges.
-
-        Raises:
-            ValueError: If it does.
-        """
-        dtype = fn(torch.zeros(1, dtype=torch.float32)).dtype
-        if dtype != torch.float32:
-            raise ValueError(
-                f"Expected the packed '{self._packed.spec.name}' to stay in float32 (got "
-                f"{str(dtype).removeprefix('torch.')}): its codes are integers and their ranges float32, whatever the "
-                f"model was; give it float32 features, and convert what it returns"
-            )
+        refuse_dtype(f"'{self._packed.spec.name}'", fn)
         return super()._apply(fn, recurse)  # type: ignore[misc]
 
     def reset_parameters(self) -> None:

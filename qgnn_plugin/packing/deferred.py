@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_map_only
 from ..kernels.backend import backend_for
 from ..kernels.cpu.parallel import on_every_thread
 from ..kernels.quantize_pack import quantize_pack
+from .weight import refuse_dtype
 
 __all__ = [
     "DeferredTensor",
@@ -403,6 +404,10 @@ class DeferringModel:
     """Mixin of a packed model's class: the scope of its calls."""
 
     inner_class: ClassVar[type[nn.Module]]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        refuse_dtype(type(self).__name__, fn)  # before any tensor is changed
+        return super()._apply(fn, recurse)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         make, args, *rest = super().__reduce_ex__(protocol)  # type: ignore[misc]

@@ -294,7 +294,9 @@ class PackedEmbeddings:
         if set(tensors) != {"words", "scale", "lower"}:
             raise ValueError(f"Expected the tensors words, scale and lower in '{shown(path)}' (got {sorted(tensors)})")
         try:
-            table = cls(**tensors, **description)
+            table = cls(
+                tensors["words"], tensors["scale"], tensors["lower"], description["num_features"], description["bits"]
+            )
             if verify:
                 table._check_values()
         except (TypeError, ValueError) as error:

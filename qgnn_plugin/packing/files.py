@@ -159,7 +159,9 @@ def _outline(model: nn.Module) -> nn.Module:
         hidden = module._non_persistent_buffers_set
         buffers = [buffer for name, buffer in module._buffers.items() if name not in hidden]
         for tensor in (*module._parameters.values(), *buffers):
-            if type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and id(tensor) not in memo:
+            if tensor is None or type(tensor) not in (Tensor, nn.Parameter) or id(tensor) in memo:
+                continue
+            if tensor.layout == torch.strided:
                 empty = torch.empty_like(tensor, device="cpu", requires_grad=False)
                 memo[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
     return copy.deepcopy(model, memo)

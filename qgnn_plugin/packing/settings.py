@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import functools
 import math
@@ -28,7 +29,7 @@ IRRELEVANT = {"training", "inplace", "cached", "explain", "momentum", "decompose
 IRRELEVANT |= {"weight_initializer", "bias_initializer", *CONSTRAINT_ATTRIBUTES}
 DROPOUT = "dropout"  # in the name of an attribute: a rate, which eval mode does not know
 
-FRAMEWORKS = {"torch", "torch_geometric", "pytorch_lightning", "lightning", "torchmetrics", "qgnn_plugin"}
+FRAMEWORKS = {"torch", "torch_geometric", "pytorch_lightning", "lightning", "torchmetrics"}
 MODULE_NAMES = frozenset(vars(nn.Module()))
 LARGEST = 64  # elements of a collection, and characters of a name, that are a setting and not data
 DEEPEST = 4
@@ -102,9 +103,11 @@ def _plain(value: Any, depth: int = 0) -> Any:
     if isinstance(value, torch.dtype):
         return str(value)
     if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)):
-        return f"{value.__module__}.{value.__qualname__}"
+        return _function(value, depth)
     if depth == DEEPEST:
         return _OTHER
+    if dataclasses.is_dataclass(value):
+        value = vars(value)
     if isinstance(value, functools.partial):
         value = (value.func, value.args, value.keywords)
     if isinstance(value, Mapping):
@@ -114,6 +117,16 @@ def _plain(value: Any, depth: int = 0) -> Any:
         items = dict(enumerate(_plain(item, depth + 1) for item in value))
         return _OTHER if _all_plain(items) is _OTHER else list(items.values())
     return _OTHER
+
+
+def _function(value: Any, depth: int) -> str:
+    """The name of a function or class; of one without a place of its own also what it calls and holds."""
+    name = f"{value.__module__}.{value.__qualname__}"
+    if "<" not in name or not isinstance(value, types.FunctionType) or depth == DEEPEST:
+        return name
+    code, cells = value.__code__, value.__closure__ or ()
+    held = [_plain(item, depth + 1) for item in (*code.co_consts, *(cell.cell_contents for cell in cells))]
+    return f"{name}: {[*code.co_names, *(repr(item) for item in held if item is not _OTHER)]}"
 
 
 def _plain_scalar(value: Any) -> Any:

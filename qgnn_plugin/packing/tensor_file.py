@@ -54,7 +54,8 @@ class FormatError(ValueError):
 def as_bytes(tensor: Tensor) -> memoryview:
     """The memory of a contiguous host tensor."""
     flat = torch.view_as_real(tensor).reshape(-1) if tensor.is_complex() else tensor.reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    data: Any = flat.view(torch.uint8).numpy() if flat.numel() else b""
+    return memoryview(data)
 
 
 def check(name: str, tensor: Tensor) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-__all__ = ["FrozenWeight", "read_only"]
+__all__ = ["FrozenWeight", "read_only", "refuse_dtype"]
 
 
 def read_only(layer: str, attempt: str) -> ValueError:
@@ -19,6 +19,21 @@ def read_only(layer: str, attempt: str) -> ValueError:
         f"Expected the weight of the packed '{layer}' to be read only (got {attempt}): it is dequantized from packed "
         f"words, and a write would be lost; change the quantized model and pack it again, or work on a .clone()"
     )
+
+
+def refuse_dtype(what: str, fn: Callable[[Tensor], Tensor]) -> None:
+    """Raise where ``fn``, which is to be applied to all tensors of something packed, changes their dtype.
+
+    Raises:
+        ValueError: If it does, as that of ``.half()``.
+    """
+    dtype = fn(torch.zeros(1, dtype=torch.float32)).dtype
+    if dtype != torch.float32:
+        raise ValueError(
+            f"Expected the packed {what} to stay in float32 (got {str(dtype).removeprefix('torch.')}): codes are "
+            f"integers and their ranges float32, whatever the model was; give it float32 features, and convert what "
+            f"it returns"
+        )
 
 
 class FrozenWeight(Tensor):

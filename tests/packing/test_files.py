@@ -16,7 +16,7 @@ from torch_geometric.nn import GAT, GCN
 
 import qgnn_plugin
 from qgnn_plugin import SMPConfig
-from qgnn_plugin.packing import container
+from qgnn_plugin.packing import container, packed_layers
 
 BUILD = {**MODELS, **ATTENTION, "shared": Shared, "mixed": Mixed}
 
@@ -169,10 +169,13 @@ def test_packed_models_change_neither_dtype_nor_mode(name: str) -> None:
     _, packed, args = packed_pair(name, bits=4)
     expected = packed(*args)
     for change in ("half", "double", "bfloat16"):
-        with pytest.raises(ValueError, match=r"packed '.*' to stay in float32 \(got (float|bfloat)(16|64)"):
-            getattr(packed_pair(name, bits=4)[1], change)()
+        with pytest.raises(ValueError, match=r"packed \w+ to stay in float32 \(got (float|bfloat)(16|64)"):
+            getattr(packed, change)()
     with pytest.raises(ValueError, match="to stay in float32"):
-        packed_pair(name, bits=4)[1].to(torch.float16)
+        packed.to(torch.float16)
+    for layer in packed_layers(packed).values():
+        with pytest.raises(ValueError, match=rf"packed '{layer._packed.spec.name}' to stay in float32"):
+            layer.half()
     for same in (packed.float(), packed.cpu(), packed.to(torch.float32), packed.share_memory()):
         assert torch.equal(same(*args), expected)
     assert all(t.is_meta for t in packed_pair(name, bits=4)[1].to("meta").state_dict().values())

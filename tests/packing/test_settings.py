@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,16 @@ class Own(nn.Module):
 class Colour(enum.Enum):
     RED = 1
     BLUE = 2
+
+
+@dataclass
+class Options:
+    width: int = 4
+    names: tuple[str, ...] = ("a",)
+
+
+def times(factor: float) -> Callable[[Tensor], Tensor]:
+    return lambda x: x * factor
 
 
 def mlp() -> nn.Module:
@@ -155,6 +166,9 @@ PAIRS: dict[str, tuple[Build, Build]] = {
         lambda: Own(act=functools.partial(nn.functional.leaky_relu, negative_slope=0.1)),
         lambda: Own(act=functools.partial(nn.functional.leaky_relu, negative_slope=0.2)),
     ),
+    "own anonymous function": (lambda: Own(act=lambda x: x.relu()), lambda: Own(act=lambda x: x.tanh())),
+    "own closure": (lambda: Own(act=times(2.0)), lambda: Own(act=times(3.0))),
+    "own options": (lambda: Own(sizes=Options(4)), lambda: Own(sizes=Options(5))),
     "own sizes": (Own, lambda: Own(sizes=(2, 4))),
     "own mapping": (lambda: Own(sizes={"a": [1]}), lambda: Own(sizes={"a": [2]})),
     "own enumeration": (lambda: Own(sizes=Colour.RED), lambda: Own(sizes=Colour.BLUE)),
