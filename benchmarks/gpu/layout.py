@@ -13,7 +13,7 @@ __all__ = ["MAPPED", "environment_for", "lay_out", "lay_out_kernels", "missing",
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "qgnn_plugin"
 MAPPED = ("kernels", "lightning_modules")  # as in pyproject.toml
-NEEDED = ("torch_geometric", "safetensors")  # by the package beyond PyTorch; the kernels need neither
+NEEDED = ("torch_geometric", "safetensors", "numba")  # by the package beyond PyTorch; the kernels need none of them
 
 
 def _link(folder: Path, targets: list[Path]) -> None:

@@ -70,12 +70,12 @@ class Subject:
         kept = (self.edge_index < nodes).all(0)
         return self.x[:nodes], self.edge_index[:, kept].contiguous()
 
-    def plain(self, edges: Any, dtype: torch.dtype = torch.float32, compiled: bool = False) -> Callable[[], Any]:
+    def plain(self, edges: Any, dtype: torch.dtype = torch.float32, compiler: str | None = None) -> Callable[[], Any]:
         # A model of its own: a cached normalization belongs to one format of the graph.
         model = copy.deepcopy(self.model).to(dtype)
         x = self.x.to(dtype)
-        if compiled:
-            model = torch.compile(model, dynamic=False)  # type: ignore[assignment]
+        if compiler is not None:
+            model = torch.compile(model, dynamic=False, backend=compiler)  # type: ignore[assignment]
 
         def run() -> Any:
             with torch.no_grad():
@@ -105,10 +105,11 @@ def _ours(run: Run, subject: Subject, bits: int, graph: str) -> Iterator[Row]:
     yield {"kind": "inference", "model": subject.name, "graph": graph, "name": f"int{bits}", **row}
 
 
-def float_units(run: Run, model: str, size: str) -> Iterator[Unit]:
-    """PyG's ways, the one that most people use first."""
+def float_units(run: Run, model: str, size: str, compiled: bool = False) -> Iterator[Unit]:
+    """PyG's ways, the one that most people use first; or those by ``torch.compile``."""
     subject = subject_of(run, model, size)
-    for name, make in _ways(subject, run.dry).items():
+    ways = _compiled_ways(subject, "eager" if run.dry else "inductor") if compiled else _ways(subject)
+    for name, make in ways.items():
         yield Unit(name, lambda n=name, m=make: _theirs(subject, n, m, size))  # type: ignore[misc]
 
 
@@ -116,7 +117,15 @@ def _theirs(subject: Subject, name: str, make: Callable[[], Callable[[], Any]], 
     yield {"kind": "inference", "model": subject.name, "graph": graph, "name": name, **timed([make()])}
 
 
-def _ways(subject: Subject, dry: bool) -> dict[str, Callable[[], Callable[[], Any]]]:
+def _compiled_ways(subject: Subject, compiler: str) -> dict[str, Callable[[], Callable[[], Any]]]:
+    edge_index = subject.edge_index
+    return {
+        "PyG edge_index fp32, compiled": lambda: subject.plain(edge_index, compiler=compiler),
+        "PyG edge_index bf16, compiled": lambda: subject.plain(edge_index, torch.bfloat16, compiler),
+    }
+
+
+def _ways(subject: Subject) -> dict[str, Callable[[], Callable[[], Any]]]:
     edge_index, nodes = subject.edge_index, subject.nodes
 
     def csr(dtype: torch.dtype = torch.float32) -> Tensor:
@@ -141,7 +150,7 @@ def _ways(subject: Subject, dry: bool) -> dict[str, Callable[[], Callable[[], An
 
         return allowed
 
-    ways: dict[str, Callable[[], Callable[[], Any]]] = {
+    return {
         "PyG CSR fp32": lambda: subject.plain(csr()),
         "PyG EdgeIndex fp32": lambda: subject.plain(sorted_index()),
         "PyG edge_index fp32": lambda: subject.plain(edge_index),
@@ -150,10 +159,6 @@ def _ways(subject: Subject, dry: bool) -> dict[str, Callable[[], Callable[[], An
         "PyG edge_index bf16": lambda: subject.plain(edge_index, torch.bfloat16),
         "PyG edge_index fp16": lambda: subject.plain(edge_index, torch.float16),
     }
-    if not dry:  # compiling takes most of a minute on a host without a card
-        ways["PyG edge_index fp32, compiled"] = lambda: subject.plain(edge_index, compiled=True)
-        ways["PyG edge_index bf16, compiled"] = lambda: subject.plain(edge_index, torch.bfloat16, compiled=True)
-    return ways
 
 
 def _random_graph(nodes: int, edges: int, device: torch.device) -> Tensor:
@@ -184,7 +189,7 @@ def small_units(run: Run) -> Iterator[Unit]:
     for graph, (make, count, sizes) in inputs.items():
         for model in STACKS:
             subject = Subject(model, make(), count, sizes)
-            for name, way in _ways(subject, dry=True).items():
+            for name, way in _ways(subject).items():
                 if name in ("PyG CSR fp32", "PyG edge_index fp32"):
                     call = lambda s=subject, n=name, w=way, g=graph: _theirs(s, n, w, g)  # type: ignore[misc] # noqa: E731
                     yield Unit(f"{graph}: {model} {name}", call)

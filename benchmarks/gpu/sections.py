@@ -40,6 +40,8 @@ def _inference(size: str, limit: float) -> list[Section]:
     ]
 
 
+_COMPILED = {"size": "170k/2M", "compiled": True}
+
 SECTIONS: tuple[Section, ...] = (
     Section("device", "kernels:device_units", 30, package=False),
     Section("precompile", "precompile:units", 110, package=False, interpreted=False),
@@ -54,6 +56,7 @@ SECTIONS: tuple[Section, ...] = (
     Section("training step", "models:training_units", 30),
     *_inference("2M/100M", 30),
     Section("profiles", "profiles:units", 30),
+    *(Section(f"compiled 170k/2M: {model}", "models:float_units", 45, _COMPILED | {"model": model}) for model in MODELS),
     Section("counters", "profiles:counter_units", 60, package=False),
     Section("tuning", "tuning:units", 40, package=False),
 )
