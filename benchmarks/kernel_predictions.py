@@ -122,9 +122,10 @@ CUSPARSE, CUBLAS = 0.75, 0.8  # of the memory's bandwidth, and of the fp32 rate,
 
 
 def float_model_ms(model: str, nodes: int, edges: int, widths: tuple[int, ...], target: str) -> float:
-    """PyG's CSR path in fp32, by the same kind of reckoning: products, gathers and passes over activations.
+    """PyG in fp32 by the same kind of reckoning: products, gathers and passes over activations.
 
-    Sums run on the narrower side for GCN and at the input's width for GraphSAGE, as PyG has them.
+    GCN sums a CSR matrix at the output's width and GraphSAGE at the input's, as PyG has them; GAT gathers, multiplies
+    and scatters messages, which its CSR path does as well.
     """
     card, total = CARDS[target], 0.0
     for i, (fan_in, fan_out) in enumerate(pairwise(widths)):
@@ -133,6 +134,8 @@ def float_model_ms(model: str, nodes: int, edges: int, widths: tuple[int, ...], 
         summed = fan_in if model == "GraphSAGE" else fan_out
         table = 4.0 * nodes * summed
         gathered = 4.0 * edges * summed if table > card["l2_bytes"] else table
+        if model == "GAT":  # a message is written, read and written with its weight, and read for the sum
+            gathered += 4 * 4.0 * edges * summed
         total += memory_ms((gathered + table + 12.0 * edges) / CUSPARSE, target)
         passes = 2 + products + (2 if i + 2 < len(widths) else 0)  # bias, addition, ReLU
         total += memory_ms(4.0 * nodes * fan_out * passes, target)

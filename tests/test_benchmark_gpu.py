@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -190,6 +191,27 @@ def test_every_task_of_the_compilation_has_a_maker_and_a_name_of_its_own() -> No
     found = precompile.tasks(package=True)
     assert len({name for name, _ in found}) == len(found)
     assert {options["make"] for _, options in found} == set(precompile.MAKERS)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_launchers_are_built_along_with_kernels_where_they_can_be(
+    monkeypatch: pytest.MonkeyPatch, broken: bool
+) -> None:
+    from triton.backends.nvidia import driver
+
+    from qgnn_plugin.kernels.triton.rehearsal import _Driver
+
+    def launcher(source: Any, metadata: Any) -> None:
+        if broken:
+            raise AssertionError("no libcuda")
+
+    monkeypatch.setattr(driver, "CudaLauncher", launcher)
+    before, made = _Driver.launcher_cls, list[str]()
+    source = SimpleNamespace(fn=SimpleNamespace(arg_names=["x"]))
+    with precompile.launchers(made):
+        assert callable(_Driver("sm_90").launcher_cls(source, SimpleNamespace(name="linear_kernel")))
+    assert made == ([] if broken else ["linear_kernel"])
+    assert _Driver.launcher_cls is before
 
 
 COUNTERS = """==PROF== Connected to process 7

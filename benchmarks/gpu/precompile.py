@@ -11,6 +11,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,31 @@ MAKERS: dict[str, Callable[..., list[Callable[[], Any]]]] = {
 }  # fmt: skip
 
 
+@contextmanager
+def launchers(made: list[str]) -> Iterator[None]:
+    """Build what launches a kernel as well: up to Triton 3.6 a C module per signature, as long to compile as a kernel.
+
+    ``made`` gets the kernels' names; where the driver's library is missing, or later Tritons need no module, none.
+    """
+    from qgnn_plugin.kernels.triton.rehearsal import _Driver
+
+    rehearsed = _Driver.launcher_cls
+
+    def launcher_cls(self: Any, source: Any, metadata: Any) -> Any:
+        with suppress(Exception):
+            from triton.backends.nvidia.driver import CudaLauncher
+
+            CudaLauncher(source, metadata)
+            made.append(metadata.name)
+        return rehearsed(self, source, metadata)
+
+    _Driver.launcher_cls = launcher_cls  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        _Driver.launcher_cls = rehearsed  # type: ignore[method-assign]
+
+
 def compile_task(name: str, target: str, make: str, **options: Any) -> Row:
     """Compile one task in this process; what failed to compile is told, the rest of the task goes on."""
     from qgnn_plugin.kernels.triton.launch import rehearsed_for
@@ -149,7 +175,8 @@ def compile_task(name: str, target: str, make: str, **options: Any) -> Row:
     # Ranges are set and layers packed on the CPU's own backend; what launches is made within the rehearsal.
     with rehearsed_for(target):
         runs = MAKERS[make](**options)
-    with rehearse(target) as launches:
+    made: list[str] = []
+    with launchers(made), rehearse(target) as launches:
         for run in runs:
             try:
                 run()
@@ -157,6 +184,7 @@ def compile_task(name: str, target: str, make: str, **options: Any) -> Row:
                 problems.append(f"{type(problem).__name__}: {problem}"[:200])
     return {
         "kind": "compiled", "task": name, "launches": len(launches), "binaries": len(log.compiled), "hits": log.hits,
+        "launchers": len(made),
         "seconds": time.perf_counter() - started, **({"error": "; ".join(problems)} if problems else {}),
     }  # fmt: skip
 

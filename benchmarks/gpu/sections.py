@@ -56,7 +56,7 @@ SECTIONS: tuple[Section, ...] = (
     Section("training step", "models:training_units", 30),
     *_inference("2M/100M", 30),
     Section("profiles", "profiles:units", 30),
-    *(Section(f"compiled 170k/2M: {model}", "models:float_units", 45, _COMPILED | {"model": model}) for model in MODELS),
+    *(Section(f"compiled: {model}", "models:float_units", 45, _COMPILED | {"model": model}) for model in MODELS),
     Section("counters", "profiles:counter_units", 60, package=False),
     Section("tuning", "tuning:units", 40, package=False),
 )
