@@ -63,7 +63,7 @@ class QuantizedGINConv(QuantizedConv):
             # acts it is measured only.
             with torch.set_grad_enabled(torch.is_grad_enabled() and self._is_smoothing):
                 mean, mass = mean_with_self(graph, out, own_weight)
-                smoothed = self._smooth(own.dequantize(), out / mass, mean, graph.plan.num_edges, averaged=True)
+                smoothed = self._smooth(sent.dequantize(), out / mass, mean, graph.plan.num_edges, averaged=True)
             out = smoothed * mass if self._is_smoothing else out
         return self.nn(samples.shaped(out))
 

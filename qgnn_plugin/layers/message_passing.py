@@ -52,7 +52,7 @@ class QuantizedConv(QuantizedLayer, SmoothLayer):
 
     def __setstate__(self, data: dict[str, Any]) -> None:
         _write_templates(type(self).float_class, data)
-        super().__setstate__(data)  # type: ignore[misc]
+        super().__setstate__(data)
 
     def quantized_propagate(self, edge_index: Any, *args: Any, **kwargs: Any) -> Any:
         """Quantize the node features among the arguments, run the layer's own ``propagate``, smooth its change.

@@ -41,8 +41,8 @@ class Sampled(NamedTuple):
         def propagate(values: Tensor) -> Tensor:
             x = pair_of(layer, self.samples, values, values if pair.own is pair.sent else pair.own)
             size = self.size[::-1] if source_side(layer) else self.size
-            size = None if is_sparse(self.edge_index) else size
-            return self.samples.rows(through_pyg(layer, self.edge_index, size, x=x))
+            given = None if is_sparse(self.edge_index) else size
+            return self.samples.rows(through_pyg(layer, self.edge_index, given, x=x))
 
         return self._replace(propagate=propagate)
 

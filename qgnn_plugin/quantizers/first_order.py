@@ -32,7 +32,7 @@ def first_order(backward: Backward) -> Backward:
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return out
         values = out if isinstance(out, tuple) else (out,)
-        refuse = torch._C._functions.DelayedError(MESSAGE, len(values))
+        refuse: Any = torch._C._functions.DelayedError(MESSAGE, len(values))
         return refuse(*(value if value is None else value.detach().requires_grad_() for value in values))
 
     return wrapped  # type: ignore[return-value]
