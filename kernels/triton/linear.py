@@ -113,7 +113,7 @@ def _input(x, x_words, start, first, row_ok, X_BYTES: tl.constexpr, BLOCK_B: tl.
     word = first // 4 + tl.arange(0, BLOCK_B // 4)
     byte_ok = row_ok[:, None]
     word_ok = byte_ok
-    if X_BYTES % BLOCK_B != 0:
+    if X_BYTES % BLOCK_B != 0 or X_BYTES == 0:
         byte_ok = byte_ok & (byte < X_BYTES)[None, :]
         word_ok = word_ok & (word < X_BYTES // 4)[None, :]
     tile = tl.load(x + start + byte[None, :], mask=byte_ok, other=0)
@@ -195,7 +195,7 @@ def tiles_of(
     block_n = max(SMALLEST_N, min(widest, out_parts * next_power_of_two(places)))
     of_program = block_n // out_parts
     whole = places % of_program == 0 and out_parts * places == num_out
-    return Tiles(block_n, block_b, -(-width // block_b), whole, -(-places // of_program))
+    return Tiles(block_n, block_b, max(1, -(-width // block_b)), whole, -(-places // of_program))
 
 
 def unpacks_words() -> bool:

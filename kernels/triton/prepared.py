@@ -63,11 +63,11 @@ def prepare_weights(
     codes = unpack_codes(words, in_features, w_bits)
     signed = (codes.to(torch.int16) - zero_code(w_bits)).to(torch.int8)
     parts, width = parts_per_byte(x_bits), row_bytes(in_features, x_bits)
-    chunks = -(-width // block)
+    chunks = max(1, -(-width // block))
     flat = signed.new_zeros(words.size(0), parts * width)
     flat[:, :in_features] = signed
     rows = signed.new_zeros(words.size(0), parts, chunks * block)
-    rows[:, :, :width] = flat.view(-1, parts, width)
+    rows[:, :, :width] = flat.view(words.size(0), parts, width)
     rows = rows.view(-1, parts, chunks, block).transpose(1, 2).reshape(words.size(0), chunks * parts * block)
     term = linear_colterm(codes, scale, offset).expand(words.size(0)).contiguous()
     return PreparedWeights(rows, rows.sum(1, dtype=torch.int32), term)

@@ -69,7 +69,7 @@ def test_fake_quantize_and_its_gradients(bits: int, features: int, kind: str) ->
     ("x_bits", "w_bits", "features", "outputs"),
     [
         (2, 2, 64, 32), (4, 2, 100, 20), (8, 8, 33, 7), (1, 4, 256, 64), (8, 2, 128, 40), (2, 8, 17, 150),
-        (4, 4, 600, 70), (8, 8, 1100, 3), (2, 2, 1, 1),
+        (4, 4, 600, 70), (8, 8, 1100, 3), (2, 2, 1, 1), (2, 2, 0, 8),
     ],
 )  # fmt: skip
 def test_linear(x_bits: int, w_bits: int, features: int, outputs: int) -> None:
