@@ -148,7 +148,7 @@ def _weighted_args(
     row_scale = row_offset = None
     if is_per_row(scale) or is_per_row(offset):
         row_scale, row_offset = scale.expand(num_src, 1), offset.expand(num_src, 1)
-        scale, offset = torch.ones(1), torch.ones(1)
+        scale = offset = torch.ones(1, dtype=torch.float32)
     return (
         flat(edge_weight),
         heads,

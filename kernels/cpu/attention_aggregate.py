@@ -312,7 +312,7 @@ def _ranges(
 ) -> tuple[tuple[np.ndarray, ...], bool]:
     """Range per feature and per source row and head, one of them trivial; whether it is the former."""
     if is_per_row(scale) or is_per_row(offset):
-        ones = flat(torch.ones(num_features))
+        ones = flat(torch.ones(num_features, dtype=torch.float32))
         per_row = flat(scale.expand(num_src, heads)), flat(offset.expand(num_src, heads))
         return (ones, ones, *per_row), False
     spread = (flat(value.reshape(-1).expand(num_features)) for value in (scale, offset))

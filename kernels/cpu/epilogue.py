@@ -104,7 +104,7 @@ def epilogue(
         out = empty((rows, row_words(width, out_bits)), torch.int32)
     else:
         out = empty((rows, width), torch.float32)
-    columns = torch.zeros(6, -(-width // GROUP) * GROUP)
+    columns = torch.zeros((6, -(-width // GROUP) * GROUP), dtype=torch.float32)
     columns[SCALE, :width] = 1 if scale is None else scale.reshape(-1)
     flags = HAS_DST * (dst_scale is not None) + HAS_TERM * (term is not None)
     flags += HAS_BIAS * (bias is not None) + HAS_ROW_SCALE * (row_scale is not None)

@@ -38,7 +38,7 @@ def _table(scale: Tensor, offset: Tensor, width: int) -> tuple[np.ndarray, bool]
         rows = max(scale.numel(), offset.numel())
         parts = [value.reshape(-1).expand(rows) for value in (scale, inverse, offset)]
         return torch.stack(parts).contiguous().numpy(), True
-    table = torch.zeros(3, -(-width // GROUP) * GROUP)
+    table = torch.zeros((3, -(-width // GROUP) * GROUP), dtype=torch.float32)
     for row, value in zip(table, (scale, inverse, offset), strict=True):
         row[:width] = value.reshape(-1)
     return table.numpy(), False

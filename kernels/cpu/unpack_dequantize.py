@@ -59,7 +59,7 @@ def unpack_dequantize(words: Tensor, scale: Tensor, offset: Tensor, num_features
         # (c * s_i) + (1 * l_i) by the row factors of the epilogue.
         factors = {
             "dst_scale": scale.expand(rows, 1),
-            "term": torch.ones(num_features),
+            "term": torch.ones(num_features, dtype=torch.float32),
             "row_term": offset.expand(rows, 1),
         }
     else:

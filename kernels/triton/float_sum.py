@@ -163,8 +163,9 @@ def float_sum(
         return float_sum_reference(x, rowptr, col, dst_scale, src_scale, weight, edge)
     device = _checked(rowptr, col, x, dst_scale, src_scale, weight, edge)
     col, features = col.contiguous(), x.size(1)
-    tensors = (x, dst_scale, src_scale, weight, edge)
-    x, dst_scale, src_scale, weight, edge = (None if t is None else t.contiguous() for t in tensors)
+    options = (dst_scale, src_scale, weight, edge)
+    dst_scale, src_scale, weight, edge = (None if t is None else t.contiguous() for t in options)
+    x = x.contiguous()
     out = x.new_empty((rowptr.numel() - 1, features))
     if features == 0:
         return out

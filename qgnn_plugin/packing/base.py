@@ -387,7 +387,8 @@ class PackedConv(PackedLayer, SmoothLayer):
             self._buffer_prefix = OTHER_PREFIX if hasattr(self, "multiplier") else ""
         if spec.smooth:
             device = next((p.device for p in layer.parameters()), None)
-            self.register_buffer(self._buffer_prefix + "multiplier", torch.zeros((), device=device))
+            multiplier = torch.zeros((), dtype=torch.float32, device=device)
+            self.register_buffer(self._buffer_prefix + "multiplier", multiplier)
 
     def upgrade(self, state: dict[str, Any]) -> None:
         for name in ("deep_place", "deep_config", "deep_stack"):

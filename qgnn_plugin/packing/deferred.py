@@ -410,7 +410,8 @@ class DeferringModel:
         return super()._apply(fn, recurse)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        make, args, *rest = super().__reduce_ex__(protocol)  # type: ignore[misc]
+        reduced: Any = super().__reduce_ex__(protocol)
+        make, args, *rest = reduced
         args = tuple(type(self).inner_class if arg is type(self) else arg for arg in args)
         return _rebuild, (make, args), *rest
 

@@ -55,7 +55,7 @@ class PackedLinear(PackedLayer):
             shape = (self._num_out, row_words(self._num_in, site.bits))
             words = torch.zeros(shape, dtype=torch.int32, device=weight.device)
             width = self._num_out if site.channels or site.granularity == "node" else 1
-            scale = nn.Parameter(torch.ones(width, device=weight.device), requires_grad=False)
+            scale = nn.Parameter(torch.ones(width, dtype=torch.float32, device=weight.device), requires_grad=False)
             lower = torch.zeros_like(scale) if site.zero_code is None else None
         self.register_buffer("words", words)
         self.register_parameter("float_weight", full)

@@ -193,9 +193,10 @@ class PackedRange(nn.Module):
         shape = (spec.channels,) if spec.granularity == "channel" else ()
         ranged = spec.bits not in (UNSET, ONE_BIT, OFF)
         free = ranged and spec.zero_code is None
-        self.register_buffer("scale", torch.ones(shape, device=device) if ranged else None)
-        self.register_buffer("lower_end", torch.zeros(shape, device=device) if free else None)
-        self.register_buffer("skew", torch.zeros((), device=device) if spec.truncated else None)
+        options: dict[str, Any] = {"dtype": torch.float32, "device": device}
+        self.register_buffer("scale", torch.ones(shape, **options) if ranged else None)
+        self.register_buffer("lower_end", torch.zeros(shape, **options) if free else None)
+        self.register_buffer("skew", torch.zeros((), **options) if spec.truncated else None)
 
     @torch.no_grad()
     def fill(self, quantizer: QLRQuantizer) -> None:
@@ -327,7 +328,7 @@ class PackedRange(nn.Module):
             words = pack_codes(codes.flatten(1), self.bits)
         else:
             # The kernel's range is per row: bring values into steps first, the same operations in the same order.
-            steps, one = (x - lower) * (1 / scale), torch.ones((), device=x.device)
+            steps, one = (x - lower) * (1 / scale), torch.ones((), dtype=x.dtype, device=x.device)
             words = quantize_pack(steps.flatten(1), one, torch.zeros_like(one), self.bits)
         if self.bits == ONE_BIT:
             self._check_one_bit(bool(((x == 0) | (x == scale)).all()))

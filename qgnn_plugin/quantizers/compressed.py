@@ -111,7 +111,7 @@ def recipe(x: Tensor) -> Recipe | None:
 
 def can_compress(x: Tensor, scale: Tensor) -> bool:
     """Whether :func:`quantize` handles ``x`` ``[*, F]`` with this range."""
-    plain = x.dtype == torch.float32 and x.layout == torch.strided and x.dim() >= 2 and x.numel() > 0
+    plain = x.dtype == scale.dtype == torch.float32 and x.layout == torch.strided and x.dim() >= 2 and x.numel() > 0
     return plain and torch.is_grad_enabled() and (scale.numel() == 1 or scale.dim() == 1 or scale.size(-1) == 1)
 
 

@@ -16,13 +16,13 @@ __all__ = ["Packed", "pack", "unpack"]
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack integer-valued ``codes`` ``[*, F]`` of any dtype into rows of words."""
-    one = torch.ones(1, device=codes.device)
+    one = torch.ones(1, dtype=torch.float32, device=codes.device)
     return quantize_pack(codes.float().reshape(-1, codes.shape[-1]), one, torch.zeros_like(one), bits)
 
 
 def unpack(words: Tensor, shape: torch.Size, bits: int) -> Tensor:
     """Codes of ``shape`` from rows of words, in float32."""
-    one = torch.ones(1, device=words.device)
+    one = torch.ones(1, dtype=torch.float32, device=words.device)
     return unpack_dequantize(words, one, torch.zeros_like(one), shape[-1], bits).view(shape)
 
 

@@ -251,7 +251,7 @@ def attach_constraint(layer: Any, config: SMPConfig | None, device: torch.device
     for name, value in zip(BUFFERS, (config.multiplier, config.slack, 0.0), strict=True):
         if name != "penalty" or config.damping > 0:
             prefix = getattr(layer, "_buffer_prefix", "")
-            layer.register_buffer(prefix + name, torch.tensor(value, device=device))
+            layer.register_buffer(prefix + name, torch.tensor(value, dtype=torch.float32, device=device))
 
 
 def reset_constraint(layer: SmoothLayer) -> None:
