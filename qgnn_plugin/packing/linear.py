@@ -17,6 +17,7 @@ from ..layers.linear import QuantizedLinear
 from ..quantizers import QuantizedTensor
 from .base import WEIGHT, Activation, LayerSpec, PackedLayer, inference, register_packed
 from .deferred import Producer, conclude
+from .normalized import effective_weight, is_recomputed, without_sources
 from .ranges import PackedRange, PackedTensor, SiteSpec
 from .weight import FrozenWeight, read_only
 
@@ -41,6 +42,12 @@ class PackedLinear(PackedLayer):
     _num_out: int
     _num_in: int
 
+    @classmethod
+    def kept(cls, layer: Any) -> dict[str, Any]:
+        state = super().kept(layer)
+        without_sources(state)
+        return state
+
     def freeze(self: Any, layer: Any, spec: LayerSpec) -> None:
         super().freeze(layer, spec)
         if "input_quantizer" not in spec.sites:
@@ -50,7 +57,7 @@ class PackedLinear(PackedLayer):
         self._site = site = spec.sites[WEIGHT]
         words = full = scale = lower = None
         if site.bits == OFF:
-            full = nn.Parameter(weight.clone(), requires_grad=False)
+            full = nn.Parameter(effective_weight(layer).detach().clone(), requires_grad=False)
         else:
             shape = (self._num_out, row_words(self._num_in, site.bits))
             words = torch.zeros(shape, dtype=torch.int32, device=weight.device)
@@ -66,6 +73,8 @@ class PackedLinear(PackedLayer):
     def refuses(cls, layer: Any) -> str | None:
         if layer.weight.dtype != torch.float32:
             return f"its weight is {str(layer.weight.dtype).removeprefix('torch.')}"
+        if is_recomputed(layer):
+            return "several hooks compute its weight"
         return "32 bits" if layer.is_off else None
 
     @property
@@ -98,7 +107,7 @@ class PackedLinear(PackedLayer):
         super().fill(layer)
         if self.words is None:
             return
-        weight = layer.weight_quantizer(layer.weight)
+        weight = layer.weight_quantizer(effective_weight(layer))
         self.words.copy_(pack_codes(weight.codes, self._site.bits))
         self.weight_scale.copy_(weight.scale.reshape(-1))
         if self.weight_lower_end is not None:
