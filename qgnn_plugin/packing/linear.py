@@ -90,7 +90,7 @@ class PackedLinear(PackedLayer):
         return (self.float_weight if self.words is None else self.words).device  # type: ignore[union-attr]
 
     def _dequantized(self) -> Tensor:
-        return self._weight_codes().dequantize()
+        return self._weight_codes().dequantize().detach()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config import SMPConfig
 from ..kernels.smp_step import smp_step, step_factors
 from ..layers.appnp import QuantizedAPPNP, QuantizedSMPropagation
 from ..layers.graph import NormalizedGraph, gcn_graph
@@ -123,6 +124,8 @@ class PackedPropagation(PackedSteps):
     def upgrade(self, state: dict[str, Any]) -> None:
         super().upgrade(state)
         state["_eta"], state["_mu"] = state["eta"], state["mu"]
+        if state.get("smp", state) is None:  # of one that did not act nothing else was kept
+            state["smp"] = SMPConfig(eta=state["eta"], mu=state["mu"])
 
     @property
     def descent(self) -> Descent:
