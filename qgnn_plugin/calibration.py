@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .conversion import expect_converted, quantizers
+from .coverage import counting_rows
 from .inputs import Forward, is_data, run_model, tensors_in
 from .kernels.plan import GraphPlan
 from .quantizers import RangeKind
@@ -52,7 +54,8 @@ def calibrate(qmodel: nn.Module, data_or_loader: Any, *, forward: Forward | None
         count = 0
         for batch in batches:
             inputs.tensors = list(tensors_in(batch))
-            run_model(qmodel, batch, forward)
+            with nullcontext() if count else counting_rows(qmodel):
+                run_model(qmodel, batch, forward)
             count += 1
         if not count:
             raise ValueError("Expected at least one batch to calibrate on (got none)")

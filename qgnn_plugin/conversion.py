@@ -14,12 +14,15 @@ from torch.nn.parameter import UninitializedParameter
 from .checkpoints import close_checkpoints, open_checkpoints
 from .config import OFF, QuantConfig
 from .copying import copy_model
+from .coverage import warn_of_float_parts
 from .layers.base import QuantizedLayer, SiteFactory, restore_class
 from .layers.deep import conv_widths, deep_mixin
+from .layers.fast_paths import close_fast_paths, open_fast_paths
 from .layers.message_passing import QuantizedConv
 from .layers.registry import convert_layer, mixin_for
 from .quantizers import QLRQuantizer
 from .saved import CONFIG_KEY, decode
+from .scripted import close_scripted, open_scripted
 from .smp.deep import DeepLayer, StackPlace, close_scopes, connect_stacks, find_stacks
 
 __all__ = [
@@ -53,6 +56,10 @@ def quantize_model(
     Layers are swapped for subclasses that keep ``forward``, the ``Parameter`` objects, hooks and state-dict keys.  At
     32 bits the result computes exactly what the original does, unless ``config.smp`` rewrites deep stacks.
 
+    Weights elsewhere stay float, such as those of recurrent cells, embeddings, and parameters that the model's own code
+    multiplies; :func:`qgnn_plugin.summary` lists them.  A warning comes where less than half of the weights are
+    quantized, unless ``include`` or ``exclude`` says what to convert.
+
     Args:
         model: Any module with ``Linear`` or ``MessagePassing`` layers; it is untouched unless ``inplace``.
         bits: 2, 4, 8, or 32 = off, for every site; default 4.  A configuration is taken as ``config``.
@@ -73,15 +80,22 @@ def quantize_model(
     if not isinstance(model, nn.Module):
         raise TypeError(f"Expected a torch.nn.Module (got {_kind(model)})")
     _check_unconverted(model)
-    chosen = _select(model, _selectors(include), _selectors(exclude))
-    config.check_overrides([name for name, _ in chosen])
-    _check_materialized(chosen)
-    _check_units(chosen)
-    places = _stack_places(chosen, config.for_layer)
-    if not inplace:
-        model = copy_model(model)
-    _convert_or_undo(model, [name for name, _ in chosen], config.for_layer, places)
+    if inplace and isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(f"Expected a module that is not compiled with inplace=True (got a {type(model).__name__})")
+    model = open_scripted(model if inplace else copy_model(model))
+    try:
+        chosen = _select(model, _selectors(include), _selectors(exclude))
+        config.check_overrides([name for name, _ in chosen])
+        _check_materialized(chosen)
+        _check_units(chosen)
+        places = _stack_places(chosen, config.for_layer)
+        _convert_or_undo(model, [name for name, _ in chosen], config.for_layer, places)
+    except Exception:
+        close_scripted(model)
+        raise
     open_checkpoints(model)
+    if include is None and exclude is None:
+        warn_of_float_parts(model, stacklevel=2)
     return model
 
 
@@ -189,7 +203,9 @@ def _convert_or_undo(model: nn.Module, names: list[str], config_of: ConfigOf, pl
     try:
         _convert(model, names, config_of, places)
         connect_stacks(model, places)
+        close_fast_paths(model)
     except Exception:
+        open_fast_paths(model)
         for layer in model.modules():
             if isinstance(layer, QuantizedLayer):
                 restore_class(layer)
@@ -273,9 +289,17 @@ def _select(
         for name, module in convertible
         if not any(_within(name, outer) for outer in excluded) and any(_within(name, outer) for outer in included)
     ]
+    taken = {name for name, _ in chosen}
+    chosen = [(name, module) for name, module in chosen if not _is_read_past(model, name, taken)]
     if not chosen:
         raise ValueError(f"Nothing to convert in {type(model).__name__}. {_candidates(model, names)}")
     return chosen
+
+
+def _is_read_past(model: nn.Module, name: str, taken: set[str]) -> bool:
+    """Whether a layer is never called: a float attention multiplies the weight of its ``out_proj`` itself."""
+    around = name.rpartition(".")[0]
+    return name != "" and around not in taken and isinstance(model.get_submodule(around), nn.MultiheadAttention)
 
 
 def _within(name: str, outer: str) -> bool:
@@ -292,7 +316,7 @@ def _candidates(model: nn.Module, names: list[str]) -> str:
         return f"Layers that can be converted: {', '.join(name or '(the model itself)' for name in names)}"
     types = sorted({type(m).__name__ for m in model.modules()})
     return (
-        f"It has no Linear and no MessagePassing layer, only {', '.join(types)}; "
+        f"It has no Linear, MultiheadAttention or MessagePassing layer, only {', '.join(types)}; "
         f"register your own layer type with qgnn_plugin.register_layer"
     )
 
@@ -389,8 +413,9 @@ def restore_model(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         if isinstance(layer, QuantizedLayer):
             restore_class(layer)
     close_checkpoints(model)
+    open_fast_paths(model)
     close_scopes(model)
-    return model
+    return close_scripted(model)
 
 
 def unquantized(qmodel: nn.Module) -> nn.Module:

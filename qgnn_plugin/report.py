@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 from .config import OFF
 from .conversion import expect_converted, is_quantized, quantized_layers
+from .coverage import Coverage, coverage
 from .packing.model import is_packed, packed_bytes
 from .packing.report import PackedSummary, packed_summary
 from .quantizers import QLRQuantizer, RangeKind
@@ -52,11 +54,12 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Summary:
-    """Per-layer reports of a converted model; prints as a table."""
+    """Per-layer reports of a converted model, and what stays float; prints as a table."""
 
     layers: list[LayerReport]
     float_bytes: int
     packed_bytes: int
+    coverage: Coverage = field(default_factory=lambda: Coverage(0, ()))
 
     def __str__(self) -> str:
         rows = [HEADER, *(_cells(layer) for layer in self.layers)]
@@ -64,7 +67,8 @@ class Summary:
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * width for width in widths))
         ratio = self.float_bytes / max(1, self.packed_bytes)
-        return "\n".join([*lines, f"model: {self.float_bytes:,} bytes, packed {self.packed_bytes:,} ({ratio:.1f}x)"])
+        size = f"model: {self.float_bytes:,} bytes, packed {self.packed_bytes:,} ({ratio:.1f}x)"
+        return "\n".join([*lines, size, str(self.coverage)])
 
     __repr__ = __str__
 
@@ -94,7 +98,9 @@ def model_bytes(model: nn.Module) -> int:
 
 
 def summary(qmodel: nn.Module) -> Summary | PackedSummary:
-    """Describe every converted layer; of a packed model, also whether it runs packed or in floats, and why.
+    """Describe every converted layer, and what of the model is quantized and what stays float, and why.
+
+    Of a packed model it also says whether a layer runs packed or in floats.
 
     Raises:
         ValueError: If ``qmodel`` is not a converted model.
@@ -110,7 +116,8 @@ def _summary(qmodel: nn.Module) -> Summary:
     extra = {id(t) for module in qmodel.modules() if isinstance(module, QLRQuantizer) for t in _tensors(module)}
     extra |= {id(t) for layer in smp_layers(qmodel).values() for t in layer._constraint_buffers}
     total = sum(t.numel() * t.element_size() for t in _tensors(qmodel) if id(t) not in extra)
-    return Summary(layers, total, total - before + sum(layer.packed_bytes for layer in layers))
+    packed = total - before + sum(layer.packed_bytes for layer in layers)
+    return Summary(layers, total, packed, coverage(qmodel))
 
 
 def _tensors(module: nn.Module) -> list[torch.Tensor]:
@@ -130,15 +137,14 @@ def _report(name: str, layer: Any) -> LayerReport:
     parameters = list(layer.parameters(recurse=False))
     before = sum(p.numel() * p.element_size() for p in parameters)
     after, error = before, None
-    weight = own.get("weight_quantizer")
-    if weight is not None and weight.bits != OFF:
-        matrix = layer.weight
+    weights = layer._weight_sites()
+    matrices = [(own[site], matrix) for site, matrix in weights.items() if own[site].bits != OFF]
+    for weight, matrix in matrices:
         words = -(-matrix.size(1) * weight.bits // 32)
         after += 4 * (words * matrix.size(0) + 2 * weight.log_scale.numel()) - matrix.numel() * matrix.element_size()
-        if weight.is_set:
-            with torch.no_grad():
-                error = float((weight(matrix).dequantize() - matrix).norm() / matrix.norm().clamp_min(1e-30))
-    after += sum(8 * q.log_scale.numel() for site, q in own.items() if site != "weight_quantizer" and q.bits != OFF)
+    if matrices and all(weight.is_set for weight, _ in matrices):
+        error = _weight_error(matrices)
+    after += sum(8 * q.log_scale.numel() for site, q in own.items() if site not in weights and q.bits != OFF)
     smooth = getattr(layer, "_smp", None) is not None
     return LayerReport(
         name,
@@ -155,9 +161,15 @@ def _report(name: str, layer: Any) -> LayerReport:
 
 
 @torch.no_grad()
+def _weight_error(matrices: list[tuple[QLRQuantizer, torch.Tensor]]) -> float:
+    error = sum(float((weight(matrix).dequantize() - matrix).square().sum()) for weight, matrix in matrices)
+    return math.sqrt(error / max(1e-60, sum(float(matrix.square().sum()) for _, matrix in matrices)))
+
+
+@torch.no_grad()
 def _range(quantizer: QLRQuantizer) -> tuple[float, float] | None:
     kind = quantizer.range_kind
-    if quantizer.bits == OFF or kind == RangeKind.UNSET or kind >= RangeKind.ONE_BIT_ROWS:
+    if quantizer.bits == OFF or kind == RangeKind.UNSET or quantizer.is_one_bit:
         return None
     if quantizer.log_scale.numel() != 1:
         return None

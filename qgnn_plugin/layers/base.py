@@ -51,6 +51,18 @@ class SwappedLayer:
         view.__dict__.update(float_state(self))
         return view
 
+    def __prepare_scriptable__(self) -> Any:
+        """Refused: what :func:`torch.jit.script` asks of every module.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(
+            f"Expected a plain model for torch.jit.script (got one with a {' '.join((*self.notes, 'quantized'))} "
+            f"{type(self).float_class.__name__}): its arithmetic is not TorchScript; use torch.compile, or compile "
+            f"qgnn_plugin.restore_model(qmodel)"
+        )
+
     def __repr__(self) -> str:
         """That of the layer's own class, and what is quantized."""
         return annotated(repr(self.as_float()), _bits(self.own_sites()), *self.notes)
@@ -203,6 +215,10 @@ class QuantizedLayer(CarriesConfiguration, SwappedLayer):
 
     def own_sites(self) -> dict[str, int]:
         return {name.removesuffix("_quantizer"): quantizer.bits for name, quantizer in self.own_quantizers()}
+
+    def _weight_sites(self: Any) -> dict[str, Tensor]:
+        """The matrices that its own sites quantize, by the name of the site."""
+        return {"weight_quantizer": self.weight} if "weight_quantizer" in self._modules else {}
 
     def added_names(self) -> Iterable[str]:
         added = self._conversion.added

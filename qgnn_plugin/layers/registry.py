@@ -43,6 +43,7 @@ from .gin import QuantizedGINConv
 from .hops import QuantizedLGConv, QuantizedSGConv, QuantizedSSGConv, QuantizedTAGConv
 from .linear import QuantizedLinear
 from .message_passing import QuantizedConv, QuantizedMessagePassing
+from .multihead import QuantizedMultiheadAttention
 from .sage import QuantizedSAGEConv
 
 __all__ = ["convert_layer", "mixin_for", "register_layer"]
@@ -172,6 +173,7 @@ def _reset(layer: nn.Module, snapshot: dict[str, Any]) -> None:
 for _layer, _mixin in {
     nn.Linear: QuantizedLinear,
     PyGLinear: QuantizedLinear,
+    nn.MultiheadAttention: QuantizedMultiheadAttention,
     GCNConv: QuantizedGCNConv,
     GATConv: QuantizedGATConv,
     GATv2Conv: QuantizedGATv2Conv,

@@ -17,6 +17,7 @@ from ..copying import copying_memo
 from ..layers.base import SiteFactory
 from ..layers.message_passing import SITES, QuantizedMessagePassing
 from ..quantizers import QLRQuantizer, RangeKind
+from ..scripted import opened_copy
 from . import container
 from .base import LayerSpec, PackedLayer
 from .model import assemble, is_packed, own_state, specs_of
@@ -84,6 +85,7 @@ def load_packed(
         raise TypeError(f"Expected the float model, a torch.nn.Module (got {type(model).__name__})")
     if is_packed(model) or is_quantized(model):
         raise ValueError("Expected the float architecture as 'model' (got a converted model)")
+    model = opened_copy(model)
     tensors, value = container.read(path, KIND, verify=verify, mmap=mmap)
     description = read_description(path, value)
     _compare(path, description, model, [ignore] if isinstance(ignore, str) else ignore)

@@ -113,6 +113,10 @@ class PackedLinear(PackedLayer):
         if self.weight_lower_end is not None:
             self.weight_lower_end.copy_(weight.lower.reshape(-1))
 
+    def _packed_weights(self) -> dict[str, tuple[None, int, int]]:
+        """Size of the weight and bits of its codes, by the name of the site."""
+        return {WEIGHT: (None, self._num_out * self._num_in, self._site.bits)}
+
     @property
     def weight_lower(self) -> Tensor:
         """Lower end of the weight's range, one element or ``[O]``."""

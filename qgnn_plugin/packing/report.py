@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
+from ..coverage import Coverage, coverage
 from ..smp.deep import StackPlace
 from .base import WEIGHT, LayerSpec
 from .model import PackedBytes, packed_bytes, packed_layers, specs_of
@@ -44,6 +45,7 @@ class PackedSummary:
 
     layers: list[PackedLayerReport]
     bytes: PackedBytes
+    coverage: Coverage = field(default_factory=lambda: Coverage(0, ()))
 
     def __str__(self) -> str:
         rows = [HEADER, *(_cells(layer) for layer in self.layers)]
@@ -51,7 +53,8 @@ class PackedSummary:
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * width for width in widths))
         size = self.bytes
-        return "\n".join([*lines, f"model: {size.float:,} bytes, packed {size.packed:,} ({size.ratio:.1f}x)"])
+        model = f"model: {size.float:,} bytes, packed {size.packed:,} ({size.ratio:.1f}x)"
+        return "\n".join([*lines, model, str(self.coverage)])
 
     __repr__ = __str__
 
@@ -75,7 +78,7 @@ def packed_summary(packed: nn.Module) -> PackedSummary:
     """
     layers = packed_layers(packed)
     reports = [_report(spec, layers.get(spec.name), packed) for spec in specs_of(packed)]
-    return PackedSummary(reports, packed_bytes(packed))
+    return PackedSummary(reports, packed_bytes(packed), coverage(packed))
 
 
 def _report(spec: LayerSpec, layer: Any, packed: nn.Module) -> PackedLayerReport:

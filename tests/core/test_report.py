@@ -28,7 +28,9 @@ def test_every_converted_layer_has_a_row() -> None:
     assert table["convs.1"].bits == {"argument_quantizers.x": 4}
     text = str(qgnn.summary(qmodel))
     assert repr(qgnn.summary(qmodel)) == text
-    assert len(text.splitlines()) == len(table) + 3
+    covered = str(qgnn.summary(qmodel).coverage)  # type: ignore[union-attr]
+    assert text.endswith(covered)
+    assert len(text.splitlines()) == len(table) + 3 + len(covered.splitlines())
     for name in table:
         assert name in text
 
