@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import dis
 import enum
 import functools
+import inspect
 import math
 import types
+import weakref
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
@@ -71,19 +74,49 @@ def _float_class(module: Any) -> type:
 
 
 def _values(module: nn.Module) -> dict[str, Any]:
-    private = _is_users_own(_float_class(module))
+    cls = _float_class(module)
+    private, state = _is_users_own(cls), _assigned_by_running(cls)
     found = {}
     for name, value in float_state(module).items():
         hidden = name.startswith("_") and (not private or name.startswith("__") or name in MODULE_NAMES)
-        if hidden or name in IRRELEVANT or DROPOUT in name:
+        if hidden or name in IRRELEVANT or name in state or DROPOUT in name:
             continue
         plain = _plain(value)
         if plain is not _OTHER:
             found[name] = plain
     smp = vars(module).get("smp")
-    if isinstance(smp, SMPConfig) and issubclass(_float_class(module), SmoothLayer):  # its own, not of conversion
+    if isinstance(smp, SMPConfig) and issubclass(cls, SmoothLayer):  # its own, not of conversion
         found |= {"smp": smp.acting(), "eta": smp.eta, "mu": _plain(smp.mu)}
     return found
+
+
+_RUNNING: weakref.WeakKeyDictionary[type, frozenset[str]] = weakref.WeakKeyDictionary()
+
+
+def _assigned_by_running(cls: type) -> frozenset[str]:
+    """Attributes that ``forward``, or what it calls of its class, assigns: what it has seen, no settings."""
+    if cls not in _RUNNING:
+        found: set[str] = set()
+        names, seen = ["forward"], set()
+        while names:
+            name = names.pop()
+            if name in seen:
+                continue
+            seen.add(name)
+            for code in _codes(inspect.getattr_static(cls, name, None)):
+                found |= {step.argval for step in dis.get_instructions(code) if step.opname == "STORE_ATTR"}
+                names += [other for other in code.co_names if hasattr(cls, other)]
+        _RUNNING[cls] = frozenset(found)
+    return _RUNNING[cls]
+
+
+def _codes(method: Any) -> list[types.CodeType]:
+    """The code of a method; of a property, what reads and what writes it."""
+    if isinstance(method, property):
+        return [code for part in (method.fget, method.fset) for code in _codes(part)]
+    function = getattr(method, "__func__", method)
+    code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
+    return [] if code is None else [code]
 
 
 def _is_users_own(cls: type) -> bool:

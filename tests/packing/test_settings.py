@@ -226,6 +226,39 @@ def test_what_does_not_matter_may_differ(tmp_path: Path) -> None:
     assert torch.equal(qgnn_plugin.load_packed(tmp_path / "m", other)(*args), packed(*args))
 
 
+def test_what_running_a_model_assigns_is_no_setting(tmp_path: Path) -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls, self.nodes, self.widest, self.factor = 0, None, None, 2.0
+            self.conv = GCNConv(FEATURES, CLASSES)
+
+        def note(self, x: Tensor) -> None:
+            self.nodes = x.size(0)
+            self.size_of_last = x.size(1)
+
+        @property
+        def size_of_last(self) -> int | None:
+            return self.widest
+
+        @size_of_last.setter
+        def size_of_last(self, value: int) -> None:
+            self.widest = value
+
+        def forward(self, x: Tensor, edge_index: Any) -> Tensor:
+            self.calls += 1
+            self.note(x)
+            return self.conv(x, edge_index) * self.factor
+
+    packed, args = saved(Counting(), tmp_path / "model")
+    loaded = qgnn_plugin.load_packed(tmp_path / "model", Counting())
+    assert torch.equal(loaded(*args), packed(*args))
+    other: Any = Counting()
+    other.factor = 3.0
+    with pytest.raises(ValueError, match="setting 'factor'"):
+        qgnn_plugin.load_packed(tmp_path / "model", other)
+
+
 def test_settings_can_be_ignored_by_name(tmp_path: Path) -> None:
     packed, args = saved(Own(), tmp_path / "model")
     other: Any = Own()
