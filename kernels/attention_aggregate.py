@@ -120,7 +120,7 @@ def attention_aggregate_reference(
         y = sum_rows(x, rowptr, col, weight) * inverse
     y = torch.where(inverse > 0, y, 0.0)
     if not concat:
-        y = y.view(num_dst, heads, -1).mean(1)
+        y = y.view(num_dst, heads, num_features // heads).mean(1)
     return finish(y, bias, relu, out_scale, out_offset, out_bits)
 
 

@@ -126,6 +126,15 @@ def one_sample(layer: Any, x: Any) -> tuple[Tensor, Tensor | None]:
     return x_src, x_dst
 
 
+def refuse_features(layer: Any, edge_attr: Tensor | None) -> None:
+    """Raise where a GATv2Conv is given edge features that it has no map for, as PyG does."""
+    if edge_attr is not None and layer.lin_edge is None:
+        raise ValueError(
+            f"Expected no edge features in '{layer_name(layer)}', a GATv2Conv without 'edge_dim' (got features of "
+            f"shape {list(edge_attr.shape)}); make it with edge_dim"
+        )
+
+
 _same_nodes: ContextVar[bool] = ContextVar("qgnn_same_nodes", default=False)
 
 
@@ -389,11 +398,7 @@ class QuantizedGATv2Conv(WatchedPairs, _QuantizedAttention):
         sizes = self._sizes(edge_index, z_src.size(0), z_dst.size(0))
         graph = self._graph(edge_index, edge_attr, sizes, returned)
         plan, edge_attr = graph.plan, graph.edge_attr
-        if edge_attr is not None and self.lin_edge is None:
-            raise ValueError(
-                f"Expected no edge features in '{layer_name(self)}', made without 'edge_dim' (got some); GATv2Conv("
-                f"..., edge_dim={edge_attr[0].numel() if edge_attr.size(0) else 1}) takes them"
-            )
+        refuse_features(self, edge_attr)
         sent = self.message_quantizer(z_src, codes_kept=True)
         target = sent if z_dst is z_src else self.target_quantizer(z_dst)
 

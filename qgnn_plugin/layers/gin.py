@@ -41,24 +41,26 @@ class QuantizedGINConv(QuantizedConv):
     @full_precision
     def forward(self: Any, x: Any, edge_index: Any, size: Any = None) -> Tensor:
         x_src = x if isinstance(x, Tensor) else x[0]
-        if self.is_off or self.aggr not in ("add", "sum") or not x_src.is_floating_point():
+        if self.is_off or not x_src.is_floating_point():
             return super().forward(x, edge_index, size)  # type: ignore[misc]
         samples, x_src, x_dst, *nodes = Pair.of(self, (x, x) if isinstance(x, Tensor) else x)
         own_weight = 1 + self.eps
         sent = self.message_quantizer(own_copy(x_src), codes_kept=own_weight.requires_grad)
         shape = graph_size(self, edge_index, *nodes, size)
-        graph = plain_graph(edge_index, shape, self.flow, copies=samples.count)
+        sums = self.aggr in ("add", "sum")
         own = None
         if x_dst is not None:
             own = sent if x_dst is x_src else self.message_quantizer(own_copy(x_dst))
-        if is_watched(self):
+        if sums:
+            graph = plain_graph(edge_index, shape, self.flow, copies=samples.count)
+        if is_watched(self) or not sums:
             x = pair_of(self, samples, sent.dequantize(), None if own is None else own.dequantize())
             out = samples.rows(through_pyg(self, edge_index, size, x=x))
         else:
             out = aggregate_sum(sent, graph.plan, graph.weight, exact=not self.training)
         if own is not None:
             out = out + _multiple(own, own_weight)
-        if self._smp is not None and x_dst is x_src and (self.training or self._is_smoothing):
+        if sums and self._smp is not None and x_dst is x_src and (self.training or self._is_smoothing):
             # A sum grows with the degree; the constraint is on the mean that it is a multiple of.  Where no correction
             # acts it is measured only.
             with torch.set_grad_enabled(torch.is_grad_enabled() and self._is_smoothing):

@@ -134,9 +134,13 @@ class QuantizedSAGEConv(QuantizedConv):
             graph = self._graph(sampled)
             out = aggregate_sum(sent, graph.plan, graph.weight, exact=not self.training)
             return out if graph.target is None else out * graph.target
-        values = sampled.samples.shaped(sent.dequantize())
+        return self._propagated(sent.dequantize(), sampled)
+
+    def _propagated(self: Any, values: Tensor, sampled: Sampled) -> Tensor:
+        """What PyG makes of rows of ``values``, whatever the aggregation."""
         size = None if is_sparse(sampled.edge_index) else sampled.size
-        return sampled.samples.rows(self.float_propagate(sampled.edge_index, size, x=(values, None)))
+        x = (sampled.samples.shaped(values), None)
+        return sampled.samples.rows(through_pyg(self, sampled.edge_index, size, x=x))
 
 
 def _transforms_first(layer: Any) -> bool:

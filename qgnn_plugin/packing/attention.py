@@ -20,6 +20,7 @@ from ..layers.attention import (
     WatchedPairs,
     _QuantizedAttention,
     one_sample,
+    refuse_features,
 )
 from ..layers.samples import layer_name
 from ..layers.watched import is_watched
@@ -107,7 +108,7 @@ class _PackedAttention(WatchedAttention, PackedConv):
     def _spelled_out(self, z: Tensor | None, sent: PackedTensor, logits: Tensor, plan: GraphPlan) -> Any:
         """Edge by edge, as the converted layer: where attention weights or the correction are asked for."""
         shape = (-1, self.heads, self.out_channels)
-        if sent.scale.numel() > 1:
+        if sent.scale.numel() != 1:  # none where there are no nodes
             messages = QuantizedTensor.identity(sent.dequantize().view(shape))
         else:
             quantized = sent.quantized()
@@ -216,6 +217,7 @@ class PackedGATv2Conv(WatchedPairs, _PackedAttention):
         returned = bool(return_attention_weights)
         graph = LAYER._graph(self, edge_index, edge_attr, sizes, returned)
         plan, edge_attr = graph.plan, graph.edge_attr
+        refuse_features(self, edge_attr)
         smooth = self._smp is not None and same
         if edge_attr is None and not (returned or smooth):
             att = self.att.view(self.heads, self.out_channels)

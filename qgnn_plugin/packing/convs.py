@@ -182,10 +182,7 @@ class PackedSAGEConv(PackedConv):
 
     def _graph(self, sampled: Sampled) -> NormalizedGraph:
         make = mean_graph if self.aggr == "mean" else plain_graph
-        graph = make(sampled.edge_index, sampled.size, self.flow, copies=sampled.samples.count)
-        if self.aggr == "max" and graph.weight is not None:
-            return NormalizedGraph(graph.plan, None, None, None)
-        return graph
+        return make(sampled.edge_index, sampled.size, self.flow, copies=sampled.samples.count)
 
     def _neighbours(self, sent: Activation, sampled: Sampled, smooth: bool) -> Producer:
         """What neighbours bring, transformed."""
@@ -193,10 +190,13 @@ class PackedSAGEConv(PackedConv):
         if sampled.propagate is not None:
             return self._watched_neighbours(sent, sampled, sampled.propagate(sent.dequantize()), smooth)
         if not self._maps_first:
-            options = {"reduce": "max"} if self.aggr == "max" else {}
             assert lin.input_quantizer is not None
-            mean = lin.input_quantizer.of(self.aggregation(sent, graph, **options))
-            return lin.product(mean, bias) or computed(lin.apply_to(mean, bias))
+            if self.aggr == "max" and graph.weight is not None:  # values of a matrix multiply what the maximum is of
+                largest = lin.input_quantizer(QuantizedSAGEConv._propagated(self, sent.dequantize(), sampled))
+            else:
+                options = {"reduce": "max"} if self.aggr == "max" else {}
+                largest = lin.input_quantizer.of(self.aggregation(sent, graph, **options))
+            return lin.product(largest, bias) or computed(lin.apply_to(largest, bias))
         if self._smp is None or not smooth:
             messages: Activation | None = lin.packed_to(sent, self.message_quantizer)
             if messages is None:
