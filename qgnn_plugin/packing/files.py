@@ -74,7 +74,8 @@ def load_packed(
             patterns of :mod:`fnmatch`: ``"name"``, or ``"convs.0.name"`` for that of one module.
 
     Returns:
-        The packed model, bitwise the one saved, in eval mode on the device of ``model``.
+        The packed model, bitwise the one saved, in eval mode on the device of ``model`` (of one on ``meta``, which is
+        enough, on the host).
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -101,7 +102,7 @@ def load_packed(
     packed = assemble(converted, layers, specs)
     _fill(packed, tensors, path)
     _check_values(packed, path)
-    device = next((t.device for t in (*model.parameters(), *model.buffers())), None)
+    device = next((t.device for t in (*model.parameters(), *model.buffers()) if not t.is_meta), None)
     return packed if device is None else packed.to(device)
 
 

@@ -213,8 +213,14 @@ def _differing(name: str, saved: ModuleSettings, found: ModuleSettings, ignore: 
     if saved.type != found.type:
         return Difference(what, saved.type, found.type)
     for key, value in found.values.items():
-        if key not in saved.values or saved.values[key] == value:
+        if key not in saved.values or _agree(key, saved.values[key], value):
             continue
         if not any(fnmatchcase(key, pattern) or fnmatchcase(f"{name}.{key}", pattern) for pattern in ignore):
             return Difference(f"setting '{key}' of {what}, a {found.type}", repr(saved.values[key]), repr(value))
     return None
+
+
+def _agree(key: str, saved: Any, found: Any) -> bool:
+    """Whether two values are the same; a width of -1 was left to the first batch, and tensors tell it."""
+    open_width = key == "in_channels" and any(-1 in (v if isinstance(v, list) else [v]) for v in (saved, found))
+    return saved == found or open_width

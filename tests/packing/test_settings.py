@@ -226,6 +226,19 @@ def test_what_does_not_matter_may_differ(tmp_path: Path) -> None:
     assert torch.equal(qgnn_plugin.load_packed(tmp_path / "m", other)(*args), packed(*args))
 
 
+def test_architectures_without_weights(tmp_path: Path) -> None:
+    """On the meta device; lazy ones once they have run, before which they are refused as elsewhere."""
+    lazy = GCN(-1, HIDDEN, 2, CLASSES)
+    lazy(torch.randn(30, FEATURES), torch.randint(0, 30, (2, 90)))
+    packed, args = saved(lazy, tmp_path / "model")
+    with torch.device("meta"):
+        empty = GCN(FEATURES, HIDDEN, 2, CLASSES)
+    for model in (empty, lazy, GCN(FEATURES, HIDDEN, 2, CLASSES)):
+        assert torch.equal(qgnn_plugin.load_packed(tmp_path / "model", model)(*args), packed(*args))
+    with pytest.raises(ValueError, match=r"model' was saved from: Expected initialized layers.*run the model once"):
+        qgnn_plugin.load_packed(tmp_path / "model", GCN(-1, HIDDEN, 2, CLASSES))
+
+
 def test_what_running_a_model_assigns_is_no_setting(tmp_path: Path) -> None:
     class Counting(nn.Module):
         def __init__(self) -> None:
