@@ -33,12 +33,14 @@ def _differentiable() -> bool:
 
 class _Spmm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, plan: GraphPlan, x: Tensor, weight: Tensor | None) -> Tensor:
-        ctx.plan = plan
+    def forward(plan: GraphPlan, x: Tensor, weight: Tensor | None) -> Tensor:
+        return _forward(plan, x, weight, None if weight is None else plan.positions)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.plan, x, weight = inputs
         needs_x = weight is not None and ctx.needs_input_grad[2]
         ctx.save_for_backward(x if needs_x else None, weight)
-        edge = None if weight is None else plan.positions
-        return _forward(plan, x, weight, edge)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
@@ -60,10 +62,13 @@ class _EdgeProducts(torch.autograd.Function):
     """:func:`edge_products`, differentiable: its gradients are sums with the gradient for weights."""
 
     @staticmethod
-    def forward(ctx: Any, plan: GraphPlan, a: Tensor, b: Tensor) -> Tensor:
-        ctx.plan = plan
-        ctx.save_for_backward(a, b)
+    def forward(plan: GraphPlan, a: Tensor, b: Tensor) -> Tensor:
         return edge_products(plan, a, b)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.plan, *factors = inputs
+        ctx.save_for_backward(*factors)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
@@ -130,12 +135,15 @@ def _check_per_edge(plan: GraphPlan, per_edge: Tensor) -> None:
 
 class _SegmentSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, plan: GraphPlan, per_edge: Tensor) -> Tensor:
-        ctx.plan = plan
+    def forward(plan: GraphPlan, per_edge: Tensor) -> Tensor:
         # The edges of a destination stand together: a sum over the neighbours that each edge is its own source of.
         rows = per_edge.reshape(plan.num_edges, math.prod(per_edge.shape[1:]))
         out = torch.ops.qgnn.float_sum(rows, plan.rowptr, plan.own_sources)
         return out.view(plan.num_dst, *per_edge.shape[1:])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.plan, _ = inputs
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:

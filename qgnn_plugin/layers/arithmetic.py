@@ -176,11 +176,13 @@ def _float_sum(x: QuantizedTensor, plan: GraphPlan, weight: Tensor | None) -> Te
 
 class _Replaced(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, differentiable: Tensor, value: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            return value.view_as(value)
-        ctx.mark_dirty(value)  # not a view: what is returned may be written to
-        return value
+    def forward(differentiable: Tensor, value: Tensor) -> Tensor:
+        return value.view_as(value) if torch.compiler.is_compiling() else value
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        if not torch.compiler.is_compiling():
+            ctx.mark_dirty(inputs[1])  # not a view: what is returned may be written to
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

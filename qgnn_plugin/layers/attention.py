@@ -63,10 +63,13 @@ class _SoftmaxGradient(torch.autograd.Function):
     """``codes``, with a gradient for ``shifted`` that makes ``codes / total`` the softmax in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, shifted: Tensor, codes: Tensor, total: Tensor, plan: GraphPlan) -> Tensor:
-        ctx.save_for_backward(shifted, total)
-        ctx.plan = plan
+    def forward(shifted: Tensor, codes: Tensor, total: Tensor, plan: GraphPlan) -> Tensor:
         return codes.view_as(codes)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        shifted, _, total, ctx.plan = inputs
+        ctx.save_for_backward(shifted, total)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:

@@ -46,12 +46,15 @@ def _sum_to(grad: Tensor, shape: torch.Size) -> Tensor:
 
 class _QuantizeCodes(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, lower: Tensor, qmax: int, skew: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, scale, lower)
-        ctx.qmax = qmax
+    def forward(x: Tensor, scale: Tensor, lower: Tensor, qmax: int, skew: Tensor | None) -> Tensor:
         if skew is None:
             return cpu.codes(x, scale, lower, qmax) if cpu.supports(x, scale, lower) else _codes(x, scale, lower, qmax)
         return truncate(_codes(x, scale * (qmax / FINE_LEVELS), lower, FINE_LEVELS), qmax, skew)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, scale, lower, ctx.qmax, _ = inputs
+        ctx.save_for_backward(x, scale, lower)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

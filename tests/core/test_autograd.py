@@ -263,6 +263,24 @@ def test_functional_calls() -> None:
     torch.testing.assert_close(out, qconv(x, edge_index) + qconv.bias)
 
 
+@pytest.mark.parametrize("name", ["GCNConv", "GATConv", "GATv2Conv", "SAGEConv", "GINConv", "APPNP", "SGConv"])
+def test_gradients_by_functional_transforms(name: str) -> None:
+    torch.manual_seed(0)
+    x, edge_index = features(), graph()
+    qconv = quantized(CONVS[name](), x, edge_index, bits=4)
+    weights = {n: p.detach() for n, p in qconv.named_parameters() if "quantizer" not in n}
+
+    def loss(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(qconv, weights, (x, edge_index)).square().sum()
+
+    grads, grad_x = torch.func.grad(loss, argnums=(0, 1))(weights, x)
+    leaf = x.clone().requires_grad_()
+    qconv(leaf, edge_index).square().sum().backward()
+    torch.testing.assert_close(grad_x, leaf.grad)
+    for n, grad in grads.items():
+        torch.testing.assert_close(grad, qconv.get_parameter(n).grad)
+
+
 # Features that are no floats #########################################################################
 
 
