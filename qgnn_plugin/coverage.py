@@ -16,10 +16,11 @@ from torch_geometric.nn import MessagePassing
 
 from .config import OFF
 from .layers.base import QuantizedLayer, SwappedLayer
+from .layers.message_passing import QuantizedMessagePassing
 from .layers.registry import mixin_for
 from .quantizers import QLRQuantizer
 
-__all__ = ["Coverage", "FloatPart", "counting_rows", "coverage", "warn_of_float_parts"]
+__all__ = ["Coverage", "FloatArgument", "FloatPart", "counting_rows", "coverage", "warn_of_float_parts"]
 
 ENOUGH = 0.5  # share of the weights below which conversion warns
 OFF_BY_CHOICE = "32 bits by its configuration"
@@ -66,6 +67,24 @@ class FloatPart:
 
 
 @dataclass(frozen=True)
+class FloatArgument:
+    """What neighbours send in full precision.
+
+    Args:
+        layer: Qualified name of the layer.
+        name: As the layer's ``propagate`` calls it.
+        reason: Why; of most only known once the layer has run.
+    """
+
+    layer: str
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"'{self.name}' that {self.layer or '(model)'} sends: {self.reason}"
+
+
+@dataclass(frozen=True)
 class Coverage:
     """What is quantized of the weights of a model, its matrices; vectors such as biases and norms do not count.
 
@@ -73,11 +92,13 @@ class Coverage:
         quantized: Number of quantized weights.
         parts: The modules whose weights stay float.
         work: Multiply-adds with quantized weights for one batch, :obj:`None` before calibration.
+        arguments: What layers without kernels of their own send in floats.
     """
 
     quantized: int
     parts: tuple[FloatPart, ...]
     work: int | None = None
+    arguments: tuple[FloatArgument, ...] = ()
 
     @property
     def total(self) -> int:
@@ -100,7 +121,7 @@ class Coverage:
         work = self.work_share
         done = "" if work is None else f", {work:.0%} of the multiply-adds with weights"
         lines = [f"quantized: {self.quantized:,} of {self.total:,} weights ({self.share:.0%}){done}"]
-        return "\n".join([*lines, *(f"float: {part}" for part in self.parts)])
+        return "\n".join([*lines, *(f"float: {part}" for part in (*self.parts, *self.arguments))])
 
 
 def coverage(model: nn.Module) -> Coverage:
@@ -108,7 +129,15 @@ def coverage(model: nn.Module) -> Coverage:
     finder = _Finder(model)
     for name, module in model.named_modules():
         finder.visit(name, module)
-    return Coverage(finder.quantized, tuple(finder.parts), finder.work if finder.knows_work else None)
+    work = finder.work if finder.knows_work else None
+    return Coverage(finder.quantized, tuple(finder.parts), work, tuple(_float_arguments(model)))
+
+
+def _float_arguments(model: nn.Module) -> Iterator[FloatArgument]:
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedMessagePassing):
+            for argument, reason in sorted(module.float_arguments.items()):
+                yield FloatArgument(name, argument, reason)
 
 
 class _Finder:

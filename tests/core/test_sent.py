@@ -183,6 +183,8 @@ def test_a_shift_of_all_coordinates_changes_nothing(name: str) -> None:
             # A difference of shifted coordinates rounds, and may then fall to the other side of half a step.
             assert relative(model(*there), model(*here)) < (0.002 if bits == 8 else 0.02)
     assert "only its differences matter" in qconv.float_arguments.values()
+    assert "sends: only its differences matter" in str(qgnn.summary(qconv))
+    assert "sends: only its differences matter" in str(qgnn.summary(qgnn.pack_model(qconv)))
     assert relative(quantized(conv, *here)(*here), conv(*here)) < 0.03
 
 
