@@ -42,7 +42,7 @@ class DeepGCNConv(DeepLayer, QuantizedGCNConv):
     def forward(self: Any, x: Tensor, edge_index: Any, edge_weight: Tensor | None = None) -> Tensor:
         initial = self.initial_features(x)
         samples = Samples.of(self, x)
-        graph = self.normalized(edge_index, edge_weight, samples.num_nodes, samples.count)
+        graph = self.normalized(edge_index, edge_weight, samples.num_nodes, samples.copies)
         if is_watched(self):
             graph = watched_graph(self, graph, samples, edge_index, edge_weight)
         rows = samples.rows(x)
@@ -78,7 +78,7 @@ class DeepConv(DeepLayer, QuantizedConv):
         if self.identity_strength == 1:
             return out
         samples = Samples.of(self, x)
-        graph = gcn_graph(edge_index, None, samples.num_nodes, flow=self.flow, dtype=x.dtype, copies=samples.count)
+        graph = gcn_graph(edge_index, None, samples.num_nodes, flow=self.flow, dtype=x.dtype, copies=samples.copies)
         averaged = propagate_codes(samples.rows(x), graph, self.support_quantizer)
         support = self.with_initial(samples.shaped(averaged), initial)
         if isinstance(out, tuple):  # with attention weights

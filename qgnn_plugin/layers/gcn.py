@@ -45,7 +45,7 @@ class QuantizedGCNConv(QuantizedConv):
         if self.is_off or isinstance(x, (tuple, list)):
             return super().forward(x, edge_index, edge_weight)  # type: ignore[misc]
         samples = Samples.of(self, x)
-        graph = self.normalized(edge_index, edge_weight, samples.num_nodes, samples.count)
+        graph = self.normalized(edge_index, edge_weight, samples.num_nodes, samples.copies)
         if is_watched(self):
             graph = watched_graph(self, graph, samples, edge_index, edge_weight)
         z = samples.rows(self.lin(x))

@@ -43,16 +43,16 @@ class QuantizedGINConv(QuantizedConv):
         x_src = x if isinstance(x, Tensor) else x[0]
         if self.is_off or not x_src.is_floating_point():
             return super().forward(x, edge_index, size)  # type: ignore[misc]
-        samples, x_src, x_dst, *nodes = Pair.of(self, (x, x) if isinstance(x, Tensor) else x)
+        samples, x_src, x_dst, num_src, num_dst = Pair.of(self, (x, x) if isinstance(x, Tensor) else x)
         own_weight = 1 + self.eps
         sent = self.message_quantizer(own_copy(x_src), codes_kept=own_weight.requires_grad)
-        shape = graph_size(self, edge_index, *nodes, size)
+        shape = graph_size(self, edge_index, num_src, num_dst, size)
         sums = self.aggr in ("add", "sum")
         own = None
         if x_dst is not None:
             own = sent if x_dst is x_src else self.message_quantizer(own_copy(x_dst))
         if sums:
-            graph = plain_graph(edge_index, shape, self.flow, copies=samples.count)
+            graph = plain_graph(edge_index, shape, self.flow, copies=samples.copies)
         if is_watched(self) or not sums:
             x = pair_of(self, samples, sent.dequantize(), None if own is None else own.dequantize())
             out = samples.rows(through_pyg(self, edge_index, size, x=x))

@@ -64,8 +64,9 @@ class NormalizedGraph:
             return self
         weight = None if self.weight is None else self.weight.repeat(copies, *([1] * (self.weight.dim() - 1)))
         source = None if self.source is None else self.source.repeat(copies, 1)
-        shared = self.target is self.source or self.target is None
-        target = source if self.target is self.source else None if shared else self.target.repeat(copies, 1)
+        target = source if self.target is self.source else self.target
+        if target is not None and target is not source:
+            target = target.repeat(copies, 1)
         return NormalizedGraph(self.plan.repeated(copies), weight, source, target)
 
     def rows(self, start: int, stop: int) -> NormalizedGraph:
@@ -218,7 +219,7 @@ class NormalizedOperator:
             ValueError: If ``x`` has no dimension of nodes.
         """
         samples = Samples.of(self, x)
-        return self.operator(edge_index, edge_weight, samples.num_nodes, x.dtype, samples.count)
+        return self.operator(edge_index, edge_weight, samples.num_nodes, x.dtype, samples.copies)
 
     def operator(
         self, edge_index: Any, edge_weight: Tensor | None, num_nodes: int, dtype: torch.dtype, copies: int = 1

@@ -82,7 +82,7 @@ class QuantizedConv(QuantizedLayer, SmoothLayer):
         assert isinstance(x, Tensor)
         try:
             samples = Samples.of(self, x)
-            graph = gcn_graph(edge_index, None, samples.num_nodes, flow=self.flow, dtype=x.dtype, copies=samples.count)
+            graph = gcn_graph(edge_index, None, samples.num_nodes, flow=self.flow, dtype=x.dtype, copies=samples.copies)
             smoothed = self._smooth(samples.rows(x), samples.rows(out), graph.apply, graph.plan.num_edges)
             return samples.shaped(smoothed)
         except (IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):

@@ -108,7 +108,7 @@ class QuantizedSAGEConv(QuantizedConv):
         return pair.samples.shaped(F.normalize(out, p=2.0, dim=-1) if self.normalize else out)
 
     def _graph(self: Any, graph: Sampled) -> NormalizedGraph:
-        copies = graph.samples.count
+        copies = graph.samples.copies
         if self.aggr == "mean":
             return mean_graph(graph.edge_index, graph.size, self.flow, self.lin_l.weight.dtype, copies=copies)
         return plain_graph(graph.edge_index, graph.size, self.flow, copies=copies)
@@ -123,7 +123,7 @@ class QuantizedSAGEConv(QuantizedConv):
             out = aggregate_sum(self.message_quantizer(z), graph.plan, graph.weight, exact=not self.training)
             out = out if graph.target is None else out * graph.target
         if smooth and self._smp is not None and (self.training or self._is_smoothing):
-            smoother = mean_graph(sampled.edge_index, sampled.size, self.flow, z.dtype, copies=sampled.samples.count)
+            smoother = mean_graph(sampled.edge_index, sampled.size, self.flow, z.dtype, copies=sampled.samples.copies)
             out = self._smooth(z, out, smoother.apply, graph.plan.num_edges, averaged=self.aggr == "mean")
         return out if self.lin_l.bias is None else out + self.lin_l.bias
 

@@ -44,7 +44,7 @@ class Samples(NamedTuple):
         return cls(shape[:position] + shape[position + 1 :], shape[position], position)
 
     @property
-    def count(self) -> int:
+    def copies(self) -> int:
         """How many samples there are."""
         return math.prod(self.leading)
 
@@ -54,16 +54,16 @@ class Samples(NamedTuple):
         return not self.leading
 
     def rows(self, x: Tensor) -> Tensor:
-        """``[*, M, F]`` of any number of nodes ``M`` as the rows ``[count M, F]``, sample by sample."""
+        """``[*, M, F]`` of any number of nodes ``M`` as the rows ``[copies M, F]``, sample by sample."""
         if self.are_one:
             return x
-        return x.movedim(self.position, -2).reshape(self.count * x.size(self.position), x.size(-1))
+        return x.movedim(self.position, -2).reshape(self.copies * x.size(self.position), x.size(-1))
 
     def shaped(self, rows: Tensor) -> Tensor:
-        """Rows ``[count M, F]`` of any number of nodes ``M`` as ``[*, M, F]``."""
+        """Rows ``[copies M, F]`` of any number of nodes ``M`` as ``[*, M, F]``."""
         if self.are_one:
             return rows
-        num_nodes = rows.size(0) // self.count if self.count else self.num_nodes
+        num_nodes = rows.size(0) // self.copies if self.copies else self.num_nodes
         return rows.reshape(*self.leading, num_nodes, rows.size(-1)).movedim(-2, self.position)
 
 

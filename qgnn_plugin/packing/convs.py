@@ -50,7 +50,7 @@ class PackedGCNConv(PackedConv):
         if isinstance(x, (tuple, list)):
             raise ValueError(f"Expected one feature matrix in '{self._qualified_name}', a GCNConv (got a pair)")
         samples = Samples.of(self, x)
-        graph = self.normalized(edge_index, edge_weight, samples.num_nodes, samples.count)
+        graph = self.normalized(edge_index, edge_weight, samples.num_nodes, samples.copies)
         if is_watched(self):
             graph = watched_graph(self, graph, samples, edge_index, edge_weight)
         sent, z = self._messages(x, samples, graph)
@@ -104,7 +104,7 @@ class PackedDeepGCNConv(DeepLayer, PackedGCNConv):
         x = plain(x)
         initial = self.initial_features(x)
         samples = Samples.of(self, x)
-        graph = self.normalized(edge_index, edge_weight, samples.num_nodes, samples.count)
+        graph = self.normalized(edge_index, edge_weight, samples.num_nodes, samples.copies)
         if is_watched(self):
             graph = watched_graph(self, graph, samples, edge_index, edge_weight)
         rows = samples.rows(x)
@@ -182,7 +182,7 @@ class PackedSAGEConv(PackedConv):
 
     def _graph(self, sampled: Sampled) -> NormalizedGraph:
         make = mean_graph if self.aggr == "mean" else plain_graph
-        return make(sampled.edge_index, sampled.size, self.flow, copies=sampled.samples.count)
+        return make(sampled.edge_index, sampled.size, self.flow, copies=sampled.samples.copies)
 
     def _neighbours(self, sent: Activation, sampled: Sampled, smooth: bool) -> Producer:
         """What neighbours bring, transformed."""
@@ -219,7 +219,7 @@ class PackedSAGEConv(PackedConv):
     def _corrected(self, z: Tensor, out: Tensor, sampled: Sampled) -> Producer:
         """Smoothed, with the bias."""
         bias, graph = self.lin_l.bias, self._graph(sampled)
-        smoother = mean_graph(sampled.edge_index, sampled.size, self.flow, copies=sampled.samples.count)
+        smoother = mean_graph(sampled.edge_index, sampled.size, self.flow, copies=sampled.samples.copies)
         out = self._smooth(z, out, smoother.apply, graph.plan.num_edges)
         return computed(out if bias is None else out + bias)
 
@@ -242,12 +242,12 @@ class PackedGINConv(PackedConv):
     @inference
     def forward(self, x: Any, edge_index: Any, size: Any = None) -> Tensor:
         """As :class:`torch_geometric.nn.GINConv`; ``x`` may be a pair."""
-        samples, x_src, x_dst, *nodes = Pair.of(self, (x, x) if isinstance(x, Tensor) else x)
+        samples, x_src, x_dst, num_src, num_dst = Pair.of(self, (x, x) if isinstance(x, Tensor) else x)
         sent = self.message_quantizer(x_src)
         if isinstance(sent, QuantizedTensor):
             sent = packed_dense(sent)
-        shape = graph_size(self, edge_index, *nodes, size)
-        graph = plain_graph(edge_index, shape, self.flow, copies=samples.count)
+        shape = graph_size(self, edge_index, num_src, num_dst, size)
+        graph = plain_graph(edge_index, shape, self.flow, copies=samples.copies)
         same, own = x_dst is x_src, None
         if x_dst is not None:
             own = sent if same else self.message_quantizer(x_dst)

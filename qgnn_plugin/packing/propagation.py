@@ -76,7 +76,7 @@ class PackedSteps(PropagationLayer, PackedConv):
             normalize=self.normalize,
             flow=self.flow,
             dtype=torch.float32,
-            copies=samples.count,
+            copies=samples.copies,
         )
 
     def steps(self, x0: Tensor, graph: NormalizedGraph, visit: Visit | None = None) -> Tensor:

@@ -394,7 +394,7 @@ class SMPropagation(NormalizedOperator, PropagationLayer, MessagePassing):
         samples = Samples.of(self, x)
         if self._cached_graph is None:
             self._cached_graph = self.operator(edge_index, edge_weight, samples.num_nodes, x.dtype)
-        return self._cached_graph.repeated(samples.count)
+        return self._cached_graph.repeated(samples.copies)
 
     def message(self, x_j: Tensor, edge_weight: Tensor | None) -> Tensor:
         return x_j if edge_weight is None else edge_weight.view(-1, 1) * x_j
