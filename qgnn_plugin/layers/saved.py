@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..config import OFF, QuantConfig
+from ..config import OFF
 from ..saved import CONFIG_KEY, encode, refusal, refuse
 
 __all__ = ["CarriesConfiguration"]
@@ -17,9 +17,6 @@ class CarriesConfiguration:
     decide what the layer computes, which are compared when a state dict is loaded.  Those of a quantizer are its own
     extra state.  State dicts without such entries, of float models and of version 1, load as ever.
     """
-
-    _config: QuantConfig
-    _qualified_name: str
 
     def computing_settings(self: Any) -> dict[str, Any]:
         """What decides, beside the quantizers, what this layer computes."""

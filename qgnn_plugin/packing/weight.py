@@ -68,7 +68,7 @@ class FrozenWeight(Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
+    def __torch_dispatch__(
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
@@ -89,14 +89,14 @@ class FrozenWeight(Tensor):
         return self._value
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         return self
 
     @data.setter
     def data(self, value: Tensor) -> None:
         raise read_only(self._layer, "an assignment to .data")
 
-    def requires_grad_(self, requires_grad: bool = True) -> Tensor:  # type: ignore[override]
+    def requires_grad_(self, requires_grad: bool = True) -> Tensor:
         if requires_grad:
             raise read_only(self._layer, "requires_grad_()")
         return self
@@ -129,7 +129,7 @@ class FrozenWeight(Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.plain().__reduce_ex__(protocol)
 
-    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
+    def __repr__(self, **kwargs: Any) -> str:
         return self.plain().__repr__(**kwargs)
 
 
