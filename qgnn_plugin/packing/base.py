@@ -250,10 +250,12 @@ class PackedLayer(SwappedLayer):
         return _rebuild_packed, (cls.packed_mixin, cls.float_class, cls.own_names), self.__dict__.copy()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if hasattr(type(self), "float_class"):
-            super().__setstate__(state)  # type: ignore[misc]
-        else:
+        if not hasattr(type(self), "float_class"):
             _adopt(self, state)
+        elif isinstance(self, MessagePassing) and "inspector" not in state:  # which adopted layers do not have
+            nn.Module.__setstate__(self, state)
+        else:
+            super().__setstate__(state)  # type: ignore[misc]
 
     def upgrade(self, state: dict[str, Any]) -> None:
         """Bring the attributes of an old pickle to their names of today."""
