@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 _STAGES = ("propagate", "message", "aggregate", "message_and_aggregate", "edge_update")
-_HOOKS = tuple(f"_{stage}_forward_{when}" for stage in _STAGES for when in ("pre_hooks", "hooks"))
+_WATCHERS = ("_explain", *(f"_{stage}_forward_{when}" for stage in _STAGES for when in ("pre_hooks", "hooks")))
 
 
 def is_watched(layer: Any) -> bool:
@@ -49,14 +49,17 @@ def is_watched(layer: Any) -> bool:
     Raises:
         NotImplementedError: If it is being explained and its own class does not call ``propagate``.
     """
-    state = vars(layer)
-    if not getattr(type(layer), "calls_propagate", True):
-        if layer.explain:
-            raise NotImplementedError(
-                f"Expected a {type(layer).__name__} not to be in explain mode; explain APPNP instead"
-            )
+    held = vars(layer).get
+    for name in _WATCHERS:
+        if held(name):
+            break
+    else:
         return False
-    return bool(state.get("_explain")) or any(map(state.get, _HOOKS))
+    if getattr(type(layer), "calls_propagate", True):
+        return True
+    if layer.explain:
+        raise NotImplementedError(f"Expected a {type(layer).__name__} not to be in explain mode; explain APPNP instead")
+    return False
 
 
 def own_propagate(layer: Any) -> Any:
