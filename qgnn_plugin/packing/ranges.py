@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..config import BITS, OFF
+from ..config import OFF
 from ..kernels.aggregate import per_feature
 from ..kernels.layout import pack_codes, top_code, unpack_codes
 from ..kernels.quantize_pack import quantize_pack
@@ -75,13 +75,6 @@ class SiteSpec:
         """The fields that differ from their defaults."""
         default = asdict(SiteSpec(self.bits))
         return {k: v for k, v in asdict(self).items() if k == "bits" or v != default[k]}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> SiteSpec:
-        spec = cls(**data)
-        if spec.bits not in (UNSET, ONE_BIT, *BITS) or spec.granularity not in ("tensor", "channel", "node"):
-            raise ValueError(f"Expected a quantization site (got {dict(data)})")
-        return spec
 
     @property
     def is_fixed(self) -> bool:

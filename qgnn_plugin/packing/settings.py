@@ -84,8 +84,8 @@ def _values(module: nn.Module) -> dict[str, Any]:
         plain = _plain(value)
         if plain is not _OTHER:
             found[name] = plain
-    smp = vars(module).get("smp")
-    if isinstance(smp, SMPConfig) and issubclass(cls, SmoothLayer):  # its own, not of conversion
+    smp = getattr(module, "smp", None) if issubclass(cls, SmoothLayer) else None  # its own, not of conversion
+    if isinstance(smp, SMPConfig):
         found |= {"smp": smp.acting(), "eta": smp.eta, "mu": _plain(smp.mu)}
     return found
 
