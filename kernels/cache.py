@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -61,25 +61,47 @@ class Fingerprint:
     def __init__(self, parts: tuple[Tensor, ...]) -> None:
         self.memory = tuple(part.detach() for part in parts)  # the storages, whatever the caller's tensors come to be
         self.addresses = tuple(part.data_ptr() for part in parts)
-        self.contents = tuple(_contents(part) for part in parts)
+        self.contents = tuple(_contents_of(part) for part in parts)
 
     def holds_for(self, parts: tuple[Tensor, ...]) -> bool:
         """Whether ``parts``, of the same form, are that memory, where it was and unchanged."""
-        for held, part, address, before in zip(self.memory, parts, self.addresses, self.contents, strict=True):
-            if held.data_ptr() != address or part.data_ptr() != address:
-                return False
-            if isinstance(before, Tensor):
-                if not torch.equal(part, before):
-                    return False
-            elif _contents(part) != before or (part.device.type != "cpu" and held._version != before):
+        for held, part, address, contents in zip(self.memory, parts, self.addresses, self.contents, strict=True):
+            if held.data_ptr() != address or part.data_ptr() != address or not contents.are_those_of(held, part):
                 return False
         return True
 
 
-def _contents(part: Tensor) -> Any:
+class _Checked(NamedTuple):
+    """Memory of the CPU."""
+
+    checksum: int
+
+    def are_those_of(self, held: Tensor, part: Tensor) -> bool:
+        return checksum(part) == self.checksum
+
+
+class _Counted(NamedTuple):
+    """Memory of a device, whose versions are counted: by the caller's tensor, and by the one that is held."""
+
+    version: int
+
+    def are_those_of(self, held: Tensor, part: Tensor) -> bool:
+        return part._version == self.version and held._version == self.version
+
+
+class _Copied(NamedTuple):
+    """Memory of a device that counts no versions."""
+
+    copy: Tensor
+
+    def are_those_of(self, held: Tensor, part: Tensor) -> bool:
+        return torch.equal(part, self.copy)
+
+
+def _contents_of(part: Tensor) -> _Checked | _Counted | _Copied:
     if part.device.type == "cpu":
-        return checksum(part)
-    return part.clone() if part.is_inference() else part._version
+        return _Checked(checksum(part))
+    return _Copied(part.clone()) if part.is_inference() else _Counted(part._version)
 
 
 def parts_of(tensors: Iterable[Tensor | None]) -> tuple[Tensor, ...]:
