@@ -16,6 +16,7 @@ from ..smp.constraint import attach_constraint
 from ..smp.propagation import Descent, Meter, PropagationLayer, StepOperator, Visit, dropped_edges
 from .arithmetic import own_copy
 from .base import QuantizerDict, SiteFactory
+from .errors import names_layer
 from .gcn import propagate_codes
 from .graph import NormalizedGraph, NormalizedOperator
 from .message_passing import QuantizedConv, require_sum
@@ -70,6 +71,7 @@ class QuantizedPropagation(PropagationLayer, QuantizedConv):
     def follows_autocast(self) -> bool:
         return self.is_plain
 
+    @names_layer
     @full_precision
     def forward(self: Any, x: Tensor, edge_index: Any, edge_weight: Tensor | None = None) -> Tensor:
         if not x.is_floating_point():  # counts, say, which sums leave what they are

@@ -38,6 +38,7 @@ from . import compressed
 from .arithmetic import with_gradient_of
 from .base import SiteFactory
 from .dropout import dropout
+from .errors import names_layer
 from .graph import edges_of, graph_size, is_sparse, looped_plan, plain_graph
 from .message_passing import QuantizedConv
 from .samples import layer_name
@@ -323,6 +324,7 @@ def _weighted_mean(messages: QuantizedTensor, plan: GraphPlan, weight: Tensor, d
 class QuantizedGATConv(_QuantizedAttention):
     """Quantized :class:`torch_geometric.nn.GATConv`; logits come from accumulators, before messages are quantized."""
 
+    @names_layer
     @full_precision
     def forward(
         self: Any,
@@ -383,6 +385,7 @@ class QuantizedGATv2Conv(WatchedPairs, _QuantizedAttention):
         super().attach(layer, sites)
         layer.target_quantizer = sites.message("target")
 
+    @names_layer
     @full_precision
     def forward(self: Any, x: Any, edge_index: Any, edge_attr: Any = None, return_attention_weights: Any = None) -> Any:
         if self.is_off or is_watched(self):

@@ -12,6 +12,7 @@ from ..smp.constraint import attach_constraint
 from ..smp.deep import DeepLayer
 from .attention import QuantizedGATConv, QuantizedGATv2Conv
 from .base import QuantizedLayer, SiteFactory
+from .errors import names_layer
 from .gcn import QuantizedGCNConv, propagate_codes
 from .gin import QuantizedGINConv
 from .graph import gcn_graph
@@ -38,6 +39,7 @@ class DeepGCNConv(DeepLayer, QuantizedGCNConv):
             layer.message_quantizer = sites.make("message", "message", channels=layer.in_channels)
         attach_constraint(layer, sites.config.smp, sites.device)
 
+    @names_layer
     @full_precision
     def forward(self: Any, x: Tensor, edge_index: Any, edge_weight: Tensor | None = None) -> Tensor:
         initial = self.initial_features(x)
@@ -70,6 +72,7 @@ class DeepConv(DeepLayer, QuantizedConv):
         widths = conv_widths(layer)
         layer.support_quantizer = sites.make("message", "support", channels=widths and widths[0])
 
+    @names_layer
     @full_precision
     def forward(self: Any, x: Tensor, edge_index: Any, *args: Any, **kwargs: Any) -> Any:
         initial = self.initial_features(x)

@@ -223,7 +223,7 @@ class LoopedPlan:
             if bool(is_loop.any()):
                 kept, ids = (~is_loop).nonzero().view(-1), is_loop.nonzero().view(-1)
                 if loops == "remaining":
-                    check_nodes(src[ids], count, "self-loops at nodes")
+                    check_nodes(src, size[0], "source nodes")  # loops too, which are taken out
                     own = (src[ids].long(), ids)
                 src, dst = src[kept], dst[kept]
         nodes = torch.arange(count, device=src.device)

@@ -12,6 +12,7 @@ from ..smp.constraint import attach_constraint
 from . import compressed
 from .arithmetic import aggregate_sum
 from .base import SiteFactory
+from .errors import names_layer
 from .graph import NormalizedGraph, gcn_graph
 from .message_passing import QuantizedConv, require_sum
 from .samples import Samples
@@ -40,6 +41,7 @@ class QuantizedGCNConv(QuantizedConv):
         layer.message_quantizer = sites.message("message", layer.out_channels)
         attach_constraint(layer, sites.config.smp, sites.device)
 
+    @names_layer
     @full_precision
     def forward(self: Any, x: Tensor, edge_index: Any, edge_weight: Tensor | None = None) -> Tensor:
         if self.is_off or isinstance(x, (tuple, list)):

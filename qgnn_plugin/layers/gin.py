@@ -13,6 +13,7 @@ from ..smp.constraint import Operator, attach_constraint
 from . import compressed
 from .arithmetic import aggregate_sum, own_copy
 from .base import SiteFactory
+from .errors import names_layer
 from .graph import NormalizedGraph, graph_size, plain_graph
 from .message_passing import QuantizedConv
 from .samples import Pair
@@ -38,6 +39,7 @@ class QuantizedGINConv(QuantizedConv):
         layer.message_quantizer = sites.features("message") if sites.first[0] else sites.message("message")
         attach_constraint(layer, sites.config.smp, sites.device)
 
+    @names_layer
     @full_precision
     def forward(self: Any, x: Any, edge_index: Any, size: Any = None) -> Tensor:
         x_src = x if isinstance(x, Tensor) else x[0]

@@ -13,6 +13,7 @@ from ..quantizers.autocast import full_precision
 from ..smp.constraint import attach_constraint
 from .arithmetic import aggregate_sum, own_copy
 from .base import SiteFactory
+from .errors import names_layer
 from .graph import NormalizedGraph, graph_size, is_sparse, mean_graph, plain_graph
 from .linear import QuantizedLinear
 from .message_passing import QuantizedConv
@@ -85,6 +86,7 @@ class QuantizedSAGEConv(QuantizedConv):
         inner = (getattr(self, unit, None) for unit in self.units)
         return self.is_off and all(lin is None or lin.is_off for lin in inner)
 
+    @names_layer
     @full_precision
     def forward(self: Any, x: Any, edge_index: Any, size: Any = None) -> Tensor:
         if self.is_off and self.lin_l.is_off and (not self.root_weight or self.lin_r.is_off):

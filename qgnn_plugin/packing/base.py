@@ -16,6 +16,7 @@ from ..kernels.aggregate import aggregate
 from ..kernels.layout import pack_codes
 from ..layers.arithmetic import aggregate_sum
 from ..layers.base import QuantizedLayer, SwappedLayer, float_state, named_as
+from ..layers.errors import REFUSALS, name_layer
 from ..layers.graph import NormalizedGraph
 from ..quantizers import QuantizedTensor
 from ..quantizers.autocast import full_precision
@@ -132,8 +133,8 @@ def inference(forward: Forward) -> Forward:
             try:
                 _expect_tensors(args[0] if args else kwargs.get("x", ()))
                 return concluded(self, forward(self, *args, **kwargs))
-            except (ValueError, TypeError, RuntimeError, IndexError) as error:
-                _name_layer(error, self._packed.spec.name)
+            except REFUSALS as error:
+                name_layer(error, self._packed.spec.name)
                 raise
 
     def concluded(self: PackedLayer, out: Any) -> Any:
@@ -152,13 +153,6 @@ def _expect_tensors(x: Any) -> None:
         return
     if not isinstance(x, (tuple, list)) or not all(part is None or isinstance(part, Tensor) for part in x):
         raise TypeError(f"Expected a tensor of features, or a pair of them (got {type(x).__name__})")
-
-
-def _name_layer(error: Exception, name: str) -> None:
-    """Add the layer that refuses something to the message, unless that names it."""
-    message = error.args[0] if error.args else None
-    if name and isinstance(message, str) and f"'{name}" not in message:
-        error.args = (f"{message} (in '{name}')", *error.args[1:])
 
 
 def _edge_mask(layer: Any) -> Tensor | None:

@@ -148,6 +148,8 @@ class SmoothLayer:
     @property
     def _multiplier_value(self) -> float:
         """The multiplier that acts, as a number."""
+        if self._constraint_buffer("multiplier") is None:
+            raise AttributeError(f"Expected a smoothness constraint on {type(self).__name__} (got none)")
         return float(self._force)
 
     @property
