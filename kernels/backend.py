@@ -67,14 +67,18 @@ def _interpreting() -> bool:
 
 def available_backends(device: torch.device | str = "cpu") -> tuple[str, ...]:
     """The backends that can run on ``device`` here, fastest first."""
-    kind = torch.device(device).type
+    return _available(torch.device(device).type, _rehearsing.get(), _interpreting())
+
+
+@cache
+def _available(kind: str, rehearsing: bool, interpreting: bool) -> tuple[str, ...]:
     found = []
-    if (kind == "cuda" or _rehearsing.get()) and _installed("triton") and not _interpreting():
+    if (kind == "cuda" or rehearsing) and _installed("triton") and not interpreting:
         found.append("triton")
     if kind == "cpu" and has_numba():
         found.append("cpu")
     found.append("torch")
-    if _installed("triton") and _interpreting():
+    if _installed("triton") and interpreting:
         found.append("interpret")
     return tuple(found)
 

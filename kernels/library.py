@@ -11,6 +11,7 @@ from .backend import check_devices, dispatch
 
 __all__ = ["register"]
 
+_CPU = torch.device("cpu")
 _library = torch.library.Library("qgnn", "DEF")
 
 
@@ -24,7 +25,8 @@ def register(op: str, schema: str, fake: Callable[..., Any], check: Callable[...
     _library.define(op + schema, tags=(torch.Tag.pt2_compliant_tag,))
 
     def device_of(args: Any, kwargs: Any) -> torch.device:
-        return check_devices(*(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)))
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        return _CPU if all(tensor.is_cpu for tensor in tensors) else check_devices(*tensors)
 
     def run_fake(*args: Any, **kwargs: Any) -> Any:
         device_of(args, kwargs)
