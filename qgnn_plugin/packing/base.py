@@ -58,7 +58,7 @@ class LayerSpec:
         smooth: Whether its multiplier is above 0.
         output: Whether its result is quantized.
         attention_bits: Width of attention numerators, 32 for float.
-        check: Whether its input is the model's: NaN and infinity are refused there.
+        check: In files of an earlier version, whether its input is the model's; every layer checks what enters.
         deep_place: Where it stands in a deep stack, :obj:`None` outside of one.
     """
 
@@ -203,7 +203,6 @@ class PackedLayer(SwappedLayer):
     notes = ("packed",)
     packs: ClassVar[tuple[str, ...]] = ()  # float parameters that packed words take the place of
     adds: ClassVar[tuple[str, ...]] = ()  # what takes it
-    entry: ClassVar[str] = "input_quantizer"  # the site that a layer's input passes first, if it has one
     output_quantizer: PackedRange | None
     training: bool
     _packed: PackedState
@@ -308,12 +307,6 @@ class PackedLayer(SwappedLayer):
         for site, quantizer in layer.own_quantizers():
             if site != WEIGHT:
                 self.get_submodule(site).fill(quantizer)
-
-    @classmethod
-    def entry_of(cls, layer: Any) -> str | None:
-        """The site that the input of ``layer`` passes first; :obj:`None` where an inner layer takes it."""
-        del layer
-        return cls.entry
 
     @classmethod
     def refuses(cls, layer: Any) -> str | None:

@@ -90,8 +90,6 @@ class PackedGCNConv(PackedConv):
 class PackedDeepGCNConv(DeepLayer, PackedGCNConv):
     """Packed GCNConv in a deep stack: a sum of packed features, then the integer product of their residual sum."""
 
-    entry = "message_quantizer"
-
     def freeze(self: Any, layer: Any, spec: LayerSpec) -> None:
         super().freeze(layer, spec)
         assert spec.deep_place is not None
@@ -227,7 +225,6 @@ class PackedSAGEConv(PackedConv):
 class PackedGINConv(PackedConv):
     """Packed GINConv: sums of packed features, the node's own from the same codes, then the layer's network."""
 
-    entry = "message_quantizer"
     message_quantizer: PackedRange
     nn: Any
     eps: Tensor

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -146,7 +145,6 @@ def _packed_class(layer: Any, spec: LayerSpec) -> type[PackedLayer]:
 def _describe(layers: Mapping[str, Any]) -> list[LayerSpec]:
     decided: dict[int, str | None] = {}  # by a layer for the layers inside it
     specs = []
-    first = True
     for name, layer in layers.items():
         cls = packed_class(type(layer).mixin)
         if id(layer) in decided:
@@ -167,10 +165,7 @@ def _describe(layers: Mapping[str, Any]) -> list[LayerSpec]:
             inner = reason if reason in (None, NEVER_RAN) else f"part of '{name}'"
             maps = (getattr(layer, child, None) for child in ("lin_l", "lin_r"))
             decided |= {id(child): inner for child in maps if child is not None}
-        spec = LayerSpec.of(name, layer, reason)
-        if first and reason is None and cls is not None and cls.entry_of(layer) in spec.sites:
-            spec, first = replace(spec, check=True), False
-        specs.append(spec)
+        specs.append(LayerSpec.of(name, layer, reason))
     return specs
 
 

@@ -168,10 +168,6 @@ class PackedHops(PackedSteps):
 
     maps_first: Callable[[Any], bool]
 
-    @classmethod
-    def entry_of(cls, layer: Any) -> str | None:
-        return None if cls.maps_first(layer) else "step_quantizers.0"
-
     @inference
     def forward(self: Any, x: Tensor, edge_index: Any, edge_weight: Tensor | None = None) -> Tensor:
         """``[N, F]`` to ``[N, out_channels]``, or ``[N, F]`` without a linear map."""
