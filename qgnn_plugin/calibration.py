@@ -43,6 +43,8 @@ def calibrate(qmodel: nn.Module, data_or_loader: Any, *, forward: Forward | None
         TypeError: If a batch does not fit ``qmodel``.
     """
     expect_converted(qmodel)
+    if forward is not None and not callable(forward):
+        raise TypeError(f"Expected a function of model and batch as 'forward' (got {type(forward).__name__})")
     sites = quantizers(qmodel)
     modes = {module: module.training for module in qmodel.modules()}
     batches = _batches(data_or_loader)

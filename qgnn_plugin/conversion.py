@@ -19,6 +19,7 @@ from .layers.base import QuantizedLayer, SiteFactory, restore_class
 from .layers.deep import conv_widths, deep_mixin
 from .layers.fast_paths import close_fast_paths, open_fast_paths
 from .layers.message_passing import QuantizedConv
+from .layers.normalized import still
 from .layers.registry import convert_layer, mixin_for
 from .quantizers import QLRQuantizer
 from .saved import CONFIG_KEY, decode
@@ -89,13 +90,15 @@ def quantize_model(
         _check_materialized(chosen)
         _check_units(chosen)
         places = _stack_places(chosen, config.for_layer)
-        _convert_or_undo(model, [name for name, _ in chosen], config.for_layer, places)
+        with still(model):
+            _convert_or_undo(model, [name for name, _ in chosen], config.for_layer, places)
     except Exception:
         close_scripted(model)
         raise
     open_checkpoints(model)
     if include is None and exclude is None:
-        warn_of_float_parts(model, stacklevel=2)
+        with still(model):
+            warn_of_float_parts(model, stacklevel=2)
     return model
 
 
@@ -261,7 +264,11 @@ def _output_layer(names: list[str]) -> str:
 def _selectors(value: Selector | Iterable[Selector] | None) -> list[Selector] | None:
     if value is None:
         return None
-    return [value] if isinstance(value, (str, type)) else list(value)
+    found = [value] if isinstance(value, (str, type)) else list(value) if isinstance(value, Iterable) else [value]
+    for selector in found:
+        if not isinstance(selector, (str, type)):
+            raise TypeError(f"Expected layer names, patterns or types to select by (got {selector!r})")
+    return found
 
 
 def _matches(name: str, module: nn.Module, selectors: list[Selector]) -> bool:

@@ -134,8 +134,10 @@ def _parameters(model: nn.Module, forward: Any) -> list[Parameter]:
 def _check_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     forward = _forward_of(model)
     try:
-        # A decorator that hands on anything may add arguments of its own: it is asked, not what it wraps.
-        inspect.signature(forward, follow_wrapped=False).bind(*args, **kwargs)
+        # A decorator that hands on anything may add arguments of its own: it is asked, not what it wraps.  That of a
+        # converted layer adds none.
+        converted = hasattr(type(model), "float_class")
+        inspect.signature(forward, follow_wrapped=converted).bind(*args, **kwargs)
     except ValueError:
         return
     except TypeError as error:

@@ -12,6 +12,7 @@ from torch import nn
 from .config import OFF
 from .conversion import expect_converted, is_quantized, quantized_layers
 from .coverage import Coverage, coverage
+from .layers.normalized import still
 from .packing.model import is_packed, packed_bytes
 from .packing.report import PackedSummary, packed_summary
 from .quantizers import QLRQuantizer, RangeKind
@@ -105,12 +106,14 @@ def summary(qmodel: nn.Module) -> Summary | PackedSummary:
     Raises:
         ValueError: If ``qmodel`` is not a converted model.
     """
-    packed = isinstance(qmodel, nn.Module) and is_packed(qmodel)
-    return packed_summary(qmodel) if packed else _summary(qmodel)
+    if isinstance(qmodel, nn.Module) and is_packed(qmodel):
+        return packed_summary(qmodel)
+    expect_converted(qmodel)
+    with still(qmodel):
+        return _summary(qmodel)
 
 
 def _summary(qmodel: nn.Module) -> Summary:
-    expect_converted(qmodel)
     layers = [_report(name, layer) for name, layer in quantized_layers(qmodel).items()]
     before = sum(layer.float_bytes for layer in layers)
     extra = {id(t) for module in qmodel.modules() if isinstance(module, QLRQuantizer) for t in _tensors(module)}

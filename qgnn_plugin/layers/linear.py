@@ -10,6 +10,7 @@ from ..quantizers import QLRQuantizer, QuantizedTensor
 from ..quantizers.autocast import full_precision
 from .arithmetic import linear
 from .base import QuantizedLayer, SiteFactory
+from .normalized import compute_weight
 
 __all__ = ["QuantizedLinear"]
 
@@ -30,15 +31,19 @@ class QuantizedLinear(QuantizedLayer):
         layer.weight_quantizer = sites.weight("weight", layer.weight)
 
     def forward(self, x: Tensor | QuantizedTensor) -> Tensor:
-        return self.apply_to(x, self.bias)
+        return self._mapped(x, self.bias)
 
     def unbiased(self, x: Tensor) -> Tensor:
         """The linear map without its bias."""
         return self.apply_to(x, None)
 
-    @full_precision
     def apply_to(self, x: Tensor | QuantizedTensor, bias: Tensor | None) -> Tensor:
         """The linear map with another bias (or none)."""
+        compute_weight(self)
+        return self._mapped(x, bias)
+
+    @full_precision
+    def _mapped(self, x: Tensor | QuantizedTensor, bias: Tensor | None) -> Tensor:
         if isinstance(x, QuantizedTensor):
             quantized = x
         elif self.input_quantizer is not None:

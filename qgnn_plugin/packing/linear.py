@@ -14,10 +14,10 @@ from ..kernels.layout import pack_codes, row_words, top_code, unpack_codes
 from ..kernels.plan import plan_cache
 from ..layers.arithmetic import EXACT_FLOAT32, linear
 from ..layers.linear import QuantizedLinear
+from ..layers.normalized import effective_weight, is_recomputed, without_sources
 from ..quantizers import QuantizedTensor
 from .base import WEIGHT, Activation, LayerSpec, PackedLayer, inference, register_packed
 from .deferred import Producer, conclude
-from .normalized import effective_weight, is_recomputed, without_sources
 from .ranges import PackedRange, PackedTensor, SiteSpec
 from .weight import FrozenWeight, read_only
 

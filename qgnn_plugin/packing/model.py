@@ -16,6 +16,7 @@ from ..copying import copying_memo
 from ..layers.base import QuantizedLayer, attribute_names, clashes, float_state, names_kept
 from ..layers.deep import deep_mixin
 from ..layers.message_passing import QuantizedMessagePassing
+from ..layers.normalized import still
 from ..layers.registry import mixin_for
 from ..layers.sage import QuantizedSAGEConv
 from ..quantizers import QLRQuantizer
@@ -72,13 +73,14 @@ def pack_model(qmodel: nn.Module) -> nn.Module:
             f"convert it first: qgnn_plugin.quantize_model(model)"
         )
     layers = quantized_layers(qmodel)
-    specs = _describe(layers)
-    _say_what_never_ran(specs)
-    packed = assemble(qmodel, layers, specs)
-    for name, layer in layers.items():
-        target = packed.get_submodule(name)
-        if isinstance(target, PackedLayer):
-            target.fill(layer)
+    with still(qmodel):
+        specs = _describe(layers)
+        _say_what_never_ran(specs)
+        packed = assemble(qmodel, layers, specs)
+        for name, layer in layers.items():
+            target = packed.get_submodule(name)
+            if isinstance(target, PackedLayer):
+                target.fill(layer)
     return packed
 
 

@@ -276,3 +276,27 @@ def test_tensors_of_a_batch() -> None:
     assert len(list(tensors_in(d))) == 6
     assert len(list(tensors_in([(d["a"].x, {"e": d["b"].x}), 3]))) == 2
     assert len(list(tensors_in(SimpleNamespace(x=d["a"].x, edge_index=graph())))) == 2
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ("graphs", r"an iterable of these \(got str\)"),
+        ([1, 2], r"\(got int\)"),
+        ([torch.zeros(3, 3)], r"\(got Tensor\)"),
+        ({"x": torch.zeros(3, 3), "edges": 1}, r"fits GCNConv\.forward\(x, edge_index, edge_weight\)"),
+    ],
+)
+def test_what_is_no_batch_is_refused(batches: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        qgnn.calibrate(qgnn.quantize_model(GCNConv(WIDTH, OUT)), batches)
+
+
+def test_other_wrong_arguments() -> None:
+    qmodel: Any = qgnn.quantize_model(GCNConv(WIDTH, OUT))
+    with pytest.raises(TypeError, match=r"a function of model and batch as 'forward' \(got int\)"):
+        qgnn.calibrate(qmodel, data(), forward=3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"names, patterns or types to select by \(got 3\)"):
+        qgnn.quantize_model(GCNConv(WIDTH, OUT), include=3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"made by quantize_model \(got a int\)"):
+        qgnn.calibrate(3, data())  # type: ignore[arg-type]

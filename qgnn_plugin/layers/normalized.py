@@ -5,15 +5,18 @@ A packed layer holds what comes out of that in eval mode; what it is computed fr
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDictPreHook, SpectralNormStateDictHook
 from torch.nn.utils.weight_norm import WeightNorm
 
-__all__ = ["effective_weight", "is_recomputed", "without_sources"]
+__all__ = ["compute_weight", "effective_weight", "is_recomputed", "still", "without_sources"]
 
 NAME = "weight"
 SOURCES = ("orig", "g", "v", "u", "mask")  # of the tensors it is computed from, after its name
@@ -34,6 +37,26 @@ def _computes(hook: Any) -> bool:
 def is_recomputed(layer: Any) -> bool:
     """Whether more than one hook has a part in the weight, so that none tells what it is."""
     return len(_computing(layer)) > 1
+
+
+def compute_weight(layer: Any) -> None:
+    """What a call of ``layer`` begins with, for those who pass its ``__call__`` by."""
+    for hook in _computing(layer) if layer._forward_pre_hooks else ():
+        hook(layer, ())
+
+
+@contextmanager
+def still(model: nn.Module) -> Iterator[None]:
+    """Let parametrized weights be read without a trace: in training mode spectral normalization iterates with each."""
+    inside = [m for lists in model.modules() if isinstance(lists, ParametrizationList) for m in lists.modules()]
+    training = [module for module in inside if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @torch.no_grad()
