@@ -88,6 +88,8 @@ def _bound(run: LayerRun, seen: Seen) -> tuple[float | str, float | None]:
         return "its result is quantized once more", None
     if not isinstance(run.call.features, Tensor):
         return "its messages go from one set of nodes to another", None
+    if run.call.features.dim() != 2:
+        return "its features are those of several samples", None
     if isinstance(layer, DeepGCNConv):
         return _deep_gcn(run, seen)
     handler = next((h for mixin, h in _RESULTS.items() if isinstance(layer, mixin)), None)
@@ -220,7 +222,8 @@ def _deep(run: LayerRun, seen: Seen, bound: float) -> float:
 def _collected(run: LayerRun) -> Finding | None:
     """Of a layer that maps what it has aggregated, the error of the aggregate; :obj:`None` for others."""
     layer, mixin = run.layer, type(run.layer).mixin
-    if not isinstance(run.call.features, Tensor) or layer._is_smoothing:
+    features = run.call.features
+    if not isinstance(features, Tensor) or features.dim() != 2 or layer._is_smoothing:
         return None
     if issubclass(mixin, QuantizedGINConv) and layer.aggr in ("add", "sum"):
         return _gin(run)

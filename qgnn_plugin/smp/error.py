@@ -206,7 +206,9 @@ def _energies(calls: dict[str, Call]) -> dict[str, float | None]:
 
 def _energy(call: Call) -> float | None:
     x = call.features
-    if not (isinstance(x, Tensor) and isinstance(call.out, Tensor) and call.out.size(0) == x.size(0)):
+    if not (isinstance(x, Tensor) and isinstance(call.out, Tensor) and x.dim() == 2):  # not of several samples
+        return None
+    if call.out.size(0) != x.size(0):
         return None
     graph = gcn_graph(call.edge_index, None, x.size(0), dtype=torch.float64)
     return float(dirichlet_energy(call.out, graph.apply))

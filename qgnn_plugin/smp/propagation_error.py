@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..layers.graph import NormalizedGraph
+from ..layers.samples import Samples
 from ..quantizers import QLRQuantizer
 from .finding import Call, Finding
 from .injection import Injection, Passed, bypassed, injection, watched
@@ -19,14 +20,15 @@ __all__ = ["propagation_finding"]
 def propagation_finding(layer: Any, call: Call) -> Finding:
     """Measure and bound the error of every state of a propagation."""
     graph = layer.normalized(call.features, call.edge_index, call.edge_weight)
+    x = Samples.of(layer, call.features).rows(call.features)
     steps = list(layer.step_quantizers.values())
     stored = [None if layer.state_quantizers is None or k == 0 else layer.state_quantizers[str(k)]
               for k in range(len(steps))]  # fmt: skip
     sites = (layer.input_quantizer, layer.gap_quantizer, *steps, *stored)
     with watched(*sites) as seen:
-        quantized, out = _trajectory(layer, call.features, graph)
+        quantized, out = _trajectory(layer, x, graph)
     with bypassed(*sites):
-        exact, expected = _trajectory(layer, call.features, graph)
+        exact, expected = _trajectory(layer, x, graph)
     entered = _injected(layer.input_quantizer, seen[0], None)
     messages, states = seen[2 : 2 + len(steps)], seen[2 + len(steps) :]
     sent = [_injected(q, passed, graph.source) for q, passed in zip(steps, messages, strict=True)]

@@ -149,3 +149,12 @@ def test_pairs(name: str, root_weight: bool) -> None:
         assert torch.equal(qmodel(pair, graph), expected)
         assert torch.equal(qgnn.pack_model(qmodel)(pair, graph), expected)
         assert (expected - model(pair, graph)).norm() < 0.03 * expected.norm()
+
+
+@pytest.mark.parametrize("name", ["GCNConv", "SAGEConv", "GINConv", "APPNP", "TAGConv", "GraphConv"])
+def test_errors_are_reported(name: str) -> None:
+    """The errors of all samples together; bounds where a propagation has them."""
+    model, graph = _model(name)
+    x = torch.randn(3, NODES, WIDTH)
+    qmodel = qgnn.calibrate(qgnn.quantize_model(model, bits=4), (x, *graph)).eval()
+    assert "conv" in str(qgnn.error_report(qmodel, (x, *graph)))
