@@ -186,8 +186,9 @@ def main(argv: list[str] | None = None) -> int:
         shutil.rmtree(scratch, ignore_errors=True)
     found = read(rows)
     text = markdown(found)
-    (options.out / f"{report_name(found)}.md").write_text(text)
-    print(text)
+    table = options.out / f"{report_name(found)}.md"
+    table.write_text(text)
+    print(f"{text}\nThis table is '{table}'; every row is in '{rows}', the log beside it.")
     return 0 if any(row.get("kind") == "section" and row["status"] == "done" for row in found) else 1
 
 
