@@ -166,7 +166,7 @@ def gcn_graph(
         )
 
     if isinstance(edge_weight, Tensor) and edge_weight.requires_grad:
-        key = ("looped", size, loops, flow)
+        key: tuple[Any, ...] = ("looped", size, loops, flow)
         looped = _cached(edge_index, None, key, lambda: plan_of(edges_of(edge_index, None, flow, size)))
         return operator(looped, edges_of(edge_index, edge_weight, flow, size, dtype).weight).repeated(copies)
 
