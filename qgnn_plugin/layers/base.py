@@ -339,7 +339,7 @@ def restore_class(layer: Any) -> None:
         state.propagate = type(state)._orig_propagate.__get__(state)
 
 
-_LATER = ("_conversion", "_deep_stack")  # added after the conversion itself
+_LATER = ("_conversion", "_deep_stack", "is_adopted")  # added after the conversion itself
 _ATTRIBUTES = (
     "gap_quantizer",
     "state_quantizers",
