@@ -149,7 +149,7 @@ def _check_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _described(model: nn.Module, parameters: list[Parameter]) -> str:
-    stars = {Parameter.VAR_POSITIONAL: "*", Parameter.VAR_KEYWORD: "**"}
+    stars: dict[Any, str] = {Parameter.VAR_POSITIONAL: "*", Parameter.VAR_KEYWORD: "**"}
     return f"{type(model).__name__}.forward({', '.join(stars.get(p.kind, '') + p.name for p in parameters)})"
 
 

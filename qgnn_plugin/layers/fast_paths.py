@@ -91,6 +91,6 @@ def close_fast_paths(model: nn.Module) -> None:
 
 def open_fast_paths(model: nn.Module) -> None:
     """Undo :func:`close_fast_paths`."""
-    for module in list(model.modules()):
-        if isinstance(module, WithoutFastPath):
-            module.__class__ = type(module).float_class
+    guarded: list[Any] = [module for module in model.modules() if isinstance(module, WithoutFastPath)]
+    for module in guarded:
+        module.__class__ = type(module).float_class

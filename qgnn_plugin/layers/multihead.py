@@ -175,7 +175,7 @@ class QuantizedMultiheadAttention(QuantizedLayer):
         for site, quantizer in self.own_quantizers():
             for name, tensor in quantizer.state_dict().items():
                 state_dict.setdefault(f"{prefix}{site}.{name}", tensor)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[misc]
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 def _rows(weight: QuantizedTensor, part: int) -> QuantizedTensor:

@@ -222,7 +222,7 @@ class QLRQuantizer(nn.Module):
             assert self.offset is not None
             kind = self.range_kind
             steps = self.offset * float(kind == RangeKind.FREE)
-            return scale, scale * (steps - self.zero_code if kind == RangeKind.ZEROS else steps)
+            return scale, scale * (steps - (self.zero_code or 0.0) if kind == RangeKind.ZEROS else steps)
         assert self.zero_code is not None
         return scale, scale * -self.zero_code
 
