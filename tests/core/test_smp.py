@@ -319,7 +319,7 @@ def test_layers_state_and_saving() -> None:
     [
         ({"alpha": 0.0}, "'alpha' > 0"),
         ({"alpha": float("nan")}, "'alpha' > 0"),
-        ({"terms": 0}, "'terms' >= 1"),
+        ({"terms": 0}, r"'terms' to be an integer between 1 and 1000 \(got 0\)"),
         ({"multiplier": -1.0}, "'multiplier' >= 0"),
         ({"bound": "relativ"}, "Did you mean 'relative'"),
         ({"correction": "implicit"}, "'proximal', 'explicit'"),

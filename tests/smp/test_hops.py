@@ -264,13 +264,6 @@ def test_other_aggregations_are_refused(conv: nn.Module) -> None:
         qgnn.quantize_model(nn.Sequential(conv, nn.Linear(2, 2)))
 
 
-@pytest.mark.parametrize("name", LAYERS)
-def test_batches_of_features_are_refused(name: str) -> None:
-    layer = quantized(LAYERS[name](), features(), graph(), bits=8)
-    with pytest.raises(ValueError, match=r"\[N, F\]"):
-        layer(torch.randn(2, NODES, WIDTH), graph())
-
-
 @pytest.mark.parametrize(
     "make", [lambda: SGConv(8, 8, 2), lambda: SSGConv(8, 8, 0.1, 2), lambda: TAGConv(8, 8, 2)], ids=["SG", "SSG", "TAG"]
 )

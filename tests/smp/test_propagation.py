@@ -159,8 +159,8 @@ def test_arguments_are_checked() -> None:
         SMPropagation(3, 0)
     with pytest.raises(ValueError, match="'add'"):
         SMPropagation(3, aggr="mean")
-    with pytest.raises(ValueError, match=r"\[N, F\]"):
-        SMPropagation(3)(torch.randn(2, NODES, WIDTH), graph())
+    with pytest.raises(ValueError, match="Expected node features"):
+        SMPropagation(3)(torch.randn(NODES), graph())
     layer = SMPropagation(3)
     layer.explain = True
     with pytest.raises(NotImplementedError, match="APPNP"):
