@@ -186,7 +186,7 @@ class QuantizedAPPNP(NormalizedOperator, QuantizedPropagation):
         """One step of PyG's own loop."""
         if self.step_meter is not None:
             self.step_meter(kwargs["x"])
-        return self.float_propagate(edge_index, size, **kwargs)
+        return self.float_propagate(edge_index, size=size, **kwargs)
 
 
 class QuantizedSMPropagation(QuantizedPropagation):

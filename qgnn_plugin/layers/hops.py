@@ -15,6 +15,7 @@ from torch import Tensor
 from ..smp.constraint import attach_constraint
 from ..smp.propagation import Descent, Step
 from .appnp import QuantizedPropagation
+from .arithmetic import own_copy
 from .base import SiteFactory
 from .graph import NormalizedGraph, NormalizedOperator
 from .samples import Samples
@@ -74,6 +75,7 @@ class MappedHops(Hops):
         """``X0``, mapped where the map comes first; its bias comes last in any case."""
         if not self.is_mapped:
             return x
+        x = own_copy(x)
         return self.lin.unbiased(x) if hasattr(self.lin, "unbiased") else F.linear(x, self.lin.weight)
 
     def result(self: Any, x0: Tensor, graph: NormalizedGraph) -> Tensor:
@@ -186,7 +188,7 @@ class QuantizedHops(NormalizedOperator, QuantizedPropagation):
 
     def quantized_propagate(self, edge_index: Any, size: Any = None, **kwargs: Any) -> Tensor:
         """One step of PyG's own loop."""
-        return self.float_propagate(edge_index, size, **kwargs)
+        return self.float_propagate(edge_index, size=size, **kwargs)
 
 
 class QuantizedSGConv(SGHops, QuantizedHops):

@@ -59,13 +59,12 @@ class QuantizedConv(QuantizedLayer, SmoothLayer):
 
         Becomes ``propagate`` of the concrete class (see :func:`~qgnn_plugin.layers.base.quantized_class`).
         """
-        original = own_propagate(self)
         if args:  # of a signature that a user's class, or PyG's template, has given it
-            bound = inspect.signature(original).bind_partial(self, edge_index, *args).arguments
+            bound = inspect.signature(own_propagate(self)).bind_partial(self, edge_index, *args).arguments
             kwargs |= dict(list(bound.items())[2:])
         x, size = kwargs.get("x"), kwargs.get("size")
         kwargs = self.quantized_arguments(kwargs)
-        out = original(self, edge_index, **kwargs)
+        out = self.float_propagate(edge_index, **kwargs)
         if self._smp is None or not (self.training or self._is_smoothing):
             return out
         sent = kwargs.get("x")
@@ -95,9 +94,9 @@ class QuantizedConv(QuantizedLayer, SmoothLayer):
         """Replace the node features a layer sends by their quantized values; nothing to do by default."""
         return kwargs
 
-    def float_propagate(self, edge_index: Any, size: Any, **kwargs: Any) -> Any:
+    def float_propagate(self, edge_index: Any, **kwargs: Any) -> Any:
         """The original ``propagate`` of the layer's own class."""
-        return own_propagate(self)(self, edge_index, size=size, **kwargs)
+        return own_propagate(self)(self, edge_index, **kwargs)
 
     def quantized_edge_updater(self, edge_index: Any, *args: Any, **kwargs: Any) -> Any:
         """The original ``edge_updater`` of the layer's own class; becomes that of the concrete class."""

@@ -273,9 +273,9 @@ def _propagations(layer: Any) -> Iterator[list[tuple[Any, dict[str, Any]]]]:
     calls: list[tuple[Any, dict[str, Any]]] = []
     propagate = layer.float_propagate
 
-    def noted(edge_index: Any, size: Any, **arguments: Any) -> Any:
-        calls.append((edge_index, arguments))
-        return propagate(edge_index, size, **arguments)
+    def noted(edge_index: Any, **arguments: Any) -> Any:
+        calls.append((edge_index, {name: value for name, value in arguments.items() if name != "size"}))
+        return propagate(edge_index, **arguments)
 
     layer.float_propagate = noted
     try:

@@ -240,9 +240,11 @@ def test_sparse_matrix_without_values() -> None:
     assert torch.equal(quantizer(empty).dequantize(), torch.zeros(5, 4))
 
 
-def test_other_sparse_layouts_are_refused() -> None:
-    with pytest.raises(TypeError, match=r"sparse_csr.*got layout torch.sparse_coo.*to_sparse_csr"):
-        QLRQuantizer(4)(torch.eye(3).to_sparse_coo())
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csc])
+def test_sparse_layouts_agree(layout: torch.layout) -> None:
+    x = torch.rand(6, 5) * (torch.rand(6, 5) < 0.4)
+    quantizer = fitted(x)
+    assert torch.equal(quantizer(x.to_sparse(layout=layout)).dequantize(), quantizer(x.to_sparse_csr()).dequantize())
 
 
 # Awkward values ###################################################################################
