@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -396,37 +396,40 @@ def defer_inside(model: nn.Module) -> None:
 
     Its class is swapped for one that sees to that: hooks would not run where a call is interrupted.
     """
-    if not isinstance(model, DeferringModel):
+    if "inner_class" not in vars(type(model)):
         model.__class__ = _deferring_class(type(model))
-
-
-class DeferringModel:
-    """Mixin of a packed model's class: the scope of its calls."""
-
-    inner_class: ClassVar[type[nn.Module]]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        refuse_dtype(type(self).__name__, fn)  # before any tensor is changed
-        return super()._apply(fn, recurse)  # type: ignore[misc]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        reduced: Any = super().__reduce_ex__(protocol)
-        make, args, *rest = reduced
-        args = tuple(type(self).inner_class if arg is type(self) else arg for arg in args)
-        return _rebuild, (make, args), *rest
 
 
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def _deferring_class(inner: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of ``(DeferringModel, inner)``, made once, under the name of ``inner``."""
+    """The subclass of ``inner`` whose calls open a scope, made once, under its name.
+
+    It has no other base, since some classes find themselves among those of their instances (``fx.GraphModule``), and
+    holds what PyG would otherwise generate onto it, past a layer that is the model itself.
+    """
     if inner not in _CLASSES:
         names = ("__module__", "__qualname__", "__doc__")
         namespace: dict[str, Any] = {name: getattr(inner, name) for name in names}
-        namespace |= {"inner_class": inner, "forward": _scoped(inner)}
-        _CLASSES[inner] = type(inner.__name__, (DeferringModel, inner), namespace)
+        namespace |= {name: getattr(inner, name) for name in _GENERATED if hasattr(inner, name)}
+
+        def apply(self: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+            refuse_dtype(type(self).__name__, fn)  # before any tensor is changed
+            return inner._apply(self, fn, recurse)
+
+        def reduce_ex(self: Any, protocol: Any) -> Any:
+            reduced: Any = inner.__reduce_ex__(self, protocol)
+            make, args, *rest = reduced
+            args = tuple(inner if arg is type(self) else arg for arg in args)
+            return _rebuild, (make, args), *rest
+
+        namespace |= {"inner_class": inner, "forward": _scoped(inner), "_apply": apply, "__reduce_ex__": reduce_ex}
+        _CLASSES[inner] = type(inner.__name__, (inner,), namespace)
     return _CLASSES[inner]
+
+
+_GENERATED = tuple(f"{prefix}{name}" for name in ("propagate", "edge_updater") for prefix in ("", "_orig_", "_jinja_"))
 
 
 def _scoped(inner: Any) -> Callable[..., Any]:

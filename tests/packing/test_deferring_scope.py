@@ -12,7 +12,7 @@ import pytest
 import torch
 from core.support import OUT, WIDTH, Plain, features, graph, quantized
 from torch import Tensor, nn
-from torch_geometric.nn import GCNConv
+from torch_geometric.nn import GCNConv, GraphConv, ResGatedGraphConv, TransformerConv
 
 import qgnn_plugin as qgnn
 from qgnn_plugin.packing import deferred
@@ -123,5 +123,34 @@ def test_a_pickle_with_hooks_for_the_scope_changes_at_its_first_call() -> None:
     old = pickle.loads(pickle.dumps(model))
     for _ in range(2):
         assert torch.equal(old(x, edge_index), expected)
-        assert isinstance(old, deferred.DeferringModel)
+        assert "inner_class" in vars(type(old))
         assert not old._forward_hooks
+
+
+LAYERS_ALONE = {
+    "GCNConv": lambda: GCNConv(8, 8),
+    "GraphConv": lambda: GraphConv(8, 8),
+    "ResGatedGraphConv": lambda: ResGatedGraphConv(8, 8),
+    "TransformerConv": lambda: TransformerConv(8, 4, heads=2),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS_ALONE)
+def test_layers_that_are_the_model_stay_quantized(name: str) -> None:
+    """PyG writes a ``propagate`` onto classes without one when an instance is copied or unpickled."""
+    x, edge_index = torch.randn(20, 8), torch.randint(0, 20, (2, 60))
+    for _ in range(2):  # the second meets the class as the copies of the first have left it
+        layer = LAYERS_ALONE[name]()
+        qlayer = qgnn.calibrate(qgnn.quantize_model(layer, bits=2), (x, edge_index)).eval()
+        packed = qgnn.pack_model(qlayer)
+        for model in (packed, copy.deepcopy(packed), pickle.loads(pickle.dumps(packed)), packed):
+            assert not torch.allclose(model(x, edge_index), layer(x, edge_index), atol=1e-3)
+            torch.testing.assert_close(model(x, edge_index), qlayer(x, edge_index))
+
+
+def test_traced_models_are_copied() -> None:
+    """The class of a ``GraphModule`` looks for itself among the bases of its instances."""
+    x = torch.randn(5, 8)
+    traced = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)))
+    packed = qgnn.pack_model(qgnn.calibrate(qgnn.quantize_model(traced, bits=4), [(x,)]))
+    assert torch.equal(copy.deepcopy(packed)(x), packed(x))
