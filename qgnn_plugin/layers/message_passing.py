@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import Any
@@ -79,16 +80,22 @@ class QuantizedConv(QuantizedLayer, SmoothLayer):
         if size is not None or not self._is_square(x, out) or not _is_scalar(edge_index):
             return out
         assert isinstance(x, Tensor)
+        samples = Samples.of(self, x)
         try:
-            samples = Samples.of(self, x)
             graph = gcn_graph(edge_index, None, samples.num_nodes, flow=self.flow, dtype=x.dtype, copies=samples.copies)
-            smoothed = self._smooth(samples.rows(x), samples.rows(out), graph.apply, graph.plan.num_edges)
-            return samples.shaped(smoothed)
         except (IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
             # Edges that are none between these nodes, which the layer's own functions know to read.
             if has_fixed_graph():
                 raise
+            if self._is_smoothing:
+                warnings.warn(
+                    f"The smoothness correction of '{self._qualified_name}' does not act: its edges are none between "
+                    f"the nodes it changes; give it 'smp': None in QuantConfig.overrides",
+                    stacklevel=2,
+                )
             return out
+        smoothed = self._smooth(samples.rows(x), samples.rows(out), graph.apply, graph.plan.num_edges)
+        return samples.shaped(smoothed)
 
     def quantized_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Replace the node features a layer sends by their quantized values; nothing to do by default."""

@@ -115,3 +115,27 @@ def test_measuring_never_raises_and_never_changes_a_result(name: str, bits: int,
     measured = [m.constraint for m in qconv.modules() if hasattr(m, "constraint_state")]
     assert (measured != [None] * len(measured)) == is_measured
     qgnn.differential_multiplier_step(qconv)
+
+
+class Wrapping(MessagePassing):
+    """Edges of many turns round the same nodes, which only its own ``propagate`` knows to read."""
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        return self.propagate(edge_index, x=x)
+
+    def propagate(self, edge_index: Tensor, size: Any = None, **kwargs: Any) -> Tensor:
+        return super().propagate(edge_index % NODES, size=size, **kwargs)
+
+
+def test_a_correction_that_cannot_act_is_said() -> None:
+    """With a multiplier that acts, and edges that are none between the nodes, the result stays, with a warning."""
+    args = features(), graph() + 7 * NODES
+    model = nn.Sequential(Wrapping())
+    results = []
+    for smp in (None, SMPConfig(multiplier=0.4)):
+        qmodel = qgnn.quantize_model(model, config=QuantConfig(bits=8, smp=smp))
+        qgnn.calibrate(qmodel, args, forward=lambda model, batch: model[0](*batch))
+        results.append(qmodel.eval())
+    with pytest.warns(UserWarning, match=r"correction of '0' does not act.*'smp': None"):
+        out = results[1][0](*args)
+    assert torch.equal(out, results[0][0](*args))
