@@ -9,8 +9,6 @@ ARGS    ?=
 VENV    := .venv
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
-CACHE   := .cache
-CORA    := $(CACHE)/graphdatascience-2.2-py3-none-any.whl
 TYPING  := build/typing/qgnn_plugin
 
 .PHONY: env test test-all lint demo bench-accuracy
@@ -24,17 +22,13 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
-# The demo's graph travels in a wheel, which is read as a zip file and never installed.
-$(CORA): | $(STAMP)
-	$(BIN)/python -m pip download --quiet --no-deps --dest $(CACHE) graphdatascience==2.2
-
 # One thread in each of the test processes.
 test test-all: export OMP_NUM_THREADS ?= 1
 test test-all: export NUMBA_NUM_THREADS ?= 1
-test: $(STAMP) $(CORA)
+test: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
 
-test-all: $(STAMP) $(CORA)
+test-all: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 # mypy does not follow package-dir: it checks a tree of links laid out as the installed package.
@@ -45,15 +39,15 @@ lint: $(STAMP)
 	cd build/typing && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml \
 		--cache-dir $(CURDIR)/.mypy_cache -p qgnn_plugin
 
-demo: $(STAMP) $(CORA)
+demo: $(STAMP)
 	$(BIN)/python -m examples.demo $(ARGS)
 
-bench-accuracy: $(STAMP) $(CORA)
+bench-accuracy: $(STAMP)
 	$(BIN)/python -m benchmarks.accuracy $(ARGS)
 
 # Whether the smoothness constraint is met, what it is good for, and what it costs; about four hours of one core (ARGS="--jobs 2").
 .PHONY: bench-smp
-bench-smp: $(STAMP) $(CORA)
+bench-smp: $(STAMP)
 	$(BIN)/python -m benchmarks.smp $(ARGS)
 
 # Kernels, inference, memory, files, growth and recall; finished sections are kept (ARGS=--fresh measures again).

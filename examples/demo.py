@@ -1,6 +1,6 @@
 """Trains a GCN in float, converts it, trains it in 8, 4 and 2 bits, and prints one table.
 
-python -m examples.demo                              # Cora, as `make demo` fetches it
+python -m examples.demo                              # Cora, which comes with the package
 python -m examples.demo --dataset PubMed --root data # any data set of PyG
 """
 
@@ -23,7 +23,8 @@ from qgnn_plugin.lightning_modules import (
     NodeDataModule,
     QuantizedNodeClassifier,
 )
-from qgnn_plugin.report import model_bytes
+from qgnn_plugin.summaries import model_bytes
+from qgnn_plugin.tables import table
 
 HEADER = ("model", "test accuracy", "val accuracy", "bits", "model bytes", "smaller", "seconds")
 
@@ -105,9 +106,7 @@ def main(argv: list[str] | None = None) -> None:
         cells = (f"{test:.1%}", f"{val:.1%}", f"{bits}", f"{packed:,}", f"{size / packed:.1f}x")
         rows.append((name, *cells, f"{seconds:.0f}"))
 
-    widths = [max(map(len, column)) for column in zip(HEADER, *rows, strict=True)]
-    for row in (HEADER, *rows):
-        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+    print(table(HEADER, rows, right=True))
 
 
 if __name__ == "__main__":

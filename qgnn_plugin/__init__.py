@@ -5,6 +5,9 @@ One line converts a model, it trains as before, one more packs it::
     qmodel = qgnn_plugin.quantize_model(model, bits=4)
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from . import training
 from .calibration import calibrate
 from .config import QuantConfig, SMPConfig
@@ -25,9 +28,12 @@ from .packing import (
 )
 from .quantizers import QLRQuantizer, QuantizedTensor
 from .quantizers.compressed import compressed_activations
-from .report import Summary, summary
 from .smp import MultiplierState, SMPropagation, differential_multiplier_step, smp_layers
 from .smp.error import ErrorReport, error_report
+from .summaries import Summary, summary
+
+if TYPE_CHECKING:
+    from . import data, lightning_modules, recipe
 
 __version__ = "0.1.0"
 
@@ -48,11 +54,13 @@ __all__ = [
     "calibrate",
     "capture",
     "compressed_activations",
+    "data",
     "differential_multiplier_step",
     "error_report",
     "fixed_graph",
     "is_packed",
     "is_quantized",
+    "lightning_modules",
     "load_packed",
     "pack_model",
     "packed_bytes",
@@ -60,6 +68,7 @@ __all__ = [
     "quantize_model",
     "quantizers",
     "range_parameters",
+    "recipe",
     "register_layer",
     "restore_model",
     "save_packed",
@@ -67,3 +76,16 @@ __all__ = [
     "summary",
     "training",
 ]
+
+_ON_DEMAND = ("data", "lightning_modules", "recipe")  # not needed to convert and pack a model
+
+
+def __getattr__(name: str) -> Any:
+    """Import a sub-package when it is first asked for."""
+    if name in _ON_DEMAND:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

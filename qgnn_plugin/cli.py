@@ -15,7 +15,7 @@ from . import __version__
 from .atomic import atomic_file
 from .data import load_dataset
 from .recipe import Recipe, Stage, StageResult, fit_float, fit_quantized
-from .report import model_bytes, summary
+from .summaries import model_bytes, summary
 
 __all__ = ["main"]
 

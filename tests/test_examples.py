@@ -59,7 +59,7 @@ def test_graphsage_neighbours(run: Callable[..., str]) -> None:
 
 
 def test_demo_prints_one_table(run: Callable[..., str]) -> None:
-    header, *rows = run("demo", "--hidden", "16").strip().splitlines()[-5:]
+    header, _, *rows = run("demo", "--hidden", "16").strip().splitlines()[-6:]
     assert "test accuracy" in header
     assert [row.split()[0] for row in rows] == ["FP32", "INT8", "INT4", "INT2"]
     assert [int(row.split()[3]) for row in rows] == [32, 8, 4, 2]

@@ -76,7 +76,7 @@ def load_dataset(
         ImportError: PyG needs a further package to read the raw files.
     """
     if _key(name) == DEMO:
-        return load_demo_cora(root)
+        return load_demo_cora()
     class_name, argument = _resolve(name)
     if root is None:
         raise ValueError(f"expected 'root', the folder of the data set '{name}' (got None)")

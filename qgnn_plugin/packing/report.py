@@ -9,6 +9,7 @@ from torch import nn
 
 from ..coverage import Coverage, coverage
 from ..smp.deep import StackPlace
+from ..tables import table
 from .base import WEIGHT, LayerSpec
 from .model import PackedBytes, packed_bytes, packed_layers, specs_of
 from .ranges import PackedRange
@@ -48,13 +49,9 @@ class PackedSummary:
     coverage: Coverage = field(default_factory=lambda: Coverage(0, ()))
 
     def __str__(self) -> str:
-        rows = [HEADER, *(_cells(layer) for layer in self.layers)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        lines.insert(1, "  ".join("-" * width for width in widths))
         size = self.bytes
         model = f"model: {size.float:,} bytes, packed {size.packed:,} ({size.ratio:.1f}x)"
-        return "\n".join([*lines, model, str(self.coverage)])
+        return "\n".join([table(HEADER, map(_cells, self.layers)), model, str(self.coverage)])
 
     __repr__ = __str__
 

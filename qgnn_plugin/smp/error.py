@@ -15,6 +15,7 @@ from ..copying import copy_model
 from ..inputs import Forward, run_model
 from ..layers.graph import gcn_graph
 from ..layers.message_passing import QuantizedConv
+from ..tables import table
 from .bounds import finding_of
 from .constraint import dirichlet_energy
 from .deep import DeepLayer
@@ -75,12 +76,10 @@ class ErrorReport:
 
     def __str__(self) -> str:
         stacked = any(layer.stack is not None for layer in self.layers)
-        rows = [HEADER + STACK_HEADER * stacked, *(_cells(layer, stacked) for layer in self.layers)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        lines.insert(1, "  ".join("-" * width for width in widths))
+        header = HEADER + STACK_HEADER * stacked
+        lines = table(header, (_cells(layer, stacked) for layer in self.layers))
         unbounded = [f"no bound for {layer.name or '(model)'}: {layer.reason}" for layer in self.layers if layer.reason]
-        return "\n".join([*lines, *unbounded])
+        return "\n".join([lines, *unbounded])
 
     __repr__ = __str__
 

@@ -10,7 +10,7 @@ from torch_geometric.nn import APPNP, GAT, GCN, GCNConv
 
 import qgnn_plugin as qgnn
 from qgnn_plugin import QuantConfig
-from qgnn_plugin.report import LayerReport, model_bytes
+from qgnn_plugin.summaries import LayerReport, model_bytes
 
 
 def rows(model: nn.Module) -> dict[str, LayerReport]:

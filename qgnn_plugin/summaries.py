@@ -18,6 +18,7 @@ from .packing.report import PackedSummary, packed_summary
 from .quantizers import QLRQuantizer, RangeKind
 from .smp import smp_layers
 from .smp.deep import StackPlace
+from .tables import table
 
 __all__ = ["LayerReport", "Summary", "model_bytes", "summary"]
 
@@ -63,13 +64,9 @@ class Summary:
     coverage: Coverage = field(default_factory=lambda: Coverage(0, ()))
 
     def __str__(self) -> str:
-        rows = [HEADER, *(_cells(layer) for layer in self.layers)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        lines.insert(1, "  ".join("-" * width for width in widths))
         ratio = self.float_bytes / max(1, self.packed_bytes)
         size = f"model: {self.float_bytes:,} bytes, packed {self.packed_bytes:,} ({ratio:.1f}x)"
-        return "\n".join([*lines, size, str(self.coverage)])
+        return "\n".join([table(HEADER, map(_cells, self.layers)), size, str(self.coverage)])
 
     __repr__ = __str__
 

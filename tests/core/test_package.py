@@ -1,0 +1,37 @@
+"""What ``import qgnn_plugin`` offers, and what it does not load."""
+
+import subprocess
+import sys
+
+import pytest
+
+import qgnn_plugin as qgnn
+
+LAZY = ("data", "lightning_modules", "recipe")
+
+
+def _run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_sub_packages_are_attributes_but_load_on_demand() -> None:
+    names = [f"qgnn_plugin.{name}" for name in LAZY]
+    code = f"import sys, qgnn_plugin as q; print([n for n in {names} if n in sys.modules], 'pytorch_lightning' in"
+    code += " sys.modules); print(q.recipe.run_recipe, q.data.load_dataset, q.lightning_modules.NodeDataModule)"
+    loaded, found = _run(code).splitlines()
+    assert loaded == "[] False"
+    assert "run_recipe" in found
+    assert "NodeDataModule" in found
+
+
+@pytest.mark.parametrize("name", LAZY)
+def test_sub_packages_are_listed(name: str) -> None:
+    assert name in dir(qgnn)
+    assert name in qgnn.__all__
+
+
+def test_unknown_attributes_are_errors() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'recipes'"):
+        qgnn.recipes  # noqa: B018
