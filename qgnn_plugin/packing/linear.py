@@ -8,16 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from ..config import OFF
-from ..kernels import linear as kernel
-from ..kernels.aggregate import aggregate
-from ..kernels.layout import pack_codes, row_words, top_code, unpack_codes
-from ..kernels.plan import plan_cache
-from ..layers.arithmetic import EXACT_FLOAT32, linear
+from ..kernels.layout import pack_codes, row_words
+from ..layers.arithmetic import linear
 from ..layers.linear import QuantizedLinear
 from ..layers.normalized import effective_weight, is_recomputed, without_sources
 from ..quantizers import QuantizedTensor
 from .base import WEIGHT, Activation, LayerSpec, PackedLayer, inference, register_packed
-from .deferred import Producer, conclude
+from .deferred import Producer
+from .matrix import PackedMatrix
 from .ranges import PackedRange, PackedTensor, SiteSpec
 from .weight import FrozenWeight, read_only
 
@@ -180,23 +178,15 @@ class PackedLinear(PackedLayer):
         That takes packed weights, and input whose range factors out of the product.
         """
         self._expect_width(x)
-        words = self.words
-        if words is None:
-            return None
-        if isinstance(x, QuantizedTensor):
-            return self._sparse_product(x, bias, row_scale)
-        limit = (2**31 - 1) // (top_code(x.bits) * top_code(self._site.bits))
-        if (x.scale.dim() == 1 and x.scale.numel() > 1) or self._num_in > limit:
-            return None
+        return None if self.words is None else self._matrix.product(x, bias, row_scale)
 
-        def run(start: int, stop: int, **out: Any) -> Tensor:
-            rows, factor = x.rows(start, stop), None if row_scale is None else row_scale[start:stop]
-            return kernel.linear(
-                rows.words, words, rows.scale, rows.lower, self.weight_scale, self.weight_lower,
-                self._num_in, x.bits, self._site.bits, bias=bias, row_scale=factor, **out,
-            )  # fmt: skip
-
-        return Producer(x.words.size(0), self._num_out, x.words.device, run, adds=row_scale is None)
+    @property
+    def _matrix(self) -> PackedMatrix:
+        assert self.words is not None
+        site = self._site
+        return PackedMatrix(
+            self.words, self.weight_scale, self.weight_lower, self._num_in, site.bits, site.zero_code == 0
+        )
 
     def _expect_width(self: Any, x: Activation) -> None:
         if x.shape[-1] != self._num_in:
@@ -204,33 +194,6 @@ class PackedLinear(PackedLayer):
                 f"Expected {self._num_in} features at '{self._qualified_name}' (got {list(x.shape)}); check that "
                 f"the features are those of the model"
             )
-
-    def _sparse_product(self, x: QuantizedTensor, bias: Tensor | None, row_scale: Tensor | None) -> Producer | None:
-        """Sparse codes times the weight: a sum of the packed rows of ``W^T`` that a row of ``x`` names."""
-        if x.pattern is None or x.qmax is None or self.words is None:
-            return None
-        pattern, words, bits, num_out = x.pattern, self.words, self._site.bits, self._num_out
-        if pattern.max_degree * x.qmax * top_code(bits) >= EXACT_FLOAT32:
-            return None
-
-        def transposed() -> Tensor:
-            return pack_codes(unpack_codes(words, self._num_in, bits).t(), bits)
-
-        messages = plan_cache.get((words,), ("transposed", self._num_in, bits), transposed)
-        scale, lower = (v.expand(num_out).contiguous() for v in (self.weight_scale, self.weight_lower))
-        step = x.scale.expand(pattern.num_dst, 1).reshape(-1)
-        codes = None if x.qmax == 1 and bool(x.codes.all()) else x.codes
-
-        def run(start: int, stop: int, **out: Any) -> Tensor:
-            weight = None if codes is None else codes[pattern.edges(start, stop)]
-            fused = out if row_scale is None else {}
-            y = aggregate(
-                messages, pattern.rows(start, stop), scale, lower, num_out, bits, edge_weight=weight,
-                dst_scale=step[start:stop], bias=bias, **fused,
-            )  # fmt: skip
-            return y if row_scale is None else conclude(y.mul_(row_scale[start:stop].view(-1, 1)), **out)
-
-        return Producer(pattern.num_dst, num_out, words.device, run, is_fused=row_scale is None)
 
     def _wide(self, x: Activation, bias: Tensor | None) -> Tensor:
         """In floats over unpacked codes, as the converted layer computes it."""
@@ -241,9 +204,7 @@ class PackedLinear(PackedLayer):
         if self.words is None:
             assert self.float_weight is not None
             return QuantizedTensor.identity(self.float_weight)
-        codes = unpack_codes(self.words, self._num_in, self._site.bits).to(torch.float32)
-        scale, lower = self.weight_scale.view(-1, 1), self.weight_lower.view(-1, 1)
-        return QuantizedTensor(codes, scale, lower, top_code(self._site.bits), self._site.zero_code == 0)
+        return self._matrix.codes()
 
 
 register_packed(QuantizedLinear, PackedLinear)

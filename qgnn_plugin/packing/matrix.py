@@ -1,0 +1,117 @@
+"""A weight matrix in packed words, and what multiplies by it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import linear as kernel
+from ..kernels.aggregate import aggregate
+from ..kernels.layout import pack_codes, top_code, unpack_codes
+from ..kernels.plan import plan_cache
+from ..layers.arithmetic import EXACT_FLOAT32, linear
+from ..quantizers import QuantizedTensor
+from .deferred import Producer, conclude
+from .ranges import PackedTensor
+
+__all__ = ["Activation", "PackedMatrix"]
+
+Activation = PackedTensor | QuantizedTensor
+
+
+@dataclass(frozen=True, eq=False)
+class PackedMatrix:
+    r"""A weight ``[O, K]``, :math:`\hat w = c s + l` with one range or one per row.
+
+    Args:
+        words: ``[O, row_words(K, bits)]`` int32.
+        scale: One element or ``[O]``, float32.
+        lower: Lower end, of the same shape.
+        num_in: ``K``.
+        bits: Width of a code.
+        unsigned: Whether the lower end is known to be zero.
+    """
+
+    words: Tensor
+    scale: Tensor
+    lower: Tensor
+    num_in: int
+    bits: int
+    unsigned: bool
+
+    @property
+    def num_out(self) -> int:
+        return self.words.size(0)
+
+    def rows(self, start: int, stop: int) -> PackedMatrix:
+        """The rows ``[start, stop)``."""
+        per_row = self.scale.numel() > 1
+        scale, lower = (v[start:stop] if per_row else v for v in (self.scale, self.lower))
+        return replace(self, words=self.words[start:stop], scale=scale, lower=lower)
+
+    def codes(self) -> QuantizedTensor:
+        """The matrix unpacked."""
+        codes = unpack_codes(self.words, self.num_in, self.bits).to(torch.float32)
+        return QuantizedTensor(
+            codes, self.scale.view(-1, 1), self.lower.view(-1, 1), top_code(self.bits), self.unsigned
+        )
+
+    def times(self, x: Activation, bias: Tensor | None = None) -> Tensor:
+        """``x W^T + b`` of ``[N, K]``: by integer products where that can be, else as the converted layer does."""
+        product = self.product(x, bias)
+        return self.wide(x, bias) if product is None else product()
+
+    def wide(self, x: Activation, bias: Tensor | None) -> Tensor:
+        """In floats over unpacked codes, as the converted layer computes it."""
+        quantized = x.quantized() if isinstance(x, PackedTensor) else x
+        return linear(quantized, self.codes(), bias, exact=True)
+
+    def product(self, x: Activation, bias: Tensor | None, row_scale: Tensor | None = None) -> Producer | None:
+        """``x W^T + b``, by a factor ``[N]`` per row, as integer products; :obj:`None` where it is none.
+
+        That takes input whose range factors out of the product.
+        """
+        if isinstance(x, QuantizedTensor):
+            return self._sparse_product(x, bias, row_scale)
+        limit = (2**31 - 1) // (top_code(x.bits) * top_code(self.bits))
+        if (x.scale.dim() == 1 and x.scale.numel() > 1) or self.num_in > limit:
+            return None
+
+        def run(start: int, stop: int, **out: Any) -> Tensor:
+            rows, factor = x.rows(start, stop), None if row_scale is None else row_scale[start:stop]
+            return kernel.linear(
+                rows.words, self.words, rows.scale, rows.lower, self.scale, self.lower,
+                self.num_in, x.bits, self.bits, bias=bias, row_scale=factor, **out,
+            )  # fmt: skip
+
+        return Producer(x.words.size(0), self.num_out, x.words.device, run, adds=row_scale is None)
+
+    def _sparse_product(self, x: QuantizedTensor, bias: Tensor | None, row_scale: Tensor | None) -> Producer | None:
+        """Sparse codes times the weight: a sum of the packed rows of ``W^T`` that a row of ``x`` names."""
+        if x.pattern is None or x.qmax is None:
+            return None
+        pattern, words, bits, num_in, num_out = x.pattern, self.words, self.bits, self.num_in, self.num_out
+        if pattern.max_degree * x.qmax * top_code(bits) >= EXACT_FLOAT32:
+            return None
+
+        def transposed() -> Tensor:
+            return pack_codes(unpack_codes(words, num_in, bits).t(), bits)
+
+        messages = plan_cache.get((words,), ("transposed", num_in, bits), transposed)
+        scale, lower = (v.expand(num_out).contiguous() for v in (self.scale, self.lower))
+        step = x.scale.expand(pattern.num_dst, 1).reshape(-1)
+        codes = None if x.qmax == 1 and bool(x.codes.all()) else x.codes
+
+        def run(start: int, stop: int, **out: Any) -> Tensor:
+            weight = None if codes is None else codes[pattern.edges(start, stop)]
+            fused = out if row_scale is None else {}
+            y = aggregate(
+                messages, pattern.rows(start, stop), scale, lower, num_out, bits, edge_weight=weight,
+                dst_scale=step[start:stop], bias=bias, **fused,
+            )  # fmt: skip
+            return y if row_scale is None else conclude(y.mul_(row_scale[start:stop].view(-1, 1)), **out)
+
+        return Producer(pattern.num_dst, num_out, words.device, run, is_fused=row_scale is None)
