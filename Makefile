@@ -9,6 +9,7 @@ ARGS    ?=
 VENV    := .venv
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
+DOCS    := $(VENV)/.docs
 TYPING  := build/typing/qgnn_plugin
 
 .PHONY: env test test-all lint demo bench-accuracy
@@ -31,11 +32,22 @@ test: $(STAMP)
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
-# mypy does not follow package-dir: it checks a tree of links laid out as the installed package.
-lint: $(STAMP)
-	$(BIN)/ruff check .
+# mypy and the documentation do not follow package-dir: they read a tree of links laid out as the installed package.
+.PHONY: links docs
+links:
 	rm -rf $(TYPING) && mkdir -p $(TYPING)
 	ln -s $(CURDIR)/qgnn_plugin/* $(CURDIR)/kernels $(CURDIR)/lightning_modules $(TYPING)
+
+$(DOCS): $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	touch $@
+
+# The site, under build/site; a warning is an error.
+docs: $(DOCS) links
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build $(ARGS)
+
+lint: $(STAMP) links
+	$(BIN)/ruff check .
 	cd build/typing && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml \
 		--cache-dir $(CURDIR)/.mypy_cache -p qgnn_plugin
 

@@ -27,7 +27,7 @@ import torch
 from qgnn_plugin.data import load_dataset, to_sparse_features
 from qgnn_plugin.recipe import Recipe, distil, fit_float, fit_quantized
 
-from .environment import environment, write_atomically
+from .environment import compact_json, environment, write_atomically
 from .models import MODELS, build_model
 
 DATASETS = ("Cora", "PubMed", "Photo", "CS")
@@ -147,7 +147,7 @@ def report(out: Path) -> str:
     table = markdown(cells)
     settings = dataclasses.asdict(Recipe())
     text = {"environment": environment(threads=1), "recipe": settings, "runs": cells}
-    write_atomically(out / "accuracy.json", json.dumps(text, indent=1) + "\n")
+    write_atomically(out / "accuracy.json", compact_json(text) + "\n")
     notes = out / "accuracy-notes.md"
     explained = f"\n{notes.read_text()}" if notes.exists() else ""
     write_atomically(out / "accuracy.md", f"# Accuracy\n\n{table}{explained}")

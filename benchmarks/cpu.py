@@ -22,7 +22,7 @@ from qgnn_plugin import kernels
 
 from . import cpu_files, cpu_growth, cpu_inference, cpu_kernels, cpu_memory, cpu_recall
 from .cpu_report import target_table
-from .environment import environment, write_atomically
+from .environment import compact_json, environment, write_atomically
 from .stacks import WIDTHS
 
 RESULTS = Path(__file__).parent / "results"
@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
         seconds = time.perf_counter() - begin
         document[name] = {"environment": machine, "settings": settings, "seconds": round(seconds, 1), "data": data}
         print(f"{name}: {seconds:.0f} s", flush=True)
-        write_atomically(path, json.dumps(document, indent=1) + "\n")
+        write_atomically(path, compact_json(document) + "\n")
         write_atomically(args.results / "cpu.md", markdown(document))
     print(markdown(document))
     if failed:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["environment", "write_atomically"]
+__all__ = ["compact_json", "environment", "write_atomically"]
 
 PACKAGES = ("torch", "torch-geometric", "numba", "numpy", "triton", "pytorch-lightning")
 
@@ -49,3 +50,22 @@ def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text)
     temporary.replace(path)
+
+
+def compact_json(value: Any, indent: int = 0) -> str:
+    """JSON with one line per run: every element of a list of objects, and every object that holds no such list, is
+    one line.
+    """
+    pad = " " * indent
+    if isinstance(value, dict) and _holds_runs(value):
+        entries = (f"{pad} {json.dumps(key)}: {compact_json(inner, indent + 1)}" for key, inner in value.items())
+        return "{\n" + ",\n".join(entries) + f"\n{pad}}}"
+    if isinstance(value, list) and _holds_runs(value):
+        return "[\n" + ",\n".join(f"{pad} {json.dumps(run)}" for run in value) + f"\n{pad}]"
+    return json.dumps(value)
+
+
+def _holds_runs(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(_holds_runs(inner) for inner in value.values())
+    return isinstance(value, list) and any(isinstance(run, dict) for run in value)

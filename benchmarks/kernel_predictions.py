@@ -7,7 +7,6 @@ Nothing here was measured.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Mapping
@@ -15,6 +14,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+
+from benchmarks.environment import compact_json
 
 __all__ = ["CARDS", "EFFICIENCY", "float_model_ms", "issue_ms", "launch_ms", "linear_ms", "model_rows", "pipe_ms"]
 
@@ -189,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
     for model in options.model:
         for bits in options.bits:
             rows.append(model_rows(model, bits, options.nodes, options.edges, options.target))
-            options.json.write_text(json.dumps(rows, indent=1) + "\n")
+            options.json.write_text(compact_json(rows) + "\n")
     return 0
 
 

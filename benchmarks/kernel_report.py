@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.environment import environment, write_atomically
+from benchmarks.environment import compact_json, environment, write_atomically
 from benchmarks.kernel_predictions import CARDS, CUBLAS, CUSPARSE, EFFICIENCY, GAP_MS, issue_ms, linear_ms, memory_ms
 
 RESULTS = Path(__file__).parent / "results"
@@ -190,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
         row["predicted"] = predict(row)
     models = predicted_models(options.model or ["GCN", "GraphSAGE", "GAT"])
     document = {"environment": environment(1), "grid": options.grid, "kernels": rows, "models": models}
-    write_atomically(options.results / "kernel-report.json", json.dumps(document, indent=1) + "\n")
+    write_atomically(options.results / "kernel-report.json", compact_json(document) + "\n")
     write_atomically(options.results / "kernel-report.md", markdown(rows) + models_markdown(models))
     return 0
 

@@ -17,7 +17,7 @@ from typing import Any
 
 os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 
-from .environment import environment, write_atomically
+from .environment import compact_json, environment, write_atomically
 from .smp_report import markdown, plot
 from .smp_runs import PARTS, Settings, cells, run_cell
 
@@ -78,7 +78,7 @@ def report(out: Path, settings: Settings) -> str:
     runs.sort(key=lambda cell: (PARTS.index(cell["part"]), list(map(str, cell["what"])), cell["seed"]))
     text = {"environment": environment(threads=1), "settings": _settings(settings), "runs": runs}
     table = markdown(runs)
-    write_atomically(out / "smp.json", json.dumps(text, indent=1) + "\n")
+    write_atomically(out / "smp.json", compact_json(text) + "\n")
     write_atomically(out / "smp.md", f"# Smoothness-aware propagation\n\n{table}")
     plot(runs, out)
     return table

@@ -1,0 +1,64 @@
+"""What a layer type of your own is converted and packed with; ``examples/custom_layer.py`` shows all of it.
+
+Any :class:`~torch_geometric.nn.MessagePassing` is converted without this, by what its nodes send.  A layer type with
+arithmetic of its own on codes, and kernels for it, is told in two classes:
+
+* a :class:`QuantizedConv` whose :meth:`~QuantizedLayer.attach` makes the *sites* (quantizers) and whose ``forward``
+  computes with the :class:`~qgnn_plugin.QuantizedTensor` that they return: codes and their range, with gradients;
+* a :class:`PackedConv` with the same sites frozen (:class:`PackedRange`), whose ``forward``, marked
+  :func:`inference`, computes the same from packed codes (:class:`PackedTensor`).
+
+Both are mixins: the classes that run are made of them and of the layer's own class, so that ``isinstance`` and the
+class's name hold.  :func:`register_layer` ties them to the layer type.
+"""
+
+from .layers.arithmetic import aggregate_sum
+from .layers.base import QuantizedLayer, SiteFactory
+from .layers.graph import NormalizedGraph, gcn_graph, mean_graph, plain_graph
+from .layers.message_passing import QuantizedConv
+from .layers.registry import register_layer as register_conversion
+from .layers.samples import Samples
+from .packing.base import PackedConv, PackedLayer, inference, register_packed
+from .packing.ranges import PackedRange, PackedTensor
+from .smp.constraint import attach_constraint
+
+__all__ = [
+    "NormalizedGraph",
+    "PackedConv",
+    "PackedLayer",
+    "PackedRange",
+    "PackedTensor",
+    "QuantizedConv",
+    "QuantizedLayer",
+    "Samples",
+    "SiteFactory",
+    "aggregate_sum",
+    "attach_constraint",
+    "gcn_graph",
+    "inference",
+    "mean_graph",
+    "plain_graph",
+    "register_layer",
+]
+
+
+def register_layer(
+    layer_class: type, mixin: type[QuantizedLayer], packed: type[PackedLayer] | None = None
+) -> None:
+    """Convert layers of ``layer_class`` by ``mixin``, and pack them by ``packed``.
+
+    Subclasses that change nothing the layer computes with follow; others are converted as any ``MessagePassing``.
+
+    Args:
+        layer_class: A ``torch.nn.Module`` class.
+        mixin: What converts it.
+        packed: What packs the converted layer; without one it runs on dequantized floats, as ``summary`` says.
+
+    Raises:
+        TypeError: If one of them is no such class.
+    """
+    if packed is not None and not (isinstance(packed, type) and issubclass(packed, PackedLayer)):
+        raise TypeError(f"Expected a PackedLayer class as 'packed' (got {packed!r})")
+    register_conversion(layer_class, mixin)
+    if packed is not None:
+        register_packed(mixin, packed)
