@@ -16,7 +16,7 @@ from torch_geometric.nn import MessagePassing
 
 from .config import OFF
 from .layers.base import QuantizedLayer, SwappedLayer
-from .layers.message_passing import QuantizedMessagePassing
+from .layers.message_passing import SentFeatures
 from .layers.registry import mixin_for
 from .quantizers import QLRQuantizer
 
@@ -135,7 +135,7 @@ def coverage(model: nn.Module) -> Coverage:
 
 def _float_arguments(model: nn.Module) -> Iterator[FloatArgument]:
     for name, module in model.named_modules():
-        if isinstance(module, QuantizedMessagePassing):
+        if isinstance(module, SentFeatures):
             for argument, reason in sorted(module.float_arguments.items()):
                 yield FloatArgument(name, argument, reason)
 

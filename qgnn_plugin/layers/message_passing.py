@@ -23,7 +23,7 @@ from .samples import Samples
 from .usage import is_position, is_relative
 from .watched import own_propagate, source_side
 
-__all__ = ["QuantizedConv", "QuantizedMessagePassing", "require_sum"]
+__all__ = ["PropagationChange", "QuantizedConv", "QuantizedMessagePassing", "SentFeatures", "require_sum"]
 
 # Arguments called as the scalars of an attention mechanism or a normalization are.  Shapes decide whether they are.
 SCALARS = frozenset({"alpha", "alpha_l", "alpha_r", "norm", "deg", "score", "index"})
@@ -44,31 +44,13 @@ def require_sum(layer: Any, sites: SiteFactory) -> None:
         )
 
 
-class QuantizedConv(QuantizedLayer, SmoothLayer):
-    """Base of converted ``MessagePassing`` layers: a smoothness constraint around ``propagate``."""
+class PropagationChange(SmoothLayer):
+    """Mixin of layers whose ``propagate`` has a smoothness constraint around it."""
 
     flow: str
-    explain: bool | None
-    decomposed_layers: int
 
-    def __setstate__(self, data: dict[str, Any]) -> None:
-        _write_templates(type(self).float_class, data)
-        super().__setstate__(data)
-
-    def quantized_propagate(self, edge_index: Any, *args: Any, **kwargs: Any) -> Any:
-        """Quantize the node features among the arguments, run the layer's own ``propagate``, smooth its change.
-
-        Becomes ``propagate`` of the concrete class (see :func:`~qgnn_plugin.layers.base.quantized_class`).
-        """
-        if args:  # of a signature that a user's class, or PyG's template, has given it
-            bound = inspect.signature(own_propagate(self)).bind_partial(self, edge_index, *args).arguments
-            kwargs |= dict(list(bound.items())[2:])
-        x, size = kwargs.get("x"), kwargs.get("size")
-        kwargs = self.quantized_arguments(kwargs)
-        out = self.float_propagate(edge_index, **kwargs)
-        if self._smp is None or not (self.training or self._is_smoothing):
-            return out
-        sent = kwargs.get("x")
+    def _corrected_change(self, x: Any, sent: Any, out: Any, edge_index: Any, size: Any) -> Any:
+        """``out`` with its change from ``sent``, the values that ``x`` was rounded to, corrected or measured."""
         if isinstance(x, (tuple, list)):  # of two sides that may be one and the same
             sent = sent[0] if isinstance(sent, (tuple, list)) and len(x) == 2 and x[0] is x[1] else None
         # x may have been quantized; the constraint is on what the layer does to what it propagates.
@@ -97,6 +79,42 @@ class QuantizedConv(QuantizedLayer, SmoothLayer):
         smoothed = self._smooth(samples.rows(x), samples.rows(out), graph.apply, graph.plan.num_edges)
         return samples.shaped(smoothed)
 
+    def _is_square(self, x: Any, out: Any) -> bool:
+        """Whether ``x`` and ``out`` are features ``[*, N, F]`` of the same nodes, in numbers that can be compared."""
+        if not (isinstance(x, Tensor) and isinstance(out, Tensor)) or x.layout != torch.strided:
+            return False
+        node_dim: int = getattr(self, "node_dim", -2)
+        # Nodes first, and more dimensions after them: these are heads or vectors.
+        has_nodes = node_dim in (-2, 0) if x.dim() == 2 else -x.dim() <= node_dim < -1
+        return has_nodes and x.shape == out.shape and x.is_floating_point() and out.is_floating_point()
+
+
+class QuantizedConv(QuantizedLayer, PropagationChange):
+    """Base of converted ``MessagePassing`` layers: a smoothness constraint around ``propagate``."""
+
+    flow: str
+    explain: bool | None
+    decomposed_layers: int
+
+    def __setstate__(self, data: dict[str, Any]) -> None:
+        _write_templates(type(self).float_class, data)
+        super().__setstate__(data)
+
+    def quantized_propagate(self, edge_index: Any, *args: Any, **kwargs: Any) -> Any:
+        """Quantize the node features among the arguments, run the layer's own ``propagate``, smooth its change.
+
+        Becomes ``propagate`` of the concrete class (see :func:`~qgnn_plugin.layers.base.quantized_class`).
+        """
+        if args:  # of a signature that a user's class, or PyG's template, has given it
+            bound = inspect.signature(own_propagate(self)).bind_partial(self, edge_index, *args).arguments
+            kwargs |= dict(list(bound.items())[2:])
+        x, size = kwargs.get("x"), kwargs.get("size")
+        kwargs = self.quantized_arguments(kwargs)
+        out = self.float_propagate(edge_index, **kwargs)
+        if self._smp is None or not (self.training or self._is_smoothing):
+            return out
+        return self._corrected_change(x, kwargs.get("x"), out, edge_index, size)
+
     def quantized_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Replace the node features a layer sends by their quantized values; nothing to do by default."""
         return kwargs
@@ -109,17 +127,85 @@ class QuantizedConv(QuantizedLayer, SmoothLayer):
         """The original ``edge_updater`` of the layer's own class; becomes that of the concrete class."""
         return type(self).float_class.edge_updater(self, edge_index, *args, **kwargs)  # type: ignore[attr-defined]
 
-    def _is_square(self, x: Any, out: Any) -> bool:
-        """Whether ``x`` and ``out`` are features ``[*, N, F]`` of the same nodes, in numbers that can be compared."""
-        if not (isinstance(x, Tensor) and isinstance(out, Tensor)) or x.layout != torch.strided:
-            return False
-        node_dim: int = getattr(self, "node_dim", -2)
-        # Nodes first, and more dimensions after them: these are heads or vectors.
-        has_nodes = node_dim in (-2, 0) if x.dim() == 2 else -x.dim() <= node_dim < -1
-        return has_nodes and x.shape == out.shape and x.is_floating_point() and out.is_floating_point()
+
+class SentFeatures:
+    """Mixin of converted and packed layers: which arguments of ``propagate`` are quantized, and their rounding."""
+
+    argument_quantizers: Any
+    float_arguments: dict[str, str]
+    _user_args: list[str]
+
+    def _rounded(self, name: str, value: Tensor, site: Any) -> Any:
+        """``value`` in the range of ``site``, that of the argument ``name``."""
+        raise NotImplementedError
+
+    def quantized_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        out = dict(kwargs)
+        widths = {name: self._width(kwargs.get(name)) for name in self.argument_quantizers}
+        for name, quantizer in self.argument_quantizers.items():
+            if self._sent(out.get(name)) is None or quantizer.bits == OFF:
+                continue
+            reason = self._reason_for_floats(name, kwargs, widths)
+            if reason is None:
+                self.float_arguments.pop(name, None)
+                out[name] = self._quantized(name, out[name], quantizer)
+            else:
+                self.float_arguments[name] = reason
+        return out
+
+    def _sent(self, value: Any) -> Any:
+        """What neighbours send of ``value``: of a pair, the side of the sources."""
+        if isinstance(value, (tuple, list)) and len(value) == 2:
+            return value[source_side(self)]
+        return value
+
+    def _width(self, value: Any) -> int:
+        """How many numbers of ``value`` a node sends; 0 where they are no floats."""
+        value = self._sent(value)
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() == 0:
+            return 0
+        return math.prod(value.shape[1:])
+
+    def _reason_for_floats(self, name: str, kwargs: dict[str, Any], widths: dict[str, int]) -> str | None:
+        """Why the argument ``name`` is not quantized; :obj:`None` where it is."""
+        sent = self._sent(kwargs[name])
+        if not isinstance(sent, Tensor):
+            return f"a {type(sent).__name__}, no tensor"
+        if sent.layout != torch.strided:
+            return "a sparse matrix"
+        if not sent.is_floating_point():
+            return f"of the type {str(sent.dtype).removeprefix('torch.')}"
+        if sent.dim() < 2:
+            return "one number per node"
+        widest = max(widths.values())
+        if sent.dim() == 2 and sent.size(1) < widest:
+            # Beside wider features: a normalization, or one logit per head of them.
+            heads = sent.size(1)
+            if heads == 1:
+                return "one number per node"
+            others = [self._sent(kwargs[other]) for other, width in widths.items() if width > heads]
+            if heads == getattr(self, "heads", None) or any(o.dim() == 3 and o.size(1) == heads for o in others):
+                return "one number per head"
+        return None
+
+    def _quantized(self, name: str, value: Any, quantizer: Any) -> Any:
+        """Quantize a tensor; of a pair the sources, and the targets where they are read as sources are."""
+        if isinstance(value, Tensor):
+            return self._rounded(name, value, quantizer)
+        sides, source = list(value), source_side(self)
+        sent = sides[source]
+        sides[source] = self._rounded(name, sent, quantizer)
+        other = sides[1 - source]
+        if not {name, f"{name}_i"} & set(self._user_args) or not isinstance(other, Tensor):
+            return tuple(sides)
+        if other is sent:
+            sides[1 - source] = sides[source]
+        elif other.is_floating_point() and other.layout == torch.strided and other.shape[1:] == sent.shape[1:]:
+            sides[1 - source] = self._rounded(name, other, quantizer)
+        return tuple(sides)
 
 
-class QuantizedMessagePassing(QuantizedConv):
+class QuantizedMessagePassing(SentFeatures, QuantizedConv):
     """Generic path: every node-feature argument that a layer sends (``*_j``) is quantized once per node.
 
     An argument that a message reads at both ends of an edge is quantized at both, in one range.  What matters by its
@@ -129,9 +215,7 @@ class QuantizedMessagePassing(QuantizedConv):
     """
 
     argument_quantizers: QuantizerDict
-    float_arguments: dict[str, str]
     is_adopted: bool = False  # whether its quantizers are those of a packed model, all of them of features
-    _user_args: list[str]
 
     @classmethod
     def attach(cls, layer: Any, sites: SiteFactory) -> None:
@@ -186,75 +270,8 @@ class QuantizedMessagePassing(QuantizedConv):
             if self.is_adopted or quantizer.is_set or name.removeprefix(SITES) not in SCALARS:
                 yield name, quantizer
 
-    def quantized_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        out = dict(kwargs)
-        widths = {name: self._width(kwargs.get(name)) for name in self.argument_quantizers}
-        for name, quantizer in self.argument_quantizers.items():
-            assert isinstance(quantizer, QLRQuantizer)
-            if self._sent(out.get(name)) is None or quantizer.bits == OFF:
-                continue
-            reason = self._reason_for_floats(name, kwargs, widths)
-            if reason is None:
-                self.float_arguments.pop(name, None)
-                out[name] = self._quantized(name, out[name], quantizer)
-            else:
-                self.float_arguments[name] = reason
-        return out
-
-    def _sent(self, value: Any) -> Any:
-        """What neighbours send of ``value``: of a pair, the side of the sources."""
-        if isinstance(value, (tuple, list)) and len(value) == 2:
-            return value[source_side(self)]
-        return value
-
-    def _width(self, value: Any) -> int:
-        """How many numbers of ``value`` a node sends; 0 where they are no floats."""
-        value = self._sent(value)
-        if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() == 0:
-            return 0
-        return math.prod(value.shape[1:])
-
-    def _reason_for_floats(self, name: str, kwargs: dict[str, Any], widths: dict[str, int]) -> str | None:
-        """Why the argument ``name`` is not quantized; :obj:`None` where it is."""
-        sent = self._sent(kwargs[name])
-        if not isinstance(sent, Tensor):
-            return f"a {type(sent).__name__}, no tensor"
-        if sent.layout != torch.strided:
-            return "a sparse matrix"
-        if not sent.is_floating_point():
-            return f"of the type {str(sent.dtype).removeprefix('torch.')}"
-        if sent.dim() < 2:
-            return "one number per node"
-        widest = max(widths.values())
-        if sent.dim() == 2 and sent.size(1) < widest:
-            # Beside wider features: a normalization, or one logit per head of them.
-            heads = sent.size(1)
-            if heads == 1:
-                return "one number per node"
-            others = [self._sent(kwargs[other]) for other, width in widths.items() if width > heads]
-            if heads == getattr(self, "heads", None) or any(o.dim() == 3 and o.size(1) == heads for o in others):
-                return "one number per head"
-        return None
-
-    def _quantized(self, name: str, value: Any, quantizer: QLRQuantizer) -> Any:
-        """Quantize a tensor; of a pair the sources, and the targets where they are read as sources are."""
-        if isinstance(value, Tensor):
-            return _values(value, quantizer)
-        sides, source = list(value), source_side(self)
-        sent = sides[source]
-        sides[source] = _values(sent, quantizer)
-        other = sides[1 - source]
-        if not {name, f"{name}_i"} & set(self._user_args) or not isinstance(other, Tensor):
-            return tuple(sides)
-        if other is sent:
-            sides[1 - source] = sides[source]
-        elif other.is_floating_point() and other.layout == torch.strided and other.shape[1:] == sent.shape[1:]:
-            sides[1 - source] = _values(other, quantizer)
-        return tuple(sides)
-
-
-def _values(x: Tensor, quantizer: QLRQuantizer) -> Tensor:
-    return quantizer(own_copy(x.float() if is_autocasting() else x)).dequantize()
+    def _rounded(self, name: str, value: Tensor, site: QLRQuantizer) -> Any:
+        return site(own_copy(value.float() if is_autocasting() else value)).dequantize()
 
 
 def _is_scalar(edge_index: Any) -> bool:

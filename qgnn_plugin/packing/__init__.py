@@ -1,6 +1,6 @@
 """Packed integer models for inference: packed layers, their files, and packed embeddings."""
 
-from . import attention, convs, linear, propagation
+from . import attention, convs, generic, linear, propagation
 from .base import PackedLayer, register_packed
 from .cuda_graph import CapturedModel, capture
 from .embeddings import PackedEmbeddings
@@ -15,6 +15,7 @@ __all__ = [
     "attention",
     "capture",
     "convs",
+    "generic",
     "is_packed",
     "linear",
     "load_packed",

@@ -131,14 +131,19 @@ def inference(forward: Forward) -> Forward:
             if torch.compiler.is_compiling():
                 return concluded(self, forward(self, *args, **kwargs))
             try:
-                _expect_tensors(args[0] if args else kwargs.get("x", ()))
+                if not self._runs_own_forward:
+                    _expect_tensors(args[0] if args else kwargs.get("x", ()))
                 return concluded(self, forward(self, *args, **kwargs))
             except REFUSALS as error:
                 name_layer(error, self._packed.spec.name)
                 raise
 
     def concluded(self: PackedLayer, out: Any) -> Any:
-        if self.output_quantizer is None or not isinstance(out, Tensor):
+        if self.output_quantizer is None:
+            return out
+        if self._runs_own_forward and isinstance(out, tuple):  # with attention weights
+            return (self.output_quantizer(out[0], is_finite=True).dequantize(), *out[1:])
+        if not isinstance(out, Tensor):
             return out
         return self.output_quantizer(out, is_finite=True).dequantize()
 
@@ -203,6 +208,7 @@ class PackedLayer(SwappedLayer):
     notes = ("packed",)
     packs: ClassVar[tuple[str, ...]] = ()  # float parameters that packed words take the place of
     adds: ClassVar[tuple[str, ...]] = ()  # what takes it
+    _runs_own_forward: ClassVar[bool] = False  # whether ``forward`` is that of the layer's own class
     output_quantizer: PackedRange | None
     training: bool
     _packed: PackedState
@@ -286,6 +292,14 @@ class PackedLayer(SwappedLayer):
     def added_names(self) -> Iterable[str]:
         return (*self._packed.added, "_packed", "_deep_stack")
 
+    def _own_call(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A call of ``forward``, that of the layer's own class, where it runs as it is."""
+        return forward(self, *args, **kwargs)
+
+    def _path_taken(self) -> str:
+        """How the layer computes, for the summary."""
+        return "kernel"
+
     def deferred(self, producer: Producer) -> Tensor:
         """What ``producer`` computes, put off where the packed model around may never need it as floats."""
         if not (self._packed.defers and is_deferring()) or self._forward_hooks:
@@ -328,6 +342,8 @@ def frozen_class(mixin: type[PackedLayer], float_class: type[nn.Module], own_nam
         namespace = {**named_as(float_class, own_names), "packed_mixin": mixin}
         # Before those of a class that shares a base with the mixin, which then comes first.
         namespace |= {"__repr__": SwappedLayer.__repr__, "reset_parameters": PackedLayer.reset_parameters}
+        if mixin._runs_own_forward:
+            namespace["forward"] = inference(_own_forward(float_class.forward))
         if issubclass(float_class, MessagePassing):
             # PyG would generate one onto this class; methods of the user's own find that of the layer.
             original: Any = float_class
@@ -337,6 +353,16 @@ def frozen_class(mixin: type[PackedLayer], float_class: type[nn.Module], own_nam
                     namespace[name] = own or getattr(original, name, getattr(original, method))
         _CLASSES[key] = type(float_class.__name__, (mixin, float_class), namespace)
     return _CLASSES[key]
+
+
+def _own_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """``forward`` of the layer's own class, run by :meth:`PackedLayer._own_call`."""
+
+    @functools.wraps(forward)
+    def own(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._own_call(forward, *args, **kwargs)
+
+    return own
 
 
 def _rebuild_packed(mixin: type[PackedLayer], float_class: type[nn.Module], own_names: tuple[str, ...]) -> Any:

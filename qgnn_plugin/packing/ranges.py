@@ -133,6 +133,12 @@ class PackedTensor:
         scale, lower = (v[start:stop] if per_row else v for v in (self.scale, self.lower))
         return replace(self, words=self.words[start:stop], scale=scale, lower=lower)
 
+    def take(self, rows: Tensor) -> PackedTensor:
+        """The rows numbered by ``rows`` ``[M]``, integers."""
+        per_row = self.scale.dim() == 2
+        scale, lower = (v.index_select(0, rows) if per_row else v for v in (self.scale, self.lower))
+        return replace(self, words=self.words.index_select(0, rows), scale=scale, lower=lower)
+
     def quantized(self) -> QuantizedTensor:
         """The same tensor with its codes as floats: what the arithmetic of converted layers takes."""
         codes = unpack_codes(self.words, self.num_features, self.bits).to(torch.float32)

@@ -30,6 +30,8 @@ class PackedLayerReport:
         bits: Width of stored codes per site.
         bytes: Its own tensors, without the layers inside it.
         deep_place: Where it stands in a deep stack, :obj:`None` outside of one.
+        path: What computes a packed layer: ``"kernel"``, ``"generated kernel"``, ``"row blocks"``, or ``"unblocked"``
+            with the reason; of layers without a kernel of their own, what calls up to now have taken.
     """
 
     name: str
@@ -38,6 +40,12 @@ class PackedLayerReport:
     bits: dict[str, int]
     bytes: PackedBytes
     deep_place: StackPlace | None = None
+    path: str = "kernel"
+
+    @property
+    def runs(self) -> str:
+        """How it runs: packed and on what, or in floats and why."""
+        return f"packed: {self.path}" if self.reason is None else f"float: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,7 @@ def _cells(layer: PackedLayerReport) -> tuple[str, ...]:
     return (
         layer.name or "(model)",
         layer.type if layer.deep_place is None else f"{layer.type} ({layer.deep_place})",
-        "packed" if layer.reason is None else f"float: {layer.reason}",
+        layer.runs,
         " ".join(f"{site}:{bits}" for site, bits in layer.bits.items()),
         f"{layer.bytes.float:,}",
         f"{layer.bytes.packed:,}",
@@ -90,4 +98,4 @@ def _report(spec: LayerSpec, layer: Any, packed: nn.Module) -> PackedLayerReport
         tensors += list(owner.buffers()) if isinstance(owner, PackedRange) else []
     size = sum(t.numel() * t.element_size() for t in tensors)
     sizes = PackedBytes(layer._packed.float_bytes, size)
-    return PackedLayerReport(spec.name, spec.type, None, bits, sizes, spec.deep_place)
+    return PackedLayerReport(spec.name, spec.type, None, bits, sizes, spec.deep_place, layer._path_taken())

@@ -217,12 +217,13 @@ def test_multipliers_are_honoured(name: str) -> None:
     assert not any("multiplier" in key for key in free.state_dict())
 
 
-def test_layers_outside_packing_keep_their_path() -> None:
+def test_layers_without_a_kernel_of_their_own_are_packed_too() -> None:
     qmodel, packed, args = packed_pair("mixed", bits=4)
     assert_same(qmodel, packed, *args)
-    text = str(qgnn_plugin.summary(packed))
-    assert "no packed GraphConv" in text
-    assert text.count("packed") > 3
+    runs = {layer.name: layer.runs for layer in qgnn_plugin.summary(packed).layers}
+    assert set(runs) >= {"conv1", "conv2", "conv3"}
+    assert runs["conv1"] == "packed: kernel"
+    assert all(how.startswith("packed: ") for how in runs.values())
 
 
 @pytest.mark.parametrize("site", ["input_bits", "weight_bits", "activation_bits", "message_bits"])
