@@ -99,7 +99,7 @@ class _Copied(NamedTuple):
 
 
 def _contents_of(part: Tensor) -> _Checked | _Counted | _Copied:
-    if part.device.type == "cpu":
+    if part.is_cpu:
         return _Checked(checksum(part))
     return _Copied(part.clone()) if part.is_inference() else _Counted(part._version)
 
@@ -156,7 +156,7 @@ class PlanCache:
                     self._entries.move_to_end(full_key)
         else:
             fingerprint = Fingerprint(parts)  # of what is read next
-            built = Built(build())
+            built = Built(build(), on_cpu=all(part.is_cpu for part in parts))
             with self._lock:
                 self._entries[full_key] = (fingerprint, built)
                 self._entries.move_to_end(full_key)

@@ -62,7 +62,7 @@ def checksum(tensor: Tensor) -> int:
 
     It is read from where the tensor is: unlike ``tensor.numpy()``, that marks no storage as shared with NumPy.
     """
-    if tensor.device.type != "cpu" or (compiled := _compiled()) is None:
+    if not tensor.is_cpu or (compiled := _compiled()) is None:
         return int(checksum_reference(tensor))
     if not tensor.is_contiguous():
         tensor = tensor.contiguous()

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["check_csr", "check_degrees", "check_edge_rows", "check_rowptr", "inherit_csr"]
+__all__ = ["check_csr", "check_degrees", "check_edge_rows", "check_rowptr", "inherit_csr", "remember_csr"]
 
 REMEMBERED = 4096  # graphs, before those that are gone are forgotten
 
@@ -135,6 +135,11 @@ def _largest(index: Tensor, what: str) -> int:
     if low < 0:
         raise ValueError(f"Expected {what} from 0 on (got {low})")
     return high
+
+
+def remember_csr(rowptr: Tensor, col: Tensor, largest: int) -> None:
+    """Take it that ``rowptr`` and ``col``, made from checked edges, are a graph whose last source is ``largest``."""
+    _remember(_graphs, rowptr, col, largest)
 
 
 def inherit_csr(whole: tuple[Tensor, Tensor], part: tuple[Tensor, Tensor]) -> None:

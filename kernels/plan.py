@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .cache import PlanCache, pinned_plans
+from .edge_order import check_nodes, order_edges
 from .indices import inherit_csr
 from .streams import derived
 
@@ -48,19 +49,35 @@ class GraphPlan:
             TypeError: If these are no integers.
             ValueError: If there are nodes that do not exist, more than 32 bits can number, or two devices.
         """
-        if (largest := max(num_src, num_dst)) > MAX_NODES:
-            raise ValueError(f"Expected at most {MAX_NODES:,} nodes, numbered in 32 bits (got {largest:,})")
-        if src.device != dst.device:
-            raise ValueError(f"Expected source and destination nodes on one device (got {src.device} and {dst.device})")
-        check_nodes(src, num_src, "source nodes")
-        check_nodes(dst, num_dst, "destination nodes")
-        counts = torch.bincount(dst, minlength=num_dst)
-        rowptr = torch.zeros(num_dst + 1, dtype=torch.int64, device=dst.device)
-        torch.cumsum(counts, 0, out=rowptr[1:])
-        if bool((dst[1:] >= dst[:-1]).all()):
-            return cls(rowptr, src.to(torch.int32, copy=True), num_src)
-        perm = torch.argsort(dst, stable=True)
-        return cls(rowptr, src[perm].to(torch.int32), num_src, perm)
+        _check_sizes(src, dst, num_src, num_dst)
+        order = order_edges(src, dst, num_src, num_dst)
+        return cls(order.rowptr, order.col, num_src, order.perm)
+
+    @classmethod
+    def with_loops(
+        cls,
+        src: Tensor,
+        dst: Tensor,
+        num_src: int,
+        num_dst: int,
+        *,
+        drops_loops: bool = False,
+        checks_loops: bool = False,
+    ) -> tuple[GraphPlan, bool]:
+        """The same with a self-loop on each node that is a source and a destination, after the other edges into it.
+
+        With ``drops_loops`` these take the place of the self-loops among the edges, whose nodes have to exist all the
+        same with ``checks_loops``.  ``perm`` numbers the edges that
+        are taken, then the added ones.
+
+        Returns:
+            The plan, and whether self-loops were left out.
+        """
+        _check_sizes(src, dst, num_src, num_dst)
+        added = min(num_src, num_dst)
+        loops: Any = {"added": added, "drops_loops": drops_loops, "checks_loops": checks_loops}
+        order = order_edges(src, dst, num_src, num_dst, **loops)
+        return cls(order.rowptr, order.col, num_src, order.perm), order.dropped
 
     @classmethod
     def from_csr(cls, rowptr: Tensor, col: Tensor, num_src: int) -> GraphPlan:
@@ -170,22 +187,11 @@ class GraphPlan:
         return torch.empty_like(per_edge).index_copy_(0, self.perm, per_edge)
 
 
-def check_nodes(
-    index: Tensor, size: int, what: str, remedy: str = "check that 'edge_index' belongs to this feature matrix"
-) -> None:
-    """Refuse what does not number ``size`` nodes; once per plan, since it waits for the device.
-
-    Raises:
-        TypeError: If ``index`` holds no integers.
-        ValueError: If one is outside ``[0, size)``.
-    """
-    if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
-        raise TypeError(f"Expected {what} as integers (got {index.dtype}); convert them with '.long()'")
-    if index.numel() == 0:
-        return
-    low, high = torch.stack(torch.aminmax(index)).tolist()
-    if low < 0 or high >= size:
-        raise ValueError(f"Expected {what} in the interval [0, {size}) (got {low} to {high}); {remedy}")
+def _check_sizes(src: Tensor, dst: Tensor, num_src: int, num_dst: int) -> None:
+    if (largest := max(num_src, num_dst)) > MAX_NODES:
+        raise ValueError(f"Expected at most {MAX_NODES:,} nodes, numbered in 32 bits (got {largest:,})")
+    if src.device != dst.device:
+        raise ValueError(f"Expected source and destination nodes on one device (got {src.device} and {dst.device})")
 
 
 plan_cache = PlanCache()

@@ -13,6 +13,8 @@ __all__ = ["Built", "derived", "tensors_of"]
 
 T = TypeVar("T")
 
+_CPU = torch.device("cpu")
+
 
 def _module_of(device: torch.device) -> Any:
     """The module that knows the streams of ``device``; :obj:`None` where there are none."""
@@ -45,14 +47,18 @@ class Built:
 
     Args:
         value: Tensors, as :func:`tensors_of` finds them.
+        on_cpu: Whether they are known to be on the CPU, where there is nothing to order.
     """
 
     __slots__ = ("device", "event", "ordered", "value")
 
-    def __init__(self, value: Any) -> None:
+    def __init__(self, value: Any, on_cpu: bool = False) -> None:
         self.value = value
-        self.device = next((t.device for t in tensors_of(value) if t.device.type != "cpu"), torch.device("cpu"))
         self.ordered: set[Any] | None = None
+        if on_cpu:
+            self.device = _CPU
+            return
+        self.device = next((t.device for t in tensors_of(value) if t.device.type != "cpu"), _CPU)
         module = _module_of(self.device)
         if module is not None and not _is_capturing(module):
             stream = module.current_stream(self.device)

@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import carray, njit, types
-from numba.extending import intrinsic
+from numba import carray, njit
 
 from ..checksum import FACTORS, PLACE, SHIFT, WORD
 from . import jit
+from .address import at
 from .parallel import num_threads, run_chunks
 from .simd import atomic_add
 
@@ -19,17 +19,6 @@ STEP = np.uint64(PLACE)
 DOWN = np.uint64(SHIFT)
 CHUNK = 1 << 17  # words
 SHARED = 1 << 23  # from this many words on it is worth waking threads
-
-
-@intrinsic
-def _at(typingctx, address, kind):
-    """The memory at ``address``, as a pointer to what ``kind`` is a number of."""
-    result = types.CPointer(kind.dtype)
-
-    def codegen(context, builder, sig, args):
-        return builder.inttoptr(args[0], context.get_value_type(result))
-
-    return result(types.int64, kind), codegen
 
 
 @njit(forceinline=True)
@@ -43,7 +32,7 @@ def _mixed(word, place):
 @njit(forceinline=True)
 def _sum(address, first, last):
     """Over the words ``[first, last)`` after ``address``."""
-    words = carray(_at(address, np.uint64), (last,))
+    words = carray(at(address, np.uint64), (last,))
     total = np.uint64(0)
     for i in range(first, last):
         total += _mixed(words[i], i)
@@ -55,7 +44,7 @@ def _whole(address, num_bytes):
     count = num_bytes // WORD
     total, tail = _sum(address, 0, count), np.uint64(0)
     if count * WORD < num_bytes:
-        rest = carray(_at(address, np.uint8), (num_bytes,))
+        rest = carray(at(address, np.uint8), (num_bytes,))
         for i in range(count * WORD, num_bytes):
             tail |= np.uint64(rest[i]) << np.uint64(8 * (i - count * WORD))
         total += _mixed(tail, count)

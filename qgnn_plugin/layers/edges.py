@@ -10,7 +10,7 @@ from torch import Tensor
 from torch_geometric import EdgeIndex
 from torch_geometric.utils import to_edge_index
 
-from ..kernels.plan import GraphPlan, check_nodes
+from ..kernels.plan import GraphPlan
 from .samples import layer_name
 
 __all__ = ["Edges", "LoopedPlan", "edges_of", "graph_size", "is_sparse", "may_look", "memory_of", "own_order"]
@@ -210,24 +210,23 @@ class LoopedPlan:
     own: tuple[Tensor, Tensor] | None = None
 
     @classmethod
-    def of(cls, edges: Edges, size: tuple[int, int], loops: str) -> LoopedPlan:
+    def of(cls, edges: Edges, size: tuple[int, int], loops: str, weighted: bool = True) -> LoopedPlan:
         """Of the edges as they are (``"none"``), with a self-loop per node on top (``"more"``), with its own self-loops
         replaced by them (``"new"``), or, keeping the weights of these, completed (``"remaining"``).
+
+        One that is not ``weighted`` cannot be asked for :meth:`weights`.
         """
         if loops == "none":
             return cls(GraphPlan.from_edges(edges.src, edges.dst, *size))
         kept = own = None
-        src, dst, count = edges.src, edges.dst, min(size)
-        if loops != "more":
-            is_loop = src == dst
-            if bool(is_loop.any()):
-                kept, ids = (~is_loop).nonzero().view(-1), is_loop.nonzero().view(-1)
-                if loops == "remaining":
-                    check_nodes(src, size[0], "source nodes")  # loops too, which are taken out
-                    own = (src[ids].long(), ids)
-                src, dst = src[kept], dst[kept]
-        nodes = torch.arange(count, device=src.device)
-        plan = GraphPlan.from_edges(torch.cat([src, nodes]), torch.cat([dst, nodes]), *size)
+        count = min(size)
+        drops: Any = {"drops_loops": loops != "more", "checks_loops": loops == "remaining"}
+        plan, dropped = GraphPlan.with_loops(edges.src, edges.dst, *size, **drops)
+        if dropped and weighted:
+            is_loop = edges.src == edges.dst
+            kept, ids = (~is_loop).nonzero().view(-1), is_loop.nonzero().view(-1)
+            if loops == "remaining":
+                own = (edges.src[ids].long(), ids)
         return cls(plan, count, kept, own)
 
     def weights(self, weight: Tensor, fill: float) -> Tensor:

@@ -154,8 +154,8 @@ def gcn_graph(
     if normalize and add_self_loops:
         loops = "remaining" if not is_sparse(edge_index) else "more" if isinstance(edge_index, Tensor) else "new"
 
-    def plan_of(edges: Edges) -> LoopedPlan:
-        return LoopedPlan.of(edges, size, loops)
+    def plan_of(edges: Edges, weighted: bool = True) -> LoopedPlan:
+        return LoopedPlan.of(edges, size, loops, weighted)
 
     def operator(looped: LoopedPlan, weight: Tensor | None) -> NormalizedGraph:
         if weight is None and fill != 1.0 and loops in ("more", "new"):
@@ -172,7 +172,7 @@ def gcn_graph(
 
     def build() -> NormalizedGraph:
         edges = edges_of(edge_index, edge_weight, flow, size, dtype)
-        return operator(plan_of(edges), edges.weight)
+        return operator(plan_of(edges, weighted=edges.weight is not None or fill != 1.0), edges.weight)
 
     key = ("gcn", num_nodes, improved, add_self_loops, normalize, flow, dtype)
     return _cached(edge_index, edge_weight, key, build, copies)
@@ -200,7 +200,7 @@ def looped_plan(edge_index: Any, size: tuple[int, int], flow: str) -> GraphPlan:
         if is_sparse(edge_index):  # PyG merges what a matrix repeats
             dst, src = torch.unique(torch.stack([edges.dst, edges.src]), dim=1)
             edges = Edges(src, dst, None)
-        return LoopedPlan.of(edges, size, "new").plan
+        return LoopedPlan.of(edges, size, "new", weighted=False).plan
 
     return _cached(edge_index, None, ("new loops", size, flow), build)
 
