@@ -6,16 +6,23 @@ Sums run over codes, in integers, and one affine step follows (DESIGN section 5)
 .. math::
     y_i = \Big(s \sum_{j \in N(i)} c_j + |N(i)|\, l\Big) d_i + b
 
+With a multiplier :math:`m_j` per source row, both sums are of integers again:
+
+.. math::
+    y_i = \Big(s \sum_{j \in N(i)} m_j c_j + l \sum_{j \in N(i)} m_j\Big) d_i + b
+
 With edge weights, or a range per source node, the sums run in float32:
-:math:`y_i = (s \sum_j w_{ij} c_j + l \sum_j w_{ij})\, d_i + b`.
+:math:`y_i = (s \sum_j w_{ij} c_j + l \sum_j w_{ij})\, d_i + b`, where multipliers join the weights.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .arithmetic import check_range, finish, is_per_row
+from .arithmetic import LARGEST_MULTIPLIER, check_multiplier, check_range, check_unit, finish, is_per_row, multiplied
 from .checks import check_float, check_plan
 from .indices import check_csr, check_degrees
 from .layout import check_bits, check_packed, row_words, top_code, unpack_codes
@@ -26,13 +33,16 @@ __all__ = ["REDUCTIONS", "aggregate", "aggregate_reference"]
 
 REDUCTIONS = ("sum", "mean", "max")
 
-SCHEMA = (
-    "(Tensor words, Tensor rowptr, Tensor col, Tensor scale, Tensor offset, int num_features, "
+_ARGUMENTS = (
+    "Tensor words, Tensor rowptr, Tensor col, Tensor scale, Tensor offset, int num_features, "
     "int bits, str reduce='sum', Tensor? edge_weight=None, Tensor? dst_scale=None, Tensor? "
     "bias=None, bool relu=False, Tensor? out_scale=None, Tensor? out_offset=None, int "
-    "out_bits=0, Tensor? schedule=None) -> Tensor"
+    "out_bits=0, Tensor? schedule=None, Tensor? multiplier=None"
 )
+SCHEMA = f"({_ARGUMENTS}) -> Tensor"
+ROWS_SCHEMA = f"({_ARGUMENTS}, *, Tensor out_unit) -> (Tensor, Tensor)"
 
+MAX_PER_ROW = "Expected one range per tensor or column for reduce='max' (got one per row)"
 _REFERENCE_CHUNK = 1 << 24  # elements of the gathered block that the reference holds at a time
 
 
@@ -92,21 +102,27 @@ def aggregate_reference(
     out_offset: Tensor | None = None,
     out_bits: int = 0,
     schedule: Tensor | None = None,
-) -> Tensor:
+    multiplier: Tensor | None = None,
+    out_unit: Tensor | None = None,
+) -> Any:
     codes = unpack_codes(words, num_features, bits).to(torch.int32)
     degree = (rowptr[1:] - rowptr[:-1]).to(torch.float32).unsqueeze(1)
     per_row = is_per_row(scale) or is_per_row(offset)
     if reduce == "max":
         if per_row:
-            raise ValueError(
-                "Expected one range per tensor or column for reduce='max' (got one per row)"
-            )
+            raise ValueError(MAX_PER_ROW)
         y = _largest(codes, rowptr, col, scale, offset)
+    elif edge_weight is None and multiplier is not None:
+        m = multiplier.to(torch.int32).unsqueeze(1)
+        total, mass = sum_rows(codes * m, rowptr, col), sum_rows(m, rowptr, col)
+        y = (total.to(torch.float32) * scale) + (mass.to(torch.float32) * offset)
     elif edge_weight is None and not per_row:
         y = (sum_rows(codes, rowptr, col).to(torch.float32) * scale) + (degree * offset)
     else:
         weight = None if edge_weight is None else per_feature(edge_weight, num_features)
-        if per_row:
+        if multiplier is not None:
+            scale, offset = multiplied(scale, offset, multiplier)
+        if per_row or multiplier is not None:
             y = sum_rows(codes.to(torch.float32) * scale + offset, rowptr, col, weight)
         else:
             assert weight is not None
@@ -114,7 +130,7 @@ def aggregate_reference(
             y = (sum_rows(codes.to(torch.float32), rowptr, col, weight) * scale) + (total * offset)
     if dst_scale is not None:
         y = y * dst_scale.unsqueeze(1)
-    return finish(y, bias, relu, out_scale, out_offset, out_bits)
+    return finish(y, bias, relu, out_scale, out_offset, out_bits, out_unit=out_unit)
 
 
 def _fake(
@@ -134,8 +150,10 @@ def _fake(
     out_offset: Tensor | None = None,
     out_bits: int = 0,
     schedule: Tensor | None = None,
-) -> Tensor:
-    return new_output(words, rowptr.size(0) - 1, num_features, out_bits)
+    multiplier: Tensor | None = None,
+    out_unit: Tensor | None = None,
+) -> Any:
+    return new_output(words, rowptr.size(0) - 1, num_features, out_bits, out_unit)
 
 
 def _check(
@@ -155,24 +173,31 @@ def _check(
     out_offset: Tensor | None = None,
     out_bits: int = 0,
     schedule: Tensor | None = None,
+    multiplier: Tensor | None = None,
+    out_unit: Tensor | None = None,
 ) -> None:
     check_packed(words, num_features, bits)
     check_csr(rowptr, col, words.size(0))
-    check_code_sums(rowptr, col, bits)
+    check_code_sums(rowptr, col, bits, multiplier is not None)
     check_range(scale, offset, words.size(0), num_features)
+    check_multiplier(multiplier, scale, offset, words.size(0))
     num_dst = rowptr.numel() - 1
     if reduce not in ("sum", "max"):
         raise ValueError(f"Expected 'reduce' to be 'sum' or 'max' (got {reduce!r})")
+    if reduce == "max" and multiplier is not None:
+        raise ValueError(MAX_PER_ROW)
     if edge_weight is not None:
         _check_weight(edge_weight, col.numel(), num_features, reduce)
     check_float(dst_scale, "dst_scale", (num_dst,))
     check_float(bias, "bias", (num_features,))
-    check_output_range(out_scale, out_offset, out_bits, num_dst, num_features)
+    check_output_range(out_scale, out_offset, out_bits, num_dst, num_features, out_unit)
 
 
-def check_code_sums(rowptr: Tensor, col: Tensor, bits: int) -> None:
-    """Raise where a sum of codes over neighbours would not fit 31 bits."""
-    check_degrees(rowptr, col.numel(), (2**31 - 1) // top_code(bits), f"at {bits} bits")
+def check_code_sums(rowptr: Tensor, col: Tensor, bits: int, has_multipliers: bool = False) -> None:
+    """Raise where a sum of codes (times their rows' multipliers) over neighbours would not fit 31 bits."""
+    largest = top_code(bits) * (LARGEST_MULTIPLIER if has_multipliers else 1)
+    what = f"at {bits} bits" + (" with row multipliers" if has_multipliers else "")
+    check_degrees(rowptr, col.numel(), (2**31 - 1) // largest, what)
 
 
 def _check_weight(edge_weight: Tensor, num_edges: int, num_features: int, reduce: str) -> None:
@@ -190,21 +215,29 @@ def _check_weight(edge_weight: Tensor, num_edges: int, num_features: int, reduce
 
 
 register("aggregate", SCHEMA, _fake, _check)
+register("aggregate.rows", ROWS_SCHEMA, _fake, _check)
 
 
-def new_output(like: Tensor, num_rows: int, num_features: int, out_bits: int) -> Tensor:
+def new_output(like: Tensor, num_rows: int, num_features: int, out_bits: int, out_unit: Tensor | None = None) -> Any:
     """An uninitialized result: ``[num_rows, num_features]`` float32, or packed words where
-    ``out_bits`` is not 0.
+    ``out_bits`` is not 0; with ``out_unit`` a pair, the words and their rows' multipliers.
     """
     if out_bits == 0:
         return like.new_empty((num_rows, num_features), dtype=torch.float32)
-    return like.new_empty((num_rows, row_words(num_features, out_bits)), dtype=torch.int32)
+    words = like.new_empty((num_rows, row_words(num_features, out_bits)), dtype=torch.int32)
+    return words if out_unit is None else (words, like.new_empty(num_rows, dtype=torch.uint8))
 
 
 def check_output_range(
-    out_scale: Tensor | None, out_offset: Tensor | None, out_bits: int, rows: int, features: int
+    out_scale: Tensor | None,
+    out_offset: Tensor | None,
+    out_bits: int,
+    rows: int,
+    features: int,
+    out_unit: Tensor | None = None,
 ) -> None:
     """Raise unless an output range is given exactly where ``out_bits`` asks for packed output."""
+    check_unit(out_unit, out_scale, out_offset, out_bits)
     if out_bits == 0:
         if out_scale is not None or out_offset is not None:
             raise ValueError(
@@ -235,7 +268,9 @@ def aggregate(
     out_scale: Tensor | None = None,
     out_offset: Tensor | None = None,
     out_bits: int = 0,
-) -> Tensor:
+    multiplier: Tensor | None = None,
+    out_unit: Tensor | None = None,
+) -> Any:
     r"""Aggregate packed rows over the edges of ``plan``.
 
     Args:
@@ -253,10 +288,15 @@ def aggregate(
         relu: Whether to clamp at 0.
         out_scale, out_offset, out_bits: Range and width of packed output (one element, ``[F]`` or
             ``[num_dst, 1]``).
+        multiplier: ``[num_src]`` uint8 of ``0 .. 15``: row ``j`` holds ``m_j (s c_j + l)``.  Not with a range per row,
+            nor with ``"max"``.
+        out_unit: Unit ``p`` of the row multipliers of packed output, one element, float32: row ``i`` is packed at the
+            range ``(s m_i, l m_i)`` of ``out_scale``, ``out_offset``, ``m_i = clamp(ceil(max_f |y_if| / p), 1, 15)``.
 
     Returns:
-        ``[num_dst, F]`` float32, or ``[num_dst, row_words(F, out_bits)]`` int32 with ``out_bits``.
-        Unweighted results are bitwise the same on every backend, weighted ones to float32 rounding.
+        ``[num_dst, F]`` float32, or ``[num_dst, row_words(F, out_bits)]`` int32 with ``out_bits``; with ``out_unit`` a
+        pair, the words and the multipliers of their rows, ``[num_dst]`` uint8.  Unweighted results are bitwise the
+        same on every backend, weighted ones to float32 rounding.
     """
     check_plan(plan, words, "packed row")
     if reduce not in REDUCTIONS:
@@ -266,7 +306,10 @@ def aggregate(
         inverse = plan.degree.clamp(min=1).reciprocal()
         dst_scale = inverse if dst_scale is None else inverse * dst_scale
         reduce = "sum"
-    return torch.ops.qgnn.aggregate(
+    args = (
         words, plan.rowptr, plan.col, scale, offset, num_features, bits, reduce, edge_weight,
-        dst_scale, bias, relu, out_scale, out_offset, out_bits,
+        dst_scale, bias, relu, out_scale, out_offset, out_bits, None, multiplier,
     )  # fmt: skip
+    if out_unit is None:
+        return torch.ops.qgnn.aggregate.default(*args)
+    return torch.ops.qgnn.aggregate.rows(*args, out_unit=out_unit)

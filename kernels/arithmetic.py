@@ -20,9 +20,21 @@ correctly rounded:
 
 A *range* is a pair of float32 tensors ``scale`` (``s > 0``) and ``offset`` (``l``), each of one
 element, ``[F]`` (per column) or ``[N, 1]`` (per row).
+
+*Row multipliers* (DESIGN section 5): a row's range is one of the tensor, or of its columns, times an integer ``m`` of
+``1 .. 15``, uint8 ``[N]``; its values are ``m (s c + l)``.
+
+* quantize: ``m = clamp(ceil(peak * (1 / p)), 1, 15)`` with ``peak`` the largest ``|x|`` of the row (NaN counts as 0)
+  and ``p``, the *unit*, float32 of one element; then as a row of range ``(s * m, l * m)``, each rounded once;
+* integer sum: ``y = (float(sum m c) * s) + (float(sum m) * l)``: exact in any order, on every backend;
+* edge weights: to rounding, ``(s * sum w m c) + (l * sum w m)``;
+* attention: ``y = ((float(sum k m c) * s) * r) + (l * (float(sum k m) * r))`` with ``r = 1 / sum k``;
+* integer product: as an input of range ``(s * m, l * m)`` per row.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,13 +42,20 @@ from torch import Tensor
 from .layout import pack_codes, top_code
 
 __all__ = [
+    "LARGEST_MULTIPLIER",
     "attention_thresholds",
+    "check_multiplier",
     "check_range",
+    "check_unit",
     "dequantize_codes",
     "finish",
     "is_per_row",
+    "multiplied",
     "quantize_codes",
+    "row_multipliers",
 ]
+
+LARGEST_MULTIPLIER = 15
 
 
 def check_range(scale: Tensor, offset: Tensor, rows: int, features: int, what: str = "") -> None:
@@ -66,6 +85,56 @@ def is_per_row(value: Tensor) -> bool:
     return value.dim() == 2 and value.numel() != 1
 
 
+def check_multiplier(multiplier: Tensor | None, scale: Tensor, offset: Tensor, rows: int) -> None:
+    """Raise unless ``multiplier`` is None, or uint8 ``[rows]`` beside a range that is not per row already.
+
+    Its values are not looked at: results hold for any of ``0 .. 15``, and the sums of larger ones could overflow.
+    """
+    if multiplier is None:
+        return
+    if multiplier.dtype is not torch.uint8:
+        raise TypeError(f"Expected 'multiplier' to be uint8 (got {multiplier.dtype})")
+    if multiplier.shape != (rows,):
+        raise ValueError(f"Expected 'multiplier' of shape [{rows}] (got {list(multiplier.shape)})")
+    if is_per_row(scale) or is_per_row(offset):
+        raise ValueError(
+            "Expected 'scale' and 'offset' of one element or per column beside 'multiplier' (got a range per row); "
+            "leave one of them out"
+        )
+
+
+def check_unit(unit: Tensor | None, scale: Tensor | None, offset: Tensor | None, bits: int) -> None:
+    """Raise unless ``unit`` is None, or a float32 element beside a range to quantize to that is not per row already."""
+    if unit is None:
+        return
+    if unit.dtype is not torch.float32:
+        raise TypeError(f"Expected the unit of row multipliers to be float32 (got {unit.dtype})")
+    if unit.numel() != 1:
+        raise ValueError(f"Expected the unit of row multipliers to have one element (got {list(unit.shape)})")
+    if bits == 0 or scale is None or offset is None:
+        raise ValueError("Expected row multipliers of packed output only (got float32 output); pass 'out_bits'")
+    if is_per_row(scale) or is_per_row(offset):
+        raise ValueError(
+            "Expected a range of one element or per column beside the unit of row multipliers (got a range per row); "
+            "leave one of them out"
+        )
+
+
+def row_multipliers(x: Tensor, unit: Tensor) -> Tensor:
+    """``clamp(ceil(peak / unit), 1, 15)`` of the rows of ``x`` ``[N, F]``, uint8 ``[N]``; NaN counts as 0."""
+    if x.size(1) == 0:
+        return torch.ones(x.size(0), dtype=torch.uint8, device=x.device)
+    peak = x.abs().nan_to_num_(0.0, float("inf")).amax(1)
+    steps = torch.ceil(peak * unit.reshape(1).reciprocal())
+    return steps.nan_to_num_(1.0, float("inf")).clamp_(1, LARGEST_MULTIPLIER).to(torch.uint8)
+
+
+def multiplied(scale: Tensor, offset: Tensor, multiplier: Tensor) -> tuple[Tensor, Tensor]:
+    """The range of each row, ``(s * m, l * m)``: ``[N, 1]``, or ``[N, F]`` where it is per column."""
+    factor = multiplier.to(torch.float32).unsqueeze(1)
+    return scale.reshape(1, -1) * factor, offset.reshape(1, -1) * factor
+
+
 def quantize_codes(x: Tensor, scale: Tensor, offset: Tensor, bits: int) -> Tensor:
     """Codes of ``x`` (``[N, F]`` float32) as uint8."""
     v = (x - offset) * scale.reciprocal()
@@ -86,9 +155,10 @@ def finish(
     out_bits: int = 0,
     row_scale: Tensor | None = None,
     addend: Tensor | None = None,
-) -> Tensor:
+    out_unit: Tensor | None = None,
+) -> Any:
     """The tail of every epilogue: bias, another matrix, ReLU, a factor per row and, where
-    ``out_bits`` is not 0, quantization and packing.
+    ``out_bits`` is not 0, quantization and packing; with ``out_unit`` a pair, the words and the rows' multipliers.
     """
     if bias is not None:
         y = y + bias
@@ -102,7 +172,11 @@ def finish(
         return y
     assert out_scale is not None
     assert out_offset is not None
-    return pack_codes(quantize_codes(y, out_scale, out_offset, out_bits), out_bits)
+    if out_unit is None:
+        return pack_codes(quantize_codes(y, out_scale, out_offset, out_bits), out_bits)
+    multiplier = row_multipliers(y, out_unit)
+    scale, offset = multiplied(out_scale, out_offset, multiplier)
+    return pack_codes(quantize_codes(y, scale, offset, out_bits), out_bits), multiplier
 
 
 def attention_thresholds(bits: int) -> Tensor:

@@ -12,15 +12,31 @@ GAT: ``e = LeakyReLU(alpha_src[j] + alpha_dst[i] (+ alpha_edge[e]))``.  GATv2: `
     LeakyReLU(x^_j + x_dst[i])>``.
 At ``attention_bits = 32`` the numerators are :math:`\exp(e_{ij} - m_i)` and the sums run in
 float32, as do those of messages with a range per source row, or per source row and head.
+
+With a multiplier :math:`m_j` per source row, the sums at quantized numerators stay integers:
+
+.. math::
+    y_i = \Big(s \sum_j k_{ij} m_j c_j\Big) r_i + l \Big(\sum_j k_{ij} m_j\Big) r_i,
+    \qquad r_i = 1 \Big/ \sum_j k_{ij}
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .aggregate import check_output_range, destinations, new_output, per_feature, sum_rows
-from .arithmetic import attention_thresholds, check_range, dequantize_codes, finish, is_per_row
+from .arithmetic import (
+    attention_thresholds,
+    check_multiplier,
+    check_range,
+    dequantize_codes,
+    finish,
+    is_per_row,
+    multiplied,
+)
 from .checks import check_float, check_plan
 from .indices import check_csr
 from .layout import check_packed, unpack_codes
@@ -31,13 +47,15 @@ __all__ = ["attention_aggregate", "attention_aggregate_reference"]
 
 FLOAT_BITS = 32
 
-SCHEMA = (
-    "(Tensor words, Tensor rowptr, Tensor col, Tensor scale, Tensor offset, int num_features, "
+_ARGUMENTS = (
+    "Tensor words, Tensor rowptr, Tensor col, Tensor scale, Tensor offset, int num_features, "
     "int bits, int heads, int attention_bits, float negative_slope, Tensor? alpha_src=None, "
     "Tensor? alpha_dst=None, Tensor? alpha_edge=None, Tensor? att=None, Tensor? x_dst=None, bool "
     "concat=True, Tensor? bias=None, bool relu=False, Tensor? out_scale=None, Tensor? "
-    "out_offset=None, int out_bits=0, Tensor? schedule=None) -> Tensor"
+    "out_offset=None, int out_bits=0, Tensor? schedule=None, Tensor? multiplier=None"
 )
+SCHEMA = f"({_ARGUMENTS}) -> Tensor"
+ROWS_SCHEMA = f"({_ARGUMENTS}, *, Tensor out_unit) -> (Tensor, Tensor)"
 
 
 def _logits(
@@ -93,10 +111,15 @@ def attention_aggregate_reference(
     out_offset: Tensor | None = None,
     out_bits: int = 0,
     schedule: Tensor | None = None,
-) -> Tensor:
+    multiplier: Tensor | None = None,
+    out_unit: Tensor | None = None,
+) -> Any:
     codes = unpack_codes(words, num_features, bits)
     src, dst = col.long(), destinations(rowptr, col.numel())
-    x = dequantize_codes(codes, _spread(scale, num_features), _spread(offset, num_features))
+    if multiplier is None:
+        x = dequantize_codes(codes, _spread(scale, num_features), _spread(offset, num_features))
+    else:
+        x = dequantize_codes(codes, *multiplied(scale, offset, multiplier))
     e = _logits(x, src, dst, heads, negative_slope, alpha_src, alpha_dst, alpha_edge, att, x_dst)
     num_dst = rowptr.numel() - 1
     peak = e.new_zeros((num_dst, heads))
@@ -112,7 +135,12 @@ def attention_aggregate_reference(
     inverse = per_feature(torch.where(total > 0, 1 / total, 0.0), num_features)
     exact = attention_bits != FLOAT_BITS and not is_per_row(scale) and not is_per_row(offset)
     weight = per_feature(numerator, num_features)
-    if exact:
+    if exact and multiplier is not None:
+        m = multiplier.long().unsqueeze(1)
+        y = sum_rows(codes.long() * m, rowptr, col, weight.long()).to(torch.float32)
+        mass = sum_rows(m.expand(-1, heads), rowptr, col, numerator.long()).to(torch.float32)
+        y = (y * scale) * inverse + offset * (per_feature(mass, num_features) * inverse)
+    elif exact:
         # int64: 100,000 neighbours at 8 x 8 bits pass 2^31.
         y = sum_rows(codes.long(), rowptr, col, weight.long()).to(torch.float32)
         y = (y * scale) * inverse + offset
@@ -121,7 +149,7 @@ def attention_aggregate_reference(
     y = torch.where(inverse > 0, y, 0.0)
     if not concat:
         y = y.view(num_dst, heads, num_features // heads).mean(1)
-    return finish(y, bias, relu, out_scale, out_offset, out_bits)
+    return finish(y, bias, relu, out_scale, out_offset, out_bits, out_unit=out_unit)
 
 
 def _fake(
@@ -147,9 +175,11 @@ def _fake(
     out_offset: Tensor | None = None,
     out_bits: int = 0,
     schedule: Tensor | None = None,
-) -> Tensor:
+    multiplier: Tensor | None = None,
+    out_unit: Tensor | None = None,
+) -> Any:
     width = num_features if concat else num_features // heads
-    return new_output(words, rowptr.size(0) - 1, width, out_bits)
+    return new_output(words, rowptr.size(0) - 1, width, out_bits, out_unit)
 
 
 def _check(
@@ -175,6 +205,8 @@ def _check(
     out_offset: Tensor | None = None,
     out_bits: int = 0,
     schedule: Tensor | None = None,
+    multiplier: Tensor | None = None,
+    out_unit: Tensor | None = None,
 ) -> None:
     check_packed(words, num_features, bits)
     num_src, num_dst = words.size(0), rowptr.numel() - 1
@@ -185,6 +217,7 @@ def _check(
         check_range(scale, offset, num_src, num_features)
     elif scale.dtype is not torch.float32 or offset.dtype is not torch.float32:
         raise TypeError(f"Expected 'scale' and 'offset' to be float32 (got {scale.dtype}, {offset.dtype})")
+    check_multiplier(multiplier, scale, offset, num_src)
     if attention_bits not in (2, 4, 8, FLOAT_BITS):
         raise ValueError(f"Expected 'attention_bits' to be 2, 4, 8 or {FLOAT_BITS} (got {attention_bits})")
     gat = alpha_src is not None and alpha_dst is not None and att is None and x_dst is None
@@ -202,10 +235,11 @@ def _check(
     check_float(x_dst, "x_dst", (num_dst, num_features))
     width = num_features if concat else num_features // heads
     check_float(bias, "bias", (width,))
-    check_output_range(out_scale, out_offset, out_bits, num_dst, width)
+    check_output_range(out_scale, out_offset, out_bits, num_dst, width, out_unit)
 
 
 register("attention_aggregate", SCHEMA, _fake, _check)
+register("attention_aggregate.rows", ROWS_SCHEMA, _fake, _check)
 
 
 def attention_aggregate(
@@ -230,7 +264,9 @@ def attention_aggregate(
     out_scale: Tensor | None = None,
     out_offset: Tensor | None = None,
     out_bits: int = 0,
-) -> Tensor:
+    multiplier: Tensor | None = None,
+    out_unit: Tensor | None = None,
+) -> Any:
     r"""Attention-weighted mean of packed multi-head messages over the edges of ``plan``.
 
     Args:
@@ -251,14 +287,21 @@ def attention_aggregate(
         bias: ``[F]`` or ``[C]`` float32.
         relu: Whether to clamp at 0.
         out_scale, out_offset, out_bits: Range and width of packed output.
+        multiplier: ``[num_src]`` uint8 of ``0 .. 15``: row ``j`` holds ``m_j (s c_j + l)``.  Not with a range per row.
+        out_unit: Unit ``p`` of the row multipliers of packed output, one element, float32: row ``i`` is packed at the
+            range ``(s m_i, l m_i)`` of ``out_scale``, ``out_offset``, ``m_i = clamp(ceil(max_f |y_if| / p), 1, 15)``.
 
     Returns:
-        ``[num_dst, F or C]`` float32, or packed words with ``out_bits``.  A row without neighbours
+        ``[num_dst, F or C]`` float32, or packed words with ``out_bits``; with ``out_unit`` a pair, the words and the
+        multipliers of their rows, ``[num_dst]`` uint8.  A row without neighbours
         gives 0 (before the bias).
     """
     check_plan(plan, words, "packed row")
-    return torch.ops.qgnn.attention_aggregate(
+    args = (
         words, plan.rowptr, plan.col, scale, offset, num_features, bits, heads, attention_bits,
         negative_slope, alpha_src, alpha_dst, alpha_edge, att, x_dst, concat, bias, relu,
-        out_scale, out_offset, out_bits,
+        out_scale, out_offset, out_bits, None, multiplier,
     )  # fmt: skip
+    if out_unit is None:
+        return torch.ops.qgnn.attention_aggregate.default(*args)
+    return torch.ops.qgnn.attention_aggregate.rows(*args, out_unit=out_unit)

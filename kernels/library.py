@@ -17,11 +17,12 @@ _library = torch.library.Library("qgnn", "DEF")
 
 def register(op: str, schema: str, fake: Callable[..., Any], check: Callable[..., None]) -> None:
     """Define ``qgnn::<op>`` with its fake (meta) implementation; devices dispatch through
-    :mod:`.backend`.
+    :mod:`.backend`.  An overload, ``name.overload``, runs the implementation of its name.
 
     ``check`` takes the op's arguments and raises on those with which a kernel would read or write out of bounds, or
     answer something else than its reference.
     """
+    name = op.partition(".")[0]
     _library.define(op + schema, tags=(torch.Tag.pt2_compliant_tag,))
 
     def device_of(args: Any, kwargs: Any) -> torch.device:
@@ -35,7 +36,7 @@ def register(op: str, schema: str, fake: Callable[..., Any], check: Callable[...
     def run(*args: Any, **kwargs: Any) -> Any:
         device = device_of(args, kwargs)
         check(*args, **kwargs)
-        return dispatch(op, device)(*args, **kwargs)
+        return dispatch(name, device)(*args, **kwargs)
 
     for key in ("CPU", "CUDA"):
         _library.impl(op, run, key)

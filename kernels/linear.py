@@ -10,23 +10,27 @@ features,
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .aggregate import check_output_range, new_output
-from .arithmetic import finish
+from .arithmetic import check_multiplier, finish, multiplied
 from .checks import check_float
 from .layout import check_packed, top_code, unpack_codes
 from .library import register
 
 __all__ = ["linear", "linear_reference"]
 
-SCHEMA = (
-    "(Tensor x_words, Tensor w_words, Tensor x_scale, Tensor x_offset, Tensor w_scale, Tensor "
+_ARGUMENTS = (
+    "Tensor x_words, Tensor w_words, Tensor x_scale, Tensor x_offset, Tensor w_scale, Tensor "
     "w_offset, int in_features, int x_bits, int w_bits, Tensor? bias=None, bool relu=False, "
     "Tensor? out_scale=None, Tensor? out_offset=None, int out_bits=0, Tensor? row_scale=None, Tensor? "
-    "addend=None) -> Tensor"
+    "addend=None, Tensor? multiplier=None"
 )
+SCHEMA = f"({_ARGUMENTS}) -> Tensor"
+ROWS_SCHEMA = f"({_ARGUMENTS}, *, Tensor out_unit) -> (Tensor, Tensor)"
 
 
 def linear_reference(
@@ -46,15 +50,19 @@ def linear_reference(
     out_bits: int = 0,
     row_scale: Tensor | None = None,
     addend: Tensor | None = None,
-) -> Tensor:
+    multiplier: Tensor | None = None,
+    out_unit: Tensor | None = None,
+) -> Any:
     x = unpack_codes(x_words, in_features, x_bits)
     w = unpack_codes(w_words, in_features, w_bits)
     # float64 products of small integers are exact, and run on every device.
     product = (x.to(torch.float64) @ w.to(torch.float64).t()).to(torch.float32)
     rowsum = x.sum(1, keepdim=True, dtype=torch.int32).to(torch.float32)
     y = (product * w_scale.reshape(1, -1)) + (rowsum * w_offset.reshape(1, -1))
+    if multiplier is not None:
+        x_scale, x_offset = multiplied(x_scale, x_offset, multiplier)
     y = (y * x_scale) + (linear_colterm(w, w_scale, w_offset) * x_offset)
-    return finish(y, bias, relu, out_scale, out_offset, out_bits, row_scale, addend)
+    return finish(y, bias, relu, out_scale, out_offset, out_bits, row_scale, addend, out_unit)
 
 
 def linear_colterm(w_codes: Tensor, w_scale: Tensor, w_offset: Tensor) -> Tensor:
@@ -82,8 +90,10 @@ def _fake(
     out_bits: int = 0,
     row_scale: Tensor | None = None,
     addend: Tensor | None = None,
-) -> Tensor:
-    return new_output(x_words, x_words.size(0), w_words.size(0), out_bits)
+    multiplier: Tensor | None = None,
+    out_unit: Tensor | None = None,
+) -> Any:
+    return new_output(x_words, x_words.size(0), w_words.size(0), out_bits, out_unit)
 
 
 def _check(
@@ -103,6 +113,8 @@ def _check(
     out_bits: int = 0,
     row_scale: Tensor | None = None,
     addend: Tensor | None = None,
+    multiplier: Tensor | None = None,
+    out_unit: Tensor | None = None,
 ) -> None:
     check_packed(x_words, in_features, x_bits, "x_words")
     check_packed(w_words, in_features, w_bits, "w_words")
@@ -117,6 +129,7 @@ def _check(
             check_float(value, name, (num_rows, 1))
         elif value.dtype is not torch.float32:
             raise TypeError(f"Expected '{name}' to be float32 (got {value.dtype})")
+    check_multiplier(multiplier, x_scale, x_offset, num_rows)
     for name, value in (("w_scale", w_scale), ("w_offset", w_offset)):
         if value.numel() != 1:
             check_float(value, name, (num_out,), (num_out, 1))
@@ -125,10 +138,11 @@ def _check(
     check_float(bias, "bias", (num_out,))
     check_float(row_scale, "row_scale", (num_rows,))
     check_float(addend, "addend", (num_rows, num_out))
-    check_output_range(out_scale, out_offset, out_bits, num_rows, num_out)
+    check_output_range(out_scale, out_offset, out_bits, num_rows, num_out, out_unit)
 
 
 register("linear", SCHEMA, _fake, _check)
+register("linear.rows", ROWS_SCHEMA, _fake, _check)
 
 
 def linear(
@@ -149,7 +163,9 @@ def linear(
     out_bits: int = 0,
     row_scale: Tensor | None = None,
     addend: Tensor | None = None,
-) -> Tensor:
+    multiplier: Tensor | None = None,
+    out_unit: Tensor | None = None,
+) -> Any:
     r"""``y_n = r_n (x^ w^T + b + a)_n`` on packed codes, exact in int32 up to the affine step.
 
     Args:
@@ -167,12 +183,18 @@ def linear(
         row_scale: ``[N]`` float32 factor of each result row, after bias and ReLU: with the source
             factor of a normalized adjacency, packed output is what neighbours send.
         addend: ``[N, O]`` float32, added before ReLU.
+        multiplier: ``[N]`` uint8: row ``n`` of ``x`` has the range ``(s_x m_n, l_x m_n)``.  Not with a range per row.
+        out_unit: Unit ``p`` of the row multipliers of packed output, one element, float32: row ``n`` is packed at the
+            range ``(s m_n, l m_n)`` of ``out_scale``, ``out_offset``, ``m_n = clamp(ceil(max_o |y_no| / p), 1, 15)``.
 
     Returns:
-        ``[N, O]`` float32, or ``[N, row_words(O, out_bits)]`` int32 with ``out_bits``.  Bitwise the
-        same on every backend.
+        ``[N, O]`` float32, or ``[N, row_words(O, out_bits)]`` int32 with ``out_bits``; with ``out_unit`` a pair, the
+        words and the multipliers of their rows, ``[N]`` uint8.  Bitwise the same on every backend.
     """
-    return torch.ops.qgnn.linear(
+    args = (
         x_words, w_words, x_scale, x_offset, w_scale, w_offset, in_features, x_bits, w_bits, bias,
-        relu, out_scale, out_offset, out_bits, row_scale, addend,
+        relu, out_scale, out_offset, out_bits, row_scale, addend, multiplier,
     )  # fmt: skip
+    if out_unit is None:
+        return torch.ops.qgnn.linear.default(*args)
+    return torch.ops.qgnn.linear.rows(*args, out_unit=out_unit)

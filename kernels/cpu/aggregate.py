@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..aggregate import MAX_PER_ROW
 from ..arithmetic import is_per_row
 from ..layout import parts_per_byte
 from . import jit, thresholds, weighted
@@ -17,7 +19,6 @@ from .epilogue import code_pitch, epilogue, finish_rows, flat
 from .parallel import row_chunks, run_chunks
 from .simd import atomic_add, keep, peek, poke, raw, vcast, vlanes, vlive, vstore_parts
 
-_MAX_PER_ROW = "Expected one range per tensor or column for reduce='max' (got one per row)"
 BLOCK_FLOATS = 1 << 12  # accumulators of a block of rows: they stay in the first-level cache
 MAX_LANES = 32  # words per tile: more would not fit the registers
 
@@ -94,7 +95,9 @@ def aggregate(
     out_offset: Tensor | None = None,
     out_bits: int = 0,
     schedule: Tensor | None = None,
-) -> Tensor:
+    multiplier: Tensor | None = None,
+    out_unit: Tensor | None = None,
+) -> Any:
     factors = {
         "dst_scale": dst_scale,
         "bias": bias,
@@ -102,12 +105,14 @@ def aggregate(
         "out_scale": out_scale,
         "out_offset": out_offset,
         "out_bits": out_bits,
+        "out_unit": out_unit,
     }
-    is_weighted = edge_weight is not None or is_per_row(scale) or is_per_row(offset)
+    has_multipliers = multiplier is not None
+    is_weighted = edge_weight is not None or has_multipliers or is_per_row(scale) or is_per_row(offset)
     if not is_weighted:
         factors.update(scale=scale, offset=offset)
     out, spec = epilogue(rowptr.numel() - 1, num_features, **factors)
-    if out.numel() == 0:
+    if rowptr.numel() == 1 or num_features == 0:
         return out
     stride = words.size(1)
     pointers, sources = flat(rowptr), flat(col)
@@ -116,8 +121,8 @@ def aggregate(
     chunks = row_chunks(pointers)
     if is_weighted:
         if reduce == "max":
-            raise ValueError(_MAX_PER_ROW)
-        args = _weighted_args(edge_weight, scale, offset, words.size(0), num_features, bits)
+            raise ValueError(MAX_PER_ROW)
+        args = _weighted_args(edge_weight, scale, offset, words.size(0), num_features, bits, multiplier)
         kernel = weighted.sum_kernel(bits)
         run_chunks(kernel, chunks, flat(words), stride, pointers, sources, *args, *tail)
         return out
@@ -141,12 +146,15 @@ def _weighted_args(
     num_src: int,
     num_features: int,
     bits: int,
+    multiplier: Tensor | None,
 ) -> tuple[object, ...]:
     """What :func:`.weighted.sum_kernel` takes between the graph and the epilogue."""
     heads = edge_weight.size(1) if edge_weight is not None and edge_weight.dim() == 2 else 1
     table, lanewise = weighted.head_table(num_features, bits, heads)
     row_scale = row_offset = None
-    if is_per_row(scale) or is_per_row(offset):
+    if multiplier is not None:
+        row_scale = row_offset = multiplier.to(torch.float32)
+    elif is_per_row(scale) or is_per_row(offset):
         row_scale, row_offset = scale.expand(num_src, 1), offset.expand(num_src, 1)
         scale = offset = torch.ones(1, dtype=torch.float32)
     return (
@@ -158,4 +166,5 @@ def _weighted_args(
         flat(row_offset),
         flat(scale.reshape(-1).expand(num_features)),
         flat(offset.reshape(-1).expand(num_features)),
+        np.empty(0, np.float32 if multiplier is None or edge_weight is not None else np.int64),
     )

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..arithmetic import attention_thresholds, is_per_row
+from ..arithmetic import LARGEST_MULTIPLIER, attention_thresholds, is_per_row
 from ..attention_aggregate import FLOAT_BITS
-from ..layout import parts_per_byte
+from ..layout import parts_per_byte, top_code
 from . import jit
 from .epilogue import GROUP, code_pitch, epilogue, finish_rows, flat
 from .parallel import row_chunks, run_chunks
@@ -28,6 +29,7 @@ __all__ = ["attention_aggregate"]
 
 BLOCK_FLOATS = 1 << 12
 FEW_THRESHOLDS = 15
+EXACT = 1 << 24  # integers below are exact in float32
 
 
 @jit.kernel
@@ -59,7 +61,7 @@ def _head_dot(x, target, at, att, begin, end, slope):
 @jit.kernel
 def gatv2_logits(
     codes, width, bits, features, col, begin, end, row, heads, slope, scale, offset, row_scale,
-    row_offset, per_row, att, x_dst, x, logits,
+    row_offset, per_row, multiplied, att, x_dst, x, logits,
 ):  # fmt: skip
     """``<att, LeakyReLU(x^_j + x_dst[i])>`` for some edges of a row; ``codes`` are packed bytes."""
     mask = (1 << bits) - 1
@@ -71,7 +73,11 @@ def gatv2_logits(
                 poke(x, first + k, (peek(codes, source * width + k) >> (bits * part)) & mask)
         for h in range(heads):
             begin_f, end_f = h * features // heads, (h + 1) * features // heads
-            if per_row:
+            if multiplied:
+                m = peek(row_scale, source * heads + h)
+                for f in range(begin_f, end_f):
+                    poke(x, f, peek(x, f) * (peek(scale, f) * m) + peek(offset, f) * m)
+            elif per_row:
                 step, low = peek(row_scale, source * heads + h), peek(row_offset, source * heads + h)
                 for f in range(begin_f, end_f):
                     poke(x, f, peek(x, f) * step + low)
@@ -151,7 +157,7 @@ def _kernel(bits: int):
     @jit.kernel
     def kernel(
         words, stride, rowptr, col, features, heads, table, lanewise, slope, gat, gatv2, thresholds,
-        ranges, concat, sums, spec, block, code_row, bounds, counter,
+        ranges, multiplied, edge_block, concat, sums, spec, block, code_row, bounds, counter,
     ):  # fmt: skip
         pitch, width = 4 * stride * parts, features // heads
         acc_owner = np.empty(block * pitch + GROUP, np.float32)
@@ -161,13 +167,14 @@ def _kernel(bits: int):
         logits_owner = np.empty(EDGE_BLOCK * heads, np.float32)
         values_owner = np.empty(EDGE_BLOCK * heads, np.float32)
         row_owner = np.empty(features, np.float32)
-        peak_owner, total_owner = np.empty(heads, np.float32), np.empty(heads, np.float32)
+        peak_owner, total_owner = np.empty(heads, np.float32), np.empty(heads, np.float64)
+        factor_owner = np.empty(heads, np.float32)
         share_owner, inverse_owner = np.empty(heads, np.float64), np.empty(heads, np.float32)
         unpacked_owner = np.zeros(block * code_row, np.uint8)
         nothing_owner = np.zeros(block, np.float32)
         acc, logits, values, row = raw(acc_owner), raw(logits_owner), raw(values_owner), raw(row_owner)
         long_sums, short_sums = raw(sums_owner), raw(block_owner)
-        peak, total, share = raw(peak_owner), raw(total_owner), raw(share_owner)
+        peak, total, share, factor = raw(peak_owner), raw(total_owner), raw(share_owner), raw(factor_owner)
         inverse, unpacked, nothing = raw(inverse_owner), raw(unpacked_owner), raw(nothing_owner)
         alpha_src, alpha_dst, alpha_edge = raw(gat[0]), raw(gat[1]), raw(gat[2])
         att, x_dst, levels = raw(gatv2[0]), raw(gatv2[1]), raw(thresholds)
@@ -191,20 +198,20 @@ def _kernel(bits: int):
                     peak_owner[:] = -np.inf
                     share_owner[:] = 0
                     total_owner[:] = 0
-                    blocks = (end - begin + EDGE_BLOCK - 1) // EDGE_BLOCK
+                    blocks = (end - begin + edge_block - 1) // edge_block
                     if blocks == 1:
                         block_owner[:] = 0
                     else:
                         sums_owner[:] = 0
                     for step in range(2 * blocks):  # first all peaks, then all sums
-                        low = begin + step % blocks * EDGE_BLOCK
-                        high = min(low + EDGE_BLOCK, end)
+                        low = begin + step % blocks * edge_block
+                        high = min(low + edge_block, end)
                         if step < blocks or blocks > 1:
                             if v2:
                                 gatv2_logits(
                                     packed, 4 * stride, bits, features, edges, low, high, i, heads,
-                                    slope, scale, offset, row_scale, row_offset, per_row, att, x_dst,
-                                    row, logits,
+                                    slope, scale, offset, row_scale, row_offset, per_row, multiplied, att,
+                                    x_dst, row, logits,
                                 )  # fmt: skip
                             else:
                                 gat_logits(
@@ -234,8 +241,8 @@ def _kernel(bits: int):
                         spread_sums(long_sums, stride, none, codes, parts, acc, r * pitch)
                     for h in range(heads):
                         inverse_owner[h] = np.float32(1.0) / np.float32(share_owner[h])
-                        total_owner[h] = total_owner[h] * inverse_owner[h] if per_row else np.float32(1.0)
-                    scale_heads(acc, r * pitch, heads, width, scale, offset, total, inverse)
+                        factor_owner[h] = np.float32(total_owner[h]) * inverse_owner[h] if per_row else np.float32(1.0)
+                    scale_heads(acc, r * pitch, heads, width, scale, offset, factor, inverse)
                     if not concat:
                         mean_heads(acc, r * pitch, heads, width)
                 finish_rows(acc, 0, pitch, nothing, first, count, spec, unpacked)
@@ -247,6 +254,7 @@ def _kernel(bits: int):
         keep(row_owner)
         keep(peak_owner)
         keep(total_owner)
+        keep(factor_owner)
         keep(share_owner)
         keep(inverse_owner)
         keep(unpacked_owner)
@@ -279,7 +287,9 @@ def attention_aggregate(
     out_offset: Tensor | None = None,
     out_bits: int = 0,
     schedule: Tensor | None = None,
-) -> Tensor:
+    multiplier: Tensor | None = None,
+    out_unit: Tensor | None = None,
+) -> Any:
     width = num_features if concat else num_features // heads
     out, spec = epilogue(
         rowptr.numel() - 1,
@@ -289,31 +299,41 @@ def attention_aggregate(
         out_scale=out_scale,
         out_offset=out_offset,
         out_bits=out_bits,
+        out_unit=out_unit,
     )
-    if out.numel() == 0:
+    if rowptr.numel() == 1 or width == 0:
         return out
     pointers = flat(rowptr)
-    ranges, exact = _ranges(scale, offset, words.size(0), num_features, heads)
+    ranges, exact = _ranges(scale, offset, words.size(0), num_features, heads, multiplier)
     quantized = attention_bits != FLOAT_BITS
     thresholds = flat(attention_thresholds(attention_bits) if quantized else None)
+    edge_block = EDGE_BLOCK
+    if multiplier is not None and quantized:
+        edge_block = min(EDGE_BLOCK, EXACT // (LARGEST_MULTIPLIER * top_code(attention_bits) * top_code(bits)))
     sums = np.empty(0, np.int64 if quantized and exact else np.float32)
     run_chunks(
         _kernel(bits), row_chunks(pointers), flat(words), words.size(1), pointers, flat(col),
         num_features, heads, *head_table(num_features, bits, heads), np.float32(negative_slope),
         (flat(alpha_src), flat(alpha_dst), flat(alpha_edge)), (flat(att), flat(x_dst)), thresholds,
-        ranges, concat, sums, spec, max(1, BLOCK_FLOATS // num_features),
+        ranges, multiplier is not None, edge_block, concat, sums, spec, max(1, BLOCK_FLOATS // num_features),
         code_pitch(width, out_bits),
     )  # fmt: skip
     return out
 
 
 def _ranges(
-    scale: Tensor, offset: Tensor, num_src: int, num_features: int, heads: int
+    scale: Tensor, offset: Tensor, num_src: int, num_features: int, heads: int, multiplier: Tensor | None
 ) -> tuple[tuple[np.ndarray, ...], bool]:
-    """Range per feature and per source row and head, one of them trivial; whether it is the former."""
+    """Range per feature and per source row and head, one of them trivial; whether it is the former.
+
+    With row multipliers both are there.
+    """
     if is_per_row(scale) or is_per_row(offset):
         ones = flat(torch.ones(num_features, dtype=torch.float32))
         per_row = flat(scale.expand(num_src, heads)), flat(offset.expand(num_src, heads))
         return (ones, ones, *per_row), False
     spread = (flat(value.reshape(-1).expand(num_features)) for value in (scale, offset))
+    if multiplier is not None:
+        factor = flat(multiplier.to(torch.float32).unsqueeze(1).expand(num_src, heads))
+        return (*spread, factor, factor), True
     return (*spread, flat(None), flat(None)), True

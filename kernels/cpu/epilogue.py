@@ -6,20 +6,22 @@ Each operation is one float32 rounding, in the order of :mod:`..arithmetic`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
 
-from ..arithmetic import is_per_row
+from ..arithmetic import LARGEST_MULTIPLIER, is_per_row, multiplied
 from ..layout import parts_per_byte, row_words
 from . import jit
 from .memory import empty
 from .simd import (
     peek,
+    poke,
     raw,
+    vabs,
     vcast,
     vload,
     vload_first,
@@ -29,6 +31,7 @@ from .simd import (
     vstore,
     vstore_first,
     vstream,
+    vtop,
     vview,
 )
 
@@ -48,7 +51,7 @@ STREAM_BYTES = 1 << 24  # results beyond this size are written past the caches
 
 SCALE, OFFSET, TERM, BIAS, INVERSE, LOW = range(6)  # rows of ``columns``
 # Bits of ``flags``:
-HAS_DST, HAS_TERM, HAS_BIAS, ROW_RANGE, STREAM, HAS_ROW_SCALE, HAS_ADDEND = 1, 2, 4, 8, 16, 32, 64
+HAS_DST, HAS_TERM, HAS_BIAS, ROW_RANGE, STREAM, HAS_ROW_SCALE, HAS_ADDEND, HAS_UNIT = 1, 2, 4, 8, 16, 32, 64, 128
 
 
 class Epilogue(NamedTuple):
@@ -72,6 +75,10 @@ class Epilogue(NamedTuple):
     bits: int  # of packed output, 0 for float32
     out: np.ndarray  # flat float32, empty for packed output
     packed: np.ndarray  # flat int32, empty for float32 output
+    # Of packed rows with multipliers:
+    multiplier: np.ndarray  # [N] uint8, a result; empty without
+    unit_inverse: np.float32
+    steps: np.ndarray  # [16, 2, 16 or ceil16(F)] float32: inverse step and start of the range that m makes
 
 
 _EMPTY = np.empty(0, np.float32)
@@ -98,8 +105,12 @@ def epilogue(
     out_bits: int = 0,
     row_scale: Tensor | None = None,
     addend: Tensor | None = None,
-) -> tuple[Tensor, Epilogue]:
-    """Allocate the result and gather its epilogue; without ``scale`` the affine step is skipped."""
+    out_unit: Tensor | None = None,
+) -> tuple[Any, Epilogue]:
+    """Allocate the result and gather its epilogue; without ``scale`` the affine step is skipped.
+
+    With ``out_unit`` the result is a pair, the words and the multipliers of their rows.
+    """
     if out_bits:
         out = empty((rows, row_words(width, out_bits)), torch.int32)
     else:
@@ -112,8 +123,16 @@ def epilogue(
     for index, value in ((OFFSET, offset), (TERM, term), (BIAS, bias)):
         if value is not None:
             columns[index, :width] = value.detach().reshape(-1)
-    row_inverse = row_low = None
-    if out_bits:
+    row_inverse = row_low = multipliers = None
+    unit_inverse, steps = np.float32(0), _EMPTY
+    if out_unit is not None:
+        assert out_scale is not None
+        assert out_offset is not None
+        flags |= HAS_UNIT
+        multipliers = empty((rows,), torch.uint8) if width else torch.ones(rows, dtype=torch.uint8)
+        unit_inverse = np.float32(out_unit.reshape(1).reciprocal().item())
+        steps = _steps(out_scale.detach(), out_offset.detach(), columns.size(1))
+    elif out_bits:
         assert out_scale is not None
         assert out_offset is not None
         inverse = out_scale.detach().reciprocal()
@@ -139,8 +158,22 @@ def epilogue(
         out_bits,
         _EMPTY if out_bits else flat(out),
         flat(out) if out_bits else np.empty(0, np.int32),
+        np.empty(0, np.uint8) if multipliers is None else flat(multipliers),
+        unit_inverse,
+        steps,
     )
-    return out, spec
+    return (out if multipliers is None else (out, multipliers)), spec
+
+
+def _steps(scale: Tensor, offset: Tensor, stretch: int) -> np.ndarray:
+    """Inverse step and start of each multiplier's range, ``[16, 2, GROUP or stretch]``; columns that are alike once."""
+    factors = torch.arange(LARGEST_MULTIPLIER + 1, dtype=torch.uint8)
+    ranges = multiplied(scale, offset, factors)
+    width = max(value.size(1) for value in ranges)
+    steps = torch.zeros((LARGEST_MULTIPLIER + 1, 2, GROUP if width == 1 else stretch), dtype=torch.float32)
+    used = GROUP if width == 1 else width
+    steps[:, 0, :used], steps[:, 1, :used] = ranges[0].reciprocal(), ranges[1]
+    return steps.view(-1).numpy()
 
 
 def code_pitch(width: int, bits: int) -> int:
@@ -177,12 +210,56 @@ def pack_row(codes, start, out, at, words, bits):
             vstore_first(out, at + k // 4, word, left)
 
 
+@njit(forceinline=True)
+def row_multiplier(peak, unit_inverse):
+    """``clamp(ceil(peak / unit), 1, 15)``, and 1 for NaN."""
+    v = peak * unit_inverse
+    v = v if v > np.float32(1) else np.float32(1)
+    v = v if v < np.float32(LARGEST_MULTIPLIER) else np.float32(LARGEST_MULTIPLIER)
+    whole = np.int64(v)
+    return whole + np.int64(np.float32(whole) < v)
+
+
+@jit.kernel
+def quantize_units(acc, base, pitch, first, count, spec, codes, code_row):
+    """The multipliers of finished rows, from their largest absolute values, and their codes."""
+    width = spec.width
+    steps, multiplier = raw(spec.steps), raw(spec.multiplier)
+    stretch = spec.steps.size // (2 * (LARGEST_MULTIPLIER + 1))
+    along = 1 if stretch > GROUP else 0  # columns differ
+    top = vsplat(np.float32((1 << spec.bits) - 1), GROUP)
+    tail = width % GROUP
+    whole = width - tail
+    for r in range(count):
+        at = base + r * pitch
+        peak = vsplat(np.float32(0.0), GROUP)
+        for f in range(0, whole, GROUP):
+            peak = vmax(vabs(vload(acc, at + f, GROUP)), peak)
+        if tail:
+            peak = vmax(vabs(vload_first(acc, at + whole, GROUP, tail)), peak)
+        m = row_multiplier(vtop(peak), spec.unit_inverse)
+        poke(multiplier, first + r, m)
+        step = 2 * m * stretch
+        inverse, low = vload(steps, step, GROUP), vload(steps, step + stretch, GROUP)
+        for f in range(0, whole, GROUP):
+            if along:
+                inverse, low = vload(steps, step + f, GROUP), vload(steps, step + stretch + f, GROUP)
+            code = quantize_group(vload(acc, at + f, GROUP), low, inverse, top)
+            vstore(codes, r * code_row + f, vcast(code, "u8"))
+        if tail:
+            if along:
+                inverse, low = vload(steps, step + whole, GROUP), vload(steps, step + stretch + whole, GROUP)
+            code = quantize_group(vload_first(acc, at + whole, GROUP, tail), low, inverse, top)
+            vstore_first(codes, r * code_row + whole, vcast(code, "u8"), tail)
+
+
 @jit.kernel
 def finish_rows(acc, base, pitch, coefficient, first, count, spec, codes):
     """Turn accumulated rows into the result rows ``[first, first + count)``.
 
     Row ``r`` of ``acc`` (float32) starts at ``base + r * pitch``; ``coefficient`` has one value per
-    row; ``codes`` has :func:`code_pitch` zeroed bytes per row.  The three are :func:`.simd.raw`.
+    row; ``codes`` has :func:`code_pitch` zeroed bytes per row.  The three are :func:`.simd.raw`.  Where rows get
+    multipliers, ``acc`` holds the finished rows afterwards.
     """
     width, bits, flags = spec.width, spec.bits, spec.flags
     table, stretch = raw(spec.columns), spec.columns.shape[1]
@@ -223,7 +300,12 @@ def finish_rows(acc, base, pitch, coefficient, first, count, spec, codes):
             y = vmax(floor, y)
             if flags & HAS_ROW_SCALE:
                 y = y * vsplat(peek(row_scale, i), GROUP)
-            if bits:
+            if flags & HAS_UNIT:
+                if whole:
+                    vstore(acc, base + r * pitch + f, y)
+                else:
+                    vstore_first(acc, base + r * pitch + f, y, width - f)
+            elif bits:
                 if flags & ROW_RANGE:
                     inverse = vsplat(peek(row_inverse, i), GROUP)
                     low = vsplat(peek(row_low, i), GROUP)
@@ -238,6 +320,8 @@ def finish_rows(acc, base, pitch, coefficient, first, count, spec, codes):
                 vstore(out, i * width + f, y)
             else:
                 vstore_first(out, i * width + f, y, width - f)
+    if flags & HAS_UNIT:
+        quantize_units(acc, base, pitch, first, count, spec, codes, code_row)
     if bits:
         for r in range(count):
             pack_row(codes, r * code_row, packed, (first + r) * words, words, bits)

@@ -17,6 +17,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from ..arithmetic import multiplied
 from ..layout import lane_mask, parts_per_byte, unpack_codes
 from ..plan import PlanCache
 from . import jit
@@ -166,7 +167,11 @@ def linear(
     out_bits: int = 0,
     row_scale: Tensor | None = None,
     addend: Tensor | None = None,
-) -> Tensor:
+    multiplier: Tensor | None = None,
+    out_unit: Tensor | None = None,
+) -> Any:
+    if multiplier is not None:
+        x_scale, x_offset = multiplied(x_scale, x_offset, multiplier)
     rows, channels = x_words.size(0), w_words.size(0)
     key = (in_features, w_bits, x_bits == 8)
     weight, start, colsum = _prepared.get((w_words,), key, lambda: _weights(w_words, *key))
@@ -186,8 +191,9 @@ def linear(
         out_bits=out_bits,
         row_scale=row_scale,
         addend=addend,
+        out_unit=out_unit,
     )
-    if out.numel():
+    if rows and channels:
         depth = -(-in_features // FEATURES)
         args = (flat(x_words), x_words.size(1), weight, start.size, depth, start, spec)
         chunks = even_chunks(rows, 1 + in_features * channels // 512)

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from torch import Tensor
 
 from . import jit
-from .epilogue import code_pitch, epilogue, finish_rows, flat
+from .epilogue import GROUP, HAS_UNIT, code_pitch, epilogue, finish_rows, flat
 from .parallel import even_chunks, run_chunks
-from .simd import atomic_add, keep, raw
+from .simd import atomic_add, keep, raw, vload, vload_first, vstore, vstore_first
 
 __all__ = ["pack_scaled", "quantize_pack"]
 
@@ -17,10 +19,21 @@ BLOCK_ROWS = 32
 
 
 @jit.kernel
+def _copy(source, at, target, count):
+    whole = count - count % GROUP
+    for k in range(0, whole, GROUP):
+        vstore(target, k, vload(source, at + k, GROUP))
+    if whole < count:
+        vstore_first(target, whole, vload_first(source, at + whole, GROUP, count - whole), count - whole)
+
+
+@jit.kernel
 def _kernel(x, spec, code_row, bounds, counter):
     unpacked = np.zeros(BLOCK_ROWS * code_row, np.uint8)
     nothing = np.zeros(BLOCK_ROWS, np.float32)
-    rows, zeros, codes = raw(x), raw(nothing), raw(unpacked)
+    # Rows with multipliers are finished where they lie before they are quantized: that is not done to the input.
+    copied = np.empty(BLOCK_ROWS * spec.width if spec.flags & HAS_UNIT else 0, np.float32)
+    rows, zeros, codes, block = raw(x), raw(nothing), raw(unpacked), raw(copied)
     while True:
         chunk = atomic_add(counter, 0, 1)
         if chunk >= bounds.size - 1:
@@ -28,20 +41,29 @@ def _kernel(x, spec, code_row, bounds, counter):
         for first in range(bounds[chunk], bounds[chunk + 1], BLOCK_ROWS):
             count = min(BLOCK_ROWS, bounds[chunk + 1] - first)
             base = first * spec.width
-            finish_rows(rows, base, spec.width, zeros, first, count, spec, codes)
+            if spec.flags & HAS_UNIT:
+                _copy(rows, base, block, count * spec.width)
+                finish_rows(block, 0, spec.width, zeros, first, count, spec, codes)
+            else:
+                finish_rows(rows, base, spec.width, zeros, first, count, spec, codes)
+    keep(copied)
     keep(unpacked)
     keep(nothing)
 
 
-def pack_scaled(x: Tensor, row_factor: Tensor | None, scale: Tensor, offset: Tensor, bits: int) -> Tensor:
+def pack_scaled(
+    x: Tensor, row_factor: Tensor | None, scale: Tensor, offset: Tensor, bits: int, unit: Tensor | None = None
+) -> Any:
     """Quantize and pack ``row_factor * x``."""
     rows, width = x.shape
-    out, spec = epilogue(rows, width, dst_scale=row_factor, out_scale=scale, out_offset=offset, out_bits=bits)
-    if out.numel():
+    out, spec = epilogue(
+        rows, width, dst_scale=row_factor, out_scale=scale, out_offset=offset, out_bits=bits, out_unit=unit
+    )
+    if rows:
         chunks = even_chunks(rows, 1 + width // 16)
         run_chunks(_kernel, chunks, flat(x), spec, code_pitch(width, bits))
     return out
 
 
-def quantize_pack(x: Tensor, scale: Tensor, offset: Tensor, bits: int) -> Tensor:
-    return pack_scaled(x, None, scale, offset, bits)
+def quantize_pack(x: Tensor, scale: Tensor, offset: Tensor, bits: int, unit: Tensor | None = None) -> Any:
+    return pack_scaled(x, None, scale, offset, bits, unit)

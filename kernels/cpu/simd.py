@@ -31,6 +31,7 @@ __all__ = [
     "poke",
     "prefetch",
     "raw",
+    "vabs",
     "vcast",
     "vdot",
     "vfma",
@@ -52,6 +53,7 @@ __all__ = [
     "vstore_parts",
     "vstream",
     "vsum",
+    "vtop",
     "vview",
     "vwithin",
 ]
@@ -354,6 +356,27 @@ def vsum(typingctx, a):
 
     def codegen(context, builder, sig, args):
         return _call(builder, f"llvm.vector.reduce.add.{_suffix(a)}", _ELEMENTS[a.element], args)
+
+    return signature(_SCALARS[a.element], a), codegen
+
+
+@intrinsic
+def vabs(typingctx, a):
+    """The absolute values of float lanes."""
+    return signature(a, a), lambda context, builder, sig, args: _call(
+        builder, f"llvm.fabs.{_suffix(a)}", a.llvm, args
+    )
+
+
+@intrinsic
+def vtop(typingctx, a):
+    """The largest of the lanes: unsigned, or of floats that are neither negative nor NaN, which compare as integers."""
+    lanes = Vector("i32", a.lanes) if a.is_float else a
+
+    def codegen(context, builder, sig, args):
+        value = builder.bitcast(args[0], lanes.llvm)
+        top = _call(builder, f"llvm.vector.reduce.umax.{_suffix(lanes)}", _ELEMENTS[lanes.element], [value])
+        return builder.bitcast(top, _ELEMENTS[a.element])
 
     return signature(_SCALARS[a.element], a), codegen
 

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..arithmetic import is_per_row
+from ..arithmetic import is_per_row, multiplied
 from ..layout import parts_per_byte
+from ..unpack_dequantize import unpack_dequantize_reference
 from . import jit
 from .epilogue import epilogue, finish_rows, flat
 from .parallel import even_chunks, run_chunks
@@ -53,8 +54,14 @@ def _kernel(bits: int):
     return kernel
 
 
-def unpack_dequantize(words: Tensor, scale: Tensor, offset: Tensor, num_features: int, bits: int) -> Tensor:
+def unpack_dequantize(
+    words: Tensor, scale: Tensor, offset: Tensor, num_features: int, bits: int, multiplier: Tensor | None = None
+) -> Tensor:
     rows = words.size(0)
+    if multiplier is not None:
+        if scale.numel() > 1 or offset.numel() > 1:  # (c s_f + l_f) m would round differently
+            return unpack_dequantize_reference(words, scale, offset, num_features, bits, multiplier)
+        scale, offset = multiplied(scale, offset, multiplier)
     if is_per_row(scale) or is_per_row(offset):
         # (c * s_i) + (1 * l_i) by the row factors of the epilogue.
         factors = {

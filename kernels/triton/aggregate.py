@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arithmetic import multiplied
 from ..layout import parts_per_byte, row_words
 from .bits import ROW, finish, isolated_part, load_range, part_features, part_sums, power_of_two, store_words
 from .gather import heads_part, max_codes, spread_heads, sum_codes, sum_slots, sum_weighted
@@ -27,6 +28,7 @@ from .launch import (
     warp_size,
     word_tile,
 )
+from .multipliers import pack_rows, sum_multiplied
 from .ranges import range_kind
 from .schedule import Schedule, schedule_for
 
@@ -248,7 +250,23 @@ def aggregate(
     out_offset: Tensor | None = None,
     out_bits: int = 0,
     schedule: Tensor | None = None,
-) -> Tensor:
+    multiplier: Tensor | None = None,
+    out_unit: Tensor | None = None,
+) -> Any:
+    if out_unit is not None:
+        assert out_scale is not None
+        assert out_offset is not None
+        y = aggregate(
+            words, rowptr, col, scale, offset, num_features, bits, reduce, edge_weight, dst_scale,
+            bias, relu, multiplier=multiplier,
+        )  # fmt: skip
+        return pack_rows(y, out_scale, out_offset, out_bits, out_unit)
+    if multiplier is not None:
+        if edge_weight is None and out_bits == 0:
+            return sum_multiplied(
+                words, rowptr, col, scale, offset, num_features, bits, multiplier, dst_scale, bias, relu
+            )
+        scale, offset = multiplied(scale, offset, multiplier)
     per_row = range_kind(scale) == ROW.value or range_kind(offset) == ROW.value
     if reduce == "max" and per_row:
         raise ValueError("Expected one range per tensor or column for reduce='max' (got one per row)")

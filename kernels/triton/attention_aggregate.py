@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..arithmetic import attention_thresholds
 from ..arithmetic import finish as finish_rows
+from ..attention_aggregate import attention_aggregate_reference
 from ..layout import row_words, top_code
 from .aggregate import heads_aligned
 from .attention_logits import gat_logits, load_heads, numerator, peaks, v2_inputs, v2_logits
@@ -352,7 +353,15 @@ def attention_aggregate(
     out_offset: Tensor | None = None,
     out_bits: int = 0,
     schedule: Tensor | None = None,
-) -> Tensor:
+    multiplier: Tensor | None = None,
+    out_unit: Tensor | None = None,
+) -> Any:
+    if multiplier is not None or out_unit is not None:
+        return attention_aggregate_reference(
+            words, rowptr, col, scale, offset, num_features, bits, heads, attention_bits, negative_slope, alpha_src,
+            alpha_dst, alpha_edge, att, x_dst, concat, bias, relu, out_scale, out_offset, out_bits,
+            multiplier=multiplier, out_unit=out_unit,
+        )  # fmt: skip
     if not concat or out_bits not in (0, bits):
         # The mean over heads, or packing at another width, crosses threads: a second pass.
         y = attention_aggregate(

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arithmetic import multiplied
 from ..layout import parts_per_byte, row_bytes, row_words
 from .bits import load_range, quantize, relu
 from .launch import (
@@ -31,6 +32,7 @@ from .launch import (
     on_hip,
     processors,
 )
+from .multipliers import pack_rows
 from .prepared import prepared_weights, zero_code
 from .ranges import range_kind
 from .unpack import operand, word_sums
@@ -220,7 +222,19 @@ def linear(
     out_bits: int = 0,
     row_scale: Tensor | None = None,
     addend: Tensor | None = None,
-) -> Tensor:
+    multiplier: Tensor | None = None,
+    out_unit: Tensor | None = None,
+) -> Any:
+    if multiplier is not None:
+        x_scale, x_offset = multiplied(x_scale, x_offset, multiplier)
+    if out_unit is not None:
+        assert out_scale is not None
+        assert out_offset is not None
+        y = linear(
+            x_words, w_words, x_scale, x_offset, w_scale, w_offset, in_features, x_bits, w_bits, bias, relu,
+            row_scale=row_scale, addend=addend,
+        )  # fmt: skip
+        return pack_rows(y, out_scale, out_offset, out_bits, out_unit)
     device = check_devices(
         x_words, w_words, x_scale, x_offset, w_scale, w_offset, bias, out_scale, out_offset, row_scale,
         addend,

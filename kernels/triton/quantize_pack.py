@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -10,6 +12,7 @@ from torch import Tensor
 from ..layout import row_words
 from .bits import feature_tile, load_range, pack_features, quantize
 from .launch import UNSPECIALIZED, check_devices, config_for, launch, warp_size, word_tile
+from .multipliers import pack_rows
 from .ranges import range_kind
 
 __all__ = ["pack_scaled", "quantize_pack", "quantize_pack_kernel"]
@@ -42,7 +45,9 @@ def quantize_pack_kernel(  # type: ignore[no-untyped-def]
     )
 
 
-def quantize_pack(x: Tensor, scale: Tensor, offset: Tensor, bits: int) -> Tensor:
+def quantize_pack(x: Tensor, scale: Tensor, offset: Tensor, bits: int, unit: Tensor | None = None) -> Any:
+    if unit is not None:
+        return pack_rows(x, scale, offset, bits, unit)
     return pack_scaled(x, None, scale, offset, bits)
 
 

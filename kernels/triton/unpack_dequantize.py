@@ -7,7 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arithmetic import multiplied
 from ..layout import row_words
+from ..unpack_dequantize import unpack_dequantize_reference
 from .bits import by_feature, feature_tile, load_range, load_words, spread
 from .launch import UNSPECIALIZED, check_devices, config_for, launch, warp_size, word_tile
 from .ranges import range_kind
@@ -39,7 +41,13 @@ def unpack_dequantize_kernel(  # type: ignore[no-untyped-def]
     )
 
 
-def unpack_dequantize(words: Tensor, scale: Tensor, offset: Tensor, num_features: int, bits: int) -> Tensor:
+def unpack_dequantize(
+    words: Tensor, scale: Tensor, offset: Tensor, num_features: int, bits: int, multiplier: Tensor | None = None
+) -> Tensor:
+    if multiplier is not None:
+        if scale.numel() > 1 or offset.numel() > 1:  # no range tensor holds one per row and column
+            return unpack_dequantize_reference(words, scale, offset, num_features, bits, multiplier)
+        scale, offset = multiplied(scale, offset, multiplier)
     device = check_devices(words, scale, offset)
     num_rows, num_words = words.size(0), row_words(num_features, bits)
     out = words.new_empty((num_rows, num_features), dtype=torch.float32)

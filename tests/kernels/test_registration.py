@@ -46,6 +46,13 @@ def _cases() -> dict[str, Callable[[], tuple[Any, ...]]]:
             words(), *graph, one, zero, WIDTH, 2, 2, 4, 0.2, alpha, alpha,
         ),
         "linear": lambda: (words(), words(7), one, zero, one, zero, WIDTH, 2, 2),
+        "quantize_pack.rows": lambda: (x, one, zero, 2, one),
+        "aggregate.rows": lambda: (words(), *graph, one, zero, WIDTH, 2, "sum", None, None, None, False, one, zero, 4),
+        "linear.rows": lambda: (words(), words(7), one, zero, one, zero, WIDTH, 2, 2, None, True, one, zero, 4),
+        "attention_aggregate.rows": lambda: (
+            words(), *graph, one, zero, WIDTH, 2, 2, 4, 0.2, alpha, alpha, None, None, None, True, None, False, one,
+            zero, 4,
+        ),
         "linear with a row scale": lambda: (
             words(), words(7), one, zero, one, zero, WIDTH, 2, 2, None, True, one, zero, 4, alpha[:, 0],
         ),
@@ -64,21 +71,30 @@ NAMES = {"linear with a row scale": "linear", "attention with a range per head":
 
 
 def _op(case: str) -> Any:
-    return getattr(torch.ops.qgnn, NAMES.get(case, case))
+    name, _, overload = NAMES.get(case, case).partition(".")
+    return getattr(getattr(torch.ops.qgnn, name), overload or "default")
+
+
+def _keywords(case: str) -> dict[str, torch.Tensor]:
+    """Overloads with multipliers take them in, and write others."""
+    if not case.endswith(".rows") or case.startswith("quantize"):
+        return {}
+    rows = plan_of("erdos_renyi").num_src
+    return {"multiplier": torch.randint(1, 16, (rows,), dtype=torch.uint8), "out_unit": torch.tensor([2.0])}
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_opcheck(op: str) -> None:
-    torch.library.opcheck(_op(op).default, _cases()[op]())
+    torch.library.opcheck(_op(op), _cases()[op](), _keywords(op))
 
 
 class _Module(torch.nn.Module):
     def __init__(self, op: str, constants: tuple[Any, ...]) -> None:
         super().__init__()
-        self.op, self.constants = _op(op), constants
+        self.op, self.constants, self.keywords = _op(op), constants, _keywords(op)
 
     def forward(self, *tensors: torch.Tensor) -> Any:
-        return self.op(*tensors, *self.constants)
+        return self.op(*tensors, *self.constants, **self.keywords)
 
 
 def _module(op: str) -> tuple[_Module, tuple[torch.Tensor, ...]]:
@@ -93,14 +109,14 @@ def _module(op: str) -> tuple[_Module, tuple[torch.Tensor, ...]]:
 @pytest.mark.parametrize("op", OPS)
 def test_compiles_without_graph_breaks(op: str) -> None:
     args = tuple(v.detach() if isinstance(v, torch.Tensor) else v for v in _cases()[op]())
-    function = _op(op)
+    function, keywords = _op(op), _keywords(op)
     torch._dynamo.reset()  # each op compiles this one lambda anew
-    compiled = torch.compile(lambda *a: function(*a), fullgraph=True, backend="aot_eager")
-    for want, got in zip(_flat(function(*args)), _flat(compiled(*args)), strict=True):
+    compiled = torch.compile(lambda *a: function(*a, **keywords), fullgraph=True, backend="aot_eager")
+    for want, got in zip(_flat(function(*args, **keywords)), _flat(compiled(*args)), strict=True):
         assert torch.equal(want, got)
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if NAMES.get(op, op) != "attention_aggregate"])
+@pytest.mark.parametrize("op", [op for op in OPS if not NAMES.get(op, op).startswith("attention_aggregate")])
 def test_exports(op: str) -> None:
     module, tensors = _module(op)
     program = torch.export.export(module, tensors)
