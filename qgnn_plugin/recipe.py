@@ -95,22 +95,31 @@ def _accuracy(logits: Tensor, labels: Tensor, mask: Tensor) -> float:
 
 
 Loss = Callable[[Tensor], Tensor]
+OnEpoch = Callable[[nn.Module, int, int], None]  # model, epoch from 1 on, number of epochs
 
 
-def _fit(model: nn.Module, data: Any, stage: Stage, loss: Loss, groups: list[dict[str, Any]]) -> StageResult:
+def _fit(
+    model: nn.Module,
+    data: Any,
+    stage: Stage,
+    loss: Loss,
+    groups: list[dict[str, Any]],
+    on_epoch: OnEpoch | None,
+) -> StageResult:
     args, kwargs = model_inputs(model, data)
     optimizer = torch.optim.Adam(groups)
-    peaks = [group["lr"] for group in optimizer.param_groups]
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(1, stage.epochs))
     best, best_key, waited = None, (-1.0, -math.inf), 0
     for epoch in range(1, stage.epochs + 1):
-        if stage.cosine:
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * 0.5 * (1 + math.cos(math.pi * (epoch - 1) / stage.epochs))
         model.train(stage.dropout)
         optimizer.zero_grad()
         loss(model(*args, **kwargs)).backward()
         optimizer.step()
+        if stage.cosine:
+            schedule.step()
         differential_multiplier_step(model)
+        if on_epoch is not None:
+            on_epoch(model, epoch, stage.epochs)
         if epoch % stage.evaluate_every and epoch != stage.epochs:
             continue
         model.eval()
@@ -131,16 +140,31 @@ def _fit(model: nn.Module, data: Any, stage: Stage, loss: Loss, groups: list[dic
     return StageResult(model, best_key[0], best[1], best[2])
 
 
-def fit_float(model: nn.Module, data: Any, recipe: Recipe | None = None) -> StageResult:
-    """Train ``model`` (in place) on the training labels of a full-batch ``data`` with boolean node masks."""
+def fit_float(
+    model: nn.Module, data: Any, recipe: Recipe | None = None, *, on_epoch: OnEpoch | None = None
+) -> StageResult:
+    """Train ``model`` (in place) on the training labels of a full-batch ``data`` with boolean node masks.
+
+    ``on_epoch(model, epoch, epochs)`` is called after every epoch, to watch or to log.
+    """
     stage = (recipe or Recipe()).float_stage
     groups = parameter_groups(model, stage.lr, stage.weight_decay)
     labels, mask = data.y, data.train_mask
-    return _fit(model, data, stage, lambda logits: F.cross_entropy(logits[mask], labels[mask]), groups)
+    return _fit(model, data, stage, lambda logits: F.cross_entropy(logits[mask], labels[mask]), groups, on_epoch)
 
 
-def distil(student: nn.Module, teacher: nn.Module, data: Any, recipe: Recipe | None = None) -> StageResult:
-    """Train ``student`` (in place) on the training labels and on the soft predictions of ``teacher`` for all nodes."""
+def distil(
+    student: nn.Module,
+    teacher: nn.Module,
+    data: Any,
+    recipe: Recipe | None = None,
+    *,
+    on_epoch: OnEpoch | None = None,
+) -> StageResult:
+    """Train ``student`` (in place) on the training labels and on the soft predictions of ``teacher`` for all nodes.
+
+    ``on_epoch`` is that of :func:`fit_float`.
+    """
     recipe = recipe or Recipe()
     stage, mask = recipe.quantized_stage, data.train_mask
     teacher.eval()
@@ -156,11 +180,17 @@ def distil(student: nn.Module, teacher: nn.Module, data: Any, recipe: Recipe | N
         return (1 - weight) * hard + weight * distillation_loss(logits, soft, temperature=recipe.temperature)
 
     groups = parameter_groups(student, stage.lr, stage.weight_decay, recipe.range_lr)
-    return _fit(student, data, stage, loss, groups)
+    return _fit(student, data, stage, loss, groups, on_epoch)
 
 
 def fit_quantized(
-    float_model: nn.Module, data: Any, bits: int = 4, *, config: QuantConfig | None = None, recipe: Recipe | None = None
+    float_model: nn.Module,
+    data: Any,
+    bits: int = 4,
+    *,
+    config: QuantConfig | None = None,
+    recipe: Recipe | None = None,
+    on_epoch: OnEpoch | None = None,
 ) -> StageResult:
     """Convert a trained ``float_model`` (untouched), set its ranges, and train it at low bit width.
 
@@ -170,7 +200,7 @@ def fit_quantized(
     config = QuantConfig.accurate(bits) if config is None else replace(config, bits=bits)
     plain = restore_model(float_model) if is_quantized(float_model) else float_model
     qmodel = calibrate(quantize_model(plain, config=config), data)
-    return distil(qmodel, float_model, data, recipe)
+    return distil(qmodel, float_model, data, recipe, on_epoch=on_epoch)
 
 
 @dataclass(frozen=True)

@@ -205,3 +205,24 @@ def test_sparse_features_bound(bound: float) -> None:
 def test_sparse_features_need_a_matrix(x: object) -> None:
     with pytest.raises(ValueError, match=r"'data.x' of shape \[N, F\]"):
         to_sparse_features(Data(x=x))
+
+
+def test_a_saved_graph(tmp_path: Path) -> None:
+    edges = torch.from_numpy(_edges()).t().contiguous()
+    data = Data(x=torch.rand(NODES, 4), edge_index=edges, y=torch.arange(NODES) % 2)
+    torch.save(data, tmp_path / "mine.pt")
+    loaded = load_dataset(str(tmp_path / "mine.pt"), seed=7)
+    assert torch.equal(loaded.x, data.x)
+    expected = random_split(data, seed=7, small_classes=True)
+    for key, mask in expected._asdict().items():
+        assert torch.equal(loaded[key], mask)
+
+
+@pytest.mark.parametrize("content", [{"x": torch.ones(2)}, [Data()], Path("a")])
+def test_a_file_of_something_else(tmp_path: Path, content: object) -> None:
+    """What is no graph is refused; what would run code is not even built."""
+    torch.save(content, tmp_path / "mine.pt")
+    with pytest.raises(ValueError, match=r"expected one (homogeneous )?Data.*mine\.pt"):
+        load_dataset(str(tmp_path / "mine.pt"))
+    with pytest.raises(FileNotFoundError, match="got nothing"):
+        load_dataset(str(tmp_path / "other.pt"))

@@ -82,7 +82,7 @@ def test_wheel(source: Path, python: Path, tmp_path: Path) -> None:
         header = archive.read(metadata).decode()
     expected = {"qgnn_plugin/py.typed"}
     for folder, mapped in FOLDERS.items():
-        for path in [*(source / folder).rglob("*.py"), *(source / folder).rglob("*.json")]:
+        for path in (p for kind in ("py", "json", "npz", "txt") for p in (source / folder).rglob(f"*.{kind}")):
             expected.add(f"{mapped}/{path.relative_to(source / folder).as_posix()}")
     assert names == expected
     assert "Requires-Python: <3.14,>=3.10" in header

@@ -3,6 +3,7 @@
 import copy
 import difflib
 import inspect
+import pickle
 import re
 import warnings
 from pathlib import Path
@@ -12,11 +13,14 @@ import torch
 from torch import Tensor
 from torch_geometric import datasets as pyg_datasets
 from torch_geometric.data import Data
+from torch_geometric.data.data import DataEdgeAttr, DataTensorAttr
+from torch_geometric.data.storage import GlobalStorage
 
 from qgnn_plugin.data.cora import load_demo_cora
 from qgnn_plugin.data.splits import random_split
 
 DEMO = "demo"
+FIELDS = [Data, DataEdgeAttr, DataTensorAttr, GlobalStorage]  # what a saved Data consists of
 
 # Name -> (class of torch_geometric.datasets, its `name` argument or None).
 DATASETS: dict[str, tuple[str, str | None]] = {
@@ -59,7 +63,8 @@ def load_dataset(
     Args:
         name: ``"demo"`` (see :func:`load_demo_cora`), a key of :data:`DATASETS` in any spelling of
             case and punctuation, or ``"Class/Name"`` for any other single-graph class of
-            :mod:`torch_geometric.datasets`, such as ``"AttributedGraphDataset/Wiki"``.
+            :mod:`torch_geometric.datasets`, such as ``"AttributedGraphDataset/Wiki"``; or a file of
+            one ``Data`` that ``torch.save`` wrote (``.pt``, ``.pth``).
         root: Folder of the data sets. Both ``root/Class`` and the folder one would hand to the PyG
             class itself work; ``root/Class`` is used for a download. Optional for ``"demo"`` only.
         split: Which of the public splits to use, where there are several.
@@ -77,6 +82,8 @@ def load_dataset(
     """
     if _key(name) == DEMO:
         return load_demo_cora()
+    if Path(name).suffix in (".pt", ".pth"):
+        return _with_masks(_saved(Path(name)), name, split, seed)
     class_name, argument = _resolve(name)
     if root is None:
         raise ValueError(f"expected 'root', the folder of the data set '{name}' (got None)")
@@ -177,6 +184,23 @@ def _class_root(root: Path, class_name: str, argument: str | None) -> Path:
             if argument and _key(child.name) == _key(argument) and (child / "raw").is_dir():
                 return root
     return root / class_name
+
+
+def _saved(path: Path) -> Data:
+    """The graph in a file; nothing in it is executed."""
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a file with a saved Data (got nothing at '{path}')")
+    try:
+        with torch.serialization.safe_globals(FIELDS):
+            data = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as err:
+        raise ValueError(
+            f"expected one Data of tensors, as torch.save(data, path) writes it (got '{path}': "
+            f"{' '.join(str(err).split())[:300]})"
+        ) from err
+    if not isinstance(data, Data):
+        raise ValueError(f"expected one homogeneous Data in '{path}' (got {type(data).__name__})")
+    return data
 
 
 def _with_masks(data: Data, name: str, split: int, seed: int) -> Data:

@@ -14,7 +14,7 @@ from ..atomic import PathLike, atomic_file, shown
 from ..kernels.layout import LAYOUT_VERSION
 from . import tensor_file
 
-__all__ = ["PathLike", "read", "refuse", "write"]
+__all__ = ["PathLike", "kind_of", "read", "refuse", "write"]
 
 FORMAT = "qgnn_plugin"
 VERSION = 1
@@ -67,6 +67,26 @@ def read(path: PathLike, kind: str, *, verify: bool = True, mmap: bool = False) 
         FileNotFoundError: If there is no such file.
         ValueError: If it is damaged, truncated, foreign, or of another kind or version.
     """
+    tensors, header = _opened(path, mmap=mmap)
+    for field, value in {"version": VERSION, "layout": LAYOUT_VERSION, "kind": kind}.items():
+        if header.get(field) != value:
+            raise ValueError(f"Expected {field} {value!r} in '{shown(path)}' (got {_brief(header.get(field))})")
+    _check_sums(path, tensors, header.get("checksums"), verify)
+    return tensors, header.get("description")
+
+
+def kind_of(path: PathLike) -> str:
+    """What a file holds: ``"model"`` or ``"embeddings"``.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged, truncated or foreign.
+    """
+    return str(_opened(path, mmap=True)[1].get("kind"))
+
+
+def _opened(path: PathLike, *, mmap: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors in a file, not yet compared with their checksums, and its header."""
     name = os.fsdecode(path)
     if not os.path.isfile(name):
         found = "a folder" if os.path.isdir(name) else "nothing" if not os.path.lexists(name) else "no regular file"
@@ -83,11 +103,7 @@ def read(path: PathLike, kind: str, *, verify: bool = True, mmap: bool = False) 
         raise ValueError(
             f"Expected a file written by qgnn_plugin (got '{shown(path)}', a safetensors file from elsewhere)"
         )
-    for field, value in {"version": VERSION, "layout": LAYOUT_VERSION, "kind": kind}.items():
-        if header.get(field) != value:
-            raise ValueError(f"Expected {field} {value!r} in '{shown(path)}' (got {_brief(header.get(field))})")
-    _check_sums(path, tensors, header.get("checksums"), verify)
-    return tensors, header.get("description")
+    return tensors, header
 
 
 def _header(metadata: Mapping[str, str]) -> dict[str, Any] | None:

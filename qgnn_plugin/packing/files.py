@@ -25,7 +25,7 @@ from .ranges import PackedRange
 from .schema import Description, fits, read_description, written
 from .settings import first_difference, settings_of
 
-__all__ = ["load_packed", "save_packed"]
+__all__ = ["load_packed", "read_origin", "save_packed"]
 
 KIND = "model"
 RANGES = ("scale", "lower_end", "skew")  # buffers of a frozen range
@@ -33,11 +33,17 @@ OTHER_RANGES = ("weight_scale", "weight_lower_end", "multiplier")  # and of a pa
 _PLAIN = {"reason": None, "smooth": False, "output": False, "attention_bits": OFF, "check": False}
 
 
-def save_packed(packed: nn.Module, path: container.PathLike) -> None:
+def save_packed(packed: nn.Module, path: container.PathLike, *, origin: Mapping[str, Any] | None = None) -> None:
     """Write a packed model: its tensors, and in the header its configuration per layer and its settings.
 
     The file is complete or not there: whoever reads ``path`` sees the old file or the new one.  A symbolic link is
     replaced, not followed; permissions are those of the umask.
+
+    Args:
+        packed: The model.
+        path: The file.
+        origin: How the model is built, a note to whoever reads the file (:func:`read_origin`): plain values as JSON
+            knows them.  Loading does not look at it.
 
     Raises:
         ValueError: If ``packed`` was not made by :func:`~qgnn_plugin.pack_model`, or holds state that is no tensor.
@@ -49,7 +55,20 @@ def save_packed(packed: nn.Module, path: container.PathLike) -> None:
     # A model that is one layer has the name of its float class there.
     model = next((spec.type for spec in specs if spec.name == ""), type(packed).__name__)
     description = {"model": model, **_describe(specs), "settings": written(settings_of(packed))}
+    if origin is not None:
+        description["origin"] = dict(origin)
     container.write(path, KIND, tensors, description)
+
+
+def read_origin(path: container.PathLike) -> dict[str, Any] | None:
+    """What :func:`save_packed` was given as ``origin``, :obj:`None` where that was nothing.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged or foreign.
+    """
+    _, value = container.read(path, KIND, verify=False, mmap=True)
+    return read_description(path, value).origin
 
 
 def load_packed(

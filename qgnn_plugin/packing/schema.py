@@ -30,10 +30,17 @@ class Description:
         model: Name of the model's class.
         specs: Every converted layer, in order.
         settings: Its modules and their settings, :obj:`None` in files that know none.
+        origin: What the writer noted of how it is built.
     """
 
-    def __init__(self, model: str, specs: list[LayerSpec], settings: dict[str, ModuleSettings] | None) -> None:
-        self.model, self.specs, self.settings = model, specs, settings
+    def __init__(
+        self,
+        model: str,
+        specs: list[LayerSpec],
+        settings: dict[str, ModuleSettings] | None,
+        origin: dict[str, Any] | None = None,
+    ) -> None:
+        self.model, self.specs, self.settings, self.origin = model, specs, settings, origin
 
 
 def read_description(path: container.PathLike, value: Any) -> Description:
@@ -43,7 +50,7 @@ def read_description(path: container.PathLike, value: Any) -> Description:
         ValueError: If something is missing, unknown, of another type or out of range (names the file and the field).
     """
     refuse: Refuse = partial(container.refuse, path)
-    _mapping(refuse, "description", value, {"model", "configs", "layers"}, {"settings"})
+    _mapping(refuse, "description", value, {"model", "configs", "layers"}, {"settings", "origin"})
     _text(refuse, "model", value["model"])
     configs, layers = value["configs"], value["layers"]
     _list(refuse, "layers", layers, MOST_LAYERS)
@@ -55,7 +62,10 @@ def read_description(path: container.PathLike, value: Any) -> Description:
         refuse("layers", "at least one layer and no name twice", names)
     _check_stacks(refuse, specs)
     settings = value.get("settings")
-    return Description(value["model"], specs, None if settings is None else _settings(refuse, settings))
+    origin = value.get("origin")
+    if origin is not None and not isinstance(origin, dict):
+        refuse("origin", "a mapping", origin)
+    return Description(value["model"], specs, None if settings is None else _settings(refuse, settings), origin)
 
 
 # Kinds of values ######################################################################################################

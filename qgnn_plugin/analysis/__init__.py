@@ -1,0 +1,1 @@
+"""What a conversion costs and gains, measured: comparisons, reports, and bit widths under a budget."""
