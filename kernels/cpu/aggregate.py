@@ -13,7 +13,7 @@ from torch import Tensor
 from ..aggregate import MAX_PER_ROW
 from ..arithmetic import is_per_row
 from ..layout import parts_per_byte
-from . import jit, thresholds, weighted
+from . import jit, multiplied, thresholds, weighted
 from .codesum import lane_capacity, neighbour_sum
 from .epilogue import code_pitch, epilogue, finish_rows, flat
 from .parallel import row_chunks, run_chunks
@@ -107,8 +107,7 @@ def aggregate(
         "out_bits": out_bits,
         "out_unit": out_unit,
     }
-    has_multipliers = multiplier is not None
-    is_weighted = edge_weight is not None or has_multipliers or is_per_row(scale) or is_per_row(offset)
+    is_weighted = edge_weight is not None or is_per_row(scale) or is_per_row(offset)
     if not is_weighted:
         factors.update(scale=scale, offset=offset)
     out, spec = epilogue(rowptr.numel() - 1, num_features, **factors)
@@ -125,6 +124,11 @@ def aggregate(
         args = _weighted_args(edge_weight, scale, offset, words.size(0), num_features, bits, multiplier)
         kernel = weighted.sum_kernel(bits)
         run_chunks(kernel, chunks, flat(words), stride, pointers, sources, *args, *tail)
+        return out
+    if multiplier is not None:
+        lanes = multiplied.multiplied_lanes(stride, bits)
+        kernel = multiplied.sum_kernel(bits, lanes, int(stride % lanes == 0))
+        run_chunks(kernel, chunks, flat(words), stride, pointers, sources, flat(multiplier), *tail)
         return out
     lanes = tile_lanes(stride)
     exact = int(stride % lanes == 0)
@@ -166,5 +170,4 @@ def _weighted_args(
         flat(row_offset),
         flat(scale.reshape(-1).expand(num_features)),
         flat(offset.reshape(-1).expand(num_features)),
-        np.empty(0, np.float32 if multiplier is None or edge_weight is not None else np.int64),
     )

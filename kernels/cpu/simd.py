@@ -236,9 +236,14 @@ _ZMM = 16  # int32 lanes of an AVX-512 register
 
 def _by_register(builder, vector: Vector, args, one):
     """Apply ``one`` to the register-sized slices of the arguments and join the results."""
+    return _by_width(builder, vector, args, _ZMM, one)
+
+
+def _by_width(builder, vector: Vector, args, width: int, one):
+    """Apply ``one`` to slices of ``width`` lanes of the arguments and join the results."""
     results = []
-    for start in range(0, vector.lanes, _ZMM):
-        order = _order(range(start, start + _ZMM))
+    for start in range(0, vector.lanes, width):
+        order = _order(range(start, start + width))
         results.append(one([builder.shuffle_vector(x, x, order) for x in args]))
     return _concatenate(builder, results)
 

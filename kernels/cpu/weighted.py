@@ -118,17 +118,17 @@ def sum_kernel(bits: int):
     @jit.kernel
     def kernel(
         words, stride, rowptr, col, weight, heads, table, lanewise, row_scale, row_offset, scale,
-        offset, sums, spec, block, code_row, bounds, counter,
+        offset, spec, block, code_row, bounds, counter,
     ):  # fmt: skip
         pitch = 4 * stride * parts
         tiles = (stride + LANES - 1) // LANES
         acc_owner = np.empty(block * pitch + GROUP, np.float32)
-        sums_owner = np.empty(tiles * codes, sums.dtype)  # ``sums`` only carries the type
+        sums_owner = np.empty(tiles * codes, np.float32)
         scratch_owner = np.empty(EDGE_BLOCK * heads, np.float32)
         total_owner, inverse_owner = np.empty(heads, np.float32), np.ones(heads, np.float32)
         unpacked_owner = np.zeros(block * code_row, np.uint8)
         nothing_owner = np.zeros(block, np.float32)
-        acc, totals, scratch, total = raw(acc_owner), raw(sums_owner), raw(scratch_owner), raw(total_owner)
+        acc, sums, scratch, total = raw(acc_owner), raw(sums_owner), raw(scratch_owner), raw(total_owner)
         inverse, unpacked, nothing = raw(inverse_owner), raw(unpacked_owner), raw(nothing_owner)
         source, edges, final, weights = raw(words), raw(col), col.size - 1, raw(weight)
         steps, lows, scales, offsets = raw(row_scale), raw(row_offset), raw(scale), raw(offset)
@@ -152,9 +152,9 @@ def sum_kernel(bits: int):
                         )  # fmt: skip
                         add_edges(
                             source, stride, edges, final, begin, stop, scratch, heads,
-                            table, lanewise, none, codes, totals,
+                            table, lanewise, none, codes, sums,
                         )  # fmt: skip
-                    spread_sums(totals, stride, none, codes, parts, acc, r * pitch)
+                    spread_sums(sums, stride, none, codes, parts, acc, r * pitch)
                     scale_heads(acc, r * pitch, heads, width, scales, offsets, total, inverse)
                 finish_rows(acc, 0, pitch, nothing, first, count, spec, unpacked)
         keep(acc_owner)

@@ -1,0 +1,138 @@
+"""Byte dot products of four packed rows at a time, in registers: sums of codes that integers weight.
+
+The words of four rows are interleaved byte by byte, so that each int32 lane holds one byte of every row, and a byte dot
+product with the four weights adds all of them up.  Codes are told apart by masks alone: part ``p`` of a byte is what
+the dot product of its lowest ``b (p + 1)`` bits has more than that of its lowest ``b p`` bits, taken once per row.
+"""
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+from numba.core import types
+from numba.extending import intrinsic
+
+from ..layout import lane_mask
+from .simd import Vector, _by_width, _call, _concatenate, _constant, _order, _splat, signature
+
+__all__ = ["vadd_mixed", "vmix", "vunmix"]
+
+ROWS = 4  # rows that meet in a lane
+_LANE_BYTES = 16  # unpack instructions stay within 128 bits
+
+
+def _unpack(count: int, size: int, high: bool) -> list[int]:
+    """What ``punpck`` of elements of ``size`` bytes takes from two vectors of ``count`` bytes."""
+    order = []
+    half = _LANE_BYTES // 2
+    for lane in range(0, count, _LANE_BYTES):
+        for k in range(lane + half * high, lane + half * (high + 1), size):
+            order += [*range(k, k + size), *range(count + k, count + k + size)]
+    return order
+
+
+@intrinsic
+def vmix(typingctx, a, b, c, d):
+    """Four rows of ``l`` int32 words, byte by byte: lane ``l q + 4 k + i`` has their bytes ``16 k + 4 q + i``."""
+    mixed = Vector("i32", ROWS * a.lanes)
+
+    def codegen(context, builder, sig, args):
+        count = 4 * a.lanes
+        as_bytes = Vector("u8", count)
+        a_, b_, c_, d_ = (builder.bitcast(x, as_bytes.llvm) for x in args)
+        lanes = []
+        for high in (False, True):
+            order = _order(_unpack(count, 1, high))
+            ab, cd = builder.shuffle_vector(a_, b_, order), builder.shuffle_vector(c_, d_, order)
+            lanes += [builder.shuffle_vector(ab, cd, _order(_unpack(count, 2, up))) for up in (False, True)]
+        return _concatenate(builder, [builder.bitcast(x, a.llvm) for x in lanes])
+
+    return signature(mixed, a, a, a, a), codegen
+
+
+def _dot(context, builder, parts):
+    """``acc + dot of bytes`` in one register's lanes; the second operand without, the third with sign.
+
+    No product of two neighbouring bytes may pass 15 bits: weights are small.
+    """
+    acc, unsigned, signed = parts
+    features = getattr(context.codegen(), "_tm_features", "")
+    bits = 32 * acc.type.count
+    if "+avx512vnni" in features and ("+avx512vl" in features or bits == 512):
+        return _call(builder, f"llvm.x86.avx512.vpdpbusd.{bits}", acc.type, _as_bytes(builder, parts))
+    if bits == 256 and "+avx2" in features:
+        _, x, y = _as_bytes(builder, parts)
+        pairs = Vector("u16", 2 * acc.type.count)
+        products = _call(builder, "llvm.x86.avx2.pmadd.ub.sw", pairs.llvm, [x, y])
+        total = _call(builder, "llvm.x86.avx2.pmadd.wd", acc.type, [products, _constant(pairs, 1)])
+        return builder.add(acc, total)
+    lanes = Vector("i32", acc.type.count)
+    for byte in range(ROWS):
+        x = builder.and_(builder.lshr(unsigned, _constant(lanes, 8 * byte)), _constant(lanes, 255))
+        y = builder.ashr(builder.shl(signed, _constant(lanes, 24 - 8 * byte)), _constant(lanes, 24))
+        acc = builder.add(acc, builder.mul(x, y))
+    return acc
+
+
+def _as_bytes(builder, parts):
+    count = parts[0].type.count
+    lanes = Vector("u8", 4 * count).llvm
+    return [parts[0], *(builder.bitcast(part, lanes) for part in parts[1:])]
+
+
+def register_lanes(context) -> int:
+    """int32 lanes of the registers that byte dot products use here."""
+    features = getattr(context.codegen(), "_tm_features", "")
+    return 16 if "+avx512vnni" in features else 8
+
+
+@intrinsic
+def vadd_mixed(typingctx, acc, mixed, weights):
+    """Add what four rows, :func:`vmix`, times four weights, bytes of an int32 number from 0 to 127, come to.
+
+    ``acc`` has int32 lanes for each part of a byte, of which the width of the codes follows; :func:`vunmix` ends it.
+    """
+    parts = acc.lanes // mixed.lanes
+    bits = 8 // parts
+
+    def codegen(context, builder, sig, args):
+        factor = _splat(builder, mixed, args[2])
+        width = min(register_lanes(context), mixed.lanes)
+        results = []
+        for part in range(parts):
+            mask = lane_mask(8) if part == parts - 1 else lane_mask(bits * (part + 1))
+            low = args[1] if part == parts - 1 else builder.and_(args[1], _constant(mixed, mask))
+            lanes = range(part * mixed.lanes, (part + 1) * mixed.lanes)
+            total = builder.shuffle_vector(args[0], args[0], _order(lanes))
+            results.append(
+                _by_width(builder, mixed, (total, low, factor), width, lambda x: _dot(context, builder, x))
+            )
+        return _concatenate(builder, results)
+
+    return signature(acc, acc, mixed, types.int32), codegen
+
+
+@intrinsic
+def vunmix(typingctx, acc, like):
+    """The sums of :func:`vadd_mixed` in the order of :func:`.simd.vspread`; ``like`` has the lanes of a row's words."""
+    parts = acc.lanes // (ROWS * like.lanes)
+    bits = 8 // parts
+    mixed = Vector("i32", ROWS * like.lanes)
+
+    def codegen(context, builder, sig, args):
+        order = []
+        for byte in range(mixed.lanes):
+            lane, place = divmod(byte, _LANE_BYTES)
+            order.append(place // 4 * like.lanes + 4 * lane + place % 4)
+        results, below = [], None
+        for part in range(parts):
+            lanes = range(part * mixed.lanes, (part + 1) * mixed.lanes)
+            total = builder.shuffle_vector(args[0], args[0], _order(lanes))
+            own = total if below is None else builder.sub(total, below)
+            own = builder.lshr(own, _constant(mixed, bits * part)) if part else own
+            results.append(builder.shuffle_vector(own, own, _order(order)))
+            below = total
+        return _concatenate(builder, results)
+
+    return signature(acc, acc, like), codegen
+
+
