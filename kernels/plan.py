@@ -31,11 +31,13 @@ class GraphPlan:
         perm: ``[num_edges]`` int64, the caller's edge at each CSR position, or :obj:`None` where they coincide.
     """
 
+    is_traced = False  # whether it is the result of an op in a program that is being traced, and not known yet
+
     def __init__(self, rowptr: Tensor, col: Tensor, num_src: int, perm: Tensor | None = None) -> None:
         self.rowptr = rowptr
         self.col = col
         self.perm = perm
-        self.num_src = int(num_src)
+        self.num_src = num_src if isinstance(num_src, torch.SymInt) else int(num_src)
         self.num_dst = rowptr.numel() - 1
         self.num_edges = col.numel()
 
@@ -49,6 +51,11 @@ class GraphPlan:
             TypeError: If these are no integers.
             ValueError: If there are nodes that do not exist, more than 32 bits can number, or two devices.
         """
+        if torch.compiler.is_compiling():  # a program that takes its edges as an input: the op of `plan_op`
+            rowptr, col, perm = torch.ops.qgnn.plan(src, dst, num_src, num_dst)
+            plan = cls(rowptr, col, num_src, perm)
+            plan.is_traced = True
+            return plan
         _check_sizes(src, dst, num_src, num_dst)
         order = order_edges(src, dst, num_src, num_dst)
         return cls(order.rowptr, order.col, num_src, order.perm)
@@ -145,6 +152,8 @@ class GraphPlan:
 
     def edges(self, start: int, stop: int) -> slice:
         """The CSR positions of the edges into the destinations ``[start, stop)``."""
+        if (start, stop) == (0, self.num_dst):
+            return slice(0, self.num_edges)
         return slice(int(self.rowptr[start]), int(self.rowptr[stop]))
 
     def rows(self, start: int, stop: int) -> GraphPlan:
@@ -165,18 +174,23 @@ class GraphPlan:
         """
         if copies == 1:
             return self
-        if (largest := copies * max(self.num_src, self.num_dst)) > MAX_NODES:
+        # Not while tracing, where it would limit what the program takes; a kernel refuses numbers that wrap around.
+        if not self.is_traced and (largest := copies * max(self.num_src, self.num_dst)) > MAX_NODES:
             raise ValueError(f"Expected at most {MAX_NODES:,} nodes, numbered in 32 bits (got {largest:,})")
         copy = torch.arange(copies, device=self.device).view(-1, 1)
         rowptr = self.rowptr.new_zeros(copies * self.num_dst + 1)
         rowptr[1:] = (self.rowptr[1:] + copy * self.num_edges).view(-1)
         col = (self.col + (copy * self.num_src).to(self.col.dtype)).view(-1)
         perm = None if self.perm is None else (self.perm + copy * self.num_edges).view(-1)
-        return GraphPlan(rowptr, col, copies * self.num_src, perm)
+        plan = GraphPlan(rowptr, col, copies * self.num_src, perm)
+        plan.is_traced = self.is_traced
+        return plan
 
     def sort(self, per_edge: Tensor) -> Tensor:
         """Bring a per-edge tensor ``[E, ...]`` from the caller's order into CSR order."""
-        if per_edge.size(0) != self.num_edges:
+        if self.is_traced:
+            torch._check(per_edge.size(0) == self.num_edges)
+        elif per_edge.size(0) != self.num_edges:
             raise ValueError(f"Expected one value per edge, {self.num_edges} (got {per_edge.size(0)})")
         return per_edge if self.perm is None else per_edge[self.perm]
 

@@ -12,6 +12,7 @@ from . import training
 from .calibration import calibrate
 from .config import QuantConfig, SMPConfig
 from .conversion import is_quantized, quantize_like, quantize_model, quantizers, range_parameters, restore_model
+from .exporting import export_package, export_program
 from .layers import QuantizedLayer, register_layer
 from .layers.graph import fixed_graph
 from .packing import (
@@ -57,6 +58,8 @@ __all__ = [
     "data",
     "differential_multiplier_step",
     "error_report",
+    "export_package",
+    "export_program",
     "fixed_graph",
     "is_packed",
     "is_quantized",

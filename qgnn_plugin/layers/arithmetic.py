@@ -161,10 +161,14 @@ def _float_sum(x: QuantizedTensor, plan: GraphPlan, weight: Tensor | None) -> Te
     """:func:`aggregate_sum` by differentiable products."""
     if x.per_node:
         return spmm(plan, x.dequantize(), weight)
-    acc = spmm(plan, x.codes, weight)
+    if plan.is_traced and weight is None and x.qmax is not None and x.codes.dtype == torch.float32:
+        acc = spmm(plan, x.codes.double()).to(torch.float32)  # exact whatever the degrees, which are not known yet
+    else:
+        acc = spmm(plan, x.codes, weight)
     if x.qmax is None:
         return acc
-    if weight is None and acc.dtype == torch.float32 and plan.max_degree * x.qmax >= EXACT_FLOAT32:
+    counted = weight is None and not plan.is_traced and acc.dtype == torch.float32
+    if counted and plan.max_degree * x.qmax >= EXACT_FLOAT32:
         # The correction is exact in float32 (the two are neighbours), and leaves the gradient alone.
         acc = acc + (exact_sum(plan, x.codes, x.qmax) - acc).detach()
     y = acc * x.scale

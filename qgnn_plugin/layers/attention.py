@@ -239,6 +239,8 @@ class _QuantizedAttention(WatchedAttention, QuantizedConv):
             (dst, src), values = to_edge_index(adjacency)
             plan = GraphPlan.from_edges(src, dst, *size)
             edge_attr = values if edge_attr is None and values.dim() > 1 else edge_attr
+        elif as_pyg and torch.compiler.is_compiling():  # a traced plan of the caller's edges numbers these
+            plan = plain_graph(adjacency, size, self.flow).plan
         elif self.add_self_loops:
             plan = looped_plan(edge_index, size, self.flow)
         else:

@@ -11,6 +11,7 @@ from torch_geometric import EdgeIndex
 from torch_geometric.utils import to_edge_index
 
 from ..kernels.plan import GraphPlan
+from ..kernels.plan_op import traced_plan
 from .samples import layer_name
 
 __all__ = ["Edges", "LoopedPlan", "edges_of", "graph_size", "is_sparse", "may_look", "memory_of", "own_order"]
@@ -216,6 +217,8 @@ class LoopedPlan:
 
         One that is not ``weighted`` cannot be asked for :meth:`weights`.
         """
+        if torch.compiler.is_compiling():
+            return TracedLoops.of(edges, size, loops)
         if loops == "none":
             return cls(GraphPlan.from_edges(edges.src, edges.dst, *size))
         kept = own = None
@@ -236,6 +239,20 @@ class LoopedPlan:
             loops = weight.new_full((self.num_loops,), fill)
             parts.append(loops if self.own is None else loops.index_put((self.own[0],), weight[self.own[1]]))
         return own_order(self.plan, torch.cat(parts) if len(parts) > 1 else parts[0])
+
+
+class TracedLoops(LoopedPlan):
+    """The same in a program that is being traced: ``perm`` names edges as the caller lists them, then the loops."""
+
+    @classmethod
+    def of(cls, edges: Edges, size: tuple[int, int], loops: str) -> LoopedPlan:
+        plan = traced_plan(edges.src, edges.dst, *size, loops)
+        return cls(plan, 0 if loops == "none" else torch.sym_min(*size))
+
+    def weights(self, weight: Tensor, fill: float) -> Tensor:
+        loops = weight.new_full((self.num_loops,), fill)
+        assert self.plan.perm is not None
+        return torch.cat([weight, loops])[self.plan.perm]
 
 
 def own_order(plan: GraphPlan, weight: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from ..kernels.guard import checksums, require_same
 from ..kernels.plan import plan_cache
 from ..kernels.streams import Built
 
-__all__ = ["cached", "fixed_graph", "has_fixed_graph"]
+__all__ = ["cached", "fixed_graph", "has_fixed_graph", "is_exporting"]
 
 Build = Callable[[], Any]
 
@@ -164,8 +164,8 @@ def cached(tensors: tuple[Any, ...], key: tuple[Any, ...], build: Build) -> Any:
         return _constant(tensors, key, build)
     if torch.jit.is_tracing():
         raise RuntimeError(
-            f"Expected no torch.jit.trace of a quantized layer, which would keep the graph of the trace unchecked; use "
-            f"torch.export: {WAY_OUT}"
+            "Expected no torch.jit.trace of a quantized layer, which would keep the graph of the trace unchecked; use "
+            "torch.export.export, or qgnn_plugin.export_program, which take the edge_index as an input"
         )
     if any(t is not None and (not isinstance(t, Tensor) or t.requires_grad) for t in tensors):
         return build()
@@ -186,16 +186,26 @@ def _constant(tensors: tuple[Any, ...], key: tuple[Any, ...], build: Build) -> A
     number = _current.number
     name = _constant_name(_static(_complete(tensors, key), _known_sizes(number)), number)
     if name is None:
-        if _is_exporting():
-            raise ValueError(f"Expected a model that has run inside 'fixed_graph' (got one that has not): {WAY_OUT}")
+        if _is_edge_list(tensors) and (is_exporting() or not torch.is_grad_enabled()):
+            return build()  # with the op that makes plans of the program's own edges
+        if is_exporting():
+            raise ValueError(
+                f"Expected a graph that a program can take as its input, an edge_index [2, E] (got a sparse matrix); "
+                f"export with an edge_index, or for one graph alone {WAY_OUT}"
+            )
         return _looked_up(tensors, key, build)
     record = getattr(_constants, name)
     require_same(parts_of(tensors), record.checksums, ANOTHER_GRAPH)
     return record.value
 
 
-def _is_exporting() -> bool:
-    return bool(getattr(torch.compiler, "is_exporting", lambda: False)())
+def _is_edge_list(tensors: tuple[Any, ...]) -> bool:
+    return all(t is None or (isinstance(t, Tensor) and t.layout is torch.strided) for t in tensors)
+
+
+def is_exporting() -> bool:
+    """Whether a program is being made that outlives this process, by :func:`torch.export.export`."""
+    return torch.compiler.is_exporting()
 
 
 @torch.compiler.assume_constant_result

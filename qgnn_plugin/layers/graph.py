@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.plan import GraphPlan
+from ..kernels.plan_op import inverse_root
 from ..kernels.spmm import segment_sum, spmm
 from .edges import Edges, LoopedPlan, edges_of, graph_size, is_sparse, may_look, memory_of, own_order
 from .fixed import cached, fixed_graph, has_fixed_graph
@@ -181,8 +182,7 @@ def gcn_graph(
 def _normalized(plan: GraphPlan, weight: Tensor | None, dtype: torch.dtype) -> NormalizedGraph:
     """With the factors of ``D^-1/2 W D^-1/2``, 0 for a node without edges."""
     degree = plan.degree.to(dtype) if weight is None else segment_sum(plan, weight)
-    factor = degree.pow(-0.5)
-    factor = factor.masked_fill(factor == float("inf"), 0).view(-1, 1)
+    factor = inverse_root(degree).view(-1, 1)
     if weight is not None and may_look(factor) and bool(factor.detach().isnan().any()):
         node = int(factor.detach().isnan().flatten().nonzero()[0])
         raise ValueError(

@@ -47,7 +47,12 @@ BLOCK_ROWS = 64  # blocks are multiples of it, so that vectorized operations hav
 
 
 def row_blocks(num_rows: int, num_features: int, device: torch.device) -> Iterator[slice]:
-    """Blocks of rows that stay in a cache; on an accelerator, where each would cost a launch, one of all."""
+    """Blocks of rows that stay in a cache; on an accelerator, where each would cost a launch, one of all.
+
+    A program that is being traced has one block as well: its number of rows may be any.
+    """
+    if torch.compiler.is_compiling():
+        return iter((slice(0, num_rows),))
     step = max(1, num_rows)
     if device.type == "cpu":
         step = max(1, BLOCK_FLOATS // max(1, num_features) // BLOCK_ROWS) * BLOCK_ROWS

@@ -14,6 +14,7 @@ from ..kernels.aggregate import per_feature
 from ..kernels.layout import pack_codes, top_code, unpack_codes
 from ..kernels.quantize_pack import quantize_pack
 from ..kernels.unpack_dequantize import unpack_dequantize
+from ..layers.fixed import is_exporting
 from ..quantizers import QLRQuantizer, QuantizedTensor, RangeKind, quantize_codes
 from ..quantizers.qlr import _peak, _row_peaks, _split
 from .deferred import DeferredTensor, Pending, Producer, plain, row_blocks
@@ -155,15 +156,16 @@ def joined(parts: Sequence[PackedTensor]) -> PackedTensor:
     return replace(parts[0], words=words, scale=scale, lower=lower)
 
 
+NOT_FINITE = "Expected finite values at '{where}' (got {found}); check the features"
+
+
 def check_finite(x: Tensor, where: str) -> None:
     """Raise if ``x`` holds a NaN or an infinity; one sum decides in all but the overflowing case."""
     if bool(x.sum().isfinite()):
         return
     bad = int((~x.isfinite()).sum())
     if bad:
-        raise ValueError(
-            f"Expected finite values at '{where}' (got {bad} NaN or infinite of {x.numel()}); check the features"
-        )
+        raise ValueError(NOT_FINITE.format(where=where, found=f"{bad} NaN or infinite of {x.numel()}"))
 
 
 class PackedRange(nn.Module):
@@ -303,7 +305,11 @@ class PackedRange(nn.Module):
         Raises:
             ValueError: If there are any.
         """
-        if self.check and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not self.check or x.device.type != "cpu":
+            return
+        if is_exporting():  # the program checks what it is given in turn
+            torch._assert_async(x.isfinite().all(), NOT_FINITE.format(where=self.site, found="NaN or infinity"))
+        elif not torch.compiler.is_compiling():
             check_finite(x, self.site)
 
     def of(self, producer: Producer) -> PackedTensor | QuantizedTensor:
@@ -330,7 +336,7 @@ class PackedRange(nn.Module):
             steps, one = (x - lower) * (1 / scale), torch.ones((), dtype=x.dtype, device=x.device)
             words = quantize_pack(steps.flatten(1), one, torch.zeros_like(one), self.bits)
         if self.bits == ONE_BIT:
-            self._check_one_bit(bool(((x == 0) | (x == scale)).all()))
+            self._check_one_bit(((x == 0) | (x == scale)).all())
         unsigned = self.spec.zero_code == 0
         return PackedTensor(words, scale.squeeze(-1), lower.squeeze(-1), x.size(1) * x.size(2), self.bits, unsigned)
 
@@ -343,7 +349,7 @@ class PackedRange(nn.Module):
         else:
             words = quantize_pack(x, scale, lower, self.bits)
         if self.bits == ONE_BIT:
-            self._check_one_bit(bool(((x == 0) | (x == scale)).all()))
+            self._check_one_bit(((x == 0) | (x == scale)).all())
         return PackedTensor(words, scale, lower, x.size(1), self.bits, unsigned)
 
     def _quantize_sparse(self, x: Tensor) -> PackedTensor | QuantizedTensor:
@@ -361,12 +367,15 @@ class PackedRange(nn.Module):
         top = top_code(self.bits)
         codes = quantize_codes(values, full, torch.zeros_like(full), top, self.skew)
         if self.bits == ONE_BIT:
-            self._check_one_bit(torch.equal(codes * full, values))
+            self._check_one_bit((codes * full == values).all())
         return QuantizedTensor(codes, scale, torch.zeros_like(scale), top, True, pattern)
 
-    def _check_one_bit(self, holds: bool) -> None:
-        if not holds:
-            raise ValueError(
-                f"Expected '{self.site}' to be zero or one value, as when its range was set (got "
-                f"other values); calibrate on data like these and pack again"
-            )
+    def _check_one_bit(self, holds: Tensor) -> None:
+        message = (
+            f"Expected '{self.site}' to be zero or one value, as when its range was set (got other values); calibrate "
+            f"on data like these and pack again"
+        )
+        if torch.compiler.is_compiling():
+            torch._assert_async(holds, message)
+        elif not bool(holds):
+            raise ValueError(message)

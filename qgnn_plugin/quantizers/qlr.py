@@ -419,6 +419,11 @@ class QLRQuantizer(nn.Module):
         x, pattern = _split(x)
         if self.bits == OFF:
             return QuantizedTensor.identity(x, pattern)
+        if self.training and torch.compiler.is_exporting():
+            raise ValueError(
+                f"Expected a model in eval mode for torch.export (got training mode at '{self.site}'): a program keeps "
+                f"no straight-through gradients; call model.eval(), or train with torch.compile inside 'fixed_graph'"
+            )
         if self._observed is not None:
             self._remember(x, pattern)
             return QuantizedTensor.identity(x, pattern)
