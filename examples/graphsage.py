@@ -11,39 +11,15 @@ import argparse
 import tempfile
 
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
-from torch_geometric.data import Data
 from torch_geometric.nn import GraphSAGE
 
 import qgnn_plugin as qgnn
-from qgnn_plugin.data import load_dataset, neighbor_loader
-from qgnn_plugin.lightning_modules import DifferentialMultiplier, QuantizedNodeClassifier
+from qgnn_plugin.data import load_dataset
+from qgnn_plugin.lightning_modules import DifferentialMultiplier, QuantizedNodeClassifier, SampledNodeDataModule
 
 
-class Sampled(pl.LightningDataModule):
-    """Sampled neighbourhoods for training, whole ones for evaluation."""
-
-    def __init__(self, data: Data, seeds: torch.Tensor | None, num_neighbors: list[int]) -> None:
-        super().__init__()
-        self.data, self.seeds, self.num_neighbors = data, seeds, num_neighbors
-
-    def _evaluation(self, mask: torch.Tensor) -> object:
-        return neighbor_loader(self.data, [-1] * len(self.num_neighbors), mask, batch_size=1024)
-
-    def train_dataloader(self) -> object:
-        return neighbor_loader(
-            self.data, self.num_neighbors, self.seeds, batch_size=512, shuffle=True, seed=0
-        )
-
-    def val_dataloader(self) -> object:
-        return self._evaluation(self.data.val_mask)
-
-    def test_dataloader(self) -> object:
-        return self._evaluation(self.data.test_mask)
-
-
-def fit(module: pl.LightningModule, datamodule: Sampled, epochs: int) -> float:
+def fit(module: pl.LightningModule, datamodule: SampledNodeDataModule, epochs: int) -> float:
     """Trains to the best validation epoch, in place; returns the test accuracy."""
     callbacks = [DifferentialMultiplier()] if qgnn.is_quantized(module) else []
     with tempfile.TemporaryDirectory() as folder:
@@ -70,11 +46,11 @@ def main(argv: list[str] | None = None) -> None:
     classes = int(data.y.max()) + 1
 
     model = GraphSAGE(data.num_features, 64, num_layers=2, out_channels=classes, dropout=0.5)
-    labelled = Sampled(data, data.train_mask, neighbors)
+    labelled = SampledNodeDataModule(data, neighbors)
     float_accuracy = fit(QuantizedNodeClassifier(model), labelled, args.epochs)
 
     qmodel = qgnn.quantize_model(model, bits=args.bits)
-    everything = Sampled(data, None, neighbors)
+    everything = SampledNodeDataModule(data, neighbors, seeds="all")
     module = QuantizedNodeClassifier(qmodel, teacher=model)
     accuracy = fit(module, everything, args.epochs)
 

@@ -6,14 +6,13 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
-import pytorch_lightning as pl
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.utilities.seed import isolate_rng
 from torch import nn
 
 import qgnn_plugin as qgnn
 from qgnn_plugin.inputs import is_data, run_model
 from qgnn_plugin.quantizers import QLRQuantizer
+
+from .framework import MisconfigurationException, isolate_rng, pl
 
 Forward = Callable[[Any, Any], Any]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-import pytorch_lightning as pl
-
 from qgnn_plugin.checkpoints import checkpointed_class
+
+from .framework import pl
 
 Module = TypeVar("Module", bound=pl.LightningModule)
 

@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-import inspect
-import math
-from collections.abc import Sequence
 from typing import Any, Literal
 
-import pytorch_lightning as pl
-import torch
 import torch.nn.functional as F
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch_geometric.data import Data
 from torchmetrics.classification import MulticlassAccuracy
 
-from qgnn_plugin.checkpoints import ConvertsOnLoad
-from qgnn_plugin.inputs import model_inputs
-from qgnn_plugin.training import distillation_loss, parameter_groups
+from qgnn_plugin.training import distillation_loss
 
-from .calibration import RangeCalibration
-from .distillation import Teacher
-from .random_state import RandomState
+from .module import OfGraphs, OfNodes, QuantizedModule, label_field
 
-Split = Literal["train", "val", "test"]
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+__all__ = ["QuantizedGraphClassifier", "QuantizedNodeClassifier"]
 
 
-class _QuantizedClassifier(ConvertsOnLoad, pl.LightningModule):
-    """What node and graph classifiers share: all but the choice of rows and labels."""
+class _QuantizedClassifier(QuantizedModule):
+    """What node and graph classifiers share: cross-entropy, soft labels, accuracy."""
+
+    shown = "acc"
 
     def __init__(
         self,
@@ -44,140 +34,48 @@ class _QuantizedClassifier(ConvertsOnLoad, pl.LightningModule):
         temperature: float = 1.0,
         schedule: Literal["cosine"] | None = "cosine",
     ) -> None:
-        super().__init__()
         if num_classes is None:
             num_classes = getattr(model, "out_channels", None)
         if not isinstance(num_classes, int) or num_classes < 2:
             raise ValueError(
                 f"expected num_classes >= 2 (got {num_classes!r}): {type(model).__name__} has no "
-                "such `out_channels` to take it from, pass num_classes="
+                "such `out_channels` to take it from, pass num_classes=; a model of one output per row is "
+                "trained by QuantizedNodeRegressor or QuantizedGraphRegressor"
             )
-        if temperature <= 0 or not 0 <= distillation_weight <= 1:
-            raise ValueError(
-                "expected temperature > 0 and distillation_weight in [0, 1] "
-                f"(got {temperature} and {distillation_weight})"
-            )
-        if schedule not in ("cosine", None):
-            raise ValueError(f"expected schedule 'cosine' or None (got {schedule!r})")
-        self.save_hyperparameters(ignore=["model", "teacher"])
-        self.model = model
-        self.num_classes = num_classes
-        self.lr, self.weight_decay, self.range_lr = lr, weight_decay, range_lr
-        self.distillation_weight, self.temperature = distillation_weight, temperature
-        self.schedule = schedule
-        self.teacher = None if teacher is None else Teacher(teacher, model)
-        for split in ("train", "val", "test"):
-            metric = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
-            setattr(self, f"{split}_acc", metric)
+        if temperature <= 0:
+            raise ValueError(f"expected temperature > 0 (got {temperature})")
+        metrics: dict[str, Any] = {"acc": MulticlassAccuracy(num_classes, average="micro", validate_args=False)}
+        super().__init__(
+            model, metrics, lr=lr, weight_decay=weight_decay, range_lr=range_lr, teacher=teacher,
+            distillation_weight=distillation_weight, schedule=schedule,
+        )  # fmt: skip
+        self.save_hyperparameters(ignore=["model", "teacher", "metrics"])
+        self.num_classes, self.temperature = num_classes, temperature
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Class logits of the model; takes what the model's own ``forward`` takes."""
-        return self.model(*args, **kwargs)
-
-    def model_inputs(self, batch: Data) -> Inputs:
-        """Positional and keyword arguments of the model for ``batch``. Override for other fields.
-
-        By default those of :func:`qgnn_plugin.inputs.model_inputs`: ``x``, the adjacency, and the
-        fields such as ``edge_weight`` that the batch has and the model's ``forward`` names.
-        """
-        return model_inputs(self.model, batch)
-
-    def scored(self, batch: Data) -> slice:
-        """The rows of the model's output that count."""
-        return slice(None)
-
-    def labelled(self, batch: Data, split: Split) -> Tensor | None:
-        """Boolean mask of the scored rows whose label ``split`` may use; None for all of them."""
-        return None
-
-    def is_constant(self, batch: Data) -> bool:
-        """Whether the same batch comes again each epoch, so that the teacher need run only once."""
-        return False
-
-    def training_step(self, batch: Data, batch_idx: int) -> Tensor:
-        args, kwargs = self.model_inputs(batch)
-        logits = self(*args, **kwargs)[self.scored(batch)]
-        loss = self._evaluate(logits, batch, "train")
-        weight = self.distillation_weight
-        if self.teacher is None or weight == 0:
-            return loss
-        soft = self.teacher(args, kwargs, constant=self.is_constant(batch))[self.scored(batch)]
-        distilled = distillation_loss(logits, soft, temperature=self.temperature)
-        return (1 - weight) * loss + weight * distilled
-
-    def validation_step(self, batch: Data, batch_idx: int) -> None:
-        self._evaluate(self.predict_step(batch, batch_idx), batch, "val")
-
-    def test_step(self, batch: Data, batch_idx: int) -> None:
-        self._evaluate(self.predict_step(batch, batch_idx), batch, "test")
-
-    def predict_step(self, batch: Data, batch_idx: int) -> Tensor:
-        """Logits of the scored rows, ``[rows, num_classes]``."""
-        args, kwargs = self.model_inputs(batch)
-        return self(*args, **kwargs)[self.scored(batch)]
-
-    def _evaluate(self, logits: Tensor, batch: Data, split: Split) -> Tensor:
-        """Cross-entropy over the labelled rows, which is logged along with the accuracy."""
-        labels = self._labels(batch)
-        if logits.shape != (labels.numel(), self.num_classes):
-            raise ValueError(
-                f"expected logits of shape [{labels.numel()}, {self.num_classes}] "
-                f"(got {list(logits.shape)}): one row per label, one column per class"
-            )
-        mask = self.labelled(batch, split)
-        if mask is not None:
-            logits, labels = logits[mask], labels[mask]
-        count = labels.numel()
-        # Not the mean: a sampled batch may hold no labelled node, and 0 / 0 would end the training.
-        loss = F.cross_entropy(logits, labels, reduction="sum") / max(count, 1)
-        accuracy = getattr(self, f"{split}_acc")
-        if count:
-            accuracy.update(logits.detach(), labels)
-        options: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": count}
-        self.log(f"{split}_loss", loss.detach(), sync_dist=True, prog_bar=True, **options)
-        self.log(f"{split}_acc", accuracy, prog_bar=split != "train", **options)
-        return loss
-
-    def _labels(self, batch: Data) -> Tensor:
-        labels = batch.y[self.scored(batch)]
+    def targets(self: Any, batch: Data, out: Tensor) -> Tensor:
+        labels = label_field(batch)[self.scored(batch)]
         if labels.dim() == 2 and labels.size(1) == 1:
             labels = labels.squeeze(1)
         if labels.dim() != 1 or labels.is_floating_point():
             raise ValueError(
-                f"expected integer labels `y` of shape [N] or [N, 1] (got {labels.dtype} of shape {list(labels.shape)})"
+                f"expected integer labels `y` of shape [N] or [N, 1] (got {labels.dtype} of shape "
+                f"{list(labels.shape)}); numbers to predict are for QuantizedNodeRegressor or QuantizedGraphRegressor"
+            )
+        if out.shape != (labels.numel(), self.num_classes):
+            raise ValueError(
+                f"expected logits of shape [{labels.numel()}, {self.num_classes}] "
+                f"(got {list(out.shape)}): one row per label, one column per class"
             )
         return labels
 
-    def on_fit_start(self) -> None:
-        if not any(module.training for module in self.model.modules()):
-            self.model.train()  # Lightning keeps the mode; a model frozen in part keeps its own
-        if self.teacher is not None:
-            self.teacher.to(self.device)
+    def loss(self, out: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(out, targets, reduction="sum")
 
-    def on_fit_end(self) -> None:
-        if self.teacher is not None:
-            self.teacher.forget()
-
-    def configure_callbacks(self) -> Sequence[pl.Callback]:
-        present = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
-        return [kind() for kind in (RangeCalibration, RandomState) if kind not in present]
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        groups = parameter_groups(self.model, self.lr, self.weight_decay, self.range_lr)
-        optimizer = torch.optim.Adam(groups, lr=self.lr)
-        if self.schedule is None:
-            return optimizer
-        steps = self.trainer.estimated_stepping_batches
-        if not math.isfinite(steps) or steps < 0:
-            raise MisconfigurationException(
-                "schedule='cosine' needs to know the last step: set Trainer(max_steps=...), or "
-                "max_epochs with a loader that has a length; or pass schedule=None"
-            )
-        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(1, int(steps)))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cosine, "interval": "step"}}
+    def distance(self, out: Tensor, soft: Tensor) -> Tensor:
+        return distillation_loss(out, soft, temperature=self.temperature)
 
 
-class QuantizedNodeClassifier(_QuantizedClassifier):
+class QuantizedNodeClassifier(OfNodes, _QuantizedClassifier):
     r"""Trains any PyG node classifier, quantized or float, full-batch or on sampled mini-batches.
 
     The loss is :math:`(1 - w) CE + w T^2 CE_{soft}`: cross-entropy over the labelled training
@@ -217,26 +115,8 @@ class QuantizedNodeClassifier(_QuantizedClassifier):
         MisconfigurationException: A cosine schedule without an end.
     """
 
-    def scored(self, batch: Data) -> slice:
-        # Not getattr: the `batch_size` of a collated Batch is its number of graphs.
-        return slice(batch.batch_size) if "batch_size" in batch else slice(None)
 
-    def labelled(self, batch: Data, split: Split) -> Tensor | None:
-        mask = batch.get(f"{split}_mask")
-        if mask is None:
-            return None
-        if mask.dim() != 1:
-            raise ValueError(
-                f"expected a `{split}_mask` of shape [N] (got {list(mask.shape)}): choose a split, "
-                "for example with NodeDataModule(data, split=0)"
-            )
-        return mask[self.scored(batch)]
-
-    def is_constant(self, batch: Data) -> bool:
-        return "batch_size" not in batch
-
-
-class QuantizedGraphClassifier(_QuantizedClassifier):
+class QuantizedGraphClassifier(OfGraphs, _QuantizedClassifier):
     r"""Trains any PyG graph classifier, quantized or float, on batches of graphs.
 
     As :class:`QuantizedNodeClassifier`, with one row of logits and one label ``y`` per graph. Where
@@ -247,9 +127,3 @@ class QuantizedGraphClassifier(_QuantizedClassifier):
         - **input:** what ``model`` takes
         - **output:** logits :math:`[B, C]`
     """
-
-    def model_inputs(self, batch: Data) -> Inputs:
-        args, kwargs = super().model_inputs(batch)
-        if "batch_size" in inspect.signature(self.model.forward).parameters:
-            kwargs["batch_size"] = batch.num_graphs
-        return args, kwargs

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 import qgnn_plugin as qgnn
 from qgnn_plugin.smp import ConstraintState, MultiplierState, SmoothLayer
+
+from .framework import MisconfigurationException, pl, rank_zero_warn
 
 
 class DifferentialMultiplier(pl.Callback):

@@ -6,10 +6,10 @@ import random
 from typing import Any
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor
+
+from .framework import TrainerFn, pl
 
 KEY = "qgnn_random_state"
 

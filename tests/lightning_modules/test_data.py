@@ -100,5 +100,5 @@ def test_refuses_several_devices(sbm):
 
     module = NodeDataModule(sbm)
     module.trainer = Trainer()
-    with pytest.raises(MisconfigurationException, match="LightningNodeData"):
+    with pytest.raises(MisconfigurationException, match="SampledNodeDataModule"):
         module.setup("fit")
