@@ -394,10 +394,14 @@ class SiteFactory:
         granularity: Granularity | None = None,
         channels: int | None = None,
         channel_dim: int = -1,
+        row_dims: int = 1,
     ) -> QLRQuantizer:
-        """A quantizer for ``site``; ``label`` names it in errors."""
+        """A quantizer for ``site``; ``label`` names it in errors.
+
+        What the model returns has one range where rows would have multiples of one: it is read as one matrix.
+        """
         granularity = granularity or self.config.granularity
-        if granularity == "channel" and channels is None:
+        if (granularity == "channel" and channels is None) or (granularity == "row" and site == "output"):
             granularity = "tensor"
         return QLRQuantizer(
             self.config.bits_for(site),
@@ -407,16 +411,19 @@ class SiteFactory:
             channel_dim=channel_dim,
             truncation=self.config.truncation,
             learn=self.config.learn_ranges and (site != "input" or self.config.learn_input_ranges),
+            row_dims=row_dims,
             site=f"{self.name}.{label}" if self.name else label,
             device=self.device,
             dtype=self.dtype,
         )
 
-    def features(self, label: str, channels: int | None = None) -> QLRQuantizer:
+    def features(
+        self, label: str, channels: int | None = None, *, granularity: Granularity | None = None
+    ) -> QLRQuantizer:
         """A quantizer for a layer's input: the model's input for the first layer, an activation afterwards."""
         site: Site = "input" if self.first[0] else "activation"
         self.first[0] = False
-        return self.make(site, label, channels=channels)
+        return self.make(site, label, channels=channels, granularity=granularity)
 
     def weight(self, label: str, weight: Tensor) -> QLRQuantizer:
         """A quantizer for a ``[out, in]`` weight."""
@@ -429,9 +436,9 @@ class SiteFactory:
             channel_dim=0,
         )
 
-    def message(self, label: str, channels: int | None = None) -> QLRQuantizer:
-        """A quantizer for what neighbours send."""
-        return self.make("message", label, levels=self.config.message_levels, channels=channels)
+    def message(self, label: str, channels: int | None = None, *, row_dims: int = 1) -> QLRQuantizer:
+        """A quantizer for what neighbours send; ``row_dims`` as in :class:`QLRQuantizer`."""
+        return self.make("message", label, levels=self.config.message_levels, channels=channels, row_dims=row_dims)
 
     def within(self, child: str) -> SiteFactory:
         """The factory of a child layer."""

@@ -443,7 +443,8 @@ class PackedConv(PackedLayer, SmoothLayer):
             if isinstance(x, PackedTensor):
                 return aggregate(
                     x.words, part.plan, x.scale, x.lower, x.num_features, x.bits, edge_weight=part.weight,
-                    dst_scale=None if part.target is None else part.target.view(-1), **epilogue, **more,
+                    dst_scale=None if part.target is None else part.target.view(-1), multiplier=x.multiplier,
+                    **epilogue, **more,
                 )  # fmt: skip
             assert set(epilogue) <= {"bias"}
             out = aggregate_sum(x, part.plan, part.weight)
@@ -484,6 +485,9 @@ def packed_dense(x: QuantizedTensor) -> PackedTensor:
     dense = x.dense()
     bits = x.qmax.bit_length()
     words = pack_codes(dense.codes, bits)
+    if x.rows is not None:
+        scale, lower, multiplier = x.rows.scale, x.rows.lower, x.rows.integers()
+        return PackedTensor(words, scale, lower, dense.codes.size(1), bits, x.unsigned, multiplier)
     return PackedTensor(words, x.scale, x.lower, dense.codes.size(1), bits, x.unsigned)
 
 

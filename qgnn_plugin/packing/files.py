@@ -28,7 +28,7 @@ from .settings import first_difference, settings_of
 __all__ = ["load_packed", "read_origin", "save_packed"]
 
 KIND = "model"
-RANGES = ("scale", "lower_end", "skew")  # buffers of a frozen range
+RANGES = ("scale", "lower_end", "skew", "unit")  # buffers of a frozen range
 OTHER_RANGES = ("weight_scale", "weight_lower_end", "multiplier")  # and of a packed layer
 _PLAIN = {"reason": None, "smooth": False, "output": False, "attention_bits": OFF, "check": False}
 
