@@ -85,8 +85,8 @@ class _PackedAttention(WatchedAttention, PackedConv):
             fused: dict[str, Any] = {"bias": self.bias, **out} if residual is None else {}
             y = attention_aggregate(
                 sent.words, plan.rows(start, stop), sent.scale, sent.lower, sent.num_features, sent.bits,
-                multiplier=sent.multiplier, heads=self.heads, attention_bits=self.attention_bits, negative_slope=self.negative_slope,
-                concat=self.concat, **by_target(slice(start, stop)), **fused,
+                multiplier=sent.multiplier, heads=self.heads, attention_bits=self.attention_bits,
+                negative_slope=self.negative_slope, concat=self.concat, **by_target(slice(start, stop)), **fused,
             )  # fmt: skip
             if residual is None:
                 return y

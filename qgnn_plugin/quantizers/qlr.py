@@ -291,7 +291,8 @@ class QLRQuantizer(nn.Module):
         """Set the range to ``kind`` and to the best fit of ``rows`` [ranges, samples] (see :meth:`_rows`)."""
         self._set_kind(kind)
         if self.skew is not None:
-            self.skew.copy_(_skewness(rows[:1] if self.unit is not None else rows).round() if self.truncation == "sbt" else torch.zeros(()))
+            values = rows if self.unit is None else rows[:1]
+            self.skew.copy_(_skewness(values).round() if self.truncation == "sbt" else torch.zeros(()))
         if kind in ONE_BIT_KINDS:
             return
         if self.unit is not None:

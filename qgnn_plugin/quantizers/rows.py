@@ -1,6 +1,8 @@
 r"""Integer row multipliers: every row takes a small integer multiple of one range.
 
-.. math:: \hat x_{if} = m_i (s c_{if} + l) \qquad m_i = \mathrm{clamp}(\lceil \max_f |x_{if}| \cdot (1 / p) \rceil, 1, 15)
+.. math::
+    \hat x_{if} = m_i (s c_{if} + l) \qquad
+    m_i = \mathrm{clamp}(\lceil \max_f |x_{if}| \cdot (1 / p) \rceil, 1, 15)
 
 Rows whose magnitudes differ by an order (hubs and leaves of a graph) each have a fitting step, as with a float per row
 (the microscaling formats of OCP have a power of two there), and sums over rows stay sums of integers, exact in any

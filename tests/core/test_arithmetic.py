@@ -164,9 +164,14 @@ def test_sums_in_eval_are_those_of_the_packed_kernel(
         sent = quantizer(x)
         words = pack_codes(sent.codes, quantizer.stored_bits)
         weights = weight if weighted else None
-        expected = aggregate(words, plan, sent.scale, sent.lower, 10, quantizer.stored_bits, edge_weight=weights)
+        given: tuple[Any, ...] = (sent.scale, sent.lower)
+        multiplier = None
+        if sent.rows is not None:
+            given, multiplier = (sent.rows.scale, sent.rows.lower), sent.rows.integers()
+        bits = quantizer.stored_bits
+        expected = aggregate(words, plan, *given, 10, bits, edge_weight=weights, multiplier=multiplier)
         if sent.rows is not None and not weighted:
-            expected = _sum_of_multiples(sent, plan)
+            assert torch.equal(expected, _sum_of_multiples(sent, plan))
         assert torch.equal(aggregate_sum(sent, plan, weights, True), expected)
     assert torch.equal(outs[1], expected)
 

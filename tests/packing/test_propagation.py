@@ -100,7 +100,13 @@ HOPS = {
 
 @pytest.mark.parametrize(
     "config",
-    [{}, {"granularity": "node"}, {"granularity": "row"}, {"truncation": "bt"}, {"smp": SMPConfig(multiplier=0.5, state_bits=8)}],
+    [
+        {},
+        {"granularity": "node"},
+        {"granularity": "row"},
+        {"truncation": "bt"},
+        {"smp": SMPConfig(multiplier=0.5, state_bits=8)},
+    ],
     ids=lambda c: "-".join(c),
 )
 @pytest.mark.parametrize("name", HOPS)
