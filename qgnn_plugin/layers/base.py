@@ -36,6 +36,7 @@ class SwappedLayer:
     float_class: ClassVar[type[nn.Module]]
     own_names: ClassVar[tuple[str, ...]]  # aliases that mean attributes of the layer's own
     notes: ClassVar[tuple[str, ...]] = ()  # for its ``repr``
+    has_others: ClassVar[bool] = False  # whether its parameters may be more than a weight and what it is made of
 
     def own_sites(self) -> dict[str, int]:
         """Bits of its quantization sites, by name."""
@@ -189,6 +190,12 @@ class QuantizedLayer(CarriesConfiguration, SwappedLayer):
         """Add this layer's quantizers to ``layer``; called once, before its class is swapped."""
         raise NotImplementedError
 
+    @classmethod
+    def _own_methods(cls, float_class: type[nn.Module]) -> dict[str, Any]:
+        """Methods of the concrete class, made of those of ``float_class``."""
+        del float_class
+        return {}
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         cls = type(self)
         return _rebuild, (cls.mixin, cls.float_class, cls.quantizes_output, cls.own_names), self.__dict__.copy()
@@ -219,6 +226,10 @@ class QuantizedLayer(CarriesConfiguration, SwappedLayer):
     def _weight_sites(self: Any) -> dict[str, Tensor]:
         """The matrices that its own sites quantize, by the name of the site."""
         return {"weight_quantizer": self.weight} if "weight_quantizer" in self._modules else {}
+
+    def _weight_matrices(self) -> dict[str, Tensor]:
+        """The same as ``[O, K]``: rows that features are multiplied by."""
+        return self._weight_sites()
 
     def added_names(self) -> Iterable[str]:
         added = self._conversion.added
@@ -271,9 +282,11 @@ def quantized_class(
         updater = getattr(mixin, "quantized_edge_updater", None)
         if updater is not None and hasattr(float_class, "edge_updater"):
             namespace |= {"edge_updater": updater, "_orig_edge_updater": updater, "_jinja_edge_updater": updater}
+        namespace |= mixin._own_methods(float_class)
         bases: tuple[type, ...] = (mixin, float_class)
         if output:
-            namespace["forward"] = _quantizing_output(getattr(mixin, "forward", float_class.forward))
+            forward = namespace.get("forward", getattr(mixin, "forward", float_class.forward))
+            namespace["forward"] = _quantizing_output(forward)
         _CLASSES[key] = type(float_class.__name__, bases, namespace)
     return _CLASSES[key]
 
