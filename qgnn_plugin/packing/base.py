@@ -234,7 +234,7 @@ class PackedLayer(SwappedLayer):
         self._packed = PackedState(spec, _float_bytes(layer))
         device = next((p.device for p in layer.parameters()), None)
         for site, described in spec.sites.items():
-            if site != WEIGHT:
+            if self._holds_range(site):
                 self._add_range(site, described, device)
         if not spec.output:
             self.output_quantizer = None
@@ -306,6 +306,10 @@ class PackedLayer(SwappedLayer):
             return producer()
         return DeferredTensor(producer, self._packed.write_floats)
 
+    def _holds_range(self, site: str) -> bool:
+        """Whether a site is a range for features, not that of a weight."""
+        return site != WEIGHT
+
     def _add_range(self: Any, site: str, spec: SiteSpec, device: torch.device | None) -> None:
         owner: nn.Module = self
         *path, last = site.split(".")
@@ -319,7 +323,7 @@ class PackedLayer(SwappedLayer):
     def fill(self: Any, layer: Any) -> None:
         """Take the numbers of the converted ``layer``."""
         for site, quantizer in layer.own_quantizers():
-            if site != WEIGHT:
+            if self._holds_range(site):
                 self.get_submodule(site).fill(quantizer)
 
     @classmethod

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from ..layers.factors import Factor, FactorTensor
-from ..layers.own_weights import QuantizedOwnModule, factor, own_weights, rows_of, weight_of
+from ..layers.own_weights import QuantizedOwnConv, QuantizedOwnModule, factor, own_weights, rows_of, weight_of
 from ..quantizers.autocast import full_precision
 from .base import register_packed
+from .generic import PackedMessagePassing
 from .weight import FrozenWeight
 from .weights import PackedWeights
 
-__all__ = ["PackedOwnModule", "PackedOwnWeights"]
+__all__ = ["PackedOwnConv", "PackedOwnModule", "PackedOwnWeights"]
 
 
 class FrozenFactor(FactorTensor, FrozenWeight):
@@ -80,4 +81,13 @@ class PackedOwnModule(PackedOwnWeights):
         return super().refuses(layer) if own_weights(layer) else None
 
 
+class PackedOwnConv(PackedOwnWeights, PackedMessagePassing):
+    """Packed form of any ``MessagePassing`` that multiplies by weights of its own."""
+
+    @classmethod
+    def refuses(cls, layer: Any) -> str | None:
+        return PackedMessagePassing.refuses.__func__(cls, layer) or super().refuses(layer)  # type: ignore[attr-defined]
+
+
 register_packed(QuantizedOwnModule, PackedOwnModule)
+register_packed(QuantizedOwnConv, PackedOwnConv)

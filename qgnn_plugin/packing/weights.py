@@ -114,19 +114,16 @@ class PackedWeights(MultipliesWeights, PackedLayer):
             site = f"{name}_quantizer"
             self.add_module(site, PackedWeight(spec.sites[site], shape[0], shape[1], getattr(layer, name).device))
 
-    def _add_range(self, site: str, spec: SiteSpec, device: torch.device | None) -> None:
-        if site.removesuffix("_quantizer") not in self._shapes:
-            super()._add_range(site, spec, device)
+    def _holds_range(self, site: str) -> bool:
+        return site.removesuffix("_quantizer") not in self._shapes
 
     @torch.no_grad()
     def fill(self: Any, layer: Any) -> None:
-        weights = {f"{name}_quantizer" for name in self._shapes}
-        for site, quantizer in layer.own_quantizers():
-            if site not in weights:
-                self.get_submodule(site).fill(quantizer)
-                continue
-            target, matrix = self.get_submodule(site), layer._weight_matrices()[site]
-            target.fill(matrix, quantizer(matrix) if target.words is not None else None)
+        super().fill(layer)
+        sites = dict(layer.own_quantizers())
+        for site, matrix in layer._weight_matrices().items():
+            target = self.get_submodule(site)
+            target.fill(matrix, sites[site](matrix) if target.words is not None else None)
 
     @classmethod
     def refuses(cls, layer: Any) -> str | None:
