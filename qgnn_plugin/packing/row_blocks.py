@@ -12,6 +12,7 @@ blocks: :func:`check_rows` computes a few made-up rows together and apart, and c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -25,7 +26,7 @@ from .propagation_call import SPECIAL, NotByRows, Propagation
 
 __all__ = ["BLOCK_FLOATS", "RowBlocks", "check_rows", "run_by_rows", "run_edges_by_rows"]
 
-BLOCK_FLOATS = 1 << 17  # of what a block's edges hold of the widest argument or message, for each thread
+BLOCK_FLOATS = 1 << 18  # of what a block's edges hold of the widest argument or message, for each thread
 FEWEST_EDGES, MOST_EDGES = 256, 1 << 14  # in a block
 SAMPLE_DEGREES = (1, 3, 0, 7, 2, 0, 24, 5, 1, 40, 0, 13)  # of the made-up rows
 TOLERANCE = 1e-4  # of the largest result: functions of blocks may round otherwise
@@ -101,7 +102,9 @@ def _blocks(call: Propagation, edges: int) -> Iterator[tuple[slice, Edges]]:
     """Blocks of about ``edges`` edges, and their rows; none without an edge."""
     plan = call.plan
     goals = torch.arange(edges, plan.num_edges, edges, device=plan.device)
-    rows = torch.unique(torch.searchsorted(plan.rowptr, goals, right=True))
+    ends = plan.rowptr[torch.searchsorted(plan.rowptr, goals, right=True)]
+    # No block begins with a row without edges, which some aggregations take at the end of their input alone.
+    rows = torch.unique(torch.searchsorted(plan.rowptr, ends, right=True) - 1)
     bounds = [0, *rows.tolist(), plan.num_dst]
     firsts = plan.rowptr[torch.tensor(bounds, device=plan.device)].tolist()
     kept = [0]
@@ -117,16 +120,11 @@ def _blocks(call: Propagation, edges: int) -> Iterator[tuple[slice, Edges]]:
 
 
 class _Runner:
-    """A layer's functions on edges.
-
-    They run on a view of the layer, so that what they write to it is seen and the layer itself stays as it is.
-    """
+    """A layer's functions on edges; what they write to the layer is seen, and taken back."""
 
     def __init__(self, call: Propagation) -> None:
-        self.call, self.layer = call, call.layer
-        self.view = object.__new__(type(call.layer))
+        self.call = call
         self.before = dict(call.layer.__dict__)
-        self.view.__dict__.update(self.before)
         get = call.layer.inspector.get_param_names
         self.names = {stage: list(get(stage)) for stage in call.stages}
 
@@ -135,7 +133,7 @@ class _Runner:
         out: Any = None
         for k, stage in enumerate(self.call.stages):
             arguments = {name: given[name] for name in self.names[stage]}
-            out = getattr(self.view, stage)(*(() if k == 0 else (out,)), **arguments)
+            out = getattr(self.call.layer, stage)(*(() if k == 0 else (out,)), **arguments)
             if k == 0:
                 self.width = _width(out, edges.count)
         return out
@@ -181,8 +179,8 @@ class _Runner:
         return None  # 'ptr' and 'adj_t', as of a list of edges
 
     def written(self) -> dict[str, Any]:
-        """What the functions have written to the layer since the last call."""
-        now = self.view.__dict__
+        """What the functions have written to the layer since the last call; it is as it was after this."""
+        now = self.call.layer.__dict__
         found = {name: value for name, value in now.items() if self.before.get(name, _NOTHING) is not value}
         for name in found:
             now.pop(name)
@@ -203,9 +201,10 @@ def _width(out: Any, count: int) -> int:
 def run_by_rows(call: Propagation, blocks: RowBlocks) -> Any:
     """What ``aggregate`` would return for all rows."""
     runner, results, kept = _Runner(call), _Rows(call), _Kept(call, blocks.kept)
-    for rows, edges in _blocks(call, blocks.edges_per_block()):
-        results.put(rows, edges, runner(edges))
-        kept.put(edges, runner.written())
+    with _not_alone(runner):
+        for rows, edges in _blocks(call, blocks.edges_per_block()):
+            results.put(rows, edges, runner(edges))
+            kept.put(edges, runner.written())
     kept.hand_over()
     return results.result
 
@@ -213,11 +212,25 @@ def run_by_rows(call: Propagation, blocks: RowBlocks) -> Any:
 def run_edges_by_rows(call: Propagation, blocks: RowBlocks) -> Any:
     """What ``edge_update`` would return for all edges, in the caller's order."""
     runner, results = _Runner(call), _PerEdge(call)
-    for _, edges in _blocks(call, blocks.edges_per_block()):
-        results.put(edges, runner(edges))
-        if runner.written():
-            raise NotByRows("its edge_update writes to the layer")
+    with _not_alone(runner):
+        for _, edges in _blocks(call, blocks.edges_per_block()):
+            results.put(edges, runner(edges))
+            if runner.written():
+                raise NotByRows("its edge_update writes to the layer")
     return results.result
+
+
+@contextmanager
+def _not_alone(runner: _Runner) -> Iterator[None]:
+    """Turn what a user's functions raise of a few edges into a reason to run them on all, and tidy up after them."""
+    try:
+        yield
+    except NotByRows:
+        raise
+    except Exception as error:
+        raise NotByRows(f"its functions do not take some edges alone ({type(error).__name__})") from error
+    finally:
+        runner.written()
 
 
 def _parts(value: Any) -> tuple[list[Tensor], Callable[[list[Tensor]], Any]]:
@@ -321,14 +334,10 @@ def check_rows(call: Propagation) -> RowBlocks:
     whole = _sample(call)
     cut = len(SAMPLE_DEGREES) // 2
     runner = _Runner(call)
-    try:
+    with _not_alone(runner):
         together = runner(whole)
         written = runner.written()
         apart = [runner(part) for part in _split(whole, cut)]
-    except NotByRows:
-        raise
-    except Exception as error:
-        raise NotByRows(f"its functions do not take some edges alone ({type(error).__name__})") from error
     for name, value in written.items():
         if not isinstance(value, Tensor) or value.dim() == 0 or value.size(0) != whole.count:
             raise NotByRows(f"its functions write '{name}', which is not one entry per edge")
