@@ -5,6 +5,7 @@ from .checkpoint import load_converted
 from .classifiers import QuantizedGraphClassifier, QuantizedNodeClassifier
 from .data import LinkDataModule, NodeDataModule, SampledNodeDataModule
 from .links import QuantizedLinkPredictor
+from .monitor import QuantizationMonitor
 from .multiplier import DifferentialMultiplier
 from .random_state import RandomState
 from .regressors import QuantizedGraphRegressor, QuantizedNodeRegressor
@@ -13,6 +14,7 @@ __all__ = [
     "DifferentialMultiplier",
     "LinkDataModule",
     "NodeDataModule",
+    "QuantizationMonitor",
     "QuantizedGraphClassifier",
     "QuantizedGraphRegressor",
     "QuantizedLinkPredictor",

@@ -35,6 +35,7 @@ from .summaries import Summary, summary
 
 if TYPE_CHECKING:
     from . import data, lightning_modules, recipe
+    from .analysis.report import report
 
 __version__ = "0.1.0"
 
@@ -73,6 +74,7 @@ __all__ = [
     "range_parameters",
     "recipe",
     "register_layer",
+    "report",
     "restore_model",
     "save_packed",
     "smp_layers",
@@ -80,13 +82,17 @@ __all__ = [
     "training",
 ]
 
-_ON_DEMAND = ("data", "lightning_modules", "recipe")  # not needed to convert and pack a model
+# Not needed to convert and pack a model: sub-packages, and functions by where they are.
+_ON_DEMAND = ("data", "lightning_modules", "recipe")
+_FUNCTIONS = {"report": "analysis.report", "suggest_bits": "analysis.sensitivity"}
 
 
 def __getattr__(name: str) -> Any:
-    """Import a sub-package when it is first asked for."""
+    """Import a sub-package, or a function with its module, when it is first asked for."""
     if name in _ON_DEMAND:
         return importlib.import_module(f"{__name__}.{name}")
+    if name in _FUNCTIONS:
+        return getattr(importlib.import_module(f"{__name__}.{_FUNCTIONS[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -199,7 +199,8 @@ def write_report(options: Any) -> None:
         reference = read_model(options.reference, readers).expect(
             "float", path=options.reference, remedy="pass the float checkpoint as --reference"
         )
-    _report(loaded.model, data, options.out, reference and reference.model, options.history)
+    float_model = None if reference is None else reference.model
+    _report(loaded.model, data, options.out, float_model, options.history)
     print(f"{options.out}: {options.out.stat().st_size:,} bytes; open it in a browser")
 
 

@@ -223,4 +223,5 @@ COMMANDS = {
     "inspect": Command(
         "Show what is in a packed file: layers, bits, bytes, ranges; and check it", _inspect, inspect.inspect
     ),
+    "report": Command("Write a page of pictures about a converted model", _report, commands.write_report),
 }
