@@ -27,6 +27,7 @@ from ..kernels.checksum import checksum
 from ..layers.behaviour import is_generated
 from ..layers.message_passing import PropagationChange, QuantizedMessagePassing, SentFeatures
 from ..layers.watched import is_watched, own_propagate
+from ..messages import finder as _finder  # noqa: F401 - offers kernels of traced messages by being imported
 from .base import LayerSpec, PackedConv, register_packed
 from .deferred import DeferredTensor, Producer
 from .nodes import packed_nodes, values_of

@@ -1,0 +1,95 @@
+"""Runs row programs: on the CPU by kernels written for them, elsewhere by their reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backend import backend_for
+from ..layout import row_words
+from ..plan import GraphPlan
+from .program import Operand, Program, Unsupported, reference
+
+__all__ = ["can_run", "row_program"]
+
+Arrays = Sequence[Tensor]
+
+
+@lru_cache(maxsize=256)
+def _cpu_kernel(program: Program) -> Any:
+    from .cpu import write_source
+    from .store import load_kernel
+
+    return load_kernel(write_source(program))
+
+
+def can_run(program: Program, device: torch.device) -> str | None:
+    """Why there is no kernel of ``program`` for ``device``; :obj:`None` where there is one."""
+    backend = backend_for(device)
+    if backend != "cpu":
+        return f"no generated kernels on the backend '{backend}'"
+    try:
+        _cpu_kernel(program)
+    except Unsupported as reason:
+        return str(reason)
+    return None
+
+
+def row_program(program: Program, plan: GraphPlan, arrays: Sequence[Arrays]) -> list[Tensor]:
+    """The results of ``program`` over the rows of ``plan``.
+
+    Args:
+        program: The expression.
+        plan: The graph.
+        arrays: Of each operand its matrix ``[rows, width]`` float32, or its words ``[rows, row_words(width, bits)]``
+            int32, scale and lower end (one element, ``[width]`` or one per row, float32).  Rows of edges are in the
+            caller's order.
+
+    Returns:
+        ``[num_dst, width]`` float32 for every output, then ``[E, width]`` for every output of edges.
+
+    Raises:
+        ValueError: If an operand is not of the shape that the program names.
+    """
+    for number, (operand, given) in enumerate(zip(program.operands, arrays, strict=True)):
+        _check(number, operand, given, plan)
+    if plan.num_dst == 0:
+        every = (*program.outputs, *program.edge_outputs)
+        return [torch.empty((0, program.nodes[k].width), device=plan.device) for k in every]
+    if backend_for(plan.device) != "cpu":
+        return reference(program, arrays, plan.rowptr, plan.col, plan.edge_ids)
+    return _run_cpu(program, plan, arrays)
+
+
+def _check(number: int, operand: Operand, given: Arrays, plan: GraphPlan) -> None:
+    rows = {"source": plan.num_src, "target": plan.num_dst, "edge": plan.num_edges, "constant": 1}[operand.side]
+    width = row_words(operand.width, operand.bits) if operand.bits else operand.width
+    dtype = torch.int32 if operand.bits else torch.float32
+    if tuple(given[0].shape) != (rows, width) or given[0].dtype is not dtype:
+        found = f"{list(given[0].shape)}, {given[0].dtype}"
+        raise ValueError(f"Expected operand {number} of shape {[rows, width]}, {dtype} (got {found})")
+    if not operand.bits:
+        return
+    count = {"tensor": 1, "column": operand.width, "row": rows}[operand.ranges]
+    for what, values in zip(("scale", "lower"), given[1:], strict=True):
+        if values.numel() != count or values.dtype is not torch.float32:
+            raise ValueError(f"Expected {count} float32 values as '{what}' of operand {number} (got {values.numel()})")
+
+
+def _run_cpu(program: Program, plan: GraphPlan, arrays: Sequence[Arrays]) -> list[Tensor]:
+    from ..cpu.memory import array_of, empty
+    from ..cpu.parallel import row_chunks, run_chunks
+
+    outs = [empty((plan.num_dst, program.nodes[k].width), torch.float32) for k in program.outputs]
+    outs += [empty((plan.num_edges, program.nodes[k].width), torch.float32) for k in program.edge_outputs]
+    flat = [array_of(t.detach().contiguous()).reshape(-1) for given in arrays for t in given]
+    rowptr, col = array_of(plan.rowptr), array_of(plan.col)
+    run_chunks(
+        _cpu_kernel(program), row_chunks(rowptr), rowptr, col, array_of(plan.edge_ids), plan.max_degree, *flat,
+        *(array_of(out).reshape(-1) for out in outs),
+    )  # fmt: skip
+    return outs

@@ -1,0 +1,6 @@
+"""Messages traced once, and run by kernels written for them (DESIGN: any message function).
+
+:mod:`.trace` records what a layer's ``message`` and ``aggregate`` do with a few edges, :mod:`.build` sorts the record
+into what is computed once per node or edge, what the kernel computes and what follows per row, and :mod:`.traced`
+runs it, and compares its first result with the layer's own.
+"""

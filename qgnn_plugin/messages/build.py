@@ -1,0 +1,498 @@
+"""Makes a row program of a record: one kernel for everything that mixes sources, targets and edges."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..kernels.generated.program import Node, Operand, Program, Use
+from .evaluate import Values
+from .marks import LINEAR
+from .shadow import NotTraceable
+from .spaces import CONST, EDGE, KERNEL, MIXED, OF_EDGES, ROW, SHAPED, SOURCE, TARGET, Spaces, reduction_of
+from .trace import Trace
+
+__all__ = ["Built", "Leaf", "PackedForm", "build"]
+
+aten = torch.ops.aten
+Dims = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PackedForm:
+    """Of packed features: bits, kind of ranges."""
+
+    bits: int
+    ranges: str
+
+
+@dataclass(frozen=True)
+class Handle:
+    """A node of the program, and the dimensions after the first that the record gives it."""
+
+    index: int
+    dims: Dims
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """What an operand of the program holds.
+
+    Args:
+        node: Of the record.
+        is_packed: Whether it is an input that is taken as it is packed.
+        value: What is computed of the values, ``[rows, width]``; the default is the node's own, one row after another.
+    """
+
+    node: fx.Node
+    is_packed: bool = False
+    value: Callable[[Values], Tensor] | None = None
+
+    def rows(self, values: Values) -> Tensor:
+        if self.value is not None:
+            return self.value(values)
+        return values[self.node]
+
+
+@dataclass
+class Built:
+    """A program and what belongs to it.
+
+    Args:
+        program: The kernel.
+        leaves: What its operands hold.
+        results: The operations of the record that its outputs are, with what is left to do to them.
+        indices: The node of the program that each of them comes from.
+    """
+
+    program: Program
+    leaves: list[Leaf]
+    results: list[tuple[fx.Node, Callable[[Tensor], Tensor]]]
+    indices: list[int]
+
+
+def build(record: Trace, spaces: Spaces, packed: dict[fx.Node, PackedForm]) -> Built:
+    """The program of a record.
+
+    Args:
+        record: What was recorded.
+        spaces: Where its operations are computed.
+        packed: The inputs that are packed.
+
+    Raises:
+        NotTraceable: If an operation of edges has no counterpart in kernels.
+        Unsupported: If the program is too large.
+    """
+    builder = _Builder(record, spaces, packed)
+    for node in record.graph.nodes:
+        if spaces.of.get(node) == KERNEL and reduction_of(node) is not None and builder.is_needed_after(node):
+            builder.output(node)
+    kept = [builder.edge(node) for node in spaces.written]
+    program = Program(
+        tuple(builder.operands), tuple(builder.nodes), tuple(builder.outputs), tuple(handle.index for handle in kept)
+    )
+    return Built(program.check(), builder.leaves, builder.results, builder.indices)
+
+
+@dataclass
+class _Builder:
+    record: Trace
+    spaces: Spaces
+    packed: dict[fx.Node, PackedForm]
+    operands: list[Operand] = field(default_factory=list)
+    leaves: list[Leaf] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
+    outputs: list[int] = field(default_factory=list)
+    results: list[tuple[fx.Node, Callable[[Tensor], Tensor]]] = field(default_factory=list)
+    indices: list[int] = field(default_factory=list)
+    made: dict[Any, Handle] = field(default_factory=dict)
+
+    # -- nodes of the program -------------------------------------------------------------------------------------
+
+    def add(self, op: str, args: tuple[Use, ...], width: int, value: float = 0.0, is_row: bool = False) -> int:
+        node = Node(op, args, width, value, is_row)
+        for index, known in enumerate(self.nodes):
+            if known == node:
+                return index
+        self.nodes.append(node)
+        return len(self.nodes) - 1
+
+    def literal(self, value: float, is_row: bool = False) -> Handle:
+        return Handle(self.add("literal", (), 1, float(value), is_row), ())
+
+    def leaf(self, key: Any, side: str, dims: Dims, leaf: Leaf, form: PackedForm | None = None) -> Handle:
+        if key not in self.made:
+            width = math.prod(dims)
+            bits, ranges = (form.bits, form.ranges) if form is not None else (0, "")
+            self.operands.append(Operand(side, width, bits, ranges))
+            self.leaves.append(leaf)
+            self.made[key] = Handle(self.add("load", (), width, len(self.operands) - 1), dims)
+        return self.made[key]
+
+    def apply(self, op: str, *args: Handle | float, value: float = 0.0, is_row: bool = False) -> Handle:
+        """An operation number by number, with broadcasting."""
+        handles = [a if isinstance(a, Handle) else self.literal(a, is_row) for a in args]
+        dims = tuple(torch.broadcast_shapes(*(h.dims for h in handles)))
+        width = math.prod(dims)
+        uses = tuple(Use(h.index, _mode(h.dims, dims)) for h in handles)
+        return Handle(self.add(op, uses, width, value, is_row), dims)
+
+    # -- from the record ------------------------------------------------------------------------------------------
+
+    def is_needed_after(self, node: fx.Node) -> bool:
+        """Whether something other than edges of this kernel reads a reduction."""
+        for user in node.users:
+            space = self.spaces.of.get(user)
+            if user.op == "output" or (space == KERNEL and self._reaches_output(user)):
+                return True
+        return False
+
+    def _reaches_output(self, node: fx.Node) -> bool:
+        return any(
+            user.op == "output" or (self.spaces.of.get(user) == KERNEL and reduction_of(user) is None
+                                    and self._reaches_output(user))
+            for user in node.users
+        ) or (node is self.spaces.output)  # fmt: skip
+
+    def output(self, node: fx.Node) -> None:
+        source = node.args[3]
+        assert isinstance(source, fx.Node)
+        rest = self.record.shapes[node][1:]
+        after: Callable[[Tensor], Tensor] = _shaped(rest)
+        reduced = source
+        if reduction_of(node) == "sum" and source.target is aten.sum.dim_IntList and self.spaces.of[source] == MIXED:
+            inner: Any = source.args[0]
+            dims: Any = source.args[1]
+            if not self._is_trailing(inner, dims):  # rows first, then these dimensions
+                keep = bool(source.args[2]) if len(source.args) > 2 else False
+                shape = self.record.shapes[inner]
+                axes = [dim % len(shape) for dim in dims]
+                reduced = inner
+
+                def after(y: Tensor) -> Tensor:
+                    return y.view(-1, *shape[1:]).sum(axes, keepdim=keep)
+
+        handle = self.reduction(node, reduced)
+        if handle.index not in self.outputs:
+            self.outputs.append(handle.index)
+        self.results.append((node, after))
+        self.indices.append(handle.index)
+
+    def reduction(self, node: fx.Node, source: fx.Node | None = None) -> Handle:
+        source = source or node.args[3]  # type: ignore[assignment]
+        assert isinstance(source, fx.Node)
+        key = ("reduction", node, source)
+        if key not in self.made:
+            handle, name = self.edge(source), reduction_of(node)
+            assert name is not None
+            index = self.add(name, (Use(handle.index),), math.prod(handle.dims), 0.0, True)
+            self.made[key] = Handle(index, handle.dims)
+        return self.made[key]
+
+    def edge(self, node: fx.Node) -> Handle:
+        """What an operation gives for every edge."""
+        if node not in self.made:
+            self.made[node] = self._edge(node)
+        return self.made[node]
+
+    def _edge(self, node: fx.Node) -> Handle:
+        space = self.spaces.of[node]
+        dims = self.record.shapes[node][1:]
+        if space in (SOURCE, TARGET, EDGE):
+            if space == SOURCE and self._stays_packed(node):
+                if node in self.packed:
+                    return self.leaf(node, SOURCE, dims, Leaf(node, is_packed=True), self.packed[node])
+                return self.operation(node)
+            if not self.record.dtypes[node].is_floating_point:
+                raise NotTraceable("it computes with whole numbers of edges")
+            return self.leaf(node, {SOURCE: "source", TARGET: "target", EDGE: "edge"}[space], dims, Leaf(node))
+        if space != MIXED:
+            raise NotTraceable(f"a message of what is {space}")
+        return self.operation(node)
+
+    def _stays_packed(self, node: fx.Node) -> bool:
+        """Whether ``node`` follows from one packed input, number by number."""
+        if node in self.packed:
+            return True
+        edges = [arg for arg in node.all_input_nodes if self.spaces.of[arg] in OF_EDGES]
+        if len(edges) != 1 or math.prod(self.record.shapes[edges[0]]) != math.prod(self.record.shapes.get(node, (0,))):
+            return False
+        known = node.target in SHAPED or node.target in _TABLE
+        return known and self._stays_packed(edges[0])
+
+    def row(self, node: fx.Node) -> Handle:
+        """What an operation gives for a row, inside the kernel."""
+        key = ("row", node)
+        if key not in self.made:
+            self.made[key] = self._row(node)
+        return self.made[key]
+
+    def _row(self, node: fx.Node) -> Handle:
+        space = self.spaces.of[node]
+        if space == ROW:
+            return self.leaf(("row", node), "target", self.record.shapes[node][1:], Leaf(node))
+        if space != KERNEL:
+            raise NotTraceable(f"a row of what is {space}")
+        if reduction_of(node) is not None:
+            source = node.args[3]
+            assert isinstance(source, fx.Node)
+            handle = self.reduction(node, source)
+            return Handle(handle.index, self.record.shapes[node][1:])
+        return self.operation(node, is_row=True)
+
+    def argument(self, arg: Any, node: fx.Node, is_row: bool) -> Handle | float:
+        """An argument of an operation of ``node``."""
+        if isinstance(arg, (int, float)):
+            return float(arg)
+        assert isinstance(arg, fx.Node)
+        if self.spaces.of[arg] != CONST:
+            return self.row(arg) if is_row else self._fitting(arg, node)
+        rank, shape = len(self.record.shapes[node]), self.record.shapes[arg]
+        if len(shape) == rank and shape[0] != 1:
+            raise NotTraceable("a constant of edges")
+        dims = shape[1:] if len(shape) == rank else shape
+
+        def value(values: Values) -> Tensor:
+            return values[arg].to(torch.float32).reshape(1, -1)
+
+        if _is_simple(dims, self.record.shapes[node][1:]):
+            return self.leaf(("constant", arg, dims), "constant", dims, Leaf(arg, value=value))
+        full = self.record.shapes[node][1:]
+
+        def spread(values: Values) -> Tensor:
+            return values[arg].to(torch.float32).reshape(dims).expand(full).reshape(1, -1)
+
+        return self.leaf(("constant", arg, full), "constant", full, Leaf(arg, value=spread))
+
+    def _fitting(self, arg: fx.Node, node: fx.Node) -> Handle:
+        """An argument of edges; what is not computed in the kernel is spread where the kernel could not."""
+        full = self.record.shapes[node][1:]
+        shape = self.record.shapes[arg]
+        single = self.spaces.of[arg] in (SOURCE, TARGET, EDGE) and node.target not in SHAPED
+        if not single or len(shape) != len(full) + 1 or _is_simple(shape[1:], full):
+            return self.edge(arg)
+        side = {SOURCE: "source", TARGET: "target", EDGE: "edge"}[self.spaces.of[arg]]
+
+        def value(values: Values) -> Tensor:
+            return values[arg].expand(-1, *full)
+
+        return self.leaf(("spread", arg, full), side, full, Leaf(arg, value=value))
+
+    def operation(self, node: fx.Node, is_row: bool = False) -> Handle:
+        target, dims = node.target, self.record.shapes[node][1:]
+        if target in (aten.index_select.default, aten.index.Tensor) and not is_row:
+            source = node.args[0]
+            assert isinstance(source, fx.Node)
+            return self.row(source)
+        if target in SHAPED:
+            source = node.args[0]
+            assert isinstance(source, fx.Node)
+            handle = self.row(source) if is_row else self.edge(source)
+            if math.prod(handle.dims) == math.prod(dims):
+                return Handle(handle.index, dims)
+            if target is not aten.expand.default:
+                raise NotTraceable("a view of some numbers")
+            uses = (Use(handle.index, _mode((1,) * (len(dims) - len(handle.dims)) + handle.dims, dims)),)
+            return Handle(self.add("copy", uses, math.prod(dims), is_row=is_row), dims)
+        if target in (aten.select.int, aten.squeeze.dim) and not is_row:
+            source = node.args[0]
+            assert isinstance(source, fx.Node)
+            if math.prod(self.record.shapes[source]) == math.prod(self.record.shapes[node]):
+                return Handle(self.edge(source).index, dims)
+        joined: Any = node.args[0] if target in (aten.stack.default, aten.cat.default) else ()
+        if len(joined) == 1 and not is_row:
+            return Handle(self.edge(joined[0]).index, dims)
+        if target in (aten.sum.dim_IntList, aten.mean.dim) and not is_row:
+            return self._dot(node)
+        if target not in _TABLE:
+            is_linear = target in (aten.mm.default, aten.addmm.default, aten.bmm.default, LINEAR)
+            what = "a linear map of each edge" if is_linear else str(target).removeprefix("aten.")
+            raise NotTraceable(f"no kernel for {what}")
+
+        def arg(position: int, default: Any = None) -> Any:
+            value = node.args[position] if len(node.args) > position else default
+            return self.argument(value, node, is_row) if isinstance(value, fx.Node) else value
+
+        def do(op: str, *args: Handle | float, value: float = 0.0) -> Handle:
+            return self.apply(op, *args, value=value, is_row=is_row)
+
+        handle = _TABLE[target](do, arg, node)
+        if math.prod(handle.dims) != math.prod(dims):
+            raise NotTraceable(f"'{target}' broadcasts otherwise")
+        return Handle(handle.index, dims)
+
+    def _is_trailing(self, node: fx.Node, dims: Any) -> bool:
+        shape = self.record.shapes[node]
+        axes = {dim % len(shape) for dim in dims}
+        wide = [k for k in range(len(shape)) if shape[k] != 1 or k == 0]
+        summed = [k for k in wide if k in axes]
+        return wide[len(wide) - len(summed) :] == summed
+
+    def _dot(self, node: fx.Node) -> Handle:
+        source, axes = node.args[0], node.args[1]
+        assert isinstance(source, fx.Node)
+        if not self._is_trailing(source, axes):
+            raise NotTraceable("a sum over other dimensions than the last")
+        dims, handle = self.record.shapes[node][1:], self.edge(source)
+        width = math.prod(dims)
+        if width == math.prod(handle.dims):
+            return Handle(handle.index, dims)
+        result = Handle(self.add("dot", (Use(handle.index),), width), dims)
+        if node.target is aten.mean.dim:
+            share = width / math.prod(handle.dims)
+            return Handle(self.apply("mul", result, share).index, dims)
+        return result
+
+
+def _shaped(rest: Dims) -> Callable[[Tensor], Tensor]:
+    return lambda y: y.view(-1, *rest)
+
+
+def _mode(dims: Dims, full: Dims) -> str:
+    """How numbers of ``dims`` are spread over ``full``.
+
+    Raises:
+        NotTraceable: If neither way of kernels does it.
+    """
+    dims = (1,) * (len(full) - len(dims)) + tuple(dims)
+    if math.prod(dims) == math.prod(full):
+        return "full"
+    if math.prod(dims) == 1:
+        return "repeat"
+    wide = [k for k, n in enumerate(full) if n != 1]
+    own = [k for k in wide if dims[k] != 1]
+    if own == wide[: len(own)]:
+        return "repeat"
+    if own == wide[len(wide) - len(own) :]:
+        return "tile"
+    raise NotTraceable("numbers are spread over inner dimensions")
+
+
+def _is_simple(dims: Dims, full: Dims) -> bool:
+    """Whether kernels spread numbers of ``dims`` over ``full``: one number for a run of features, or all."""
+    try:
+        return _mode(dims, full) != "tile"
+    except NotTraceable:
+        return False
+
+
+# Operations number by number ##########################################################################################
+
+Do = Callable[..., Handle]
+Arg = Callable[..., Any]
+
+
+def _plain(op: str, count: int) -> Callable[[Do, Arg, fx.Node], Handle]:
+    return lambda do, arg, node: do(op, *(arg(k) for k in range(count)))
+
+
+def _scaled(op: str) -> Callable[[Do, Arg, fx.Node], Handle]:
+    def make(do: Do, arg: Arg, node: fx.Node) -> Handle:
+        alpha: Any = node.kwargs.get("alpha", 1)
+        second = arg(1)
+        if alpha != 1:
+            second = do("mul", second, float(alpha)) if isinstance(second, Handle) else second * float(alpha)
+        return do(op, arg(0), second)
+
+    return make
+
+
+def _power(do: Do, arg: Arg, node: fx.Node) -> Handle:
+    x, exponent = arg(0), node.args[1]
+    if exponent == 1:
+        return x
+    if exponent == 2:
+        return do("mul", x, x)
+    if exponent == 3:
+        return do("mul", do("mul", x, x), x)
+    if exponent == 0.5:
+        return do("sqrt", x)
+    if exponent == -0.5:
+        return do("div", 1.0, do("sqrt", x))
+    if exponent == -1:
+        return do("div", 1.0, x)
+    raise NotTraceable(f"powers of {exponent}")
+
+
+def _clamp(do: Do, arg: Arg, node: fx.Node) -> Handle:
+    x, low, high = arg(0), arg(1), arg(2)
+    low = node.kwargs.get("min") if low is None else low
+    high = node.kwargs.get("max") if high is None else high
+    # NaN stays: kernels give the second where either is.
+    x = x if low is None else do("maximum", low, x)
+    return x if high is None else do("minimum", high, x)
+
+
+def _hardtanh(do: Do, arg: Arg, node: fx.Node) -> Handle:
+    return do("minimum", float(arg(2, 1)), do("maximum", float(arg(1, -1)), arg(0)))
+
+
+def _elu(do: Do, arg: Arg, node: fx.Node) -> Handle:
+    alpha, scale, inner = (float(arg(k, 1.0)) for k in (1, 2, 3))
+    x = arg(0)
+    below = x if inner == 1 else do("mul", x, inner)
+    below = do("expm1", below)
+    below = below if alpha == 1 else do("mul", below, alpha)
+    y = do("where", do("greater", x, 0.0), x, below)
+    return y if scale == 1 else do("mul", y, scale)
+
+
+def _softplus(do: Do, arg: Arg, node: fx.Node) -> Handle:
+    if (arg(1, 1), arg(2, 20)) != (1, 20):
+        raise NotTraceable("a softplus of another slope")
+    return do("softplus", arg(0))
+
+
+def _comparison(op: str, swapped: bool) -> Callable[[Do, Arg, fx.Node], Handle]:
+    return lambda do, arg, node: do(op, arg(1), arg(0)) if swapped else do(op, arg(0), arg(1))
+
+
+_TABLE: dict[Any, Callable[[Do, Arg, fx.Node], Handle]] = {
+    aten.add.Tensor: _scaled("add"),
+    aten.add.Scalar: _scaled("add"),
+    aten.sub.Tensor: _scaled("sub"),
+    aten.sub.Scalar: _scaled("sub"),
+    aten.rsub.Scalar: lambda do, arg, node: do("sub", arg(1), arg(0)),
+    aten.mul.Tensor: _plain("mul", 2),
+    aten.mul.Scalar: _plain("mul", 2),
+    aten.div.Tensor: _plain("div", 2),
+    aten.div.Scalar: _plain("div", 2),
+    aten.maximum.default: _plain("maximum", 2),
+    aten.minimum.default: _plain("minimum", 2),
+    aten.neg.default: _plain("neg", 1),
+    aten.abs.default: _plain("abs", 1),
+    aten.relu.default: _plain("relu", 1),
+    aten.exp.default: _plain("exp", 1),
+    aten.expm1.default: _plain("expm1", 1),
+    aten.log.default: _plain("log", 1),
+    aten.log1p.default: _plain("log1p", 1),
+    aten.sqrt.default: _plain("sqrt", 1),
+    aten.rsqrt.default: lambda do, arg, node: do("div", 1.0, do("sqrt", arg(0))),
+    aten.reciprocal.default: lambda do, arg, node: do("div", 1.0, arg(0)),
+    aten.square.default: lambda do, arg, node: do("mul", arg(0), arg(0)),
+    aten.sigmoid.default: _plain("sigmoid", 1),
+    aten.tanh.default: _plain("tanh", 1),
+    aten.silu.default: lambda do, arg, node: do("mul", arg(0), do("sigmoid", arg(0))),
+    aten.softplus.default: _softplus,
+    aten.elu.default: _elu,
+    aten.leaky_relu.default: lambda do, arg, node: do("leaky_relu", arg(0), value=float(arg(1, 0.01))),
+    aten.pow.Tensor_Scalar: _power,
+    aten.clamp.default: _clamp,
+    aten.hardtanh.default: _hardtanh,
+    aten.clamp_min.default: lambda do, arg, node: do("maximum", arg(1), arg(0)),
+    aten.gt.Scalar: _comparison("greater", False),
+    aten.gt.Tensor: _comparison("greater", False),
+    aten.ge.Scalar: _comparison("greater_equal", False),
+    aten.ge.Tensor: _comparison("greater_equal", False),
+    aten.lt.Scalar: _comparison("greater", True),
+    aten.lt.Tensor: _comparison("greater", True),
+    aten.le.Scalar: _comparison("greater_equal", True),
+    aten.le.Tensor: _comparison("greater_equal", True),
+    aten.where.self: _plain("where", 3),
+    aten.masked_fill.Scalar: lambda do, arg, node: do("where", arg(1), float(arg(2)), arg(0)),
+}

@@ -1,0 +1,112 @@
+"""Runs parts of a record in torch: what belongs to sources, targets, edges or rows, for all of them at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..packing.deferred import plain
+from .marks import LINEAR
+from .spaces import CONST, EDGE, ROW, SOURCE, TARGET, fill_value, reduction_of
+from .trace import Trace
+
+__all__ = ["Values"]
+
+aten = torch.ops.aten
+
+
+class Values:
+    """The values of a record's operations in one call.
+
+    Args:
+        record: What was recorded.
+        spaces: Where its operations are computed.
+        inputs: What each input holds in this call: all rows of sources, targets and edges.
+        counts: Number of sources, targets and edges.
+        degree: ``[num_dst]`` float32.
+    """
+
+    def __init__(
+        self, record: Trace, spaces: dict[fx.Node, str], inputs: dict[fx.Node, Tensor], counts: dict[str, int],
+        degree: Tensor,
+    ) -> None:  # fmt: skip
+        self.record, self.spaces, self.counts, self.degree = record, spaces, counts, degree
+        self.known: dict[fx.Node, Any] = dict(inputs)
+        self.given = inputs
+
+    def put(self, node: fx.Node, value: Tensor) -> None:
+        """What a kernel has computed."""
+        self.known[node] = value
+
+    def __getitem__(self, node: fx.Node) -> Any:
+        if node not in self.known:
+            for earlier in _needed(node, self.known, self._reads):
+                self.known[earlier] = self._compute(earlier)
+        value = self.known[node]
+        if callable(value) and not isinstance(value, Tensor):  # an input that is only unpacked where it is needed
+            value = self.known[node] = value()
+        return value
+
+    def _reads(self, node: fx.Node) -> list[fx.Node]:
+        if fill_value(node) is not None:
+            return []
+        if reduction_of(node) is not None:  # of ones: degrees
+            return []
+        if self.spaces[node] == TARGET and self._is_lifted(node):
+            return [node.args[0]]  # type: ignore[list-item]
+        return list(node.all_input_nodes)
+
+    def _is_lifted(self, node: fx.Node) -> bool:
+        source = node.args[0] if node.args else None
+        return isinstance(source, fx.Node) and self.spaces.get(source) == ROW
+
+    def _rows(self, node: fx.Node) -> dict[int, int]:
+        """Numbers of rows while recording, and in this call."""
+        space, record = self.spaces[node], self.record
+        if space in (SOURCE, TARGET, EDGE):
+            return {record.edges: self.counts[space]}
+        return {record.targets: self.counts[TARGET]}
+
+    def _compute(self, node: fx.Node) -> Any:
+        if node.op == "get_attr":
+            return getattr(self.record.module, str(node.target)).detach()
+        filled, rows = fill_value(node), self._rows(node)
+        if filled is not None:
+            shape = [rows.get(n, n) for n in self.record.shapes[node]]
+            return torch.full(shape, filled, dtype=self.record.dtypes[node], device=self.degree.device)
+        if reduction_of(node) is not None:
+            share = fill_value(node.args[3])  # type: ignore[arg-type]
+            assert share is not None
+            rest = self.record.shapes[node][1:]
+            return (self.degree * share).view(-1, *(1 for _ in rest)).expand(-1, *rest)
+        if self.spaces[node] == TARGET and self._is_lifted(node):
+            return self[node.args[0]]  # type: ignore[index]
+        args: Any = fx.node.map_arg(node.args, lambda arg: self[arg])
+        kwargs: Any = fx.node.map_arg(node.kwargs, lambda arg: self[arg])
+        if node.target is LINEAR:
+            return plain(self.record.linears[args[1]](args[0].contiguous()))
+        if self.spaces[node] != CONST:
+            args = fx.node.map_aggregate(args, lambda a: rows.get(a, a) if type(a) is int else a)
+        if node.target is aten.view.default:
+            return args[0].reshape(args[1])
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _needed(node: fx.Node, known: dict[fx.Node, Any], reads: Any) -> list[fx.Node]:
+    """The operations that ``node`` follows from, itself included, in an order to compute them."""
+    order: list[fx.Node] = []
+    stack = [(node, False)]
+    seen = set(known)
+    while stack:
+        current, ready = stack.pop()
+        if ready:
+            order.append(current)
+        elif current not in seen:
+            seen.add(current)
+            stack.append((current, True))
+            stack += [(arg, False) for arg in reads(current)]
+    return order
+
+

@@ -1,0 +1,32 @@
+"""Offers traced messages to packed layers: a kernel for each form of call that can be traced."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..packing.propagation_call import MessageKernel, NotByRows, Propagation, register_message_kernel
+
+__all__ = ["find_traced"]
+
+
+@register_message_kernel
+def find_traced(call: Propagation) -> MessageKernel | None:
+    """A kernel for calls of this form; :obj:`None` where the layer's message has none."""
+    # Tracing needs parts of torch that take their time to load.
+    from ..kernels.generated.program import Unsupported
+    from .shadow import NotTraceable
+    from .traced import TracedCalls
+
+    calls = TracedCalls()
+    try:
+        calls.find(call)
+    except (NotTraceable, Unsupported, NotByRows):
+        return None
+
+    def run(call: Propagation) -> Tensor:
+        try:
+            return calls.find(call).run(call)
+        except (NotTraceable, Unsupported) as reason:
+            raise NotByRows(str(reason)) from reason
+
+    return MessageKernel(run, "generated kernel")

@@ -1,0 +1,41 @@
+"""Linear maps of packed layers as single operations of a record: they look at codes, which a tracer cannot follow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["LINEAR", "marked"]
+
+_library = torch.library.Library("qgnn_messages", "DEF")
+_library.define("linear(Tensor x, int number, int width) -> Tensor")
+
+
+def _stand_in(x: Tensor, number: int, width: int) -> Tensor:
+    """Of the right shape: the record is only looked at."""
+    return x.new_zeros((*x.shape[:-1], width))
+
+
+_library.impl("linear", _stand_in, "CompositeExplicitAutograd")
+LINEAR = torch.ops.qgnn_messages.linear.default
+
+
+class _Marked(nn.Module):
+    def __init__(self, number: int, width: int) -> None:
+        super().__init__()
+        self.number, self.width = number, width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return LINEAR(x, self.number, self.width)
+
+
+def marked(child: Any, found: list[nn.Module]) -> nn.Module | None:
+    """What takes the place of a packed linear map, which is added to ``found``; :obj:`None` for other modules."""
+    if not hasattr(child, "_packed") or not hasattr(child, "_num_out"):
+        return None
+    if child._forward_hooks or child._forward_pre_hooks or child.output_quantizer is not None:
+        return None
+    found.append(child)
+    return _Marked(len(found) - 1, child._num_out)

@@ -1,0 +1,134 @@
+"""Copies of a layer to run its functions on: the same tensors, while what is written to the copy stays there."""
+
+from __future__ import annotations
+
+import dis
+from collections.abc import Callable, Iterator
+from types import CodeType, FunctionType
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["NotTraceable", "expect_no_side_effects", "fingerprint", "named_tensors", "shadow_of", "written"]
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+class NotTraceable(Exception):
+    """A message that is not traced; says why."""
+
+
+def shadow_of(module: nn.Module, replace: Callable[[nn.Module], nn.Module | None], memo: dict[int, Any]) -> Any:
+    """A copy of ``module`` and of those inside it, that shares tensors.
+
+    Args:
+        module: The original.
+        replace: Gives what takes the place of a module inside it; :obj:`None` for a copy.
+        memo: Copies by the identity of the original.
+    """
+    if id(module) in memo:
+        return memo[id(module)]
+    memo[id(module)] = copy = object.__new__(type(module))
+    state = {name: _copied(value) for name, value in module.__dict__.items()}
+    for name in ("_parameters", "_buffers", "_modules"):
+        state[name] = dict(module.__dict__[name])
+    copy.__dict__.update(state)
+    for name, child in module._modules.items():
+        if child is not None:
+            state["_modules"][name] = replace(child) or shadow_of(child, replace, memo)
+    return copy
+
+
+def _copied(value: Any) -> Any:
+    """Containers are copied, so that what is put into them is seen and the layer's own stay as they are."""
+    return type(value)(value) if type(value) in (list, dict, set) else value
+
+
+def written(module: nn.Module, copy: Any) -> dict[str, Any]:
+    """What was written to the copy itself since it was made, by name.
+
+    Raises:
+        NotTraceable: If something was written to a module inside it, or put into a container.
+    """
+    found = dict(_changes(module, copy))
+    if any(isinstance(value, (list, dict, set)) for value in found.values()):
+        raise NotTraceable(f"its functions write to {', '.join(sorted(found))}")
+    for name, child in module._modules.items():
+        inner = copy._modules.get(name)
+        if child is None or type(inner) is not type(child):
+            continue
+        if written(child, inner):
+            raise NotTraceable(f"its functions write to '{name}'")
+    return found
+
+
+def _changes(module: nn.Module, copy: Any) -> Iterator[tuple[str, Any]]:
+    before, after = module.__dict__, copy.__dict__
+    was: Any
+    now: Any
+    for name in before.keys() | after.keys():
+        if name in ("_parameters", "_buffers", "_modules"):
+            continue
+        was, now = before.get(name), after.get(name)
+        same = len(was) == len(now) if type(was) in (list, dict, set) and type(now) is type(was) else was is now
+        if not same or name not in after:
+            yield name, now
+
+
+def named_tensors(copy: nn.Module) -> list[tuple[dict[str, Any], str]]:
+    """Where the parameters and buffers of a copy are: its modules' dictionaries and names."""
+    found = []
+    for module in copy.modules():
+        for held in (module._parameters, module._buffers):
+            found += [(held, name) for name, value in held.items() if isinstance(value, Tensor)]
+    return found
+
+
+def fingerprint(layer: nn.Module) -> tuple[Any, ...]:
+    """What a trace may depend on beside the values of tensors: plain attributes, and which tensors there are."""
+    found: list[Any] = []
+    for module in layer.modules():
+        found.append(type(module))
+        for name, value in module.__dict__.items():
+            if isinstance(value, _PLAIN):
+                found.append((name, value))
+            elif isinstance(value, (tuple, list)) and all(isinstance(part, _PLAIN) for part in value):
+                found.append((name, tuple(value)))
+            elif callable(value) or isinstance(value, Tensor):
+                found.append((name, id(value)))
+        for held in (module._parameters, module._buffers):
+            found += [(name, None if value is None else (value.shape, value.dtype)) for name, value in held.items()]
+    return tuple(found)
+
+
+def expect_no_side_effects(layer: nn.Module) -> None:
+    """Refuse functions of the user's own that reach for something to change: a closure, a container, a ``print``.
+
+    Raises:
+        NotTraceable: If there are any.
+    """
+    for stage in ("message", "aggregate"):
+        function = getattr(type(layer), stage, None)
+        if not isinstance(function, FunctionType) or function.__module__.startswith("torch_geometric."):
+            continue
+        if function.__closure__ and any(not _is_class_cell(cell) for cell in function.__closure__):
+            raise NotTraceable(f"its {stage} refers to variables around it")
+        names = _globals(function.__code__)
+        for name in names:
+            value = function.__globals__.get(name)
+            if name == "print" or isinstance(value, (list, dict, set)):
+                raise NotTraceable(f"its {stage} uses '{name}'")
+
+
+def _is_class_cell(cell: Any) -> bool:
+    """Whether a closure's cell holds what ``super()`` needs, or another class, function or number."""
+    try:
+        value = cell.cell_contents
+    except ValueError:
+        return False
+    return isinstance(value, (type, FunctionType, *_PLAIN))
+
+
+def _globals(code: CodeType) -> set[str]:
+    reads = ("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL")
+    return {str(i.argval) for i in dis.get_instructions(code) if i.opname in reads}

@@ -1,0 +1,179 @@
+"""Message kernels that are found by tracing: what a packed layer asks for each new form of call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..kernels.backend import backend_for
+from ..kernels.generated.program import Unsupported
+from ..kernels.generated.run import can_run, row_program
+from .build import Built, Leaf, PackedForm, build
+from .check import expect_agreement
+from .evaluate import Values
+from .shadow import NotTraceable, fingerprint
+from .spaces import Spaces
+from .trace import Input, Trace, trace
+
+__all__ = ["TracedCalls", "TracedMessage"]
+
+MOST_TRACES = 8  # of one form of call: what changes from call to call is not traced again and again
+
+
+@dataclass
+class TracedMessage:
+    """A layer's messages as one kernel.
+
+    Args:
+        record: What was recorded.
+        spaces: Where its operations are computed.
+        built: The kernel.
+        inputs: The record's inputs, by its placeholders.
+    """
+
+    record: Trace
+    spaces: Spaces
+    built: Built
+    inputs: dict[fx.Node, Input]
+
+    @classmethod
+    def of(cls, call: Any) -> TracedMessage:
+        """Trace a call.
+
+        Raises:
+            NotTraceable, Unsupported: If there is no kernel for it.
+        """
+        record = trace(call)
+        spaces = Spaces(record)
+        placeholders = [node for node in record.graph.nodes if node.op == "placeholder"]
+        inputs = dict(zip(placeholders, record.inputs, strict=True))
+        packed = {node: form for node, i in inputs.items() if (form := _packed_form(call, i)) is not None}
+        # Codes of several widths in one sum have no kernel: then sources are read as floats.
+        reason: Exception | None = None
+        for forms in (packed, {}) if packed else (packed,):
+            try:
+                built = build(record, spaces, forms)
+                why = can_run(built.program, call.plan.device)
+                if why is None:
+                    return cls(record, spaces, built, inputs)
+                reason = Unsupported(why)
+            except Unsupported as error:
+                reason = error
+        assert reason is not None
+        raise reason
+
+    def run(self, call: Any) -> Tensor:
+        """What ``aggregate`` returns; attributes that ``message`` writes are set on the layer."""
+        plan, layer = call.plan, call.layer
+        counts = {"source": plan.num_src, "target": plan.num_dst, "edge": plan.num_edges}
+        given = {node: _given(call, i) for node, i in self.inputs.items()}
+        values = Values(self.record, self.spaces.of, given, counts, plan.degree)
+        arrays = [self._arrays(call, values, leaf) for leaf in self.built.leaves]
+        program = self.built.program
+        outs = row_program(program, plan, arrays)
+        by_index = dict(zip(program.outputs, outs, strict=False))
+        for (node, after), index in zip(self.built.results, self.built.indices, strict=True):
+            values.put(node, after(by_index[index]))
+        of_edges = outs[len(program.outputs) :]
+        for name, node, value in zip(self.record.written, self.spaces.written, of_edges, strict=True):
+            setattr(layer, name, value.view(-1, *self.record.shapes[node][1:]))
+        return values[self.spaces.output]
+
+    def _arrays(self, call: Any, values: Values, leaf: Leaf) -> tuple[Tensor, ...]:
+        if leaf.is_packed:
+            packed = call.end(self.inputs[leaf.node].name).packed
+            return packed.words, packed.scale.reshape(-1), packed.lower.reshape(-1)
+        rows = leaf.rows(values).to(torch.float32)
+        return (rows.reshape(rows.size(0), -1).contiguous(),)
+
+
+def _given(call: Any, described: Input) -> Any:
+    """What an input of a record holds in a call; packed features as a function that unpacks them."""
+    if described.kind in ("source", "target"):
+        value = call.end(described.name)
+        return value if isinstance(value, Tensor) else value.values
+    if described.kind in ("edge", "other"):
+        return call.argument(described.name)
+    if described.kind == "parameter":
+        path, _, name = described.name.rpartition(".")
+        module = call.layer.get_submodule(path)
+        return module._parameters[name] if name in module._parameters else module._buffers[name]
+    if described.kind == "source index":
+        return call.edge_index[call.ends[1]]
+    return None
+
+
+def _packed_form(call: Any, described: Input) -> PackedForm | None:
+    if described.kind != "source":
+        return None
+    value = call.end(described.name)
+    if isinstance(value, Tensor):
+        return None
+    packed = value.packed
+    scale = packed.scale
+    if getattr(packed, "multiplier", None) is not None:
+        return None
+    if scale.numel() == 1:
+        return PackedForm(packed.bits, "tensor")
+    if scale.dim() == 1:
+        return PackedForm(packed.bits, "column")
+    return PackedForm(packed.bits, "row") if scale.size(1) == 1 else None
+
+
+class TracedCalls:
+    """The traces of one form of call of one layer.
+
+    What a trace depends on beside its inputs' values, such as the layer's attributes and the widths of its arguments,
+    is compared in every call; where it has changed, the call is traced anew.
+    """
+
+    def __init__(self) -> None:
+        self.traces: dict[Any, TracedMessage | None] = {}
+
+    def find(self, call: Any) -> TracedMessage:
+        """The trace for a call, checked against the layer's own functions where it is new.
+
+        Raises:
+            NotTraceable, Unsupported: If there is none.
+        """
+        key = (fingerprint(call.layer), _widths(call))
+        if key not in self.traces:
+            if len(self.traces) >= MOST_TRACES:
+                raise NotTraceable("its attributes change from call to call")
+            self.traces[key] = None
+            if call.plan.num_edges == 0 or backend_for(call.plan.device) != "cpu":
+                raise NotTraceable("no edges, or no kernels")
+            found = TracedMessage.of(call)
+            expect_agreement(call, found.run(call))
+            self.traces[key] = found
+        found_trace = self.traces[key]
+        if found_trace is None:
+            raise NotTraceable("it could not be traced before")
+        return found_trace
+
+
+def _widths(call: Any) -> tuple[Any, ...]:
+    found: list[Any] = []
+    for name in call.parameters:
+        if name[-2:] in ("_i", "_j"):
+            value = call.end(name)
+            if hasattr(value, "packed"):
+                packed = value.packed
+                found.append((tuple(value.shape[1:]), packed.bits, tuple(packed.scale.shape[1:]), packed.scale.dim()))
+            elif isinstance(value, Tensor):
+                found.append((tuple(value.shape[1:]), value.dtype))
+            else:
+                found.append(None)
+        else:
+            value = call.arguments.get(name)
+            if isinstance(value, Tensor):
+                per_edge = call.is_per_edge(value)
+                found.append((per_edge, tuple(value.shape[1:] if per_edge else value.shape), value.dtype))
+            elif isinstance(value, (bool, int, float, str)):
+                found.append(value)
+            else:
+                found.append(None)
+    return tuple(found)

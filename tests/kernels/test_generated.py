@@ -1,0 +1,270 @@
+"""Row programs: generated kernels against their reference, over widths, ranges, empty rows and hubs."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from qgnn_plugin.kernels.backend import use_backend
+from qgnn_plugin.kernels.generated.program import Node, Operand, Program, Unsupported, Use, reference
+from qgnn_plugin.kernels.generated.run import can_run, row_program
+from qgnn_plugin.kernels.generated.store import CACHE_ENV, load_kernel
+from qgnn_plugin.kernels.layout import pack_codes
+from qgnn_plugin.kernels.plan import GraphPlan
+
+pytest.importorskip("numba")
+
+SOURCES, TARGETS, EDGES = 40, 30, 300
+
+
+def graph(hub: int = 0) -> GraphPlan:
+    """Edges in no order, with isolated targets, duplicates and, on demand, a hub."""
+    src, dst = torch.randint(SOURCES, (EDGES + hub,)), torch.randint(TARGETS - 3, (EDGES + hub,))
+    dst[:hub] = 5
+    return GraphPlan.from_edges(src, dst, SOURCES, TARGETS)
+
+
+def load(operand: int, width: int) -> Node:
+    return Node("load", (), width, operand)
+
+
+def node(op: str, *args: "int | Use", width: int, value: float = 0.0, row: bool = False) -> Node:
+    return Node(op, tuple(a if isinstance(a, Use) else Use(a) for a in args), width, value, row)
+
+
+def gathered(width: int, bits: int, ranges: str) -> Program:
+    """``relu(x_j + e)``: its sum, maximum, minimum and second moment at once."""
+    nodes = (
+        load(0, width),
+        load(1, width),
+        node("add", 0, 1, width=width),
+        node("relu", 2, width=width),
+        node("sum", 3, width=width, row=True),
+        node("max", 3, width=width, row=True),
+        node("min", 2, width=width, row=True),
+        node("mul", 3, 3, width=width),
+        node("sum", 7, width=width, row=True),
+    )
+    return Program((Operand("source", width, bits, ranges), Operand("edge", width)), nodes, (4, 5, 6, 8))
+
+
+def attention(heads: int, channels: int, bits: int) -> Program:
+    """Dot products, softmax over neighbours, a weighted sum; the weights of edges come out as well."""
+    width = heads * channels
+    nodes = (
+        load(0, width),
+        load(1, width),
+        load(2, width),
+        node("mul", 0, 1, width=width),
+        node("dot", 3, width=heads),
+        node("literal", width=1, value=0.3),
+        node("mul", 4, Use(5, "repeat"), width=heads),
+        node("max", 6, width=heads, row=True),
+        node("sub", 6, 7, width=heads),
+        node("exp", 8, width=heads),
+        node("sum", 9, width=heads, row=True),
+        node("literal", width=1, value=1e-16, row=True),
+        node("add", 10, Use(11, "repeat"), width=heads, row=True),
+        node("div", 9, 12, width=heads),
+        node("mul", 2, Use(13, "repeat"), width=width),
+        node("sum", 14, width=width, row=True),
+    )
+    operands = (
+        Operand("target", width),
+        Operand("source", width, bits, "tensor"),
+        Operand("source", width, bits, "column"),
+    )
+    return Program(operands, nodes, (15,), (13,))
+
+
+def softmax_of_features(width: int, bits: int) -> Program:
+    """A softmax over neighbours of every feature for itself."""
+    nodes = (
+        load(0, width),
+        node("relu", 0, width=width),
+        node("max", 1, width=width, row=True),
+        node("sub", 1, 2, width=width),
+        node("exp", 3, width=width),
+        node("sum", 4, width=width, row=True),
+        node("literal", width=1, value=1e-16, row=True),
+        node("add", 5, Use(6, "repeat"), width=width, row=True),
+        node("div", 4, 7, width=width),
+        node("mul", 1, 8, width=width),
+        node("sum", 9, width=width, row=True),
+    )
+    return Program((Operand("source", width, bits, "row"),), nodes, (10,))
+
+
+def arrays_for(program: Program, plan: GraphPlan) -> list[tuple[Tensor, ...]]:
+    rows = {"source": plan.num_src, "target": plan.num_dst, "edge": plan.num_edges, "constant": 1}
+    out: list[tuple[Tensor, ...]] = []
+    for operand in program.operands:
+        count = rows[operand.side]
+        if operand.bits:
+            number = {"tensor": 1, "column": operand.width, "row": count}[operand.ranges]
+            codes = torch.randint(2**operand.bits, (count, operand.width))
+            out.append((pack_codes(codes, operand.bits), torch.rand(number) * 0.3 + 0.1, torch.randn(number)))
+        else:
+            out.append((torch.randn(count, operand.width),))
+    return out
+
+
+PROGRAMS = {
+    "64 features, 4 bits": gathered(64, 4, "tensor"),
+    "17 features, 2 bits": gathered(17, 2, "column"),
+    "5 features, 8 bits": gathered(5, 8, "row"),
+    "1 feature, 1 bit": gathered(1, 1, "tensor"),
+    "200 features, 4 bits": gathered(200, 4, "column"),
+    "4 heads of 16": attention(4, 16, 4),
+    "1 head of 33": attention(1, 33, 2),
+    "3 heads of 5": attention(3, 5, 8),
+    "2 heads of 100": attention(2, 100, 4),
+    "softmax of 33 features": softmax_of_features(33, 2),
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.usefixtures("poison_empty")
+def test_kernels_agree_with_their_reference(name: str) -> None:
+    program = PROGRAMS[name]
+    for plan in (graph(), graph(hub=10_500), GraphPlan.from_edges(*torch.empty((2, 0), dtype=torch.long), 4, 3)):
+        arrays = arrays_for(program, plan)
+        expected = reference(program, arrays, plan.rowptr, plan.col, plan.edge_ids)
+        with use_backend("cpu"):
+            found = row_program(program, plan, arrays)
+        for got, wanted in zip(found, expected, strict=True):
+            scale = float(wanted.abs().max()) if wanted.numel() else 1.0
+            torch.testing.assert_close(got, wanted, rtol=2e-5, atol=2e-6 * max(1.0, scale))
+
+
+def test_sums_and_products_are_those_of_torch_bit_for_bit() -> None:
+    program, plan = PROGRAMS["64 features, 4 bits"], graph()
+    arrays = arrays_for(program, plan)
+    expected = reference(program, arrays, plan.rowptr, plan.col, plan.edge_ids)
+    with use_backend("cpu"):
+        found = row_program(program, plan, arrays)
+    for got, wanted in zip(found, expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_rows_are_the_same_whatever_the_number_of_threads() -> None:
+    program, plan = PROGRAMS["4 heads of 16"], graph(hub=30_000)
+    arrays, before = arrays_for(program, plan), torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            with use_backend("cpu"):
+                results.append(row_program(program, plan, arrays))
+    finally:
+        torch.set_num_threads(before)
+    for one, three in zip(*results, strict=True):
+        assert torch.equal(one, three)
+
+
+FUNCTIONS = {
+    "exp": (-100.0, 88.0), "expm1": (-20.0, 20.0), "log": (1e-30, 1e30), "log1p": (-0.999, 1e6), "sqrt": (0.0, 1e9),
+    "sigmoid": (-90.0, 90.0), "tanh": (-12.0, 12.0), "softplus": (-80.0, 80.0), "abs": (-3.0, 3.0),
+    "neg": (-3.0, 3.0), "relu": (-3.0, 3.0),
+}  # fmt: skip
+
+
+def test_functions_to_a_few_units_in_the_last_place() -> None:
+    """All of them in one kernel, whose rows have one edge each."""
+    names, width, count = list(FUNCTIONS), 16, 2_000
+    nodes = [load(k, width) for k in range(len(names))]
+    nodes += [node(name, k, width=width) for k, name in enumerate(names)]
+    nodes += [node("sum", len(names) + k, width=width, row=True) for k in range(len(names))]
+    operands = tuple(Operand("source", width) for _ in names)
+    program = Program(operands, tuple(nodes), tuple(range(2 * len(names), 3 * len(names))))
+    every = torch.arange(count)
+    plan = GraphPlan.from_edges(every, every, count, count)
+    arrays = []
+    for low, high in FUNCTIONS.values():
+        x = torch.rand(count, width) * (high - low) + low
+        x[: count // 4] = (torch.randn(count // 4, width) * 1e-3).clamp(low, high)
+        arrays.append((x.contiguous(),))
+    arrays[0][0][0, :4] = torch.tensor([float("inf"), float("-inf"), float("nan"), 0.0])
+    arrays[names.index("log")][0][0, :4] = torch.tensor([0.0, -1.0, float("inf"), float("nan")])
+    with use_backend("cpu"):
+        found = row_program(program, plan, arrays)
+    for name, got, (x,) in zip(names, found, arrays, strict=True):
+        wanted = getattr(torch, name, getattr(torch.nn.functional, name, None))(x.double())
+        close = torch.isclose(got.double(), wanted, rtol=1e-6, atol=1e-37, equal_nan=True)
+        assert close.all(), (name, x[~close][:3], got[~close][:3])
+
+
+def test_what_has_no_kernel_says_so() -> None:
+    wide = gathered(4096, 4, "tensor")
+    with pytest.raises(Unsupported, match="4096 features"):
+        wide.check()
+    mixed = Program(
+        (Operand("source", 8, 4, "tensor"), Operand("source", 8, 8, "tensor")),
+        (load(0, 8), load(1, 8), node("add", 0, 1, width=8), node("sum", 2, width=8, row=True)),
+        (3,),
+    )
+    with use_backend("cpu"):
+        assert "[4, 8] bits" in str(can_run(mixed, torch.device("cpu")))
+    with use_backend("torch"):
+        assert "torch" in str(can_run(PROGRAMS["1 feature, 1 bit"], torch.device("cpu")))
+
+
+def test_operands_of_another_shape_are_refused() -> None:
+    program, plan = PROGRAMS["5 features, 8 bits"], graph()
+    arrays = arrays_for(program, plan)
+    with pytest.raises(ValueError, match="operand 1 of shape"):
+        row_program(program, plan, [arrays[0], (torch.randn(3, 5),)])
+    words, scale, lower = arrays[0]
+    with pytest.raises(ValueError, match="'scale' of operand 0"):
+        row_program(program, plan, [(words, scale[:3], lower), arrays[1]])
+
+
+# Files ###################################################################################################
+
+SOURCE = '''
+from qgnn_plugin.kernels.cpu import jit
+
+
+@jit.kernel
+def kernel(x):
+    return x + {0}
+'''
+
+
+def test_a_module_is_written_whole_and_loaded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CACHE_ENV, str(tmp_path / "new"))
+    assert load_kernel(SOURCE.format(41))(1) == 42
+    files = sorted((tmp_path / "new").glob("*"))
+    assert [f.suffix for f in files if f.is_file()] == [".py"]
+    assert files[0].stat().st_mode & 0o077 == 0 or (tmp_path / "new").stat().st_mode & 0o077 == 0
+
+
+def test_a_file_that_holds_something_else_is_never_run(tmp_path: Path) -> None:
+    """Whoever wrote it, and whatever it is."""
+    script = (
+        "from qgnn_plugin.kernels.generated.store import load_kernel\n"
+        f"print(load_kernel({SOURCE.format(5)!r})(1))\n"
+    )
+
+    def run() -> str:
+        environment = {"PATH": "", CACHE_ENV: str(tmp_path), "PYTHONPATH": ""}
+        command = [sys.executable, "-c", script]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+        return done.stdout.strip()
+
+    assert run() == "6"
+    (path,) = tmp_path.glob("*.py")
+    written = path.read_text()
+    path.write_text("raise SystemExit('run')\n")
+    assert run() == "6"
+    assert path.read_text() == written
+
+
+def test_without_a_place_to_write_kernels_run_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("no folder")
+    monkeypatch.setenv(CACHE_ENV, str(blocked / "below"))
+    assert load_kernel(SOURCE.format(7))(1) == 8
