@@ -13,7 +13,8 @@ __all__ = ["BITS", "OFF", "QuantConfig", "SMPConfig", "Site"]
 
 OFF = 32
 BITS = (2, 4, 8, OFF)
-Granularity = Literal["tensor", "channel", "node"]
+Granularity = Literal["tensor", "channel", "node", "row"]
+GRANULARITIES: tuple[Granularity, ...] = ("tensor", "channel", "node", "row")
 Levels = Literal["affine", "unsigned", "symmetric", "half"]
 Truncation = Literal["bt", "sbt"]
 Site = Literal["input", "weight", "activation", "message", "attention", "output"]
@@ -230,7 +231,10 @@ class QuantConfig:
         message_bits: What neighbours send: transformed, normalized node features.
         attention_bits: Unnormalized attention coefficients.
         output_bits: The model's outputs (off unless given).
-        granularity: Range per ``"tensor"``, per feature ``"channel"`` or per ``"node"`` of activations and messages.
+        granularity: Of activations and messages, one range per ``"tensor"``, per feature ``"channel"``, per ``"node"``
+            (a float factor for each) or per ``"row"``: a multiple of one range by an integer of 1 to 15 for each node,
+            which is about as accurate and keeps sums over neighbours in integers.  Sites without such rows (largest
+            values, the model's outputs) have one range per tensor instead.
         weight_granularity: ``"tensor"``, or ``"channel"``: a range per output channel.
         message_levels: Level placement of messages: ``"affine"`` (learned offset), ``"unsigned"``, ``"symmetric"``
             (zero is a level) or ``"half"`` (half-integer levels such as -1.5, -0.5, 0.5, 1.5).
@@ -272,7 +276,7 @@ class QuantConfig:
                 continue
             if type(value) is not int or value not in BITS:
                 raise ValueError(f"Expected '{name}' to be one of 2, 4, 8 or 32 = off (got {value!r})")
-        _one_of("granularity", self.granularity, ("tensor", "channel", "node"))
+        _one_of("granularity", self.granularity, GRANULARITIES)
         _one_of("weight_granularity", self.weight_granularity, ("tensor", "channel"))
         _one_of("message_levels", self.message_levels, ("affine", "unsigned", "symmetric", "half"))
         _one_of("weight_levels", self.weight_levels, ("affine", "unsigned", "symmetric", "half"))

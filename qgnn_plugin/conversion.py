@@ -20,6 +20,7 @@ from .layers.deep import conv_widths, deep_mixin
 from .layers.fast_paths import close_fast_paths, open_fast_paths
 from .layers.message_passing import QuantizedConv
 from .layers.normalized import still
+from .layers.own_weights import QuantizedOwnModule
 from .layers.registry import convert_layer, mixin_for
 from .quantizers import QLRQuantizer
 from .saved import CONFIG_KEY, decode
@@ -241,7 +242,7 @@ def _can_stack(conv: nn.Module, deep: bool) -> bool:
 def _convert(model: nn.Module, names: list[str], config_of: ConfigOf, places: dict[str, StackPlace]) -> None:
     layers = dict(model.named_modules())
     first = [True]
-    last = _output_layer(names)
+    last = _output_layer(names, {name: mixin_for(layers[name]) or QuantizedLayer for name in names})
     for name in names:
         layer = layers[name]
         if isinstance(layer, QuantizedLayer):
@@ -256,8 +257,17 @@ def _convert(model: nn.Module, names: list[str], config_of: ConfigOf, places: di
         convert_layer(layer, mixin, sites, output=output)
 
 
-def _output_layer(names: list[str]) -> str:
-    """The last converted layer that is not inside another: its result is the model's output."""
+def _is_around(name: str, names: list[str]) -> bool:
+    return any(other != name and _within(other, name) for other in names)
+
+
+def _output_layer(names: list[str], mixin_of: Mapping[str, type[QuantizedLayer]]) -> str:
+    """The last converted layer that is not inside another: its result is the model's output.
+
+    A module that is converted for weights that its own code reads is one around layers, not such a layer.
+    """
+    inner = [name for name in names if not (issubclass(mixin_of[name], QuantizedOwnModule) and _is_around(name, names))]
+    names = inner or names
     return [name for name in names if not any(name != outer and _within(name, outer) for outer in names)][-1]
 
 

@@ -26,16 +26,19 @@ ENOUGH = 0.5  # share of the weights below which conversion warns
 OFF_BY_CHOICE = "32 bits by its configuration"
 NEVER_RAN = "never ran while ranges were set"
 
+OWN_FORWARD = "its forward is its own"
 REASONS: dict[type[nn.Module], str] = {
-    nn.RNNBase: "recurrent layers have no quantized form",
-    nn.RNNCellBase: "recurrent cells have no quantized form",
-    nn.Embedding: "a table that is looked up, not multiplied",
-    nn.EmbeddingBag: "a table that is looked up, not multiplied",
-    nn.modules.conv._ConvNd: "convolutions over a grid have no quantized form",
-    nn.Bilinear: "bilinear maps have no quantized form",
-    nn.MultiheadAttention: "its forward is its own",
+    nn.RNNBase: OWN_FORWARD,
+    nn.RNNCellBase: OWN_FORWARD,
+    nn.Embedding: OWN_FORWARD,
+    nn.EmbeddingBag: "a table that is summed as it is looked up",
+    nn.Conv1d: OWN_FORWARD,
+    nn.Conv2d: OWN_FORWARD,
+    nn.modules.conv._ConvNd: "of convolutions over a grid, Conv1d and Conv2d have a quantized form",
+    nn.Bilinear: OWN_FORWARD,
+    nn.MultiheadAttention: OWN_FORWARD,
     torch.jit.ScriptModule: "compiled by torch.jit.script: convert the model before compiling it",
-    MessagePassing: "weights of its own, which its forward multiplies as they are",
+    MessagePassing: "weights of its own, which are no factors of products with features",
 }
 
 _rows: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # that passed a module in the first batch of calibration
@@ -154,7 +157,7 @@ class _Finder:
         if isinstance(module, SwappedLayer):
             weights = _weights_of(module)
             self._add_swapped(name, module, weights)
-            if weights and not isinstance(module, MessagePassing):
+            if weights and not (module.has_others or isinstance(module, MessagePassing)):
                 # What a weight is computed from, such as its norm and direction, is the weight.
                 sources = [*module.parameters(recurse=False), *_parametrized(module)]
                 self._seen |= {id(p) for p in sources}
@@ -176,7 +179,7 @@ class _Finder:
                 self._leave(name, module, count, NEVER_RAN)
             else:
                 self.quantized += count
-                self.work += count * self._rows_of(name)
+                self.work += 0 if isinstance(module, nn.Embedding) else count * self._rows_of(name)
 
     def _leave(self, name: str, module: Any, count: int, reason: str, chosen: bool = False) -> None:
         cls = module.float_class if isinstance(module, SwappedLayer) else type(module)
@@ -202,7 +205,7 @@ class _Finder:
         for cls, reason in REASONS.items():
             if isinstance(module, cls):
                 return reason
-        return "weights of its own, which the code around them multiplies as they are"
+        return "weights of its own, which the code around them takes as they are"
 
 
 def _weights_of(module: Any) -> dict[str, tuple[Tensor | None, int, int]]:

@@ -138,10 +138,11 @@ def _report(name: str, layer: Any) -> LayerReport:
     before = sum(p.numel() * p.element_size() for p in parameters)
     after, error = before, None
     weights = layer._weight_sites()
-    matrices = [(own[site], matrix) for site, matrix in weights.items() if own[site].bits != OFF]
+    matrices = [(own[site], matrix) for site, matrix in layer._weight_matrices().items() if own[site].bits != OFF]
     for weight, matrix in matrices:
         words = -(-matrix.size(1) * weight.bits // 32)
-        after += 4 * (words * matrix.size(0) + 2 * weight.log_scale.numel()) - matrix.numel() * matrix.element_size()
+        each = matrix.size(0) if weight.granularity == "node" else weight.log_scale.numel()
+        after += 4 * (words * matrix.size(0) + 2 * each) - matrix.numel() * matrix.element_size()
     if matrices and all(weight.is_set for weight, _ in matrices):
         error = _weight_error(matrices)
     after += sum(8 * q.log_scale.numel() for site, q in own.items() if site not in weights and q.bits != OFF)

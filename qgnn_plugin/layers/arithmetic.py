@@ -22,9 +22,10 @@ from ..kernels.spmm import segment_sum, spmm
 from ..quantizers import QuantizedTensor
 from ..quantizers.functional import HALF
 from ..quantizers.packed import Packed
+from ..quantizers.rows import MOST
 from . import compressed
 
-__all__ = ["aggregate_sum", "exact_sum", "linear", "own_copy", "with_gradient_of"]
+__all__ = ["aggregate_sum", "exact_sum", "linear", "own_copy", "row_sum", "with_gradient_of"]
 
 EXACT_FLOAT32 = 2**24
 
@@ -151,10 +152,32 @@ def aggregate_sum(x: QuantizedTensor, plan: GraphPlan, weight: Tensor | None = N
     x = x.dense()
     if x.packed is not None:
         return compressed.aggregate_sum(x.codes, weight, plan, x.packed, lambda: _forward_sum(x, plan, weight, exact))
+    if exact and weight is None and x.rows is not None:
+        return with_gradient_of(lambda: _float_sum(x, plan, weight), row_sum(x, plan))
     rounds = weight is not None or x.per_node
     if not (exact and rounds and x.qmax is not None and x.codes.dtype == torch.float32 and x.codes.dim() == 2):
         return _float_sum(x, plan, weight)
     return with_gradient_of(lambda: _float_sum(x, plan, weight), _kernel_sum(x, plan, weight))
+
+
+@torch.no_grad()
+def row_sum(x: QuantizedTensor, plan: GraphPlan) -> Tensor:
+    r"""``sum_j x^_j`` of rows that are integer multiples of one range, from sums of integers.
+
+    .. math:: y_i = \Big(\sum_j m_j c_j\Big) s + \Big(\sum_j m_j\Big) l
+    """
+    assert x.rows is not None
+    assert x.qmax is not None
+    multiplier, scale, lower = x.rows
+    largest = MOST * x.qmax
+    products = x.codes * multiplier
+    if products.dtype == torch.float32 and plan.max_degree * largest >= EXACT_FLOAT32:
+        y = exact_sum(plan, products, largest) * scale
+    else:
+        y = spmm(plan, products) * scale
+    if x.unsigned:
+        return y
+    return y + spmm(plan, multiplier.expand(*multiplier.shape[:-1], 1).contiguous()) * lower
 
 
 def _float_sum(x: QuantizedTensor, plan: GraphPlan, weight: Tensor | None) -> Tensor:
@@ -213,12 +236,18 @@ def _kernel_sum(x: QuantizedTensor, plan: GraphPlan, weight: Tensor | None) -> T
     """:func:`aggregate_sum` of ``[num_src, F]`` by the kernel that packed layers run."""
     assert x.qmax is not None
     packed = x.packed or Packed.of(x.codes, x.scale, x.lower, x.qmax.bit_length())
-    scale, lower = packed.kernel_range()
-    return aggregate(packed.words, plan, scale, lower, x.codes.size(1), packed.bits, edge_weight=weight)
+    scale, lower, multiplier = (*packed.kernel_range(), None)
+    if x.rows is not None:
+        scale, lower, multiplier = x.rows.scale, x.rows.lower, x.rows.integers()
+    return aggregate(
+        packed.words, plan, scale, lower, x.codes.size(1), packed.bits, edge_weight=weight, multiplier=multiplier
+    )
 
 
 def _forward_sum(x: QuantizedTensor, plan: GraphPlan, weight: Tensor | None, exact: bool) -> Tensor:
     """:func:`aggregate_sum` outside the autograd graph; unweighted integer sums run on the packed codes."""
+    if exact and weight is None and x.rows is not None:
+        return row_sum(x.detached(), plan)
     rounds = weight is not None or x.per_node
     if (rounds and not exact) or x.codes.dim() != 2:
         return _float_sum(x.detached(), plan, None if weight is None else weight.detach())

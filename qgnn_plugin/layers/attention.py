@@ -201,7 +201,7 @@ class _QuantizedAttention(WatchedAttention, QuantizedConv):
 
     @classmethod
     def attach(cls, layer: Any, sites: SiteFactory) -> None:
-        layer.message_quantizer = sites.message("message")
+        layer.message_quantizer = sites.message("message", row_dims=2)
         layer.attention_bits = sites.config.bits_for("attention")
         attach_constraint(layer, sites.config.smp, sites.device)
 
@@ -289,9 +289,13 @@ class _QuantizedAttention(WatchedAttention, QuantizedConv):
         """The layer's result by the kernel that packed layers run; ``logits`` are its terms of them."""
         assert sent.qmax is not None
         codes, bits = sent.codes.flatten(1), sent.qmax.bit_length()
-        scale, lower = (v if v.numel() == 1 else v.squeeze(-1) for v in (sent.scale, sent.lower))
+        multiplier = None
+        if sent.rows is None:
+            scale, lower = (v if v.numel() == 1 else v.squeeze(-1) for v in (sent.scale, sent.lower))
+        else:
+            scale, lower, multiplier = sent.rows.scale, sent.rows.lower, sent.rows.integers()
         out = attention_aggregate(
-            pack_codes(codes, bits), plan, scale, lower, codes.size(1), bits, heads=self.heads,
+            pack_codes(codes, bits), plan, scale, lower, codes.size(1), bits, multiplier=multiplier, heads=self.heads,
             attention_bits=self.attention_bits, negative_slope=self.negative_slope, concat=self.concat, **logits,
         )  # fmt: skip
         out = out if residual is None else out + residual
@@ -385,7 +389,7 @@ class QuantizedGATv2Conv(WatchedPairs, _QuantizedAttention):
     @classmethod
     def attach(cls, layer: Any, sites: SiteFactory) -> None:
         super().attach(layer, sites)
-        layer.target_quantizer = sites.message("target")
+        layer.target_quantizer = sites.message("target", row_dims=2)
 
     @names_layer
     @full_precision

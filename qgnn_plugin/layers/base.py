@@ -36,6 +36,7 @@ class SwappedLayer:
     float_class: ClassVar[type[nn.Module]]
     own_names: ClassVar[tuple[str, ...]]  # aliases that mean attributes of the layer's own
     notes: ClassVar[tuple[str, ...]] = ()  # for its ``repr``
+    has_others: ClassVar[bool] = False  # whether its parameters may be more than a weight and what it is made of
 
     def own_sites(self) -> dict[str, int]:
         """Bits of its quantization sites, by name."""
@@ -189,6 +190,12 @@ class QuantizedLayer(CarriesConfiguration, SwappedLayer):
         """Add this layer's quantizers to ``layer``; called once, before its class is swapped."""
         raise NotImplementedError
 
+    @classmethod
+    def _own_methods(cls, float_class: type[nn.Module]) -> dict[str, Any]:
+        """Methods of the concrete class, made of those of ``float_class``."""
+        del float_class
+        return {}
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         cls = type(self)
         return _rebuild, (cls.mixin, cls.float_class, cls.quantizes_output, cls.own_names), self.__dict__.copy()
@@ -219,6 +226,10 @@ class QuantizedLayer(CarriesConfiguration, SwappedLayer):
     def _weight_sites(self: Any) -> dict[str, Tensor]:
         """The matrices that its own sites quantize, by the name of the site."""
         return {"weight_quantizer": self.weight} if "weight_quantizer" in self._modules else {}
+
+    def _weight_matrices(self) -> dict[str, Tensor]:
+        """The same as ``[O, K]``: rows that features are multiplied by."""
+        return self._weight_sites()
 
     def added_names(self) -> Iterable[str]:
         added = self._conversion.added
@@ -271,9 +282,11 @@ def quantized_class(
         updater = getattr(mixin, "quantized_edge_updater", None)
         if updater is not None and hasattr(float_class, "edge_updater"):
             namespace |= {"edge_updater": updater, "_orig_edge_updater": updater, "_jinja_edge_updater": updater}
+        namespace |= mixin._own_methods(float_class)
         bases: tuple[type, ...] = (mixin, float_class)
         if output:
-            namespace["forward"] = _quantizing_output(getattr(mixin, "forward", float_class.forward))
+            forward = namespace.get("forward", getattr(mixin, "forward", float_class.forward))
+            namespace["forward"] = _quantizing_output(forward)
         _CLASSES[key] = type(float_class.__name__, bases, namespace)
     return _CLASSES[key]
 
@@ -394,10 +407,14 @@ class SiteFactory:
         granularity: Granularity | None = None,
         channels: int | None = None,
         channel_dim: int = -1,
+        row_dims: int = 1,
     ) -> QLRQuantizer:
-        """A quantizer for ``site``; ``label`` names it in errors."""
+        """A quantizer for ``site``; ``label`` names it in errors.
+
+        What the model returns has one range where rows would have multiples of one: it is read as one matrix.
+        """
         granularity = granularity or self.config.granularity
-        if granularity == "channel" and channels is None:
+        if (granularity == "channel" and channels is None) or (granularity == "row" and site == "output"):
             granularity = "tensor"
         return QLRQuantizer(
             self.config.bits_for(site),
@@ -407,16 +424,19 @@ class SiteFactory:
             channel_dim=channel_dim,
             truncation=self.config.truncation,
             learn=self.config.learn_ranges and (site != "input" or self.config.learn_input_ranges),
+            row_dims=row_dims,
             site=f"{self.name}.{label}" if self.name else label,
             device=self.device,
             dtype=self.dtype,
         )
 
-    def features(self, label: str, channels: int | None = None) -> QLRQuantizer:
+    def features(
+        self, label: str, channels: int | None = None, *, granularity: Granularity | None = None
+    ) -> QLRQuantizer:
         """A quantizer for a layer's input: the model's input for the first layer, an activation afterwards."""
         site: Site = "input" if self.first[0] else "activation"
         self.first[0] = False
-        return self.make(site, label, channels=channels)
+        return self.make(site, label, channels=channels, granularity=granularity)
 
     def weight(self, label: str, weight: Tensor) -> QLRQuantizer:
         """A quantizer for a ``[out, in]`` weight."""
@@ -429,9 +449,9 @@ class SiteFactory:
             channel_dim=0,
         )
 
-    def message(self, label: str, channels: int | None = None) -> QLRQuantizer:
-        """A quantizer for what neighbours send."""
-        return self.make("message", label, levels=self.config.message_levels, channels=channels)
+    def message(self, label: str, channels: int | None = None, *, row_dims: int = 1) -> QLRQuantizer:
+        """A quantizer for what neighbours send; ``row_dims`` as in :class:`QLRQuantizer`."""
+        return self.make("message", label, levels=self.config.message_levels, channels=channels, row_dims=row_dims)
 
     def within(self, child: str) -> SiteFactory:
         """The factory of a child layer."""

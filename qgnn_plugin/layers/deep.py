@@ -18,6 +18,7 @@ from .gin import QuantizedGINConv
 from .graph import gcn_graph
 from .hops import QuantizedSGConv, QuantizedSSGConv, QuantizedTAGConv
 from .message_passing import QuantizedConv, QuantizedMessagePassing, require_sum
+from .own_weights import QuantizedOwnConv
 from .sage import QuantizedSAGEConv
 from .samples import Samples
 from .watched import is_watched, watched_graph
@@ -131,6 +132,7 @@ _DEEP: dict[type[QuantizedLayer], type[QuantizedLayer]] = {
     QuantizedSSGConv: DeepSSGConv,
     QuantizedTAGConv: DeepTAGConv,
     QuantizedMessagePassing: DeepMessagePassing,
+    QuantizedOwnConv: DeepMessagePassing,
 }
 
 

@@ -271,7 +271,13 @@ class QuantizedMessagePassing(SentFeatures, QuantizedConv):
                 yield name, quantizer
 
     def _rounded(self, name: str, value: Tensor, site: QLRQuantizer) -> Any:
-        return site(own_copy(value.float() if is_autocasting() else value)).dequantize()
+        x = own_copy(value.float() if is_autocasting() else value)
+        node_dim: int = getattr(self, "node_dim", -2)
+        dim = node_dim + x.dim() if node_dim < 0 else node_dim
+        if site.granularity != "row" or x.dim() < 3 or not 0 <= dim < x.dim() - 1:
+            return site(x).dequantize()
+        rows = x.movedim(dim, 0)  # all that a node sends has one multiplier
+        return site(rows.flatten(1)).dequantize().view(rows.shape).movedim(0, dim)
 
 
 def _is_scalar(edge_index: Any) -> bool:

@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..quantizers import QLRQuantizer, QuantizedTensor
 from ..quantizers.autocast import full_precision
-from .arithmetic import linear
-from .base import QuantizedLayer, SiteFactory
+from .products import MultipliesWeights, QuantizedWeights
 
-__all__ = ["QuantizedMultiheadAttention"]
+__all__ = ["QuantizedMultiheadAttention", "RunsMultiheadAttention"]
 
 PROJECTIONS = ("query", "key", "value")
+INPUT = "input_quantizer"
 
 
-class QuantizedMultiheadAttention(QuantizedLayer):
-    """Quantized :class:`torch.nn.MultiheadAttention`.
-
-    Sites: ``input`` for queries, keys and values of one width (three where widths differ), and the weights of their
-    projections.  The projection of the result, ``out_proj``, is a linear layer of its own.
-    """
+class RunsMultiheadAttention(MultipliesWeights):
+    """The forward of :class:`torch.nn.MultiheadAttention` on projections that are integer products."""
 
     embed_dim: int
     num_heads: int
@@ -41,27 +35,14 @@ class QuantizedMultiheadAttention(QuantizedLayer):
     bias_v: Tensor | None
 
     @classmethod
-    def attach(cls, layer: Any, sites: SiteFactory) -> None:
+    def _weight_names(cls, layer: Any) -> tuple[str, ...]:
         if layer._qkv_same_embed_dim:
-            layer.input_quantizer = sites.features("input", layer.embed_dim)
-            layer.in_proj_weight_quantizer = sites.weight("in_proj_weight", layer.in_proj_weight)
-            return
-        for name in PROJECTIONS:
-            weight = getattr(layer, f"{name[0]}_proj_weight")
-            setattr(layer, f"{name}_quantizer", sites.features(name, weight.size(1)))
-            setattr(layer, f"{name[0]}_proj_weight_quantizer", sites.weight(f"{name[0]}_proj_weight", weight))
-
-    def _weight_sites(self: Any) -> dict[str, Tensor]:
-        sites = [site for site, _ in self.own_quantizers() if site.endswith("_weight_quantizer")]
-        return {site: getattr(self, site.removesuffix("_quantizer")) for site in sites}
-
-    @property
-    def follows_autocast(self) -> bool:
-        return self.is_off and getattr(self.out_proj, "is_off", True)
+            return ("in_proj_weight",)
+        return tuple(f"{name[0]}_proj_weight" for name in PROJECTIONS)
 
     @full_precision
-    def forward(
-        self,
+    def _attended(
+        self: Any,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -71,10 +52,6 @@ class QuantizedMultiheadAttention(QuantizedLayer):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        if self.follows_autocast:  # nothing is quantized
-            return super().forward(  # type: ignore[misc]
-                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
-            )
         if query.is_nested or key.is_nested or value.is_nested:
             raise TypeError(
                 f"Expected dense queries, keys and values at '{self._qualified_name}' while it is quantized (got "
@@ -104,31 +81,21 @@ class QuantizedMultiheadAttention(QuantizedLayer):
         return out, weights if batched else weights.squeeze(0)
 
     def _projected(self: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values after their projections."""
+        """Queries, keys and values after their projections; an input that is given twice is quantized once."""
         biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        exact = not self.training
+        inputs = (query, key, value)
         if not self._qkv_same_embed_dim:
-            inputs = dict(zip(PROJECTIONS, (query, key, value), strict=True))
-            found = [
-                linear(
-                    getattr(self, f"{name}_quantizer")(x),
-                    getattr(self, f"{name[0]}_proj_weight_quantizer")(getattr(self, f"{name[0]}_proj_weight")),
-                    bias,
-                    exact,
-                )
-                for (name, x), bias in zip(inputs.items(), biases, strict=True)
-            ]
-            return found[0], found[1], found[2]
-        weight = self.in_proj_weight_quantizer(self.in_proj_weight)
-        sites: QLRQuantizer = self.input_quantizer
-        if key is query and value is query:
-            y = linear(sites(query, codes_kept=True), weight, self.in_proj_bias, exact)
-            q, k, v = y.chunk(3, -1)
+            named = zip(PROJECTIONS, inputs, biases, strict=True)
+            q, k, v = (self._mapped(x, f"{name}_quantizer", f"{name[0]}_proj_weight", bias) for name, x, bias in named)
             return q, k, v
-        taken = {id(x): sites(x) for x in (query, key, value)}
+        if key is query and value is query:
+            q, k, v = self._mapped(query, INPUT, "in_proj_weight", self.in_proj_bias).chunk(3, -1)
+            return q, k, v
+        weight, width = self._weight("in_proj_weight"), self.embed_dim
+        taken = {id(x): self._taken(x.reshape(-1, x.size(-1)), INPUT) for x in inputs}
         q, k, v = (
-            linear(taken[id(x)], _rows(weight, part), bias, exact)
-            for part, (x, bias) in enumerate(zip((query, key, value), biases, strict=True))
+            self._times(taken[id(x)], self._part(weight, i * width, (i + 1) * width), bias).view(*x.shape[:-1], width)
+            for i, (x, bias) in enumerate(zip(inputs, biases, strict=True))
         )
         return q, k, v
 
@@ -169,23 +136,29 @@ class QuantizedMultiheadAttention(QuantizedLayer):
         weights = F.dropout(weights, self._dropout, training=self.training)
         return weights @ v, weights
 
-    # What the previous version wrote has no sites here.
 
-    def _load_from_state_dict(self: Any, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        for site, quantizer in self.own_quantizers():
-            for name, tensor in quantizer.state_dict().items():
-                state_dict.setdefault(f"{prefix}{site}.{name}", tensor)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+class QuantizedMultiheadAttention(RunsMultiheadAttention, QuantizedWeights):
+    """Quantized :class:`torch.nn.MultiheadAttention`.
 
+    Sites: ``input`` for queries, keys and values of one width (three where widths differ), and the weights of their
+    projections.  The projection of the result, ``out_proj``, is a linear layer of its own.
+    """
 
-def _rows(weight: QuantizedTensor, part: int) -> QuantizedTensor:
-    """One of the three projections that ``in_proj_weight`` holds."""
-    rows = weight.codes.size(0)
+    @classmethod
+    def _input_widths(cls, layer: Any) -> dict[str, int]:
+        if layer._qkv_same_embed_dim:
+            return {INPUT: layer.embed_dim}
+        widths = (layer.embed_dim, layer.kdim, layer.vdim)
+        return {f"{name}_quantizer": width for name, width in zip(PROJECTIONS, widths, strict=True)}
 
-    def cut(values: Tensor) -> Tensor:
-        return values.chunk(3)[part] if values.dim() and values.size(0) == rows else values
+    @property
+    def follows_autocast(self) -> bool:
+        return self.is_off and getattr(self.out_proj, "is_off", True)
 
-    return replace(weight, codes=cut(weight.codes), scale=cut(weight.scale), lower=cut(weight.lower))
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.follows_autocast:  # nothing is quantized
+            return super().forward(query, key, value, *args, **kwargs)  # type: ignore[misc]
+        return self._attended(query, key, value, *args, **kwargs)
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

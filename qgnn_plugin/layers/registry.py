@@ -13,6 +13,7 @@ from torch_geometric.nn import (
     GATv2Conv,
     GCNConv,
     GINConv,
+    HeteroLinear,
     LGConv,
     MessagePassing,
     SAGEConv,
@@ -38,12 +39,18 @@ from .base import (
     release_propagate,
 )
 from .behaviour import aggregates_as_named, bound_changes, changes, defined, strays
+from .bilinear import QuantizedBilinear, QuantizedHeteroLinear
+from .embedding import QuantizedEmbedding
 from .gcn import QuantizedGCNConv
 from .gin import QuantizedGINConv
+from .grid import QuantizedGridConv
 from .hops import QuantizedLGConv, QuantizedSGConv, QuantizedSSGConv, QuantizedTAGConv
 from .linear import QuantizedLinear
 from .message_passing import QuantizedConv, QuantizedMessagePassing
 from .multihead import QuantizedMultiheadAttention
+from .own_weights import QuantizedOwnConv, QuantizedOwnModule, own_tables, own_weights
+from .reads import reads_of
+from .recurrent import QuantizedCell, QuantizedRecurrent
 from .sage import QuantizedSAGEConv
 
 __all__ = ["convert_layer", "mixin_for", "register_layer"]
@@ -80,7 +87,18 @@ def mixin_for(layer: nn.Module | type[nn.Module]) -> type[QuantizedLayer] | None
             if changes(cls, base, _DEFINED[base]) or (isinstance(layer, nn.Module) and not _is_as_made(layer, base)):
                 break
             return _REGISTRY[base]
-    return QuantizedMessagePassing if issubclass(cls, MessagePassing) else None
+    return _generic_mixin(layer, cls)
+
+
+def _generic_mixin(layer: nn.Module | type[nn.Module], cls: type[nn.Module]) -> type[QuantizedLayer] | None:
+    """What converts a layer that is not registered: by what it sends, and by the weights that its code reads."""
+    if isinstance(layer, nn.Module):
+        owns, reads = bool(own_weights(layer)), bool(own_weights(layer) or own_tables(layer))
+    else:
+        owns = reads = bool(reads_of(cls).weights)
+    if issubclass(cls, MessagePassing):
+        return QuantizedOwnConv if owns else QuantizedMessagePassing
+    return QuantizedOwnModule if reads else None
 
 
 def classes_of(mixin: type[QuantizedLayer]) -> list[type[nn.Module]]:
@@ -92,6 +110,8 @@ def _is_as_made(layer: nn.Module, base: type[nn.Module]) -> bool:
     """Whether ``layer`` itself holds nothing that its class would not have made."""
     if bound_changes(layer):
         return False
+    if isinstance(layer, nn.Embedding):  # of one number a row, its range would be the row itself
+        return layer.embedding_dim > 1
     if not base.__module__.startswith("torch_geometric.") or not isinstance(layer, MessagePassing):
         return True
     inner = (layer._modules.get(name) for name in _LINEAR)
@@ -174,6 +194,17 @@ for _layer, _mixin in {
     nn.Linear: QuantizedLinear,
     PyGLinear: QuantizedLinear,
     nn.MultiheadAttention: QuantizedMultiheadAttention,
+    nn.GRUCell: QuantizedCell,
+    nn.LSTMCell: QuantizedCell,
+    nn.RNNCell: QuantizedCell,
+    nn.GRU: QuantizedRecurrent,
+    nn.LSTM: QuantizedRecurrent,
+    nn.RNN: QuantizedRecurrent,
+    nn.Conv1d: QuantizedGridConv,
+    nn.Conv2d: QuantizedGridConv,
+    nn.Bilinear: QuantizedBilinear,
+    nn.Embedding: QuantizedEmbedding,
+    HeteroLinear: QuantizedHeteroLinear,
     GCNConv: QuantizedGCNConv,
     GATConv: QuantizedGATConv,
     GATv2Conv: QuantizedGATv2Conv,

@@ -20,7 +20,9 @@ from .message_passing import QuantizedConv
 from .samples import Pair, Samples
 from .watched import is_watched, observed, pair_of, source_side, through_pyg, values_mapped
 
-__all__ = ["QuantizedSAGEConv"]
+__all__ = ["SUMS", "QuantizedSAGEConv"]
+
+SUMS = ("mean", "add", "sum")
 
 
 class Sampled(NamedTuple):
@@ -70,7 +72,9 @@ class QuantizedSAGEConv(QuantizedConv):
     @classmethod
     def attach(cls, layer: Any, sites: SiteFactory) -> None:
         shared = isinstance(layer.in_channels, int) and not layer.project
-        layer.input_quantizer = sites.features("input", layer.in_channels if shared else None)
+        # Codes of different multiples of a range do not compare as the values do.
+        one = "tensor" if layer.aggr not in SUMS and sites.config.granularity == "row" else None
+        layer.input_quantizer = sites.features("input", layer.in_channels if shared else None, granularity=one)
         first = _transforms_first(layer)
         layer.message_quantizer = sites.message("message", layer.out_channels) if first else None
         layer.target_quantizer = None if shared else sites.make("activation", "target")
@@ -132,7 +136,7 @@ class QuantizedSAGEConv(QuantizedConv):
     def _aggregate(self: Any, sent: QuantizedTensor, sampled: Sampled) -> Tensor:
         if sampled.propagate is not None:
             return sampled.propagate(sent.dequantize())
-        if self.aggr in ("mean", "add", "sum"):
+        if self.aggr in SUMS:
             graph = self._graph(sampled)
             out = aggregate_sum(sent, graph.plan, graph.weight, exact=not self.training)
             return out if graph.target is None else out * graph.target
@@ -147,4 +151,4 @@ class QuantizedSAGEConv(QuantizedConv):
 
 def _transforms_first(layer: Any) -> bool:
     """Whether sending ``W_l x`` is exact and no wider than sending ``x``."""
-    return layer.aggr in ("mean", "add", "sum") and layer.out_channels <= layer.lin_l.weight.size(1)
+    return layer.aggr in SUMS and layer.out_channels <= layer.lin_l.weight.size(1)

@@ -1,6 +1,6 @@
 """Packed integer models for inference: packed layers, their files, and packed embeddings."""
 
-from . import attention, convs, generic, linear, propagation
+from . import attention, convs, generic, linear, maps, own_weights, propagation
 from .base import PackedLayer, register_packed
 from .cuda_graph import CapturedModel, capture
 from .embeddings import PackedEmbeddings
@@ -19,6 +19,8 @@ __all__ = [
     "is_packed",
     "linear",
     "load_packed",
+    "maps",
+    "own_weights",
     "pack_model",
     "packed_bytes",
     "packed_layers",

@@ -85,8 +85,8 @@ class _PackedAttention(WatchedAttention, PackedConv):
             fused: dict[str, Any] = {"bias": self.bias, **out} if residual is None else {}
             y = attention_aggregate(
                 sent.words, plan.rows(start, stop), sent.scale, sent.lower, sent.num_features, sent.bits,
-                heads=self.heads, attention_bits=self.attention_bits, negative_slope=self.negative_slope,
-                concat=self.concat, **by_target(slice(start, stop)), **fused,
+                multiplier=sent.multiplier, heads=self.heads, attention_bits=self.attention_bits,
+                negative_slope=self.negative_slope, concat=self.concat, **by_target(slice(start, stop)), **fused,
             )  # fmt: skip
             if residual is None:
                 return y
@@ -108,7 +108,7 @@ class _PackedAttention(WatchedAttention, PackedConv):
     def _spelled_out(self, z: Tensor | None, sent: PackedTensor, logits: Tensor, plan: GraphPlan) -> Any:
         """Edge by edge, as the converted layer: where attention weights or the correction are asked for."""
         shape = (-1, self.heads, self.out_channels)
-        if sent.scale.numel() != 1:  # none where there are no nodes
+        if sent.scale.numel() != 1 or sent.multiplier is not None:  # none where there are no nodes
             messages = QuantizedTensor.identity(sent.dequantize().view(shape))
         else:
             quantized = sent.quantized()

@@ -234,7 +234,7 @@ class PackedLayer(SwappedLayer):
         self._packed = PackedState(spec, _float_bytes(layer))
         device = next((p.device for p in layer.parameters()), None)
         for site, described in spec.sites.items():
-            if site != WEIGHT:
+            if self._holds_range(site):
                 self._add_range(site, described, device)
         if not spec.output:
             self.output_quantizer = None
@@ -306,6 +306,10 @@ class PackedLayer(SwappedLayer):
             return producer()
         return DeferredTensor(producer, self._packed.write_floats)
 
+    def _holds_range(self, site: str) -> bool:
+        """Whether a site is a range for features, not that of a weight."""
+        return site != WEIGHT
+
     def _add_range(self: Any, site: str, spec: SiteSpec, device: torch.device | None) -> None:
         owner: nn.Module = self
         *path, last = site.split(".")
@@ -319,7 +323,7 @@ class PackedLayer(SwappedLayer):
     def fill(self: Any, layer: Any) -> None:
         """Take the numbers of the converted ``layer``."""
         for site, quantizer in layer.own_quantizers():
-            if site != WEIGHT:
+            if self._holds_range(site):
                 self.get_submodule(site).fill(quantizer)
 
     @classmethod
@@ -443,7 +447,8 @@ class PackedConv(PackedLayer, SmoothLayer):
             if isinstance(x, PackedTensor):
                 return aggregate(
                     x.words, part.plan, x.scale, x.lower, x.num_features, x.bits, edge_weight=part.weight,
-                    dst_scale=None if part.target is None else part.target.view(-1), **epilogue, **more,
+                    dst_scale=None if part.target is None else part.target.view(-1), multiplier=x.multiplier,
+                    **epilogue, **more,
                 )  # fmt: skip
             assert set(epilogue) <= {"bias"}
             out = aggregate_sum(x, part.plan, part.weight)
@@ -484,6 +489,9 @@ def packed_dense(x: QuantizedTensor) -> PackedTensor:
     dense = x.dense()
     bits = x.qmax.bit_length()
     words = pack_codes(dense.codes, bits)
+    if x.rows is not None:
+        scale, lower, multiplier = x.rows.scale, x.rows.lower, x.rows.integers()
+        return PackedTensor(words, scale, lower, dense.codes.size(1), bits, x.unsigned, multiplier)
     return PackedTensor(words, x.scale, x.lower, dense.codes.size(1), bits, x.unsigned)
 
 

@@ -14,7 +14,7 @@ from ..layers.deep import DeepGCNConv
 from ..layers.gcn import QuantizedGCNConv
 from ..layers.gin import QuantizedGINConv, mean_with_self
 from ..layers.graph import NormalizedGraph, gcn_graph, graph_size, mean_graph, plain_graph
-from ..layers.sage import QuantizedSAGEConv, Sampled, _transforms_first
+from ..layers.sage import SUMS, QuantizedSAGEConv, Sampled, _transforms_first
 from ..layers.samples import Pair, Samples
 from ..layers.watched import is_watched, pair_of, through_pyg, values_mapped, watched_graph
 from ..quantizers import QuantizedTensor
@@ -25,8 +25,6 @@ from .linear import PackedLinear
 from .ranges import PackedRange, PackedTensor
 
 __all__ = ["PackedDeepGCNConv", "PackedGCNConv", "PackedGINConv", "PackedSAGEConv"]
-
-SUMS = ("mean", "add", "sum")
 
 
 class PackedGCNConv(PackedConv):
@@ -150,7 +148,7 @@ class PackedSAGEConv(PackedConv):
             return "its weights are not float32"
         if layer.aggr not in (*SUMS, "max"):
             return f"aggregation {layer.aggr!r}"
-        rows = layer.input_quantizer.granularity == "node" or layer.input_quantizer.is_one_bit
+        rows = layer.input_quantizer.granularity in ("node", "row") or layer.input_quantizer.is_one_bit
         if layer.aggr == "max" and (rows or layer.input_quantizer.bits == OFF):
             return "a maximum over ranges per node"
         return None

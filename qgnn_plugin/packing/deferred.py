@@ -40,7 +40,8 @@ __all__ = [
 
 aten = torch.ops.aten
 Step = Callable[[Tensor], Tensor]
-Block = tuple[slice, Tensor]  # rows, and what they hold
+Rows = Any  # floats or packed words of a matrix; or words and the multipliers of their rows, a pair
+Block = tuple[slice, Rows]  # rows, and what they hold
 
 BLOCK_FLOATS = 1 << 19  # of a block of rows: they stay in the cache from the kernel to the codes
 BLOCK_ROWS = 64  # blocks are multiples of it, so that vectorized operations have their tails where whole matrices do
@@ -59,21 +60,31 @@ def row_blocks(num_rows: int, num_features: int, device: torch.device) -> Iterat
     return (slice(start, min(start + step, num_rows)) for start in range(0, max(1, num_rows), step))
 
 
-def gathered(num_rows: int, blocks: Iterator[Block]) -> Tensor:
+def gathered(num_rows: int, blocks: Iterator[Block]) -> Rows:
     """Blocks of rows as one matrix."""
     rows, first = next(blocks)
     if rows.stop == num_rows:
         return first
-    out = first.new_empty((num_rows, first.size(1)))
+    out = _room(first, num_rows)
     _put(out, rows, first)
     for rows, part in blocks:
         _put(out, rows, part)
     return out
 
 
-def _put(out: Tensor, rows: slice, part: Tensor) -> None:
+def _room(block: Rows, num_rows: int) -> Rows:
+    """Room for all of ``num_rows`` rows of which ``block`` has some."""
+    if isinstance(block, tuple):
+        return tuple(_room(part, num_rows) for part in block)
+    return block.new_empty((num_rows, *block.shape[1:]))
+
+
+def _put(out: Rows, rows: slice, part: Rows) -> None:
     """``out[rows] = part``, on the CPU by NumPy: torch would wake threads that then spin against the kernels' own."""
-    if out.device.type == "cpu":
+    if isinstance(out, tuple):
+        for one, its_part in zip(out, part, strict=True):
+            _put(one, rows, its_part)
+    elif out.device.type == "cpu":
         out.numpy()[rows] = part.numpy()
     else:
         out[rows] = part
@@ -86,7 +97,8 @@ def conclude(
     out_scale: Tensor | None = None,
     out_offset: Tensor | None = None,
     out_bits: int = 0,
-) -> Tensor:
+    out_unit: Tensor | None = None,
+) -> Rows:
     """The end of a computation whose floats are there: ReLU, in place, and packed codes where a range is given."""
     if relu:
         y = y.relu_()
@@ -94,7 +106,7 @@ def conclude(
         return y
     assert out_scale is not None
     assert out_offset is not None
-    return quantize_pack(y, out_scale, out_offset, out_bits)
+    return quantize_pack(y, out_scale, out_offset, out_bits, out_unit)
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +118,8 @@ class Producer:
         num_features: ``F``.
         device: Where it is computed.
         run: ``run(start, stop, relu=False, **out)`` gives the rows ``[start, stop)``, as floats or, with a range
-            ``out_scale``, ``out_offset`` and ``out_bits``, as packed codes.
+            ``out_scale``, ``out_offset`` and ``out_bits``, as packed codes; with ``out_unit`` as a pair, the codes and
+            the multipliers of the rows.
         is_fused: Whether packed codes come out of one kernel, without floats in between.
         adds: Whether ``run`` takes another matrix's rows as ``addend``, which it adds before ReLU.
         only_kernels: Whether ``run`` calls nothing but kernels, so that threads may share blocks among them.
@@ -115,12 +128,12 @@ class Producer:
     num_rows: int
     num_features: int
     device: torch.device
-    run: Callable[..., Tensor]
+    run: Callable[..., Rows]
     is_fused: bool = True
     adds: bool = False
     only_kernels: bool = False
 
-    def __call__(self, **epilogue: Any) -> Tensor:
+    def __call__(self, **epilogue: Any) -> Rows:
         """The whole matrix; ``epilogue`` as that of ``run``."""
         if self.is_fused:
             return self.run(0, self.num_rows, **epilogue)
@@ -133,14 +146,14 @@ class Producer:
         for rows in row_blocks(self.num_rows, self.num_features, self.device):
             yield rows, self.run(rows.start, rows.stop, **epilogue)
 
-    def _shared_out(self, **epilogue: Any) -> Tensor:
+    def _shared_out(self, **epilogue: Any) -> Rows:
         """The matrix, each block of it by one thread."""
         blocks = row_blocks(self.num_rows, self.num_features, self.device)
         rows = next(blocks)
         first = self.run(rows.start, rows.stop, **epilogue)
         if rows.stop == self.num_rows:
             return first
-        out = first.new_empty((self.num_rows, first.size(1)))
+        out = _room(first, self.num_rows)
         _put(out, rows, first)
         rest = iter(list(blocks))  # unlike a generator, it may be advanced by several threads
 
@@ -154,7 +167,7 @@ class Producer:
     def then(self, step: Step) -> Producer:
         """With ``step``, which treats every row for itself, applied to the floats."""
 
-        def run(start: int, stop: int, **out: Any) -> Tensor:
+        def run(start: int, stop: int, **out: Any) -> Rows:
             return conclude(step(self.run(start, stop)), **out)
 
         return replace(self, run=run, is_fused=False, adds=False, only_kernels=False)
@@ -163,7 +176,7 @@ class Producer:
 def computed(value: Tensor) -> Producer:
     """A matrix that is there already."""
 
-    def run(start: int, stop: int, **out: Any) -> Tensor:
+    def run(start: int, stop: int, **out: Any) -> Rows:
         return conclude(value[start:stop].clone(), **out)
 
     num_rows, num_features = value.shape
@@ -173,7 +186,7 @@ def computed(value: Tensor) -> Producer:
 def added(first: Producer, second: Producer) -> Producer:
     """The sum of two matrices, neither of which is written as a whole where the sum is packed."""
 
-    def run(start: int, stop: int, **out: Any) -> Tensor:
+    def run(start: int, stop: int, **out: Any) -> Rows:
         y = first.run(start, stop)
         if second.adds:
             return second.run(start, stop, addend=y, **out)
@@ -236,10 +249,11 @@ class Pending:
                 value = step(value)
             yield rows, value
 
-    def packed(self, out_scale: Tensor, out_offset: Tensor, out_bits: int) -> Tensor:
-        """The codes, ``[N, row_words(F, out_bits)]`` int32, in a range of one element or ``[F]``."""
+    def packed(self, **out: Any) -> Rows:
+        """The codes, ``[N, row_words(F, out_bits)]`` int32, in a range of one element or ``[F]``; ``out`` as in
+        :class:`Producer`.
+        """
         producer, (relu, steps) = self.producer, self._fused()
-        out: dict[str, Any] = {"out_scale": out_scale, "out_offset": out_offset, "out_bits": out_bits}
         if self.value is None and not steps:
             self.runs.add()
             return producer(relu=relu, **out)

@@ -24,11 +24,12 @@ from .model import assemble, is_packed, own_state, specs_of
 from .ranges import PackedRange
 from .schema import Description, fits, read_description, written
 from .settings import first_difference, settings_of
+from .weights import PackedWeight
 
 __all__ = ["load_packed", "read_origin", "save_packed"]
 
 KIND = "model"
-RANGES = ("scale", "lower_end", "skew")  # buffers of a frozen range
+RANGES = ("scale", "lower_end", "skew", "unit")  # buffers of a frozen range
 OTHER_RANGES = ("weight_scale", "weight_lower_end", "multiplier")  # and of a packed layer
 _PLAIN = {"reason": None, "smooth": False, "output": False, "attention_bits": OFF, "check": False}
 
@@ -269,7 +270,8 @@ def _check_values(packed: nn.Module, path: container.PathLike) -> None:
     for name, module in packed.named_modules():
         if isinstance(module, QLRQuantizer) and int(module.kind) not in kinds:
             container.refuse(path, f"{name}.kind", f"one of {kinds}", int(module.kind))
-        ranges = RANGES if isinstance(module, PackedRange) else OTHER_RANGES if isinstance(module, PackedLayer) else ()
+        sites = isinstance(module, (PackedRange, PackedWeight))
+        ranges = RANGES if sites else OTHER_RANGES if isinstance(module, PackedLayer) else ()
         for key in ranges:
             value = getattr(module, key, None)
             if isinstance(value, Tensor) and not bool(value.isfinite().all()):

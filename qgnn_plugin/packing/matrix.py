@@ -84,7 +84,7 @@ class PackedMatrix:
             rows, factor = x.rows(start, stop), None if row_scale is None else row_scale[start:stop]
             return kernel.linear(
                 rows.words, self.words, rows.scale, rows.lower, self.scale, self.lower,
-                self.num_in, x.bits, self.bits, bias=bias, row_scale=factor, **out,
+                self.num_in, x.bits, self.bits, bias=bias, row_scale=factor, multiplier=rows.multiplier, **out,
             )  # fmt: skip
 
         return Producer(x.words.size(0), self.num_out, x.words.device, run, adds=row_scale is None)

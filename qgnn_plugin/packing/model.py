@@ -25,7 +25,9 @@ from ..smp.constraint import constraint_names
 from ..smp.deep import DeepLayer, StackPlace, connect_stacks
 from .base import NEVER_RAN, WEIGHT, LayerSpec, PackedLayer, frozen_class, packed_class
 from .deferred import defer_inside
+from .own_weights import PackedOwnModule
 from .ranges import PackedRange
+from .weights import PackedWeight
 
 __all__ = ["PackedBytes", "is_packed", "pack_model", "packed_bytes", "packed_layers"]
 
@@ -115,7 +117,7 @@ def assemble(model: nn.Module, layers: Mapping[str, Any], specs: Iterable[LayerS
         parameter.requires_grad_(False)
     setattr(packed, SPECS, specs)
     connect_stacks(packed, stack_places(specs))
-    if not isinstance(packed, PackedLayer):
+    if not isinstance(packed, PackedLayer) or isinstance(packed, PackedOwnModule):
         defer_inside(packed)
     return packed.eval()
 
@@ -257,7 +259,7 @@ def packed_bytes(packed: nn.Module) -> PackedBytes:
 
 def _float_state(module: nn.Module) -> list[Tensor]:
     """What a module holds in the float model: a quantizer and a multiplier are not there."""
-    if isinstance(module, (QLRQuantizer, PackedRange)):
+    if isinstance(module, (QLRQuantizer, PackedRange, PackedWeight)):
         return []
     dropped = {*constraint_names(module), *module._non_persistent_buffers_set}
     persistent = [b for k, b in module.named_buffers(recurse=False) if k not in dropped]

@@ -144,7 +144,7 @@ class PackedPropagation(PackedSteps):
         ranges = [self.step_quantizers[str(k)] for k in range(self.K)]
         symmetric = graph.weight is None and graph.source is not None and graph.source is graph.target
         plain_steps = not self._is_smoothing and self.state_quantizers is None and self._mu is not None
-        if plain_steps and symmetric and all(sent.spec.is_fixed for sent in ranges):
+        if plain_steps and symmetric and all(sent.spec.is_fixed and not sent.has_multipliers for sent in ranges):
             return samples.shaped(self._steps_in_kernel(x0, graph, ranges))
         return samples.shaped(self.steps(x0, graph))
 

@@ -16,7 +16,8 @@ from ..kernels.quantize_pack import quantize_pack
 from ..kernels.unpack_dequantize import unpack_dequantize
 from ..layers.fixed import is_exporting
 from ..quantizers import QLRQuantizer, QuantizedTensor, RangeKind, quantize_codes
-from ..quantizers.qlr import _peak, _row_peaks, _split
+from ..quantizers.qlr import _peak, _row_peaks, _split, largest
+from ..quantizers.rows import RowRange, multipliers
 from .deferred import DeferredTensor, Pending, Producer, plain, row_blocks
 
 __all__ = ["PackedRange", "PackedTensor", "SiteSpec", "check_finite", "joined"]
@@ -32,7 +33,7 @@ class SiteSpec:
     Args:
         bits: Width of a stored code: 1 (data of zero and one value), 2, 4, 8, or 32 for off; 0 for a
             site whose range was never set because nothing reached it.
-        granularity: ``"tensor"``, ``"channel"`` or ``"node"``.
+        granularity: ``"tensor"``, ``"channel"``, ``"node"`` or ``"row"``.
         zero_code: Code that stands for zero, :obj:`None` where the lower end is free.
         truncated: Whether 8-bit codes are truncated (BT, BT*).
         channels: Number of ranges, with ``"channel"``.
@@ -79,9 +80,14 @@ class SiteSpec:
 
     @property
     def is_fixed(self) -> bool:
-        """Whether the range is known before the data: a kernel's epilogue can quantize to it."""
+        """Whether what a row's range follows from is known before the data: a kernel's epilogue can quantize to it."""
         known = self.bits not in (UNSET, ONE_BIT, OFF) and self.granularity != "node"
         return known and not self.truncated
+
+    @property
+    def has_multipliers(self) -> bool:
+        """Whether rows have multiples of the range."""
+        return self.granularity == "row" and self.bits not in (UNSET, ONE_BIT, OFF)
 
     @property
     def is_row_local(self) -> bool:
@@ -105,6 +111,7 @@ class PackedTensor:
         num_features: ``F``.
         bits: Width of a code: 1, 2, 4 or 8.
         unsigned: Whether ``lower`` is known to be zero.
+        multiplier: ``[N]`` uint8, where each row has a multiple of the range, of one element.
     """
 
     words: Tensor
@@ -113,18 +120,28 @@ class PackedTensor:
     num_features: int
     bits: int
     unsigned: bool
+    multiplier: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
         """``(N, F)``."""
         return self.words.size(0), self.num_features
 
+    @property
+    def row_range(self) -> tuple[Tensor, Tensor]:
+        """Scale and lower end with the multiples that rows have of them, ``[N, 1]`` then."""
+        if self.multiplier is None:
+            return self.scale, self.lower
+        multiplier = self.multiplier.to(torch.float32).unsqueeze(1)
+        return self.scale * multiplier, self.lower * multiplier
+
     def dequantize(self) -> Tensor:
         """``[N, F]`` float32."""
-        if self.scale.dim() == 2 and self.scale.size(1) > 1:
-            scale, lower = (per_feature(v, self.num_features) for v in (self.scale, self.lower))
+        scale, lower = self.row_range
+        if scale.dim() == 2 and scale.size(1) > 1:
+            scale, lower = (per_feature(v, self.num_features) for v in (scale, lower))
             return unpack_codes(self.words, self.num_features, self.bits) * scale + lower
-        return unpack_dequantize(self.words, self.scale, self.lower, self.num_features, self.bits)
+        return unpack_dequantize(self.words, scale, lower, self.num_features, self.bits)
 
     def rows(self, start: int, stop: int) -> PackedTensor:
         """The rows ``[start, stop)``."""
@@ -132,18 +149,24 @@ class PackedTensor:
             return self
         per_row = self.scale.dim() == 2
         scale, lower = (v[start:stop] if per_row else v for v in (self.scale, self.lower))
-        return replace(self, words=self.words[start:stop], scale=scale, lower=lower)
+        multiplier = None if self.multiplier is None else self.multiplier[start:stop]
+        return replace(self, words=self.words[start:stop], scale=scale, lower=lower, multiplier=multiplier)
 
     def take(self, rows: Tensor) -> PackedTensor:
         """The rows numbered by ``rows`` ``[M]``, integers."""
         per_row = self.scale.dim() == 2
         scale, lower = (v.index_select(0, rows) if per_row else v for v in (self.scale, self.lower))
-        return replace(self, words=self.words.index_select(0, rows), scale=scale, lower=lower)
+        multiplier = None if self.multiplier is None else self.multiplier.index_select(0, rows)
+        words = self.words.index_select(0, rows)
+        return replace(self, words=words, scale=scale, lower=lower, multiplier=multiplier)
 
     def quantized(self) -> QuantizedTensor:
         """The same tensor with its codes as floats: what the arithmetic of converted layers takes."""
         codes = unpack_codes(self.words, self.num_features, self.bits).to(torch.float32)
-        return QuantizedTensor(codes, self.scale, self.lower, top_code(self.bits), self.unsigned)
+        rows = None
+        if self.multiplier is not None:
+            rows = RowRange(self.multiplier.to(torch.float32).unsqueeze(1), self.scale, self.lower)
+        return QuantizedTensor(codes, *self.row_range, top_code(self.bits), self.unsigned, rows=rows)
 
 
 def joined(parts: Sequence[PackedTensor]) -> PackedTensor:
@@ -153,7 +176,8 @@ def joined(parts: Sequence[PackedTensor]) -> PackedTensor:
     words, scale, lower = torch.cat([p.words for p in parts]), parts[0].scale, parts[0].lower
     if scale.dim() == 2:
         scale, lower = torch.cat([p.scale for p in parts]), torch.cat([p.lower for p in parts])
-    return replace(parts[0], words=words, scale=scale, lower=lower)
+    found = [p.multiplier for p in parts if p.multiplier is not None]
+    return replace(parts[0], words=words, scale=scale, lower=lower, multiplier=torch.cat(found) if found else None)
 
 
 NOT_FINITE = "Expected finite values at '{where}' (got {found}); check the features"
@@ -180,6 +204,7 @@ class PackedRange(nn.Module):
     scale: Tensor | None
     lower_end: Tensor | None
     skew: Tensor | None
+    unit: Tensor | None
 
     def __init__(
         self,
@@ -198,6 +223,7 @@ class PackedRange(nn.Module):
         self.register_buffer("scale", torch.ones(shape, **options) if ranged else None)
         self.register_buffer("lower_end", torch.zeros(shape, **options) if free else None)
         self.register_buffer("skew", torch.zeros((), **options) if spec.truncated else None)
+        self.register_buffer("unit", torch.ones((), **options) if ranged and spec.granularity == "row" else None)
 
     @torch.no_grad()
     def fill(self, quantizer: QLRQuantizer) -> None:
@@ -210,6 +236,8 @@ class PackedRange(nn.Module):
             self.lower_end.copy_(lower)
         if self.skew is not None and quantizer.skew is not None:
             self.skew.copy_(quantizer.skew)
+        if self.spec.granularity == "row":
+            self.unit.copy_(quantizer.unit)  # type: ignore[union-attr, arg-type]
 
     def extra_repr(self) -> str:
         return f"bits={self.spec.bits}, granularity={self.spec.granularity}"
@@ -228,25 +256,36 @@ class PackedRange(nn.Module):
         return self.scale * -self.spec.zero_code
 
     def output_range(self) -> dict[str, Any]:
-        """The arguments that make a kernel quantize its result to this (fixed) range."""
+        """The arguments that make a kernel quantize its result to this (fixed) range, or to multiples of it."""
         assert self.spec.is_fixed
-        return {"out_scale": self.scale, "out_offset": self.lower, "out_bits": self.bits}
+        out: dict[str, Any] = {"out_scale": self.scale, "out_offset": self.lower, "out_bits": self.bits}
+        return {**out, "out_unit": self.unit} if self.has_multipliers else out
 
-    def wrap(self, words: Tensor, num_features: int) -> PackedTensor:
-        """Words that a kernel has quantized to this (fixed) range."""
+    @property
+    def has_multipliers(self) -> bool:
+        return self.spec.has_multipliers
+
+    def wrap(self, packed: Tensor | tuple[Tensor, Tensor], num_features: int) -> PackedTensor:
+        """Words, with the multipliers of their rows, that a kernel has quantized to this (fixed) range."""
         assert self.scale is not None
+        words, multiplier = packed if isinstance(packed, tuple) else (packed, None)
         unsigned = self.spec.zero_code == 0
-        return PackedTensor(words, self.scale, self.lower, num_features, self.bits, unsigned)
+        return PackedTensor(words, self.scale, self.lower, num_features, self.bits, unsigned, multiplier)
 
-    def _range_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _range_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Scale and lower end that broadcast to ``x``, and the multiples ``[N, 1]`` that they are."""
         if self.bits == ONE_BIT:
             scale = _row_peaks(x, None) if self.spec.granularity == "node" else _peak(x)
-            return scale, torch.zeros_like(scale)
+            return scale, torch.zeros_like(scale), None
         assert self.scale is not None
         if self.spec.granularity == "node":
             rows = _row_peaks(x, None)
-            return self.scale * rows, self.lower * rows
-        return self.scale, self.lower
+            return self.scale * rows, self.lower * rows, None
+        if self.spec.granularity == "row":
+            assert self.unit is not None
+            rows = multipliers(largest(x), self.unit)
+            return self.scale * rows, self.lower * rows, rows
+        return self.scale, self.lower, None
 
     def forward(self, x: Tensor, is_finite: bool = False) -> PackedTensor | QuantizedTensor:
         """Quantize ``x`` ``[N, F]``, dense or ``torch.sparse_csr``.
@@ -324,10 +363,13 @@ class PackedRange(nn.Module):
         return joined([self._quantize_rows(block) for _, block in x.blocks()])
 
     def quantize_heads(self, x: Tensor) -> PackedTensor:
-        """Quantize ``[N, H, C]`` to codes ``[N, H C]``; a range per node is then one per node and head."""
+        """Quantize ``[N, H, C]`` to codes ``[N, H C]``; a range per node is then one per node and head.
+
+        Multiples of one range are one for all that a node sends.
+        """
         if self.spec.granularity != "node" or x.size(1) == 1:
             return self._quantize_rows(x.flatten(1))
-        scale, lower = self._range_of(x)
+        scale, lower, _ = self._range_of(x)
         if self.skew is not None:
             codes = quantize_codes(x, scale, lower, top_code(self.bits), self.skew)
             words = pack_codes(codes.flatten(1), self.bits)
@@ -341,8 +383,10 @@ class PackedRange(nn.Module):
         return PackedTensor(words, scale.squeeze(-1), lower.squeeze(-1), x.size(1) * x.size(2), self.bits, unsigned)
 
     def _quantize_rows(self, x: Tensor) -> PackedTensor:
-        scale, lower = self._range_of(x)
         unsigned = self.spec.zero_code == 0
+        if self.has_multipliers and self.skew is None:
+            return self.wrap(quantize_pack(x, self.scale, self.lower, self.bits, self.unit), x.size(1))
+        scale, lower, rows = self._range_of(x)
         if self.skew is not None:
             codes = quantize_codes(x, scale, lower, top_code(self.bits), self.skew)
             words = pack_codes(codes, self.bits)
@@ -350,7 +394,11 @@ class PackedRange(nn.Module):
             words = quantize_pack(x, scale, lower, self.bits)
         if self.bits == ONE_BIT:
             self._check_one_bit(((x == 0) | (x == scale)).all())
-        return PackedTensor(words, scale, lower, x.size(1), self.bits, unsigned)
+        if rows is None:
+            return PackedTensor(words, scale, lower, x.size(1), self.bits, unsigned)
+        assert self.scale is not None
+        multiplier = rows.view(-1).to(torch.uint8)
+        return PackedTensor(words, self.scale, self.lower, x.size(1), self.bits, unsigned, multiplier)
 
     def _quantize_sparse(self, x: Tensor) -> PackedTensor | QuantizedTensor:
         values, pattern = _split(x)
@@ -361,14 +409,21 @@ class PackedRange(nn.Module):
         if not self.spec.stays_sparse:
             return self.forward(QuantizedTensor.identity(values, pattern).dequantize())
         per_row = self.spec.granularity == "node"
-        peaks = _row_peaks(values, pattern) if per_row else _peak(values)
-        scale = peaks if self.scale is None else (self.scale * peaks if per_row else self.scale)
-        full = scale[pattern.dst, 0] if per_row else scale
+        rows = None
+        if self.spec.granularity == "row":
+            assert self.scale is not None
+            assert self.unit is not None
+            rows = RowRange(multipliers(largest(values, pattern), self.unit), self.scale, self.lower)
+            scale = self.scale * rows.multiplier
+        else:
+            peaks = _row_peaks(values, pattern) if per_row else _peak(values)
+            scale = peaks if self.scale is None else (self.scale * peaks if per_row else self.scale)
+        full = scale[pattern.dst, 0] if scale.dim() == 2 else scale
         top = top_code(self.bits)
         codes = quantize_codes(values, full, torch.zeros_like(full), top, self.skew)
         if self.bits == ONE_BIT:
             self._check_one_bit((codes * full == values).all())
-        return QuantizedTensor(codes, scale, torch.zeros_like(scale), top, True, pattern)
+        return QuantizedTensor(codes, scale, torch.zeros_like(scale), top, True, pattern, rows=rows)
 
     def _check_one_bit(self, holds: Tensor) -> None:
         message = (

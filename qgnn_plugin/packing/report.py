@@ -13,6 +13,7 @@ from ..tables import table
 from .base import WEIGHT, LayerSpec
 from .model import PackedBytes, packed_bytes, packed_layers, specs_of
 from .ranges import PackedRange
+from .weights import PackedWeight, PackedWeights
 
 __all__ = ["PackedLayerReport", "PackedSummary", "packed_summary"]
 
@@ -94,8 +95,8 @@ def _report(spec: LayerSpec, layer: Any, packed: nn.Module) -> PackedLayerReport
         return PackedLayerReport(spec.name, spec.type, spec.reason, bits, PackedBytes(size, size), spec.deep_place)
     tensors = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
     for site in spec.sites:
-        owner = layer.get_submodule(site) if site != WEIGHT else None
-        tensors += list(owner.buffers()) if isinstance(owner, PackedRange) else []
+        owner = layer.get_submodule(site) if site != WEIGHT or isinstance(layer, PackedWeights) else None
+        tensors += [*owner.parameters(), *owner.buffers()] if isinstance(owner, (PackedRange, PackedWeight)) else []
     size = sum(t.numel() * t.element_size() for t in tensors)
     sizes = PackedBytes(layer._packed.float_bytes, size)
     return PackedLayerReport(spec.name, spec.type, None, bits, sizes, spec.deep_place, layer._path_taken())

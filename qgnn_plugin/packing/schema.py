@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NoReturn
 
-from ..config import BITS, QuantConfig
+from ..config import BITS, GRANULARITIES, QuantConfig
 from ..quantizers import QLRQuantizer, RangeKind
 from ..smp.deep import StackPlace
 from . import container
@@ -133,7 +133,7 @@ def _layer(refuse: Refuse, field: str, value: Any, configs: list[QuantConfig]) -
 def _site(refuse: Refuse, field: str, value: Any) -> SiteSpec:
     _mapping(refuse, field, value, {"bits"}, {"granularity", "zero_code", "truncated", "channels"})
     _one_of(refuse, f"{field}.bits", value["bits"], (UNSET, ONE_BIT, *BITS))
-    _one_of(refuse, f"{field}.granularity", value.get("granularity", "tensor"), ("tensor", "channel", "node"))
+    _one_of(refuse, f"{field}.granularity", value.get("granularity", "tensor"), GRANULARITIES)
     _one_of(refuse, f"{field}.truncated", value.get("truncated", False), (False, True))
     _integer(refuse, f"{field}.channels", value.get("channels", 0), 0, 2**31 - 1)
     zero = value.get("zero_code", 0.0)

@@ -24,6 +24,7 @@ from ..layers.base import QuantizerDict, float_state
 from ..quantizers import QLRQuantizer
 from ..smp.constraint import CONSTRAINT_ATTRIBUTES, SmoothLayer
 from .ranges import PackedRange
+from .weights import PackedWeight
 
 __all__ = ["Difference", "ModuleSettings", "first_difference", "settings_of"]
 
@@ -64,7 +65,7 @@ def settings_of(model: nn.Module) -> dict[str, ModuleSettings]:
     return {
         name: ModuleSettings(_float_class(module).__name__, _values(module))
         for name, module in model.named_modules()
-        if not isinstance(module, (QLRQuantizer, QuantizerDict, PackedRange, _DropoutNd, nn.Identity))
+        if not isinstance(module, (QLRQuantizer, QuantizerDict, PackedRange, PackedWeight, _DropoutNd, nn.Identity))
     }
 
 

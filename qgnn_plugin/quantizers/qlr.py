@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..config import BITS, OFF, Granularity, Levels, Truncation, _one_of
+from ..config import BITS, GRANULARITIES, OFF, Granularity, Levels, Truncation, _one_of
 from ..kernels.plan import GraphPlan, plan_cache
 from ..kernels.spmm import segment_max
 from ..saved import REMEDY, encode, refusal, refuse
@@ -17,6 +18,7 @@ from . import compressed
 from .functional import FINE_BITS, quantize_codes
 from .functional import levels as max_code
 from .range_search import SMALLEST, Sample, search_range
+from .rows import SMALLEST_STEP, RowRange, RowSample, multipliers, search_rows
 from .tensor import QuantizedTensor
 
 __all__ = ["QLRQuantizer", "RangeKind"]
@@ -44,12 +46,14 @@ class QLRQuantizer(nn.Module):
         bits: 2, 4, 8, or 32 for off.
         levels: ``"affine"`` (learned offset; the lower end is fixed at zero when the data that set the range are
             non-negative), ``"unsigned"``, ``"symmetric"`` (zero is a level) or ``"half"`` (half-integer levels).
-        granularity: One range per ``"tensor"``, per ``"channel"`` or per ``"node"``: then a row's step is the learned
-            factor times the row's largest magnitude, so unseen nodes have a range too.
+        granularity: One range per ``"tensor"``, per ``"channel"``, per ``"node"`` or per ``"row"``.  Per node, a row's
+            step is the learned factor times the row's largest magnitude; per row, the learned range times an integer
+            that follows from it (see :mod:`.rows`).  So unseen nodes have a range too.
         channels: Number of channels, for ``"channel"``.
         channel_dim: The dimension that holds channels: 0 for weights, -1 for activations.
         truncation: ``"bt"`` or ``"sbt"``: truncate 8-bit codes instead of rounding directly; nothing at 8 bits.
         learn: Whether the range receives gradients.
+        row_dims: How many of the last dimensions are a row with one multiplier: 2 for messages of several heads.
         site: Name used in errors, such as ``"conv1.lin.input"``.
 
     The range is set by :func:`qgnn_plugin.calibrate`, or else from the first batch seen in training mode.  Inputs of
@@ -65,6 +69,8 @@ class QLRQuantizer(nn.Module):
     skew: Tensor | None
     log_scale: Tensor
     offset: Tensor | None
+    unit: Tensor | None  # p, fixed once the range is set
+    row_dims: int = 1
 
     def __init__(
         self,
@@ -76,6 +82,7 @@ class QLRQuantizer(nn.Module):
         channel_dim: int = -1,
         truncation: Truncation | None = None,
         learn: bool = True,
+        row_dims: int = 1,
         site: str = "tensor",
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
@@ -84,12 +91,12 @@ class QLRQuantizer(nn.Module):
         if type(bits) is not int or bits not in BITS:
             raise ValueError(f"Expected 'bits' to be 2, 4, 8 or 32 = off (got {bits!r})")
         _one_of("levels", levels, ("affine", "unsigned", "symmetric", "half"))
-        _one_of("granularity", granularity, ("tensor", "channel", "node"))
+        _one_of("granularity", granularity, GRANULARITIES)
         _one_of("truncation", truncation, (None, "bt", "sbt"))
         if granularity == "channel" and (channels is None or channels < 1):
             raise ValueError(f"Expected 'channels' >= 1 for a range per channel (got {channels!r})")
         self.bits, self.levels, self.granularity = bits, levels, granularity
-        self.channel_dim, self.site = channel_dim, site
+        self.channel_dim, self.row_dims, self.site = channel_dim, row_dims, site
         self.truncation = truncation if bits < FINE_BITS else None
         self._range_kind = RangeKind.UNSET
         self._kind_seen: tuple[int, int] | None = None
@@ -108,6 +115,7 @@ class QLRQuantizer(nn.Module):
                 self.register_buffer(name, value)
         self.register_buffer("kind", torch.zeros((), dtype=torch.uint8, device=device))
         self.register_buffer("skew", torch.zeros((), **options) if self.truncation else None)
+        self.register_buffer("unit", torch.ones((), **options) if granularity == "row" else None)
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, levels={self.levels}, granularity={self.granularity}, {self.range_kind.name}"
@@ -231,20 +239,23 @@ class QLRQuantizer(nn.Module):
             return per_channel
         return per_channel.view(-1, *([1] * (x.dim() - 1)))
 
-    def _range_of(self, x: Tensor, pattern: GraphPlan | None) -> tuple[Tensor, Tensor]:
-        """Scale and lower end that broadcast to ``x``."""
+    def _range_of(self, x: Tensor, pattern: GraphPlan | None) -> tuple[Tensor, Tensor, RowRange | None]:
+        """Scale and lower end that broadcast to ``x``, and what they are multiples of."""
         kind = self.range_kind
         if self.is_one_bit:
             rows = _row_peaks(x, pattern) if kind == RangeKind.ONE_BIT_ROWS else _peak(x)
             # A factor exp(0) = 1 keeps the parameters in the graph: DDP expects a gradient for each.
             unused = self.log_scale if self.offset is None else self.log_scale + self.offset
             scale = rows * (unused.reshape(-1)[0] * 0).exp()
-            return scale, torch.zeros_like(scale)
+            return scale, torch.zeros_like(scale), None
         scale, lower = self.range()
         if self.granularity == "node":
             rows = _row_peaks(x, pattern)
-            return scale * rows, lower * rows
-        return self._shaped(scale, x), self._shaped(lower, x)
+            return scale * rows, lower * rows, None
+        if self.unit is not None:
+            multiplier = multipliers(largest(x, pattern, self.row_dims), self.unit)
+            return scale * multiplier, lower * multiplier, RowRange(multiplier, scale, lower)
+        return self._shaped(scale, x), self._shaped(lower, x), None
 
     @torch.no_grad()
     def set_range(self, x: Tensor, pattern: GraphPlan | None = None, *, may_be_one_bit: bool = True) -> None:
@@ -277,17 +288,24 @@ class QLRQuantizer(nn.Module):
         return self._zero_code(kind) == 0 and not per_column
 
     def _fit(self, kind: RangeKind, rows: Tensor) -> None:
-        """Set the range to ``kind`` and to the best fit of ``rows`` [ranges, samples]."""
+        """Set the range to ``kind`` and to the best fit of ``rows`` [ranges, samples] (see :meth:`_rows`)."""
         self._set_kind(kind)
         if self.skew is not None:
-            self.skew.copy_(_skewness(rows).round() if self.truncation == "sbt" else torch.zeros(()))
+            values = rows if self.unit is None else rows[:1]
+            self.skew.copy_(_skewness(values).round() if self.truncation == "sbt" else torch.zeros(()))
         if kind in ONE_BIT_KINDS:
             return
-        scale, lower = search_range(rows, self.qmax, self.zero_code)
+        if self.unit is not None:
+            unit, scale, lower = search_rows(rows, self.qmax, self.zero_code)
+            self.unit.copy_(unit)
+            rows = rows[:1]
+        else:
+            scale, lower = search_range(rows, self.qmax, self.zero_code)
         zeros = (rows == 0).all(1)
         if self.zero_code is None or self.zero_code.is_integer():
-            scale = torch.where(zeros, self._default_scale(scale[~zeros]), scale)
-        smallest = max(SMALLEST, torch.finfo(self.log_scale.dtype).tiny)
+            scale = torch.where(zeros, self._default_scale(scale.view(-1)[~zeros]), scale)
+        least = SMALLEST if self.unit is None else SMALLEST_STEP
+        smallest = max(least, torch.finfo(self.log_scale.dtype).tiny)
         self.log_scale.copy_(scale.clamp_min(smallest).log().view_as(self.log_scale))
         if self.offset is not None:
             # In steps as they will be read: exp(log(s)) is a few ulp off, which many steps from zero is many steps.
@@ -320,7 +338,11 @@ class QLRQuantizer(nn.Module):
         return RangeKind.ZEROS if pattern is None or self.levels != "affine" else RangeKind.NONNEGATIVE
 
     def _rows(self, x: Tensor, pattern: GraphPlan | None) -> Tensor:
-        """Arrange ``x`` as one row per range."""
+        """Arrange ``x`` as one row per range; with multipliers as values and largest magnitudes of their rows."""
+        if self.unit is not None:
+            peaks = largest(x, pattern, self.row_dims)
+            peaks = peaks.expand_as(x) if pattern is None else peaks[pattern.dst, 0]
+            return torch.stack([x.reshape(-1), peaks.reshape(-1)])
         if self.granularity == "node":
             peaks = _row_peaks(x, pattern)
             return (x / (peaks if pattern is None else peaks[pattern.dst, 0])).reshape(1, -1)
@@ -368,7 +390,8 @@ class QLRQuantizer(nn.Module):
             is_input: Tells of 0/1 values (and their positions in a sparse matrix) whether they are an input of the
                 model, which stays 0/1; by default all are taken to be.
         """
-        self._observed, self._observed_kind = Sample(), RangeKind.ZEROS
+        self._observed = Sample() if self.unit is None else RowSample()
+        self._observed_kind = RangeKind.ZEROS
         self._is_input = is_input
 
     def abort(self) -> None:
@@ -395,7 +418,8 @@ class QLRQuantizer(nn.Module):
         if x.numel():
             kind, rows = self._kind_and_rows(x, pattern, self._is_input or (lambda *_: True))
         elif pattern is not None and pattern.num_dst:  # a sparse matrix without entries
-            kind, rows = self._kind_of_zeros(pattern), x.new_zeros(self.log_scale.numel(), 1)
+            ranges = self.log_scale.numel() if self.unit is None else 2
+            kind, rows = self._kind_of_zeros(pattern), x.new_zeros(ranges, 1)
         else:
             return
         self._observed_kind = min(kind, self._observed_kind)  # the smallest is the most general
@@ -449,18 +473,25 @@ class QLRQuantizer(nn.Module):
     def _quantize(self, x: Tensor, pattern: GraphPlan | None, codes_kept: bool) -> QuantizedTensor:
         if pattern is not None and not self._stays_sparse(self.range_kind):
             x, pattern = QuantizedTensor.identity(x, pattern).dequantize(), None
-        scale, lower = self._range_of(x, pattern)
+        scale, lower, rows = self._range_of(x, pattern)
         if pattern is None and self._compresses(x, scale):
-            return self._compressed(x, scale, lower, codes_kept)
+            return replace(self._compressed(x, scale, lower, codes_kept), rows=rows)
         # The scale of one-bit data is the data's own: no gradient flows through the codes.
         step = scale.detach() if self.is_one_bit else scale
         full = step[pattern.dst, 0] if pattern is not None and step.dim() == 2 else step
         low = torch.zeros_like(full) if pattern is not None else lower
-        codes = quantize_codes(x, full, low, self.qmax, None if self.is_one_bit else self.skew)
+        codes = self._codes(x, full, low)
         if self.is_one_bit and not self._still_one_bit(x.detach(), codes.detach() * full):
             self.set_range(x.detach(), pattern)
             return self._quantize(x, pattern, codes_kept)
-        return QuantizedTensor(codes, scale, lower, self.qmax, self.zero_code == 0, pattern)
+        return QuantizedTensor(codes, scale, lower, self.qmax, self.zero_code == 0, pattern, rows=rows)
+
+    def _codes(self, x: Tensor, scale: Tensor, lower: Tensor) -> Tensor:
+        skew = None if self.is_one_bit else self.skew
+        if scale.dim() == x.dim() == 3 and scale.size(1) == 1 < x.size(1):  # heads of a row, side by side
+            wide = quantize_codes(x.flatten(1), scale.flatten(1), lower.flatten(1), self.qmax, skew)
+            return wide.view(x.shape)
+        return quantize_codes(x, scale, lower, self.qmax, skew)
 
     def _compresses(self, x: Tensor, scale: Tensor) -> bool:
         """Whether the backward pass keeps packed codes of ``x``: activations, not weights."""
@@ -536,13 +567,18 @@ def _peak(x: Tensor) -> Tensor:
 
 def _row_peaks(x: Tensor, pattern: GraphPlan | None) -> Tensor:
     """Largest magnitude per row, ``[N, 1]``, 1 for a row of zeros."""
-    if pattern is not None:
-        peaks = segment_max(pattern, x.detach().abs()).unsqueeze(1)
-    elif x.size(-1) == 0:
-        peaks = x.new_zeros((*x.shape[:-1], 1))
-    else:
-        peaks = x.detach().abs().amax(-1, keepdim=True)
+    peaks = largest(x, pattern)
     return torch.where(peaks > 0, peaks, torch.ones_like(peaks))
+
+
+def largest(x: Tensor, pattern: GraphPlan | None = None, row_dims: int = 1) -> Tensor:
+    """Largest magnitude per row of the last ``row_dims`` dimensions, kept as 1; ``[N, 1]`` of a sparse matrix."""
+    if pattern is not None:
+        return segment_max(pattern, x.detach().abs()).unsqueeze(1)
+    dims = list(range(-row_dims, 0))
+    if any(x.size(dim) == 0 for dim in dims):
+        return x.new_zeros((*x.shape[:-row_dims], *([1] * row_dims)))
+    return x.detach().abs().amax(dims, keepdim=True)
 
 
 def _skewness(x: Tensor) -> Tensor:

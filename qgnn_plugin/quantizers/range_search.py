@@ -24,12 +24,14 @@ def subsample(x: Tensor) -> Tensor:
     limit = max(256, MAX_SAMPLES // x.size(0))
     if x.size(1) <= limit:
         return x
-    step = -(-x.size(1) // limit)
+    step = -(-x.size(1) // limit) | (x.size(0) == 1)  # odd: the features of a node are often many, and even
     return torch.cat([x[:, ::step], x.amin(1, keepdim=True), x.amax(1, keepdim=True)], 1)
 
 
 class Sample:
     """A bounded, even sample of ``[R, *]`` values that come in batches, with the extremes of each row."""
+
+    THINNING = 3  # a stride of its powers meets every column of features, whose number is often a power of two
 
     def __init__(self) -> None:
         self._parts: list[Tensor] = []
@@ -39,18 +41,22 @@ class Sample:
     def __len__(self) -> int:
         return len(self._parts)
 
+    @staticmethod
+    def ends(x: Tensor) -> Tensor:
+        """The columns ``[R, *]`` that are kept in any case: least and largest value of each row."""
+        return torch.stack([x.amin(1), x.amax(1)], 1)
+
     def add(self, x: Tensor) -> None:
-        ends = torch.stack([x.amin(1), x.amax(1)], 1)
+        ends = self.ends(x)
         if self._extremes is not None:
-            both = torch.cat([self._extremes, ends], 1)
-            ends = torch.stack([both.amin(1), both.amax(1)], 1)
+            ends = self.ends(torch.cat([self._extremes, ends], 1))
         self._extremes = ends
         # A copy: the model may change its activations in place.
         self._parts.append(x[:, :: self._stride].clone())
         limit = max(256, MAX_SAMPLES // x.size(0)) - ends.size(1)
         while sum(part.size(1) for part in self._parts) > max(limit, len(self._parts)):
-            self._stride *= 2
-            self._parts = [part[:, ::2].clone() for part in self._parts]
+            self._stride *= self.THINNING
+            self._parts = [part[:, :: self.THINNING].clone() for part in self._parts]
 
     def rows(self) -> Tensor:
         """``[R, *]``: everything while it was little."""

@@ -11,6 +11,7 @@ from ..config import OFF
 from ..kernels.plan import GraphPlan
 from . import compressed
 from .functional import HALF, levels
+from .rows import RowRange
 
 __all__ = ["QuantizedTensor"]
 
@@ -22,13 +23,15 @@ class QuantizedTensor:
     Args:
         codes: ``[*, F]`` integer-valued floats (any floats where the site is off), or the ``[nnz]`` codes at the
             stored positions of a sparse ``[N, F]`` matrix whose other codes are 0.
-        scale: Step size ``s``: scalar, ``[F]`` (channel) or ``[N, 1]`` (node).
+        scale: Step size ``s``: scalar, ``[F]`` (channel) or ``[N, 1]`` (node, row).
         lower: Lower end ``l``, of the same shape.
         qmax: Largest code, :obj:`None` where the site is off and ``codes`` are the values themselves.
         unsigned: Whether ``l`` is known to be zero.
         pattern: For sparse codes, their positions: rows over ``F`` columns.
         packed: In :func:`qgnn_plugin.compressed_activations`, the same codes packed; the gradient of ``codes`` is then
             that of the values.
+        rows: Where ``scale`` and ``lower`` are integer multiples of one range, these: sums over rows are then sums of
+            integers.
     """
 
     codes: Tensor
@@ -38,6 +41,7 @@ class QuantizedTensor:
     unsigned: bool = False
     pattern: GraphPlan | None = None
     packed: compressed.Packed | None = None
+    rows: RowRange | None = None
 
     @classmethod
     def identity(cls, x: Tensor, pattern: GraphPlan | None = None) -> QuantizedTensor:
@@ -60,7 +64,7 @@ class QuantizedTensor:
     def detached(self) -> QuantizedTensor:
         """The same tensor outside the autograd graph."""
         parts = {name: getattr(self, name).detach() for name in ("codes", "scale", "lower")}
-        return replace(self, **parts, packed=None)
+        return replace(self, **parts, packed=None, rows=None if self.rows is None else self.rows.detach())
 
     @property
     def per_node(self) -> bool:
@@ -73,11 +77,12 @@ class QuantizedTensor:
             return self
         positions = (self.pattern.dst, self.pattern.col.long())
         codes = self.codes.new_zeros(self.shape).index_put(positions, self.codes)
-        return QuantizedTensor(codes, self.scale, self.lower, self.qmax, self.unsigned)
+        return QuantizedTensor(codes, self.scale, self.lower, self.qmax, self.unsigned, rows=self.rows)
 
     def to(self, dtype: torch.dtype) -> QuantizedTensor:
         """The same codes and range in another precision."""
-        return replace(self, codes=self.codes.to(dtype), scale=self.scale.to(dtype), lower=self.lower.to(dtype))
+        parts = {name: getattr(self, name).to(dtype) for name in ("codes", "scale", "lower")}
+        return replace(self, **parts, rows=None if self.rows is None else self.rows.to(dtype))
 
     def dequantize(self) -> Tensor:
         r"""The values :math:`c s + l` as a dense tensor."""

@@ -19,6 +19,7 @@ from qgnn_plugin.kernels.layout import pack_codes
 from qgnn_plugin.kernels.plan import GraphPlan
 from qgnn_plugin.layers.arithmetic import aggregate_sum, exact_sum, linear
 from qgnn_plugin.layers.attention import attention_codes, attention_numerators, attention_thresholds
+from qgnn_plugin.quantizers import QuantizedTensor
 
 
 def assert_near(actual: Tensor, expected: Tensor, tolerance: float = 2e-6) -> None:
@@ -37,7 +38,7 @@ def fitted(x: Tensor, bits: int, **options: Any) -> QLRQuantizer:
 # The two sums ########################################################################################
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "channel", "node"])
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "node", "row"])
 @pytest.mark.parametrize("levels", ["affine", "unsigned", "half"])
 @pytest.mark.parametrize("weight_granularity", ["tensor", "channel"])
 @pytest.mark.parametrize("weight_levels", ["affine", "symmetric", "half"])
@@ -57,7 +58,7 @@ def test_linear(granularity: str, levels: str, weight_granularity: str, weight_l
 
 def test_linear_of_one_and_three_dimensions() -> None:
     x, weight = torch.randn(5, 4, 12), torch.randn(7, 12)
-    for granularity in ("tensor", "node"):
+    for granularity in ("tensor", "node", "row"):
         quantizer = fitted(x, 8, granularity=granularity)
         qw = fitted(weight, 8, levels="half")(weight)
         expected = quantizer(x).dequantize().double() @ qw.dequantize().double().t()
@@ -97,7 +98,7 @@ def test_sums_of_codes_are_exact_integers_in_eval() -> None:
     assert_near(out, codes * scale)
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "channel", "node"])
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "node", "row"])
 @pytest.mark.parametrize("levels", ["affine", "symmetric", "half"])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_aggregate_sum(granularity: str, levels: str, weighted: bool) -> None:
@@ -118,10 +119,22 @@ def test_aggregate_sum(granularity: str, levels: str, weighted: bool) -> None:
         assert_near(out, expected)
 
 
+def _sum_of_multiples(x: QuantizedTensor, plan: GraphPlan) -> Tensor:
+    """``s sum_j m_j c_j + l sum_j m_j`` from sums of int64."""
+    assert x.rows is not None
+    multiplier = x.rows.multiplier.long()
+    parts = [
+        torch.zeros(plan.num_dst, part.size(1), dtype=torch.long).index_add_(0, plan.dst, part[plan.col.long()])
+        for part in (x.codes.long() * multiplier, multiplier)
+    ]
+    total, mass = (part.float() for part in parts)
+    return total * x.rows.scale + mass * x.rows.lower
+
+
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 @pytest.mark.parametrize("compress", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("granularity", ["tensor", "channel", "node", "one bit rows"])
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "node", "row", "one bit rows"])
 def test_sums_in_eval_are_those_of_the_packed_kernel(
     granularity: str, weighted: bool, compress: bool, backend: str
 ) -> None:
@@ -151,7 +164,14 @@ def test_sums_in_eval_are_those_of_the_packed_kernel(
         sent = quantizer(x)
         words = pack_codes(sent.codes, quantizer.stored_bits)
         weights = weight if weighted else None
-        expected = aggregate(words, plan, sent.scale, sent.lower, 10, quantizer.stored_bits, edge_weight=weights)
+        given: tuple[Any, ...] = (sent.scale, sent.lower)
+        multiplier = None
+        if sent.rows is not None:
+            given, multiplier = (sent.rows.scale, sent.rows.lower), sent.rows.integers()
+        bits = quantizer.stored_bits
+        expected = aggregate(words, plan, *given, 10, bits, edge_weight=weights, multiplier=multiplier)
+        if sent.rows is not None and not weighted:
+            assert torch.equal(expected, _sum_of_multiples(sent, plan))
         assert torch.equal(aggregate_sum(sent, plan, weights, True), expected)
     assert torch.equal(outs[1], expected)
 
@@ -267,6 +287,7 @@ CONFIGS = {
     "mixed": QuantConfig(bits=4, weight_bits=2, message_bits=8, weight_levels="affine", attention_bits=4),
     "half messages": QuantConfig(bits=4, message_levels="half", weight_granularity="tensor"),
     "per node": QuantConfig(bits=4, granularity="node"),
+    "per row": QuantConfig(bits=4, granularity="row"),
     "per channel": QuantConfig(bits=4, granularity="channel"),
     "float weights": QuantConfig(bits=4, weight_bits=32),
     "float messages": QuantConfig(bits=4, message_bits=32, attention_bits=32),

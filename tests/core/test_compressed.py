@@ -106,7 +106,7 @@ def test_a_step_keeps_at_most_a_quarter_of_the_float_steps_bytes(name: str, bits
     assert kept <= full / 4, f"{name} int{bits} keeps {kept / full:.1%}"
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "node", "channel"])
+@pytest.mark.parametrize("granularity", ["tensor", "node", "channel", "row"])
 @pytest.mark.parametrize("name", list(LAYERS))
 def test_gradients_agree_with_those_of_a_plain_step(name: str, granularity: str) -> None:
     model = Model(LAYERS[name], (24, 16, 16, 40), dropout=0.5)
@@ -131,7 +131,7 @@ def test_gradients_agree_with_those_of_a_plain_step(name: str, granularity: str)
         assert error < 1e-4, f"{key}: {error:.2e}"
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "node", "channel"])
+@pytest.mark.parametrize("granularity", ["tensor", "node", "channel", "row"])
 @pytest.mark.parametrize("name", ["GCN", "GraphSAGE", "GAT"])
 def test_messages_that_are_computed_again_have_exact_range_gradients(name: str, granularity: str) -> None:
     conv = LAYERS[name](24, 16, False)

@@ -56,7 +56,7 @@ def test_error_falls_with_the_width(name: str) -> None:
     assert errors[0] > errors[1] > errors[2] > 0
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "channel", "node"])
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "node", "row"])
 @pytest.mark.parametrize("levels", ["affine", "symmetric", "half"])
 @pytest.mark.parametrize("name", ["GCNConv", "GATConv", "GATv2Conv", "SAGEConv", "GINConv", "APPNP", "TAGConv"])
 def test_layouts_and_levels_of_ranges(name: str, levels: str, granularity: str) -> None:

@@ -47,7 +47,7 @@ def finite_difference(loss, value: Tensor) -> Tensor:  # type: ignore[no-untyped
 
 
 LEVELS = ("affine", "unsigned", "symmetric", "half")
-GRANULARITIES = ("tensor", "channel", "node")
+GRANULARITIES = ("tensor", "channel", "node", "row")
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -71,7 +71,16 @@ def test_gradients_match_finite_differences(
         quantizer.log_scale += 0.3 * torch.randn_like(quantizer.log_scale) - 0.4
         if quantizer.offset is not None:
             quantizer.offset += 0.3
-    rows = x.abs().amax(1, keepdim=True) if granularity == "node" else torch.ones_like(x[0, :1])
+
+    def factors(x: Tensor) -> Tensor:
+        """What a row's range is multiplied by: constants to the gradient."""
+        peaks = x.detach().abs().amax(1, keepdim=True)
+        if granularity == "row":
+            assert quantizer.unit is not None
+            return (peaks / quantizer.unit).ceil().clamp(1, 15)
+        return peaks if granularity == "node" else torch.ones_like(x[0, :1])
+
+    rows = factors(x)
     log_scale = quantizer.log_scale.detach().clone()
     offset = torch.full_like(log_scale, -quantizer.zero_code if quantizer.zero_code else 0.0)
     if quantizer.offset is not None:
@@ -84,8 +93,7 @@ def test_gradients_match_finite_differences(
     qmax = quantizer.qmax
     x = away_from_edges(x, *values(), qmax).requires_grad_()
     weight = torch.randn_like(x)
-    if granularity == "node":  # the rows' peaks may have moved
-        rows = x.detach().abs().amax(1, keepdim=True)
+    rows = factors(x)  # the rows' peaks may have moved
     quantized = quantizer(x)
     (quantized.dequantize() * weight).sum().backward()
     scale, lower = values()

@@ -35,7 +35,7 @@ def x() -> Tensor:
 
 
 @pytest.mark.parametrize("levels", ["affine", "symmetric", "half"])
-@pytest.mark.parametrize("granularity", ["tensor", "channel", "node"])
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "node", "row"])
 def test_error_falls_with_the_width(x: Tensor, levels: str, granularity: str) -> None:
     options = {"levels": levels, "granularity": granularity, "channels": 12}
     errors = [relative_error(x, bits, **options) for bits in (*BITS, 32)]
@@ -142,7 +142,7 @@ def binary(rows: int = 30, columns: int = 200) -> Tensor:
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("factor", [1.0, 0.3, 1e30])
-@pytest.mark.parametrize("granularity", ["tensor", "channel", "node"])
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "node", "row"])
 def test_zero_one_features_are_exact(
     bits: int, sparse: bool, factor: float, granularity: str
 ) -> None:
@@ -216,7 +216,7 @@ def test_gradient_passes_through_exact_codes() -> None:
 # Sparse features ##################################################################################
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "channel", "node"])
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "node", "row"])
 @pytest.mark.parametrize("levels", ["affine", "symmetric", "half"])
 @pytest.mark.parametrize("sign", ["non-negative", "mixed", "negative"])
 def test_sparse_features_equal_dense_ones(granularity: str, levels: str, sign: str) -> None:
@@ -270,7 +270,7 @@ def test_zeros_are_exact_and_do_not_set_a_range_for_good(levels: str) -> None:
     assert error < 0.02
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "channel", "node"])
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "node", "row"])
 @pytest.mark.parametrize("shape", [(0, 4), (5, 0), (0, 0)])
 def test_empty_tensors(granularity: str, shape: tuple[int, int]) -> None:
     options = {"granularity": granularity, "channels": 4}
@@ -310,7 +310,7 @@ def test_finite_values_whose_sum_overflows_are_accepted() -> None:
 
 @pytest.mark.parametrize("magnitude", [1e30, 1e18, 1e-18, 1e-28])
 @pytest.mark.parametrize("levels", ["affine", "half"])
-@pytest.mark.parametrize("granularity", ["tensor", "channel", "node"])
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "node", "row"])
 def test_magnitude_does_not_matter(
     x: Tensor, magnitude: float, levels: str, granularity: str
 ) -> None:
@@ -420,7 +420,7 @@ def test_options_are_checked(options: dict[str, object], message: str) -> None:
 # Observation ######################################################################################
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "channel", "node"])
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "node", "row"])
 def test_observed_batches_act_as_one(x: Tensor, granularity: str) -> None:
     options = {"granularity": granularity, "channels": 12}
     whole = fitted(x, 4, **options)

@@ -15,7 +15,7 @@ SETTINGS = settings(
 
 bits = st.sampled_from([2, 4, 8])
 levels = st.sampled_from(["affine", "symmetric", "half"])
-granularity = st.sampled_from(["tensor", "channel", "node"])
+granularity = st.sampled_from(["tensor", "channel", "node", "row"])
 
 
 @st.composite

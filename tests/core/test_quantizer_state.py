@@ -17,6 +17,7 @@ OPTIONS = [
     {"levels": "half"},
     {"granularity": "channel", "channels": 6},
     {"granularity": "node"},
+    {"granularity": "row"},
     {"truncation": "sbt"},
     {"truncation": "bt", "levels": "symmetric"},
 ]

@@ -124,7 +124,7 @@ def test_the_first_batch_of_training() -> None:
 
 
 @pytest.mark.parametrize("levels", ["affine", "unsigned", "symmetric", "half"])
-@pytest.mark.parametrize("granularity", ["tensor", "channel", "node"])
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "node", "row"])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_zeros_stay_exact_in_the_default_range(levels: Any, granularity: Any, bits: int) -> None:
     quantizer = QLRQuantizer(bits, levels=levels, granularity=granularity, channels=6)
@@ -153,7 +153,7 @@ def test_a_channel_of_zeros_takes_the_step_of_the_others() -> None:
         torch.testing.assert_close(quantizer(later).dequantize()[:, 2], later[:, 2], rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "node", "channel"])
+@pytest.mark.parametrize("granularity", ["tensor", "node", "channel", "row"])
 @pytest.mark.parametrize("stored", [0, 5])
 @pytest.mark.filterwarnings("ignore:Only zeros reached", "ignore:Sparse invariant checks")
 def test_sparse_features_of_zeros(stored: int, granularity: Any) -> None:

@@ -20,6 +20,7 @@ DEEP = {"initial_residual": 0.1, "identity_map": 0.5}
 CONFIGS: list[dict[str, Any]] = [
     {"bits": 2},
     {"bits": 4, "granularity": "node", "message_levels": "half"},
+    {"bits": 4, "granularity": "row", "message_levels": "half"},
     {"bits": 8, "smp": SMPConfig(**DEEP, multiplier=0.5)},
 ]
 
@@ -31,7 +32,7 @@ def deep_pair(model: Any, **config: Any) -> tuple[Any, Any, tuple[Any, ...]]:
     return qmodel, qgnn_plugin.pack_model(qmodel), args
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=["int2", "int4 node", "int8 smoothed"])
+@pytest.mark.parametrize("config", CONFIGS, ids=["int2", "int4 node", "int4 row", "int8 smoothed"])
 def test_packed_stack_equals_the_converted_one_bit_for_bit(config: dict[str, Any], poison_empty: None) -> None:
     qmodel, packed, args = deep_pair(GCN(FEATURES, HIDDEN, LAYERS, CLASSES), **config)
     with torch.no_grad():

@@ -262,7 +262,7 @@ def test_blocks_are_shared_out_among_threads(
     assert torch.equal(*outs)
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "node"])
+@pytest.mark.parametrize("granularity", ["tensor", "node", "row"])
 @pytest.mark.parametrize("name", CHAINS)
 def test_no_float_matrix_between_packed_layers(
     name: str, granularity: str, small_blocks: None, poison_empty: None

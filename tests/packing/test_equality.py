@@ -25,6 +25,8 @@ from qgnn_plugin.packing.linear import PackedLinear
 CASES = [
     {"bits": 2},
     {"bits": 8, "granularity": "node", "weight_granularity": "tensor"},
+    {"bits": 2, "granularity": "row"},
+    {"bits": 4, "granularity": "row", "message_levels": "half"},
     {"bits": 4, "granularity": "channel", "weight_levels": "affine", "message_levels": "half"},
     {"bits": 2, "truncation": "sbt"},
     {"bits": 2, "weight_bits": 8, "message_bits": 4, "output_bits": 8},
@@ -81,7 +83,7 @@ def test_accurate_configuration(name: str, bits: int, depth: int, backend: str, 
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
-@pytest.mark.parametrize("granularity", ["tensor", "channel", "node"])
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "node", "row"])
 def test_edge_weights(granularity: str, backend: str) -> None:
     """Weighted sums round, too."""
     graph = erdos_renyi(40, 200)
@@ -144,7 +146,7 @@ def test_attention_options(layer: Any, attention_bits: int) -> None:
     width=st.integers(1, 70),
     bits=st.sampled_from([2, 4, 8]),
     weight_bits=st.sampled_from([2, 4, 8, 32]),
-    granularity=st.sampled_from(["tensor", "channel", "node"]),
+    granularity=st.sampled_from(["tensor", "channel", "node", "row"]),
     seed=st.integers(0, 2**16),
 )
 def test_random_graphs_widths_and_bits(
@@ -270,7 +272,7 @@ def test_plans_are_built_once() -> None:
     assert len(plan_cache) == entries
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "node"])
+@pytest.mark.parametrize("granularity", ["tensor", "node", "row"])
 @pytest.mark.parametrize("name", ["gcn", "sage", "gin", "appnp", "gat"])
 def test_threads_do_not_matter(name: str, granularity: str) -> None:
     """On a graph that is large enough to be shared out."""

@@ -27,9 +27,10 @@ BUILD = {**MODELS, **ATTENTION, "shared": Shared, "mixed": Mixed}
         {"bits": 2, "output_bits": 8},
         {"bits": 4, "granularity": "channel", "weight_levels": "affine", "truncation": "sbt"},
         {"bits": 8, "granularity": "node", "smp": SMPConfig(multiplier=0.3)},
+        {"bits": 2, "granularity": "row", "message_levels": "half"},
         {"bits": 4, "message_bits": 32, "overrides": {"*conv*": {"weight_bits": 8}}},
     ],
-    ids=["plain", "channel", "node", "mixed bits"],
+    ids=["plain", "channel", "node", "row", "mixed bits"],
 )
 @pytest.mark.parametrize("name", BUILD)
 def test_round_trip_is_bitwise(name: str, config: dict[str, Any], tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def test_a_maximum_over_a_matrix_counts_its_values_and_repeated_entries() -> Non
             assert torch.equal(qgnn.pack_model(qconv)(x, adj), qconv(x, adj))
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "node"])
+@pytest.mark.parametrize("granularity", ["tensor", "node", "row"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_empty_graphs(family: str, granularity: Any) -> None:
     """Without nodes, without edges, with isolated nodes: as the float layer, in every form."""

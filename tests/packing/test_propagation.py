@@ -70,6 +70,7 @@ def test_steps_run_in_one_kernel_each(model: Any, bits: int, backend: str, poiso
     "config",
     [
         {"granularity": "node"},
+        {"granularity": "row"},
         {"message_levels": "half"},
         {"truncation": "bt"},
         {"message_bits": 32},
@@ -99,7 +100,13 @@ HOPS = {
 
 @pytest.mark.parametrize(
     "config",
-    [{}, {"granularity": "node"}, {"truncation": "bt"}, {"smp": SMPConfig(multiplier=0.5, state_bits=8)}],
+    [
+        {},
+        {"granularity": "node"},
+        {"granularity": "row"},
+        {"truncation": "bt"},
+        {"smp": SMPConfig(multiplier=0.5, state_bits=8)},
+    ],
     ids=lambda c: "-".join(c),
 )
 @pytest.mark.parametrize("name", HOPS)

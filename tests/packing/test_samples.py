@@ -76,7 +76,7 @@ def test_samples_do_not_mix(name: str, multiplier: float, tmp_path: Path) -> Non
     """Converted, packed and loaded; with an acting multiplier, with ranges of every kind."""
     model, graph = _model(name)
     x = torch.randn(2 * NODES, NODES, WIDTH)
-    for granularity in ("tensor",) if multiplier == 0 else ("channel", "node"):
+    for granularity in ("tensor",) if multiplier == 0 else ("channel", "node", "row"):
         config = QuantConfig(bits=8, granularity=granularity, smp=SMPConfig(multiplier=multiplier))  # type: ignore
         qmodel = qgnn.calibrate(qgnn.quantize_model(model, config=config), (x, *graph)).eval()
         packed = qgnn.pack_model(qmodel)

@@ -68,7 +68,7 @@ def report(layer: nn.Module, args: tuple[Any, ...], config: QuantConfig, shift: 
     eta=st.sampled_from([0.05, 0.1, 0.3, 0.9]),
     reach=st.sampled_from([0.0, 0.4, 0.9, 1.0, 1.2]),
     bits=st.sampled_from([2, 4, 8]),
-    granularity=st.sampled_from(["tensor", "node"]),
+    granularity=st.sampled_from(["tensor", "node", "row"]),
     levels=st.sampled_from(["affine", "half"]),
     truncation=st.sampled_from([None, "bt", "sbt"]),
     shift=st.sampled_from([-1.0, 0.0, 0.7]),

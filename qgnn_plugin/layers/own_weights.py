@@ -1,0 +1,154 @@
+"""Layers and models whose own code multiplies by parameters of theirs, or reads the tables inside them."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import OFF
+from ..quantizers.autocast import full_precision
+from .base import SiteFactory
+from .embedding import QuantizedEmbedding
+from .factors import Factor, UsedWeight, reading, readings
+from .message_passing import QuantizedMessagePassing
+from .products import QuantizedWeights
+from .reads import reads_of
+
+__all__ = ["OwnWeights", "QuantizedOwnConv", "QuantizedOwnModule", "own_tables", "own_weights"]
+
+
+def own_weights(layer: nn.Module) -> dict[str, int]:
+    """The parameters of ``layer`` that its code multiplies features by, with the dimension that is summed over."""
+    names = reads_of(_float_class(layer)).weights
+    shapes = {name: _shape(layer, name) for name in names}
+    return {name: dim for name, dim in names.items() if is_matrix(shapes[name]) and -dim <= len(shapes[name])}
+
+
+def own_tables(layer: nn.Module) -> list[nn.Module]:
+    """The tables inside ``layer`` whose rows its code reads past them."""
+    children = (layer._modules.get(name) for name in sorted(reads_of(_float_class(layer)).tables))
+    return [child for child in children if isinstance(child, nn.Embedding)]
+
+
+def _float_class(layer: nn.Module) -> type:
+    return getattr(type(layer), "float_class", type(layer))
+
+
+def _shape(layer: Any, name: str) -> tuple[int, ...]:
+    parameter = layer._parameters.get(name)
+    if parameter is None:
+        return tuple(layer.__dict__.get("_shapes", {}).get(name, ()))  # of a packed one
+    return () if isinstance(parameter, nn.parameter.UninitializedParameter) else tuple(parameter.shape)
+
+
+def is_matrix(shape: tuple[int, ...]) -> bool:
+    """Whether a tensor of ``shape`` has rows, and more than one, of more than one number."""
+    return len(shape) >= 2 and min(shape[-2:]) > 1
+
+
+class OwnWeights(QuantizedWeights):
+    """What such layers have in common.
+
+    Sites: of each weight ``W`` one for it and one for the features that it is multiplied by, ``W_input``.
+    """
+
+    has_others = True
+
+    @classmethod
+    def _weight_names(cls, layer: Any) -> tuple[str, ...]:
+        return tuple(own_weights(layer))
+
+    @classmethod
+    def _as_matrix(cls, layer: Any, name: str, weight: Tensor) -> Tensor:
+        return rows_of(weight, own_weights(layer)[name])
+
+    @classmethod
+    def _of_matrix(cls, layer: Any, name: str, matrix: Tensor, shape: torch.Size) -> Tensor:
+        return weight_of(matrix, shape, own_weights(layer)[name])
+
+    @classmethod
+    def attach(cls, layer: Any, sites: SiteFactory) -> None:
+        for name, summed in own_weights(layer).items():
+            weight = layer._parameters[name].detach()
+            setattr(layer, f"{name}_input_quantizer", sites.features(f"{name}_input", weight.size(summed)))
+            setattr(layer, f"{name}_quantizer", sites.weight(name, rows_of(weight, summed)))
+
+    def _weight_sites(self: Any) -> dict[str, Tensor]:
+        return {f"{name}_quantizer": self._parameters[name] for name in own_weights(self)}
+
+    @classmethod
+    def _own_methods(cls, float_class: type[nn.Module]) -> dict[str, Any]:
+        """The methods of ``float_class`` that read weights, as those of its quantized form."""
+        found = reads_of(float_class).methods
+        return {name: _reading_weights(getattr(float_class, name)) for name in found}
+
+    def __getattr__(self: Any, name: str) -> Any:
+        value = super().__getattr__(name)  # type: ignore[misc]
+        if isinstance(value, nn.Parameter) and f"{name}_quantizer" in self._modules:
+            found = readings(self)
+            if found is not None:
+                if name not in found:
+                    found[name] = self._used(name, value)
+                return found[name]
+        return value
+
+    def _used(self: Any, name: str, weight: Tensor) -> Tensor:
+        """What stands for a weight in the layer's own code."""
+        site, features = (self._modules[f"{name}{suffix}"] for suffix in ("_quantizer", "_input_quantizer"))
+        if site.bits == OFF and features.bits == OFF:
+            return weight
+        summed = own_weights(self)[name]
+        matrix = site(rows_of(weight, summed))
+        values = weight_of(matrix.dequantize(), weight.shape, summed).contiguous()
+        return UsedWeight.of(values, factor(self, name, matrix, weight.shape))
+
+    @full_precision
+    def _times_features(self, x: Tensor, name: str, matrix: Any) -> Tensor:
+        if x.dim() == 2:
+            return self._times(self._taken(x, f"{name}_input_quantizer"), matrix)
+        y = self._times(self._taken(x.reshape(-1, x.size(-1)), f"{name}_input_quantizer"), matrix)
+        return y.view(*x.shape[:-1], y.size(-1))
+
+
+def factor(layer: Any, name: str, matrix: Any, shape: tuple[int, ...]) -> Factor:
+    """The weight ``name`` of ``layer`` as a factor of products."""
+    summed = own_weights(layer)[name]
+    *lead, num_out = (size for dim, size in enumerate(shape) if dim != len(shape) + summed)
+    return Factor(layer, name, matrix, tuple(lead), num_out, shape[summed], summed)
+
+
+def rows_of(weight: Tensor, summed: int) -> Tensor:
+    """A weight, the dimension ``summed`` of which is ``K``, as rows ``[O, K]``."""
+    return weight.movedim(summed, -1).reshape(-1, weight.size(summed))
+
+
+def weight_of(rows: Tensor, shape: Any, summed: int) -> Tensor:
+    """The weight of a shape that has these rows."""
+    sizes = [size for dim, size in enumerate(shape) if dim != len(shape) + summed]
+    return rows.view(*sizes, shape[summed]).movedim(-1, summed)
+
+
+def _reading_weights(method: Any) -> Any:
+    @functools.wraps(method)
+    def reads(self: Any, *args: Any, **kwargs: Any) -> Any:
+        tables = [child for child in own_tables(self) if isinstance(child, QuantizedEmbedding)]
+        with reading(self, *tables):
+            return method(self, *args, **kwargs)
+
+    return reads
+
+
+class QuantizedOwnConv(OwnWeights, QuantizedMessagePassing):
+    """Any ``MessagePassing`` that multiplies by weights of its own."""
+
+    @classmethod
+    def attach(cls, layer: Any, sites: SiteFactory) -> None:
+        QuantizedMessagePassing.attach.__func__(cls, layer, sites)  # type: ignore[attr-defined]
+        OwnWeights.attach.__func__(cls, layer, sites)  # type: ignore[attr-defined]
+
+
+class QuantizedOwnModule(OwnWeights):
+    """Any other module that multiplies by weights of its own, or reads the rows of a table inside it."""

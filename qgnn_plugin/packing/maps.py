@@ -1,0 +1,174 @@
+"""Packed recurrent layers, convolutions over a grid, bilinear maps, maps by type, attention and tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels.unpack_dequantize import unpack_dequantize
+from ..layers.bilinear import QuantizedBilinear, QuantizedHeteroLinear, RunsBilinear, RunsHeteroLinear
+from ..layers.embedding import QuantizedEmbedding
+from ..layers.grid import QuantizedGridConv, RunsGridConv
+from ..layers.multihead import QuantizedMultiheadAttention, RunsMultiheadAttention
+from ..layers.recurrent import QuantizedCell, QuantizedRecurrent, RunsCell, RunsSequence
+from .base import LayerSpec, inference, register_packed
+from .matrix import PackedMatrix
+from .weights import PackedWeights
+
+__all__ = [
+    "PackedBilinear",
+    "PackedCell",
+    "PackedEmbedding",
+    "PackedGridConv",
+    "PackedHeteroLinear",
+    "PackedMultiheadAttention",
+    "PackedRecurrent",
+]
+
+
+class PackedCell(RunsCell, PackedWeights):
+    """Packed ``GRUCell``, ``LSTMCell`` or ``RNNCell``."""
+
+    @inference
+    def forward(self, input: Tensor, hx: Any = None) -> Any:
+        return self._step(input, hx)
+
+    @classmethod
+    def _returns_tuples(cls, layer: Any) -> bool:
+        return isinstance(layer, torch.nn.LSTMCell)
+
+
+class PackedRecurrent(RunsSequence, PackedWeights):
+    """Packed ``GRU``, ``LSTM`` or ``RNN``."""
+
+    @classmethod
+    def kept(cls, layer: Any) -> dict[str, Any]:
+        return {**super().kept(layer), "_flat_weights": [], "_flat_weight_refs": []}
+
+    @inference
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        return self._sequence(input, hx)
+
+    @classmethod
+    def _returns_tuples(cls, layer: Any) -> bool:
+        return True
+
+    # Of what float layers keep for cuDNN there is nothing.
+
+    def _init_flat_weights(self) -> None:
+        self.__dict__ |= {"_flat_weights": [], "_flat_weight_refs": []}
+
+    def flatten_parameters(self) -> None:
+        """Nothing: there are no float weights to lay out."""
+
+
+class PackedGridConv(RunsGridConv, PackedWeights):
+    """Packed ``Conv1d`` or ``Conv2d``."""
+
+    @inference
+    def forward(self, input: Tensor) -> Tensor:
+        return self._convolved(input)
+
+
+class PackedBilinear(RunsBilinear, PackedWeights):
+    """Packed :class:`torch.nn.Bilinear`."""
+
+    @inference
+    def forward(self, input1: Tensor, input2: Tensor) -> Tensor:
+        return self._product(input1, input2)
+
+
+class PackedHeteroLinear(RunsHeteroLinear, PackedWeights):
+    """Packed :class:`torch_geometric.nn.HeteroLinear`."""
+
+    @inference
+    def forward(self, x: Tensor, type_vec: Tensor) -> Tensor:
+        return self._by_type(x, type_vec)
+
+
+class PackedMultiheadAttention(RunsMultiheadAttention, PackedWeights):
+    """Packed :class:`torch.nn.MultiheadAttention`: all four projections are packed."""
+
+    @inference
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self._attended(query, key, value, *args, **kwargs)
+
+    @classmethod
+    def _returns_tuples(cls, layer: Any) -> bool:
+        return True
+
+
+class PackedEmbedding(PackedWeights):
+    """Packed :class:`torch.nn.Embedding`: a look-up dequantizes the rows that it takes."""
+
+    padding_row: Tensor | None
+    padding_idx: int | None
+    num_embeddings: int
+    embedding_dim: int
+    max_norm: float | None
+    norm_type: float
+
+    def freeze(self: Any, layer: Any, spec: LayerSpec) -> None:
+        super().freeze(layer, spec)
+        row = None
+        if layer.padding_idx is not None:
+            row = torch.zeros(layer.embedding_dim, dtype=torch.float32, device=layer.weight.device)
+        self.register_buffer("padding_row", row)
+
+    @torch.no_grad()
+    def fill(self, layer: Any) -> None:
+        weight = layer.weight.detach()
+        if layer.max_norm is not None:  # as each row would be before it is taken
+            weight = weight.clone()
+            F.embedding(torch.arange(len(weight), device=weight.device), weight, None, layer.max_norm, layer.norm_type)
+        target = self.get_submodule("weight_quantizer")
+        target.fill(weight, layer.weight_quantizer(weight))
+        if self.padding_row is not None:
+            self.padding_row.copy_(weight[self.padding_idx])
+
+    @inference
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"Expected indices into a table (got {input.dtype}); convert them with .long()")
+        index = input.reshape(-1).long()
+        if index.numel() and not torch.compiler.is_compiling() and not input.is_cuda:
+            low, high = int(index.min()), int(index.max())
+            if low < 0 or high >= self.num_embeddings:
+                raise IndexError(
+                    f"Expected indices of 0 to {self.num_embeddings - 1} at '{self._qualified_name}' (got {low} to "
+                    f"{high})"
+                )
+        return self._rows(index).view(*input.shape, self.embedding_dim)
+
+    def _dequantized(self, name: str) -> Tensor:
+        return self._rows(None)
+
+    def _rows(self, index: Tensor | None) -> Tensor:
+        table = self._weight("weight")
+        assert isinstance(table, PackedMatrix)
+        words, scale, lower = table.words, table.scale, table.lower
+        if index is not None:
+            words = words[index]
+            scale, lower = (v[index] if table.scale.numel() > 1 else v for v in (scale, lower))
+        if table.scale.numel() > 1:
+            scale, lower = scale.view(-1, 1), lower.view(-1, 1)
+        values = unpack_dequantize(words, scale, lower, table.num_in, table.bits)
+        if self.padding_row is not None and self.padding_idx is not None:
+            taken = torch.arange(len(words), device=words.device) if index is None else index
+            values[taken == self.padding_idx] = self.padding_row
+        return values
+
+
+for _mixin, _packed in {
+    QuantizedCell: PackedCell,
+    QuantizedRecurrent: PackedRecurrent,
+    QuantizedGridConv: PackedGridConv,
+    QuantizedBilinear: PackedBilinear,
+    QuantizedHeteroLinear: PackedHeteroLinear,
+    QuantizedMultiheadAttention: PackedMultiheadAttention,
+    QuantizedEmbedding: PackedEmbedding,
+}.items():
+    register_packed(_mixin, _packed)
