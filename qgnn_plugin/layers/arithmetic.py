@@ -169,15 +169,17 @@ def row_sum(x: QuantizedTensor, plan: GraphPlan) -> Tensor:
     assert x.rows is not None
     assert x.qmax is not None
     multiplier, scale, lower = x.rows
-    largest = MOST * x.qmax
-    products = x.codes * multiplier
-    if products.dtype == torch.float32 and plan.max_degree * largest >= EXACT_FLOAT32:
-        y = exact_sum(plan, products, largest) * scale
-    else:
-        y = spmm(plan, products) * scale
-    if x.unsigned:
-        return y
-    return y + spmm(plan, multiplier.expand(*multiplier.shape[:-1], 1).contiguous()) * lower
+    y = _integer_sum(plan, x.codes * multiplier, MOST * x.qmax) * scale
+    return y if x.unsigned else y + _integer_sum(plan, multiplier, MOST) * lower
+
+
+def _integer_sum(plan: GraphPlan, values: Tensor, largest: int) -> Tensor:
+    """The sum of integers in ``[0, largest]``, rounded once to their dtype."""
+    if values.dtype == torch.float32 and plan.is_traced:
+        return spmm(plan, values.double()).to(torch.float32)  # whatever the degrees, which are not known yet
+    if values.dtype == torch.float32 and plan.max_degree * largest >= EXACT_FLOAT32:
+        return exact_sum(plan, values, largest)
+    return spmm(plan, values)
 
 
 def _float_sum(x: QuantizedTensor, plan: GraphPlan, weight: Tensor | None) -> Tensor:

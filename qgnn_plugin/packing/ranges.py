@@ -225,6 +225,10 @@ class PackedRange(nn.Module):
         self.register_buffer("skew", torch.zeros((), **options) if spec.truncated else None)
         self.register_buffer("unit", torch.ones((), **options) if ranged and spec.granularity == "row" else None)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._buffers.setdefault("unit", None)  # which pickles of version 1 do not have
+
     @torch.no_grad()
     def fill(self, quantizer: QLRQuantizer) -> None:
         """Take the numbers of a quantizer with this description."""

@@ -122,6 +122,10 @@ class QLRQuantizer(nn.Module):
 
     # State ############################################################################################################
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._buffers.setdefault("unit", None)  # which pickles of version 1 do not have
+
     @property
     def settings(self) -> dict[str, Any]:
         """What decides, beside its numbers, what the quantizer computes."""
