@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .arithmetic import LARGEST_MULTIPLIER, check_multiplier, check_range, check_unit, finish, is_per_row, multiplied
+from .backend import implementation, is_direct
 from .checks import check_float, check_plan
 from .indices import check_csr, check_degrees
 from .layout import check_bits, check_packed, row_words, top_code, unpack_codes
@@ -270,6 +271,7 @@ def aggregate(
     out_bits: int = 0,
     multiplier: Tensor | None = None,
     out_unit: Tensor | None = None,
+    is_checked: bool = False,
 ) -> Any:
     r"""Aggregate packed rows over the edges of ``plan``.
 
@@ -292,6 +294,8 @@ def aggregate(
             nor with ``"max"``.
         out_unit: Unit ``p`` of the row multipliers of packed output, one element, float32: row ``i`` is packed at the
             range ``(s m_i, l m_i)`` of ``out_scale``, ``out_offset``, ``m_i = clamp(ceil(max_f |y_if| / p), 1, 15)``.
+        is_checked: As that of :func:`~qgnn_plugin.kernels.linear.linear`; the graph and the number of its sources are
+            looked at all the same.
 
     Returns:
         ``[num_dst, F]`` float32, or ``[num_dst, row_words(F, out_bits)]`` int32 with ``out_bits``; with ``out_unit`` a
@@ -310,6 +314,10 @@ def aggregate(
         words, plan.rowptr, plan.col, scale, offset, num_features, bits, reduce, edge_weight,
         dst_scale, bias, relu, out_scale, out_offset, out_bits, None, multiplier,
     )  # fmt: skip
+    if is_checked and words.is_cpu and is_direct():
+        check_csr(plan.rowptr, plan.col, plan.num_src)
+        check_code_sums(plan.rowptr, plan.col, bits, multiplier is not None)
+        return implementation("aggregate", "cpu")(*args, out_unit)
     if out_unit is None:
         return torch.ops.qgnn.aggregate.default(*args)
     return torch.ops.qgnn.aggregate.rows(*args, out_unit=out_unit)

@@ -38,13 +38,18 @@ __all__ = [
     "dispatch",
     "has_numba",
     "implementation",
+    "is_direct",
     "rehearsing",
     "use_backend",
 ]
 
 BACKENDS = ("torch", "cpu", "triton", "interpret")
 _ENV = "QGNN_BACKEND"
+# The variables of the environment past their decoding, which takes longer than some kernels do.
+_variables: Any = getattr(os.environ, "_data", os.environ)
+_KEY: Any = getattr(os.environ, "encodekey", str)(_ENV)
 _FOLDER = {"cpu": "cpu", "triton": "triton", "interpret": "triton"}
+_CPU = torch.device("cpu")
 _requested: ContextVar[str | None] = ContextVar("qgnn_backend", default=None)
 _rehearsing: ContextVar[bool] = ContextVar("qgnn_rehearsing", default=False)
 
@@ -87,7 +92,7 @@ def current_backend() -> str:
     """The requested backend: the innermost :func:`use_backend`, else ``QGNN_BACKEND``, else
     ``"auto"``.
     """
-    return _requested.get() or os.environ.get(_ENV) or "auto"
+    return _requested.get() or (os.environ[_ENV] if _variables.get(_KEY) else "auto")
 
 
 _HINTS = {
@@ -104,6 +109,8 @@ def backend_for(device: torch.device | str) -> str:
         RuntimeError: if it cannot run on ``device`` here; the message lists what can.
     """
     name = current_backend()
+    if name == "auto" and device == _CPU and has_numba() and not _rehearsing.get():
+        return "cpu"
     found = available_backends(device)
     if name == "auto":
         return found[0]
@@ -115,6 +122,20 @@ def backend_for(device: torch.device | str) -> str:
             f"Backend {name!r} is not available for device '{device}', available: {found}{hint}"
         )
     return name
+
+
+def is_direct() -> bool:
+    """Whether kernels of the CPU may be run past the dispatcher: they are asked for, and nobody looks at what passes
+    there, such as a compiler, a mode or a profiler.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and torch._C._get_tracing_state() is None
+        and not torch.autograd._profiler_enabled()
+        and backend_for(_CPU) == "cpu"
+    )
 
 
 @contextmanager

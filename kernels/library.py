@@ -26,8 +26,7 @@ def register(op: str, schema: str, fake: Callable[..., Any], check: Callable[...
     _library.define(op + schema, tags=(torch.Tag.pt2_compliant_tag,))
 
     def device_of(args: Any, kwargs: Any) -> torch.device:
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-        return _CPU if all(tensor.is_cpu for tensor in tensors) else check_devices(*tensors)
+        return check_devices(*(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)))
 
     def run_fake(*args: Any, **kwargs: Any) -> Any:
         device_of(args, kwargs)
@@ -38,6 +37,11 @@ def register(op: str, schema: str, fake: Callable[..., Any], check: Callable[...
         check(*args, **kwargs)
         return dispatch(name, device)(*args, **kwargs)
 
-    for key in ("CPU", "CUDA"):
-        _library.impl(op, run, key)
+    def run_on_cpu(*args: Any, **kwargs: Any) -> Any:
+        # All tensors are on the CPU: of several devices torch takes the implementation of another one.
+        check(*args, **kwargs)
+        return dispatch(name, _CPU)(*args, **kwargs)
+
+    _library.impl(op, run_on_cpu, "CPU")
+    _library.impl(op, run, "CUDA")
     torch.library.register_fake(f"qgnn::{op}", run_fake, lib=_library)

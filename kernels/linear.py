@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .aggregate import check_output_range, new_output
 from .arithmetic import check_multiplier, finish, multiplied
+from .backend import implementation, is_direct
 from .checks import check_float
 from .layout import check_packed, top_code, unpack_codes
 from .library import register
@@ -165,6 +166,7 @@ def linear(
     addend: Tensor | None = None,
     multiplier: Tensor | None = None,
     out_unit: Tensor | None = None,
+    is_checked: bool = False,
 ) -> Any:
     r"""``y_n = r_n (x^ w^T + b + a)_n`` on packed codes, exact in int32 up to the affine step.
 
@@ -186,6 +188,8 @@ def linear(
         multiplier: ``[N]`` uint8: row ``n`` of ``x`` has the range ``(s_x m_n, l_x m_n)``.  Not with a range per row.
         out_unit: Unit ``p`` of the row multipliers of packed output, one element, float32: row ``n`` is packed at the
             range ``(s m_n, l m_n)`` of ``out_scale``, ``out_offset``, ``m_n = clamp(ceil(max_o |y_no| / p), 1, 15)``.
+        is_checked: Whether shapes, dtypes and devices are known to be as described: on the CPU the kernel is then run
+            at once, where nobody looks at what is dispatched.
 
     Returns:
         ``[N, O]`` float32, or ``[N, row_words(O, out_bits)]`` int32 with ``out_bits``; with ``out_unit`` a pair, the
@@ -195,6 +199,8 @@ def linear(
         x_words, w_words, x_scale, x_offset, w_scale, w_offset, in_features, x_bits, w_bits, bias,
         relu, out_scale, out_offset, out_bits, row_scale, addend, multiplier,
     )  # fmt: skip
+    if is_checked and x_words.is_cpu and is_direct():
+        return implementation("linear", "cpu")(*args, out_unit)
     if out_unit is None:
         return torch.ops.qgnn.linear.default(*args)
     return torch.ops.qgnn.linear.rows(*args, out_unit=out_unit)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .arithmetic import check_range, check_unit, finish
+from .backend import implementation, is_direct
 from .checks import check_matrix
 from .layout import check_bits, row_words
 from .library import register
@@ -38,7 +39,9 @@ register("quantize_pack", SCHEMA, _fake, _check)
 register("quantize_pack.rows", ROWS_SCHEMA, _fake, _check)
 
 
-def quantize_pack(x: Tensor, scale: Tensor, offset: Tensor, bits: int, unit: Tensor | None = None) -> Any:
+def quantize_pack(
+    x: Tensor, scale: Tensor, offset: Tensor, bits: int, unit: Tensor | None = None, *, is_checked: bool = False
+) -> Any:
     r"""Quantize and pack ``c = clamp(floor((x - l) / s + 1/2), 0, Q)``.
 
     Args:
@@ -48,11 +51,14 @@ def quantize_pack(x: Tensor, scale: Tensor, offset: Tensor, bits: int, unit: Ten
         bits: 1, 2, 4 or 8.
         unit: What row multipliers count, ``p``, one element, float32: row ``i`` has the range ``(s m_i, l m_i)`` with
             ``m_i = clamp(ceil(max_f |x_if| / p), 1, 15)``.  Not with a range per row.
+        is_checked: As that of :func:`~qgnn_plugin.kernels.linear.linear`.
 
     Returns:
         ``[N, row_words(F, bits)]`` int32 words; with ``unit`` a pair, the words and the multipliers, ``[N]`` uint8.
         Bitwise the same on every backend.
     """
+    if is_checked and x.is_cpu and is_direct():
+        return implementation("quantize_pack", "cpu")(x, scale, offset, bits, unit)
     if unit is None:
         return torch.ops.qgnn.quantize_pack.default(x, scale, offset, bits)
     return torch.ops.qgnn.quantize_pack.rows(x, scale, offset, bits, unit)

@@ -15,7 +15,7 @@ from ..arithmetic import is_per_row
 from ..layout import parts_per_byte
 from . import jit, multiplied, thresholds, weighted
 from .codesum import lane_capacity, neighbour_sum
-from .epilogue import code_pitch, epilogue, finish_rows, flat
+from .epilogue import code_pitch, epilogue, finish_rows, flat, opened
 from .parallel import row_chunks, run_chunks
 from .simd import atomic_add, keep, peek, poke, raw, vcast, vlanes, vlive, vstore_parts
 
@@ -40,7 +40,8 @@ def sum_kernel(bits: int, lanes: int, exact: int):
     capacity = lane_capacity(bits, lane_bits)
 
     @jit.kernel
-    def kernel(words, stride, rowptr, col, spec, block, code_row, bounds, counter):
+    def kernel(words, stride, rowptr, col, closed, block, code_row, bounds, counter):
+        spec = opened(closed)
         pitch = 4 * stride * parts
         acc_owner = np.empty(block * pitch + 4 * lanes, np.float32)
         coefficient_owner = np.empty(block, np.float32)
@@ -110,13 +111,13 @@ def aggregate(
     is_weighted = edge_weight is not None or is_per_row(scale) or is_per_row(offset)
     if not is_weighted:
         factors.update(scale=scale, offset=offset)
-    out, spec = epilogue(rowptr.numel() - 1, num_features, **factors)
+    out, closed, _held = epilogue(rowptr.numel() - 1, num_features, **factors)
     if rowptr.numel() == 1 or num_features == 0:
         return out
     stride = words.size(1)
     pointers, sources = flat(rowptr), flat(col)
     block = max(1, BLOCK_FLOATS // num_features)
-    tail = (spec, block, code_pitch(num_features, out_bits))
+    tail = (closed, block, code_pitch(num_features, out_bits))
     chunks = row_chunks(pointers)
     if is_weighted:
         if reduce == "max":
@@ -134,9 +135,9 @@ def aggregate(
     exact = int(stride % lanes == 0)
     if reduce == "max":
         kernel = weighted.max_kernel(bits)
-    elif bits == thresholds.BITS and thresholds.applies(spec):
+    elif bits == thresholds.BITS and thresholds.applies(closed, scale, out_scale):
         kernel = thresholds.threshold_kernel(lanes, exact)
-        tail = (spec, code_pitch(num_features, out_bits))
+        tail = (closed, code_pitch(num_features, out_bits))
     else:
         kernel = sum_kernel(bits, lanes, exact)
     run_chunks(kernel, chunks, flat(words), stride, pointers, sources, *tail)

@@ -20,7 +20,7 @@ from ..arithmetic import LARGEST_MULTIPLIER, attention_thresholds, is_per_row
 from ..attention_aggregate import FLOAT_BITS
 from ..layout import parts_per_byte, top_code
 from . import jit
-from .epilogue import GROUP, code_pitch, epilogue, finish_rows, flat
+from .epilogue import GROUP, code_pitch, epilogue, finish_rows, flat, opened
 from .parallel import row_chunks, run_chunks
 from .simd import atomic_add, keep, peek, poke, raw, vlanes
 from .weighted import EDGE_BLOCK, LANES, add_edges, head_table, scale_heads, spread_sums
@@ -157,8 +157,9 @@ def _kernel(bits: int):
     @jit.kernel
     def kernel(
         words, stride, rowptr, col, features, heads, table, lanewise, slope, gat, gatv2, thresholds,
-        ranges, multiplied, edge_block, concat, sums, spec, block, code_row, bounds, counter,
+        ranges, multiplied, edge_block, concat, sums, closed, block, code_row, bounds, counter,
     ):  # fmt: skip
+        spec = opened(closed)
         pitch, width = 4 * stride * parts, features // heads
         acc_owner = np.empty(block * pitch + GROUP, np.float32)
         # ``sums`` only carries the type: threads have their own.  One block of edges adds up exactly in float32.
@@ -291,7 +292,7 @@ def attention_aggregate(
     out_unit: Tensor | None = None,
 ) -> Any:
     width = num_features if concat else num_features // heads
-    out, spec = epilogue(
+    out, closed, _held = epilogue(
         rowptr.numel() - 1,
         width,
         bias=bias,
@@ -315,7 +316,7 @@ def attention_aggregate(
         _kernel(bits), row_chunks(pointers), flat(words), words.size(1), pointers, flat(col),
         num_features, heads, *head_table(num_features, bits, heads), np.float32(negative_slope),
         (flat(alpha_src), flat(alpha_dst), flat(alpha_edge)), (flat(att), flat(x_dst)), thresholds,
-        ranges, multiplier is not None, edge_block, concat, sums, spec, max(1, BLOCK_FLOATS // num_features),
+        ranges, multiplier is not None, edge_block, concat, sums, closed, max(1, BLOCK_FLOATS // num_features),
         code_pitch(width, out_bits),
     )  # fmt: skip
     return out

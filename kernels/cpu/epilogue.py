@@ -6,16 +6,18 @@ Each operation is one float32 rounding, in the order of :mod:`..arithmetic`.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import njit
+from numba import carray, njit
 from torch import Tensor
 
-from ..arithmetic import LARGEST_MULTIPLIER, is_per_row, multiplied
+from ..arithmetic import LARGEST_MULTIPLIER, is_per_row
 from ..layout import parts_per_byte, row_words
 from . import jit
+from .address import at
 from .memory import empty
 from .simd import (
     peek,
@@ -38,9 +40,11 @@ from .simd import (
 __all__ = [
     "GROUP",
     "Epilogue",
+    "address",
     "code_pitch",
     "epilogue",
     "finish_rows",
+    "opened",
     "pack_row",
     "quantize_group",
 ]
@@ -52,20 +56,25 @@ STREAM_BYTES = 1 << 24  # results beyond this size are written past the caches
 SCALE, OFFSET, TERM, BIAS, INVERSE, LOW = range(6)  # rows of ``columns``
 # Bits of ``flags``:
 HAS_DST, HAS_TERM, HAS_BIAS, ROW_RANGE, STREAM, HAS_ROW_SCALE, HAS_ADDEND, HAS_UNIT = 1, 2, 4, 8, 16, 32, 64, 128
+RELU, MULTIPLIED = 256, 512
 
 
 class Epilogue(NamedTuple):
-    """What follows an accumulation ``acc`` with a coefficient per row, in the form kernels take.
+    """What follows an accumulation ``acc`` with a coefficient per row, in the form kernels work with.
 
     ``y = acc * scale + coefficient * offset``, ``y *= dst``, ``y += term * row_term``, ``y +=
     bias``, ``y += addend``, ``y = max(floor, y)``, ``y *= row_scale``, then quantization with the inverse step and
     start of the output range.
+
+    Kernels make it of the numbers that :func:`epilogue` gives (:func:`opened`).
     """
 
     columns: np.ndarray  # [6, ceil16(F)] float32
-    dst: np.ndarray  # [N] float32 or empty, as the next four
+    dst: np.ndarray  # [N] float32, or [1] with a step of 0, or empty, as the next one
+    dst_step: int
     row_term: np.ndarray
-    row_inverse: np.ndarray
+    term_step: int
+    row_inverse: np.ndarray  # [N] float32 or empty, as the next two
     row_low: np.ndarray
     row_scale: np.ndarray
     addend: np.ndarray  # [N, F] float32, flat, or empty
@@ -79,14 +88,33 @@ class Epilogue(NamedTuple):
     multiplier: np.ndarray  # [N] uint8, a result; empty without
     unit_inverse: np.float32
     steps: np.ndarray  # [16, 2, 16 or ceil16(F)] float32: inverse step and start of the range that m makes
+    multiples: np.ndarray  # [N] uint8: by which ``dst`` and ``row_term`` are multiplied; empty without
 
+
+# An epilogue as numbers and addresses, which enter compiled code in a fraction of the time that arrays take.
+Closed = tuple[int, ...]
+
+COLUMN_COUNTS = (8, 10, 14, 16)  # where it has the numbers of scales and offsets, and of those of the output
 
 _EMPTY = np.empty(0, np.float32)
 
 
 def flat(tensor: Tensor | None) -> np.ndarray:
     """The elements of a tensor as a flat array; empty for :obj:`None`."""
-    return _EMPTY if tensor is None else tensor.detach().contiguous().view(-1).numpy()
+    if tensor is None:
+        return _EMPTY
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    tensor = tensor.contiguous()
+    return (tensor if tensor.dim() == 1 else tensor.view(-1)).numpy()
+
+
+def address(tensor: Tensor, held: list[Tensor]) -> int:
+    """Where a tensor's elements are, one after another; a copy that this takes goes to ``held``."""
+    if not tensor.is_contiguous():
+        tensor = tensor.contiguous()
+        held.append(tensor)
+    return tensor.data_ptr()
 
 
 def epilogue(
@@ -106,76 +134,157 @@ def epilogue(
     row_scale: Tensor | None = None,
     addend: Tensor | None = None,
     out_unit: Tensor | None = None,
-) -> tuple[Any, Epilogue]:
+    multiples: Tensor | None = None,
+) -> tuple[Any, Closed, list[Tensor]]:
     """Allocate the result and gather its epilogue; without ``scale`` the affine step is skipped.
 
-    With ``out_unit`` the result is a pair, the words and the multipliers of their rows.
+    ``dst_scale`` and ``row_term`` may be of one element; ``multiples``, uint8 ``[rows]``, multiply both.  ``term`` may
+    be left to the kernel, where ``row_term`` is given.
+
+    Returns:
+        The result, with ``out_unit`` a pair, the words and the multipliers of their rows; its epilogue for kernels
+        (:func:`opened`); and tensors that have to be kept until the kernel has run.
     """
+    held: list[Tensor] = []
+    multipliers = row_inverse = None
+    flags = HAS_ADDEND if addend is not None else 0
+    if dst_scale is not None:
+        flags |= HAS_DST
+    if row_term is not None:
+        flags |= HAS_TERM
+    if bias is not None:
+        flags |= HAS_BIAS
+    if row_scale is not None:
+        flags |= HAS_ROW_SCALE
+    if relu:
+        flags |= RELU
+    if multiples is not None:
+        flags |= MULTIPLIED
     if out_bits:
         out = empty((rows, row_words(width, out_bits)), torch.int32)
+        assert out_scale is not None
+        assert out_offset is not None
+        if out_unit is not None:
+            flags |= HAS_UNIT
+            multipliers = empty((rows,), torch.uint8) if width else torch.ones(rows, dtype=torch.uint8)
+        elif is_per_row(out_scale) or is_per_row(out_offset):
+            flags |= ROW_RANGE
+            row_inverse = out_scale.detach().reciprocal().expand(rows, 1)
+            held.append(row_inverse)
+            out_offset = out_offset.detach().expand(rows, 1)
     else:
         out = empty((rows, width), torch.float32)
-    columns = torch.zeros((6, -(-width // GROUP) * GROUP), dtype=torch.float32)
-    columns[SCALE, :width] = 1 if scale is None else scale.reshape(-1)
-    flags = HAS_DST * (dst_scale is not None) + HAS_TERM * (term is not None)
-    flags += HAS_BIAS * (bias is not None) + HAS_ROW_SCALE * (row_scale is not None)
-    flags += HAS_ADDEND * (addend is not None)
-    for index, value in ((OFFSET, offset), (TERM, term), (BIAS, bias)):
-        if value is not None:
-            columns[index, :width] = value.detach().reshape(-1)
-    row_inverse = row_low = multipliers = None
-    unit_inverse, steps = np.float32(0), _EMPTY
-    if out_unit is not None:
-        assert out_scale is not None
-        assert out_offset is not None
-        flags |= HAS_UNIT
-        multipliers = empty((rows,), torch.uint8) if width else torch.ones(rows, dtype=torch.uint8)
-        unit_inverse = np.float32(out_unit.reshape(1).reciprocal().item())
-        steps = _steps(out_scale.detach(), out_offset.detach(), columns.size(1))
-    elif out_bits:
-        assert out_scale is not None
-        assert out_offset is not None
-        inverse = out_scale.detach().reciprocal()
-        if is_per_row(out_scale) or is_per_row(out_offset):
-            flags |= ROW_RANGE
-            row_inverse, row_low = inverse.expand(rows, 1), out_offset.detach().expand(rows, 1)
-        else:
-            columns[INVERSE, :width] = inverse.reshape(-1)
-            columns[LOW, :width] = out_offset.detach().reshape(-1)
-    elif width % GROUP == 0 and out.data_ptr() % 64 == 0 and 4 * out.numel() >= STREAM_BYTES:
-        flags |= STREAM
-    spec = Epilogue(
-        columns.numpy(),
-        flat(dst_scale),
-        flat(row_term),
-        flat(row_inverse),
-        flat(row_low),
-        flat(row_scale),
-        flat(addend),
+        if 4 * rows * width >= STREAM_BYTES and width % GROUP == 0 and out.data_ptr() % 64 == 0:
+            flags |= STREAM
+    closed = (
+        rows, width, out_bits, flags, out.data_ptr(),
+        0 if multipliers is None else multipliers.data_ptr(),
+        0 if out_unit is None else out_unit.data_ptr(),
+        0 if scale is None else address(scale, held), 0 if scale is None else scale.numel(),
+        0 if offset is None else address(offset, held), 0 if offset is None else offset.numel(),
+        0 if term is None else address(term, held),
+        0 if bias is None else address(bias, held),
+        0 if out_scale is None else address(out_scale, held), 0 if out_scale is None else out_scale.numel(),
+        0 if out_offset is None else address(out_offset, held), 0 if out_offset is None else out_offset.numel(),
+        0 if row_inverse is None else address(row_inverse, held),
+        0 if dst_scale is None else address(dst_scale, held), int(dst_scale is not None and dst_scale.numel() > 1),
+        0 if row_term is None else address(row_term, held), int(row_term is not None and row_term.numel() > 1),
+        0 if row_scale is None else address(row_scale, held),
+        0 if addend is None else address(addend, held),
+        0 if multiples is None else address(multiples, held),
+    )  # fmt: skip
+    return (out if multipliers is None else (out, multipliers)), closed, held
+
+
+@njit(forceinline=True)
+def floats(place, count):
+    return carray(at(place, np.float32), (count,))
+
+
+@njit(forceinline=True)
+def _spread(values, count, width, row):
+    """``row[:width]`` of one value, or of one per column, float32 at ``values``."""
+    given = floats(values, count)
+    if count == 1:
+        row[:width] = given[0]
+    else:
+        for f in range(width):
+            row[f] = given[f]
+
+
+@njit(forceinline=True)
+def _fill_steps(steps, stretch, scale, scales, offset, offsets):
+    """Inverse step and start of each multiplier's range."""
+    step, low = floats(scale, scales), floats(offset, offsets)
+    width = max(scales, offsets)
+    for m in range(LARGEST_MULTIPLIER + 1):
+        inverses, lows = 2 * m * stretch, (2 * m + 1) * stretch
+        factor = np.float32(m)
+        for f in range(GROUP if width == 1 else width):
+            steps[inverses + f] = np.float32(1) / (step[0 if scales == 1 else f] * factor)
+            steps[lows + f] = low[0 if offsets == 1 else f] * factor
+
+
+@jit.kernel
+def opened(closed):
+    """The :class:`Epilogue` of what :func:`epilogue` has gathered."""
+    (
+        rows, width, bits, flags, out, multiplier, unit, scale, scales, offset, offsets, term, bias, out_scale,
+        out_scales, out_offset, out_offsets, row_inverse, dst, dst_step, row_term, term_step, row_scale, addend,
+        multiples,
+    ) = closed  # fmt: skip
+    stretch = (width + GROUP - 1) // GROUP * GROUP
+    columns = np.zeros((6, stretch), np.float32)
+    if scales:
+        _spread(scale, scales, width, columns[SCALE])
+    else:
+        columns[SCALE, :width] = 1
+    if offsets:
+        _spread(offset, offsets, width, columns[OFFSET])
+    if term:
+        _spread(term, width, width, columns[TERM])
+    if flags & HAS_BIAS:
+        _spread(bias, width, width, columns[BIAS])
+    pitch = 0
+    if flags & HAS_UNIT:
+        pitch = stretch if max(out_scales, out_offsets) > 1 else GROUP
+    steps = np.zeros(2 * (LARGEST_MULTIPLIER + 1) * pitch, np.float32)
+    unit_inverse = np.float32(0)
+    if flags & HAS_UNIT:
+        unit_inverse = np.float32(1) / floats(unit, 1)[0]
+        _fill_steps(steps, pitch, out_scale, out_scales, out_offset, out_offsets)
+    elif bits and not flags & ROW_RANGE:
+        _spread(out_scale, out_scales, width, columns[INVERSE])
+        for f in range(width):
+            columns[INVERSE, f] = np.float32(1) / columns[INVERSE, f]
+        _spread(out_offset, out_offsets, width, columns[LOW])
+    per_row = rows if flags & ROW_RANGE else 0
+    dsts, terms = rows if dst_step else 1, rows if term_step else 1
+    words = (width * bits + 31) // 32
+    return Epilogue(
+        columns,
+        floats(dst, dsts if flags & HAS_DST else 0),
+        dst_step,
+        floats(row_term, terms if flags & HAS_TERM else 0),
+        term_step,
+        floats(row_inverse, per_row),
+        floats(out_offset, per_row),
+        floats(row_scale, rows if flags & HAS_ROW_SCALE else 0),
+        floats(addend, rows * width if flags & HAS_ADDEND else 0),
         flags,
-        0.0 if relu else -np.inf,
+        0.0 if flags & RELU else -np.inf,
         width,
-        out_bits,
-        _EMPTY if out_bits else flat(out),
-        flat(out) if out_bits else np.empty(0, np.int32),
-        np.empty(0, np.uint8) if multipliers is None else flat(multipliers),
+        bits,
+        floats(out, 0 if bits else rows * width),
+        carray(at(out, np.int32), (rows * words if bits else 0,)),
+        carray(at(multiplier, np.uint8), (rows if flags & HAS_UNIT else 0,)),
         unit_inverse,
         steps,
+        carray(at(multiples, np.uint8), (rows if flags & MULTIPLIED else 0,)),
     )
-    return (out if multipliers is None else (out, multipliers)), spec
 
 
-def _steps(scale: Tensor, offset: Tensor, stretch: int) -> np.ndarray:
-    """Inverse step and start of each multiplier's range, ``[16, 2, GROUP or stretch]``; columns that are alike once."""
-    factors = torch.arange(LARGEST_MULTIPLIER + 1, dtype=torch.uint8)
-    ranges = multiplied(scale, offset, factors)
-    width = max(value.size(1) for value in ranges)
-    steps = torch.zeros((LARGEST_MULTIPLIER + 1, 2, GROUP if width == 1 else stretch), dtype=torch.float32)
-    used = GROUP if width == 1 else width
-    steps[:, 0, :used], steps[:, 1, :used] = ranges[0].reciprocal(), ranges[1]
-    return steps.view(-1).numpy()
-
-
+@cache
 def code_pitch(width: int, bits: int) -> int:
     """Bytes between the rows of unpacked codes that :func:`pack_row` reads."""
     return 4 * row_words(width, bits) * parts_per_byte(bits) + PACK_BYTES if bits else 0
@@ -263,9 +372,9 @@ def finish_rows(acc, base, pitch, coefficient, first, count, spec, codes):
     """
     width, bits, flags = spec.width, spec.bits, spec.flags
     table, stretch = raw(spec.columns), spec.columns.shape[1]
-    dst, row_term = raw(spec.dst), raw(spec.row_term)
+    dst, row_term, dst_step, term_step = raw(spec.dst), raw(spec.row_term), spec.dst_step, spec.term_step
     row_inverse, row_low = raw(spec.row_inverse), raw(spec.row_low)
-    row_scale, addend = raw(spec.row_scale), raw(spec.addend)
+    row_scale, addend, multiples = raw(spec.row_scale), raw(spec.addend), raw(spec.multiples)
     out, packed = raw(spec.out), raw(spec.packed)
     floor = vsplat(np.float32(spec.floor), GROUP)
     top = vsplat(np.float32((1 << bits) - 1), GROUP)
@@ -287,9 +396,15 @@ def finish_rows(acc, base, pitch, coefficient, first, count, spec, codes):
                 y = vload_first(acc, base + r * pitch + f, GROUP, width - f)
             y = y * scale + vsplat(peek(coefficient, r), GROUP) * offset
             if flags & HAS_DST:
-                y = y * vsplat(peek(dst, i), GROUP)
+                factor = peek(dst, i * dst_step)
+                if flags & MULTIPLIED:
+                    factor *= np.float32(peek(multiples, i))
+                y = y * vsplat(factor, GROUP)
             if flags & HAS_TERM:
-                y = y + term * vsplat(peek(row_term, i), GROUP)
+                low_term = peek(row_term, i * term_step)
+                if flags & MULTIPLIED:
+                    low_term *= np.float32(peek(multiples, i))
+                y = y + term * vsplat(low_term, GROUP)
             if flags & HAS_BIAS:
                 y = y + bias
             if flags & HAS_ADDEND:

@@ -9,6 +9,7 @@ as ``c - 128`` and the accumulators start at ``128 sum_k cw``.
 
 from __future__ import annotations
 
+import weakref
 from functools import cache
 from typing import Any
 
@@ -17,17 +18,18 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from ..arithmetic import multiplied
+from ..checksum import checksum
 from ..layout import lane_mask, parts_per_byte, unpack_codes
 from ..plan import PlanCache
 from . import jit
-from .epilogue import code_pitch, epilogue, finish_rows, flat
+from .epilogue import OFFSET, SCALE, TERM, address, code_pitch, epilogue, finish_rows, floats, opened
 from .parallel import even_chunks, run_chunks
 from .simd import (
     atomic_add,
     keep,
     peek,
     raw,
+    raw_at,
     vcast,
     vdot,
     vlanes,
@@ -63,10 +65,28 @@ def _weights(w_words: Tensor, in_features: int, bits: int, signed: bool) -> tupl
     words = padded.view(stretch, depth, FEATURES).transpose(0, 1).contiguous().view(torch.int32)
     colsum = padded.sum(1, dtype=torch.int32)
     start = SIGN * colsum if signed else torch.zeros_like(colsum)
-    return flat(words), flat(start), colsum[:channels].to(torch.float32)
+    return words, start, colsum[:channels].to(torch.float32)
 
 
-_prepared = PlanCache(64)
+_prepared = PlanCache(64)  # by the memory of the words
+_latest: dict[tuple[int, int, int, bool], tuple[Any, ...]] = {}  # by the tensor itself
+LATEST = 1024  # tensors, before all are forgotten
+
+
+def weights_of(w_words: Tensor, in_features: int, bits: int, signed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`_weights` of the words, made once for as long as they hold what they held."""
+    key = (id(w_words), in_features, bits, signed)
+    latest = _latest.get(key)
+    if latest is not None:
+        tensor, address, contents, found = latest
+        if tensor() is w_words and w_words.data_ptr() == address and checksum(w_words) == contents:
+            return found
+    args = (in_features, bits, signed)
+    found = _prepared.get((w_words,), args, lambda: _weights(w_words, *args))
+    if len(_latest) >= LATEST:
+        _latest.clear()
+    _latest[key] = (weakref.ref(w_words), w_words.data_ptr(), checksum(w_words), found)
+    return found
 
 
 @njit(forceinline=True)
@@ -110,6 +130,13 @@ def _row_sum(x, at, depth):
     return vsum(total)
 
 
+@njit
+def _fill_terms(columns, colsum, features):
+    """``(colsum * w_scale) + (K * w_offset)``: what an input of ones would give."""
+    for o in range(colsum.size):
+        columns[TERM, o] = (colsum[o] * columns[SCALE, o]) + (features * columns[OFFSET, o])
+
+
 @cache
 def _kernel(bits: int):
     parts = parts_per_byte(bits)
@@ -118,7 +145,12 @@ def _kernel(bits: int):
     flip = SIGN if bits == 8 else 0
 
     @jit.kernel
-    def kernel(words, stride, weight, stretch, depth, start, spec, code_row, bounds, counter):
+    def kernel(
+        place, stride, weight_at, stretch, depth, start_at, colsum_at, features, closed, code_row, bounds, counter
+    ):  # fmt: skip
+        spec, words = opened(closed), raw_at(place, np.int32)
+        weight, start = raw_at(weight_at, np.int32), raw_at(start_at, np.int32)
+        _fill_terms(spec.columns, floats(colsum_at, spec.width), np.float32(features))
         pitch = 4 * (stride * parts + TILE)  # bytes of an unpacked row
         codes = np.zeros(BLOCK_ROWS * pitch, np.uint8)
         lanes = codes.view(np.int32)
@@ -170,20 +202,16 @@ def linear(
     multiplier: Tensor | None = None,
     out_unit: Tensor | None = None,
 ) -> Any:
-    if multiplier is not None:
-        x_scale, x_offset = multiplied(x_scale, x_offset, multiplier)
     rows, channels = x_words.size(0), w_words.size(0)
-    key = (in_features, w_bits, x_bits == 8)
-    weight, start, colsum = _prepared.get((w_words,), key, lambda: _weights(w_words, *key))
-    colterm = (colsum * w_scale.reshape(-1)) + (float(in_features) * w_offset.reshape(-1))
-    out, spec = epilogue(
+    weight, start, colsum = weights_of(w_words, in_features, w_bits, x_bits == 8)
+    out, closed, held = epilogue(
         rows,
         channels,
         scale=w_scale,
         offset=w_offset,
-        dst_scale=x_scale.expand(rows, 1),
-        term=colterm,
-        row_term=x_offset.expand(rows, 1),
+        dst_scale=x_scale,
+        row_term=x_offset,
+        multiples=multiplier,
         bias=bias,
         relu=relu,
         out_scale=out_scale,
@@ -195,7 +223,9 @@ def linear(
     )
     if rows and channels:
         depth = -(-in_features // FEATURES)
-        args = (flat(x_words), x_words.size(1), weight, start.size, depth, start, spec)
-        chunks = even_chunks(rows, 1 + in_features * channels // 512)
-        run_chunks(_kernel(x_bits), chunks, *args, code_pitch(channels, out_bits))
+        run_chunks(
+            _kernel(x_bits), even_chunks(rows, 1 + in_features * channels // 512), address(x_words, held),
+            x_words.size(1), weight.data_ptr(), start.numel(), depth, start.data_ptr(), colsum.data_ptr(),
+            in_features, closed, code_pitch(channels, out_bits),
+        )  # fmt: skip
     return out

@@ -16,7 +16,7 @@ from ..layout import parts_per_byte
 from . import jit
 from .bytedot import ROWS, vadd_mixed, vmix, vunmix
 from .codesum import prefetch_rows
-from .epilogue import finish_rows
+from .epilogue import finish_rows, opened
 from .simd import (
     atomic_add,
     keep,
@@ -101,7 +101,8 @@ def sum_kernel(bits: int, lanes: int, exact: int):
     codes = parts * 4 * lanes
 
     @jit.kernel
-    def kernel(words, stride, rowptr, col, multiplier, spec, block, code_row, bounds, counter):
+    def kernel(words, stride, rowptr, col, multiplier, closed, block, code_row, bounds, counter):
+        spec = opened(closed)
         pitch = 4 * stride * parts
         acc_owner = np.empty(block * pitch + 4 * lanes, np.float32)
         mass_owner = np.empty(block, np.float32)

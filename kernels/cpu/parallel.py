@@ -57,9 +57,8 @@ def _split(rowptr: Any, row_cost: int, bounds: Any) -> None:
 def row_chunks(rowptr: np.ndarray) -> np.ndarray:
     """Boundaries of chunks of destination rows, ``[chunks + 1]`` int64, for the current threads."""
     rows = rowptr.size - 1
-    cost = int(rowptr[-1] - rowptr[0]) + ROW_COST * rows
     threads = num_threads()
-    if threads == 1 or cost < SERIAL_COST:
+    if threads == 1 or int(rowptr[-1] - rowptr[0]) + ROW_COST * rows < SERIAL_COST:
         return np.array([0, rows])
     bounds = np.empty(min(rows, CHUNKS_PER_THREAD * threads) + 1, np.int64)
     _split(rowptr, ROW_COST, bounds)
@@ -77,7 +76,8 @@ def even_chunks(rows: int, row_cost: int) -> np.ndarray:
 def run_chunks(kernel: Callable[..., None], bounds: np.ndarray, *args: Any) -> None:
     """Call ``kernel(*args, bounds, counter)`` on every thread; all take chunks off ``counter``."""
     counter = np.zeros(1, np.int64)
-    helpers = min(num_threads(), bounds.size - 1) - 1
+    chunks = bounds.size - 1
+    helpers = min(num_threads(), chunks) - 1 if chunks > 1 else 0
     if helpers <= 0:
         kernel(*args, bounds, counter)
         return

@@ -9,9 +9,9 @@ import numpy as np
 from torch import Tensor
 
 from . import jit
-from .epilogue import GROUP, HAS_UNIT, code_pitch, epilogue, finish_rows, flat
+from .epilogue import GROUP, HAS_UNIT, address, code_pitch, epilogue, finish_rows, opened
 from .parallel import even_chunks, run_chunks
-from .simd import atomic_add, keep, raw, vload, vload_first, vstore, vstore_first
+from .simd import atomic_add, keep, raw, raw_at, vload, vload_first, vstore, vstore_first
 
 __all__ = ["pack_scaled", "quantize_pack"]
 
@@ -28,12 +28,13 @@ def _copy(source, at, target, count):
 
 
 @jit.kernel
-def _kernel(x, spec, code_row, bounds, counter):
+def _kernel(x, closed, code_row, bounds, counter):
+    spec = opened(closed)
     unpacked = np.zeros(BLOCK_ROWS * code_row, np.uint8)
     nothing = np.zeros(BLOCK_ROWS, np.float32)
     # Rows with multipliers are finished where they lie before they are quantized: that is not done to the input.
     copied = np.empty(BLOCK_ROWS * spec.width if spec.flags & HAS_UNIT else 0, np.float32)
-    rows, zeros, codes, block = raw(x), raw(nothing), raw(unpacked), raw(copied)
+    rows, zeros, codes, block = raw_at(x, np.float32), raw(nothing), raw(unpacked), raw(copied)
     while True:
         chunk = atomic_add(counter, 0, 1)
         if chunk >= bounds.size - 1:
@@ -56,12 +57,12 @@ def pack_scaled(
 ) -> Any:
     """Quantize and pack ``row_factor * x``."""
     rows, width = x.shape
-    out, spec = epilogue(
+    out, closed, held = epilogue(
         rows, width, dst_scale=row_factor, out_scale=scale, out_offset=offset, out_bits=bits, out_unit=unit
     )
     if rows:
         chunks = even_chunks(rows, 1 + width // 16)
-        run_chunks(_kernel, chunks, flat(x), spec, code_pitch(width, bits))
+        run_chunks(_kernel, chunks, address(x, held), closed, code_pitch(width, bits))
     return out
 
 

@@ -31,6 +31,7 @@ __all__ = [
     "poke",
     "prefetch",
     "raw",
+    "raw_at",
     "vabs",
     "vcast",
     "vdot",
@@ -131,6 +132,17 @@ def raw(typingctx, array):
         return context.make_array(array)(context, builder, args[0]).data
 
     return signature(Raw(array.dtype), array), codegen
+
+
+@intrinsic
+def raw_at(typingctx, address, kind):
+    """The data at ``address``, of what ``kind`` is a number of."""
+    data = Raw(kind.dtype)
+
+    def codegen(context, builder, sig, args):
+        return builder.inttoptr(args[0], context.get_value_type(data))
+
+    return signature(data, types.int64, kind), codegen
 
 
 @intrinsic

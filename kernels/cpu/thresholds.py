@@ -12,11 +12,25 @@ from functools import cache
 
 import numpy as np
 from numba import njit
+from torch import Tensor
 
 from ..layout import parts_per_byte
 from . import jit
 from .codesum import lane_capacity, neighbour_counts, neighbour_sum
-from .epilogue import GROUP, HAS_DST, INVERSE, LOW, OFFSET, ROW_RANGE, SCALE, Epilogue, finish_rows
+from .epilogue import (
+    COLUMN_COUNTS,
+    GROUP,
+    HAS_DST,
+    INVERSE,
+    LOW,
+    OFFSET,
+    RELU,
+    ROW_RANGE,
+    SCALE,
+    Closed,
+    finish_rows,
+    opened,
+)
 from .simd import (
     atomic_add,
     keep,
@@ -49,14 +63,15 @@ TALLEST = 8 * lane_capacity(BITS, 8) - 1  # edges of a row that is summed in byt
 PARTS = parts_per_byte(BITS)
 
 
-def applies(spec: Epilogue) -> bool:
-    """Whether results need their row's sum alone, do not decrease with it, and fill their bytes."""
-    if spec.bits != BITS or spec.width % GROUP or spec.flags & ~(HAS_DST | ROW_RANGE):
+def applies(closed: Closed, scale: Tensor, out_scale: Tensor | None) -> bool:
+    """Whether results of an epilogue need their row's sum alone, do not decrease with it, and fill their bytes."""
+    width, bits, flags = closed[1:4]
+    if bits != BITS or width % GROUP or flags & ~(HAS_DST | ROW_RANGE | RELU):
         return False
-    columns = spec.columns[[SCALE, OFFSET, INVERSE, LOW], : spec.width]
-    if not (columns == columns[:, :1]).all() or not columns[0, 0] > 0:
+    per_row = bool(flags & ROW_RANGE)
+    if max(closed[at] for at in COLUMN_COUNTS[: 2 if per_row else 4]) > 1 or not float(scale) > 0:
         return False
-    return bool(spec.flags & ROW_RANGE) or columns[2, 0] > 0
+    return per_row or float(out_scale) > 0
 
 
 @njit(forceinline=True)
@@ -140,7 +155,8 @@ def threshold_kernel(lanes: int, exact: int):
     capacity = lane_capacity(BITS, 8)
 
     @jit.kernel
-    def kernel(words, stride, rowptr, col, spec, code_row, bounds, counter):
+    def kernel(words, stride, rowptr, col, closed, code_row, bounds, counter):
+        spec = opened(closed)
         pitch = 4 * stride * PARTS
         acc_owner = np.empty(pitch + 4 * lanes, np.float32)
         coefficient_owner = np.empty(1, np.float32)

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..arithmetic import is_per_row, multiplied
+from ..arithmetic import is_per_row
 from ..layout import parts_per_byte
 from ..unpack_dequantize import unpack_dequantize_reference
 from . import jit
-from .epilogue import epilogue, finish_rows, flat
+from .epilogue import address, epilogue, finish_rows, opened
 from .parallel import even_chunks, run_chunks
-from .simd import atomic_add, keep, raw, vcast, vlanes, vload_first, vspread, vstore_parts
+from .simd import atomic_add, keep, raw, raw_at, vcast, vlanes, vload_first, vspread, vstore_parts
 
 __all__ = ["unpack_dequantize"]
 
@@ -29,7 +29,8 @@ def _kernel(bits: int):
     codes = parts * 4 * LANES
 
     @jit.kernel
-    def kernel(words, stride, spec, bounds, counter):
+    def kernel(place, stride, closed, bounds, counter):
+        spec, words = opened(closed), raw_at(place, np.int32)
         pitch = 4 * stride * parts
         acc = np.empty(BLOCK_ROWS * pitch + 4 * LANES, np.float32)
         ones, unused = np.ones(BLOCK_ROWS, np.float32), np.empty(0, np.uint8)
@@ -58,21 +59,21 @@ def unpack_dequantize(
     words: Tensor, scale: Tensor, offset: Tensor, num_features: int, bits: int, multiplier: Tensor | None = None
 ) -> Tensor:
     rows = words.size(0)
-    if multiplier is not None:
-        if scale.numel() > 1 or offset.numel() > 1:  # (c s_f + l_f) m would round differently
-            return unpack_dequantize_reference(words, scale, offset, num_features, bits, multiplier)
-        scale, offset = multiplied(scale, offset, multiplier)
-    if is_per_row(scale) or is_per_row(offset):
+    if multiplier is not None and (scale.numel() > 1 or offset.numel() > 1):
+        # (c s_f + l_f) m would round differently
+        return unpack_dequantize_reference(words, scale, offset, num_features, bits, multiplier)
+    if multiplier is not None or is_per_row(scale) or is_per_row(offset):
         # (c * s_i) + (1 * l_i) by the row factors of the epilogue.
         factors = {
-            "dst_scale": scale.expand(rows, 1),
+            "dst_scale": scale,
             "term": torch.ones(num_features, dtype=torch.float32),
-            "row_term": offset.expand(rows, 1),
+            "row_term": offset,
+            "multiples": multiplier,
         }
     else:
         factors = {"scale": scale, "offset": offset}
-    out, spec = epilogue(rows, num_features, **factors)
+    out, closed, held = epilogue(rows, num_features, **factors)
     if out.numel():
         chunks = even_chunks(rows, 1 + num_features // 16)
-        run_chunks(_kernel(bits), chunks, flat(words), words.size(1), spec)
+        run_chunks(_kernel(bits), chunks, address(words, held), words.size(1), closed)
     return out

@@ -12,7 +12,7 @@ from numba import njit
 from ..layout import parts_per_byte, row_bytes
 from . import jit
 from .codesum import prefetch_rows
-from .epilogue import GROUP, finish_rows
+from .epilogue import GROUP, finish_rows, opened
 from .simd import (
     atomic_add,
     keep,
@@ -118,8 +118,9 @@ def sum_kernel(bits: int):
     @jit.kernel
     def kernel(
         words, stride, rowptr, col, weight, heads, table, lanewise, row_scale, row_offset, scale,
-        offset, spec, block, code_row, bounds, counter,
+        offset, closed, block, code_row, bounds, counter,
     ):  # fmt: skip
+        spec = opened(closed)
         pitch = 4 * stride * parts
         tiles = (stride + LANES - 1) // LANES
         acc_owner = np.empty(block * pitch + GROUP, np.float32)
@@ -175,7 +176,8 @@ def max_kernel(bits: int):
     codes = parts * 4 * LANES
 
     @jit.kernel
-    def kernel(words, stride, rowptr, col, spec, block, code_row, bounds, counter):
+    def kernel(words, stride, rowptr, col, closed, block, code_row, bounds, counter):
+        spec = opened(closed)
         pitch = 4 * stride * parts
         acc = np.empty(block * pitch + GROUP, np.float32)
         unpacked = np.zeros(block * code_row, np.uint8)

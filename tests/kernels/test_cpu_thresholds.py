@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qgnn_plugin.kernels.aggregate import aggregate
-from qgnn_plugin.kernels.cpu.epilogue import Epilogue, epilogue
+from qgnn_plugin.kernels.cpu.epilogue import Closed, epilogue, opened
 from qgnn_plugin.kernels.cpu.thresholds import BLOCK, TALLEST, applies, find_thresholds
 from qgnn_plugin.kernels.layout import unpack_codes
 from qgnn_plugin.kernels.plan import GraphPlan
@@ -30,10 +31,19 @@ def means(plan: GraphPlan) -> Tensor:
     return plan.degree.clamp_min(1).reciprocal()
 
 
-def spec_of(plan: GraphPlan, width: int = 32, **options: Any) -> Epilogue:
+def factors(**options: Any) -> dict[str, Any]:
     range_ = {"out_scale": torch.tensor([0.5]), "out_offset": torch.tensor([-0.3])}
-    affine = {"scale": torch.tensor([0.7]), "offset": torch.tensor([-0.4])}
-    return epilogue(plan.num_dst, width, **{"out_bits": BITS, **range_, **affine, **options})[1]
+    return {"out_bits": BITS, **range_, "scale": torch.tensor([0.7]), "offset": torch.tensor([-0.4]), **options}
+
+
+def is_applicable(plan: GraphPlan, width: int = 32, **options: Any) -> bool:
+    used = factors(**options)
+    return applies(epilogue(plan.num_dst, width, **used)[1], used["scale"], used["out_scale"])
+
+
+@numba.njit
+def thresholds_of(rowptr: Any, first: int, count: int, closed: Closed, table: Any) -> None:
+    find_thresholds(rowptr, first, count, opened(closed), table)
 
 
 @settings(deadline=None, max_examples=60)
@@ -64,13 +74,14 @@ def test_codes_are_those_of_float_arithmetic(
 def test_thresholds_are_the_least_sums() -> None:
     """For every degree up to the tallest, found without falling back to floats; the arithmetic is spelled out here."""
     plan = plan_of_degrees(list(range(1, TALLEST + 1)))
-    spec = spec_of(plan, dst_scale=means(plan))
-    assert applies(spec)
+    used = factors(dst_scale=means(plan))
+    assert is_applicable(plan, dst_scale=means(plan))
+    _, closed, _ = epilogue(plan.num_dst, 32, **used)
     table = np.empty(3 * BLOCK, np.int32)
     found = []
     for first in range(0, TALLEST, BLOCK):
         count = min(BLOCK, TALLEST - first)
-        find_thresholds(plan.rowptr.numpy(), first, count, spec, table)
+        thresholds_of(plan.rowptr.numpy(), first, count, closed, table)
         found.append(torch.from_numpy(table.reshape(3, BLOCK)[:, :count].copy()))
     thresholds = torch.cat(found, 1)
     assert (thresholds >= 0).all()
@@ -105,8 +116,8 @@ def test_thresholds_are_the_least_sums() -> None:
 )
 def test_columns_that_differ_are_left_to_floats(options: dict[str, Any]) -> None:
     plan = plan_of_degrees([1, 2, 3, 4])
-    assert applies(spec_of(plan))
-    assert not applies(spec_of(plan, **options))
+    assert is_applicable(plan)
+    assert not is_applicable(plan, **options)
 
 
 def test_rows_of_any_kind_side_by_side() -> None:
