@@ -12,7 +12,7 @@ from .address import at
 from .parallel import num_threads, run_chunks
 from .simd import atomic_add
 
-__all__ = ["checksum_bytes"]
+__all__ = ["checksum_bytes", "whole_checksum"]
 
 FIRST, SECOND = (np.uint64(factor) for factor in FACTORS)
 STEP = np.uint64(PLACE)
@@ -40,7 +40,8 @@ def _sum(address, first, last):
 
 
 @jit.kernel
-def _whole(address, num_bytes):
+def whole_checksum(address, num_bytes):
+    """The checksum of ``num_bytes`` bytes at ``address``, a multiple of 8, by one thread."""
     count = num_bytes // WORD
     total, tail = _sum(address, 0, count), np.uint64(0)
     if count * WORD < num_bytes:
@@ -64,7 +65,7 @@ def checksum_bytes(address: int, num_bytes: int) -> int:
     """The checksum of ``num_bytes`` bytes at ``address``, a multiple of 8."""
     words, tail = divmod(num_bytes, WORD)
     if words < SHARED or tail or num_threads() == 1:
-        return _whole(address, num_bytes)
+        return whole_checksum(address, num_bytes)
     bounds = np.linspace(0, words, words // CHUNK + 1).astype(np.int64)
     partial = np.empty(bounds.size - 1, np.int64)
     run_chunks(_shared, bounds, address, partial)

@@ -23,7 +23,8 @@ from ..quantizers.autocast import full_precision
 from ..smp.constraint import OTHER_PREFIX, SmoothLayer, constraint_names
 from ..smp.deep import StackPlace
 from .deferred import DeferredTensor, Producer, computed, conclude, is_deferring, plain
-from .ranges import UNSET, PackedRange, PackedTensor, SiteSpec
+from .matrix import PackedMatrix
+from .ranges import UNSET, LastProduct, PackedRange, PackedTensor, SiteSpec
 from .weight import refuse_dtype
 
 __all__ = [
@@ -121,22 +122,27 @@ def inference(forward: Forward) -> Forward:
                 f"Expected the packed '{self._packed.spec.name}' in eval mode (got training mode): packed "
                 f"models only run inference; call .eval(), or train the quantized model"
             )
-        if torch.is_grad_enabled() and _wants_gradient((*args, *kwargs.values(), _edge_mask(self))):
+        if not torch.is_grad_enabled():
+            return run(self, args, kwargs)
+        if _wants_gradient((*args, *kwargs.values(), _edge_mask(self))):
             raise RuntimeError(
                 f"Expected no gradient through the packed '{self._packed.spec.name}' (got an input that requires one): "
                 f"packed models only run inference; take gradients, such as forces, of the quantized model, or call "
                 f"the packed one under torch.no_grad()"
             )
         with torch.no_grad():
-            if torch.compiler.is_compiling():
-                return concluded(self, forward(self, *args, **kwargs))
-            try:
-                if not self._runs_own_forward:
-                    _expect_tensors(args[0] if args else kwargs.get("x", ()))
-                return concluded(self, forward(self, *args, **kwargs))
-            except REFUSALS as error:
-                name_layer(error, self._packed.spec.name)
-                raise
+            return run(self, args, kwargs)
+
+    def run(self: PackedLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if torch.compiler.is_compiling():
+            return concluded(self, forward(self, *args, **kwargs))
+        try:
+            if not self._runs_own_forward:
+                _expect_tensors(args[0] if args else kwargs.get("x", ()))
+            return concluded(self, forward(self, *args, **kwargs))
+        except REFUSALS as error:
+            name_layer(error, self._packed.spec.name)
+            raise
 
     def concluded(self: PackedLayer, out: Any) -> Any:
         if self.output_quantizer is None:
@@ -194,6 +200,22 @@ class PackedState:
 
     def write_floats(self) -> None:
         self.defers = False
+
+    @property
+    def last(self) -> LastUsed:
+        """What the layer derived from its numbers when it ran last."""
+        return self.__dict__.get("_last") or self.__dict__.setdefault("_last", LastUsed())
+
+
+class LastUsed:
+    """What a packed layer derives from its numbers, for as long as these are the same; not copied, nor saved."""
+
+    def __init__(self) -> None:
+        self.lower = LastProduct()
+        self.matrix: PackedMatrix | None = None
+
+    def __reduce__(self) -> Any:
+        return LastUsed, ()
 
 
 class PackedLayer(SwappedLayer):

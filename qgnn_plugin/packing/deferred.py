@@ -106,10 +106,10 @@ def conclude(
         return y
     assert out_scale is not None
     assert out_offset is not None
-    return quantize_pack(y, out_scale, out_offset, out_bits, out_unit)
+    return quantize_pack(y, out_scale, out_offset, out_bits, out_unit, is_checked=True)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Producer:
     """How to compute a float32 matrix ``[N, F]``.
 
@@ -217,7 +217,8 @@ class Pending:
         self.value: Tensor | None = None
 
     def then(self, step: Step) -> Pending:
-        after = copy.copy(self)
+        after = Pending.__new__(Pending)
+        after.producer, after.runs, after.value = self.producer, self.runs, self.value
         after.steps = (*self.steps, step)
         return after
 
@@ -301,6 +302,8 @@ class DeferredTensor(Tensor):
 
     def plain(self) -> Tensor:
         """The value, an ordinary tensor; computed on the first call."""
+        if not torch.is_grad_enabled():
+            return self.pending.materialize()
         with torch.no_grad():
             return self.pending.materialize()
 
@@ -333,6 +336,8 @@ class DeferredTensor(Tensor):
 
 def plain(value: Any) -> Any:
     """Replace deferred tensors in nested tuples, lists and dictionaries by their values."""
+    if isinstance(value, Tensor):
+        return value.plain() if isinstance(value, DeferredTensor) else value
     return tree_map_only(DeferredTensor, DeferredTensor.plain, value)
 
 

@@ -121,7 +121,7 @@ class PackedLinear(PackedLayer):
         if self.weight_lower_end is not None:
             return self.weight_lower_end
         assert self._site.zero_code is not None
-        return self.weight_scale * -self._site.zero_code
+        return self._packed.last.lower.of(self._parameters["weight_scale"], -self._site.zero_code)
 
     def upgrade(self, state: dict[str, Any]) -> None:
         for name, old in {"_num_out": "out_features", "_num_in": "in_features", "_site": "site"}.items():
@@ -182,11 +182,19 @@ class PackedLinear(PackedLayer):
 
     @property
     def _matrix(self) -> PackedMatrix:
-        assert self.words is not None
-        site = self._site
-        return PackedMatrix(
-            self.words, self.weight_scale, self.weight_lower, self._num_in, site.bits, site.zero_code == 0
-        )
+        words, scale, lower = self._buffers["words"], self._parameters["weight_scale"], self.weight_lower
+        last = self._packed.last
+        known = last.matrix
+        if known is not None and known.words is words and known.scale is scale and known.lower is lower:
+            return known
+        assert words is not None
+        assert scale is not None
+        site, shape = self._site, (self._num_out, row_words(self._num_in, self._site.bits))
+        fits = words.shape == shape and scale.numel() == lower.numel() and scale.numel() in (1, self._num_out)
+        made = PackedMatrix(words, scale, lower, self._num_in, site.bits, site.zero_code == 0, {} if fits else None)
+        if not torch.compiler.is_compiling():
+            last.matrix = made
+        return made
 
     def _expect_width(self: Any, x: Activation) -> None:
         if x.shape[-1] != self._num_in:

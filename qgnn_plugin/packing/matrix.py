@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..kernels import linear as kernel
 from ..kernels.aggregate import aggregate
+from ..kernels.backend import has_numba, is_direct
 from ..kernels.layout import pack_codes, top_code, unpack_codes
 from ..kernels.plan import plan_cache
 from ..layers.arithmetic import EXACT_FLOAT32, linear
@@ -18,6 +19,8 @@ from .deferred import Producer, conclude
 from .ranges import PackedTensor
 
 __all__ = ["Activation", "PackedMatrix"]
+
+FULL_BYTE = 8  # bits
 
 Activation = PackedTensor | QuantizedTensor
 
@@ -33,6 +36,8 @@ class PackedMatrix:
         num_in: ``K``.
         bits: Width of a code.
         unsigned: Whether the lower end is known to be zero.
+        prepared: Products by it that are prepared, by whether codes of the input fill a byte; :obj:`None` where its
+            tensors are not known to be as described.
     """
 
     words: Tensor
@@ -41,6 +46,7 @@ class PackedMatrix:
     num_in: int
     bits: int
     unsigned: bool
+    prepared: dict[bool, Any] | None = None
 
     @property
     def num_out(self) -> int:
@@ -50,7 +56,7 @@ class PackedMatrix:
         """The rows ``[start, stop)``."""
         per_row = self.scale.numel() > 1
         scale, lower = (v[start:stop] if per_row else v for v in (self.scale, self.lower))
-        return replace(self, words=self.words[start:stop], scale=scale, lower=lower)
+        return replace(self, words=self.words[start:stop], scale=scale, lower=lower, prepared=None)
 
     def codes(self) -> QuantizedTensor:
         """The matrix unpacked."""
@@ -80,14 +86,31 @@ class PackedMatrix:
         if (x.scale.dim() == 1 and x.scale.numel() > 1) or self.num_in > limit:
             return None
 
+        prepared = self._prepared(x.bits, bias)
+
         def run(start: int, stop: int, **out: Any) -> Tensor:
             rows, factor = x.rows(start, stop), None if row_scale is None else row_scale[start:stop]
+            if prepared is not None and is_direct():
+                return prepared(rows.words, rows.scale, rows.lower, x.bits, rows.multiplier, row_scale=factor, **out)
             return kernel.linear(
                 rows.words, self.words, rows.scale, rows.lower, self.scale, self.lower,
                 self.num_in, x.bits, self.bits, bias=bias, row_scale=factor, multiplier=rows.multiplier, **out,
             )  # fmt: skip
 
         return Producer(x.words.size(0), self.num_out, x.words.device, run, adds=row_scale is None)
+
+    def _prepared(self, bits: int, bias: Tensor | None) -> Any:
+        """The product of codes of ``bits`` bits as the CPU runs it on few rows; :obj:`None` where it does not."""
+        if self.prepared is None or not self.words.is_cpu or not has_numba() or torch.compiler.is_compiling():
+            return None
+        signed = bits == FULL_BYTE
+        found = self.prepared.get(signed)
+        if found is None or found.bias is not bias:
+            if bias is not None and (bias.shape != (self.num_out,) or bias.dtype is not torch.float32):
+                return None
+            found = kernel.prepared_linear(self.words, self.scale, self.lower, self.num_in, self.bits, signed, bias)
+            self.prepared[signed] = found
+        return found
 
     def _sparse_product(self, x: QuantizedTensor, bias: Tensor | None, row_scale: Tensor | None) -> Producer | None:
         """Sparse codes times the weight: a sum of the packed rows of ``W^T`` that a row of ``x`` names."""

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ..config import OFF
 from ..kernels.aggregate import per_feature
+from ..kernels.checksum import checksum
+from ..kernels.finite import is_finite
 from ..kernels.layout import pack_codes, top_code, unpack_codes
 from ..kernels.quantize_pack import quantize_pack
 from ..kernels.unpack_dequantize import unpack_dequantize
@@ -20,7 +22,7 @@ from ..quantizers.qlr import _peak, _row_peaks, _split, largest
 from ..quantizers.rows import RowRange, multipliers
 from .deferred import DeferredTensor, Pending, Producer, plain, row_blocks
 
-__all__ = ["PackedRange", "PackedTensor", "SiteSpec", "check_finite", "joined"]
+__all__ = ["LastProduct", "PackedRange", "PackedTensor", "SiteSpec", "check_finite", "joined"]
 
 UNSET = 0  # a site that saw no data: nothing may pass through it
 ONE_BIT = 1
@@ -184,12 +186,32 @@ NOT_FINITE = "Expected finite values at '{where}' (got {found}); check the featu
 
 
 def check_finite(x: Tensor, where: str) -> None:
-    """Raise if ``x`` holds a NaN or an infinity; one sum decides in all but the overflowing case."""
-    if bool(x.sum().isfinite()):
+    """Raise if ``x`` holds a NaN or an infinity."""
+    if is_finite(x):
         return
     bad = int((~x.isfinite()).sum())
     if bad:
         raise ValueError(NOT_FINITE.format(where=where, found=f"{bad} NaN or infinite of {x.numel()}"))
+
+
+class LastProduct:
+    """A tensor times a number, kept for as long as the tensor holds the same, whatever writes to it."""
+
+    def __init__(self) -> None:
+        self.known: tuple[float, float, Tensor] | None = None
+
+    def of(self, tensor: Tensor, factor: float) -> Tensor:
+        """``tensor * factor``, which nobody may write to."""
+        if torch.compiler.is_compiling() or not tensor.is_cpu:
+            return tensor * factor
+        known = self.known
+        value = tensor.item() if tensor.numel() == 1 else checksum(tensor)
+        if known is None or known[0] != value or known[1] != factor or known[2].shape != tensor.shape:
+            known = self.known = (value, factor, tensor * factor)
+        return known[2]
+
+    def __reduce__(self) -> Any:
+        return LastProduct, ()
 
 
 class PackedRange(nn.Module):
@@ -253,17 +275,26 @@ class PackedRange(nn.Module):
     @property
     def lower(self) -> Tensor:
         """Lower end of a fixed range, shaped as ``scale``."""
-        assert self.scale is not None
-        if self.lower_end is not None:
-            return self.lower_end
+        buffers = self._buffers
+        lower_end, scale = buffers["lower_end"], buffers["scale"]
+        if lower_end is not None:
+            return lower_end
+        assert scale is not None
         assert self.spec.zero_code is not None
-        return self.scale * -self.spec.zero_code
+        return self._lower.of(scale, -self.spec.zero_code)
+
+    @property
+    def _lower(self) -> LastProduct:
+        return self.__dict__.get("_last_lower") or self.__dict__.setdefault("_last_lower", LastProduct())
 
     def output_range(self) -> dict[str, Any]:
         """The arguments that make a kernel quantize its result to this (fixed) range, or to multiples of it."""
-        assert self.spec.is_fixed
-        out: dict[str, Any] = {"out_scale": self.scale, "out_offset": self.lower, "out_bits": self.bits}
-        return {**out, "out_unit": self.unit} if self.has_multipliers else out
+        spec = self.spec
+        assert spec.is_fixed
+        out: dict[str, Any] = {"out_scale": self._buffers["scale"], "out_offset": self.lower, "out_bits": spec.bits}
+        if spec.has_multipliers:
+            out["out_unit"] = self._buffers["unit"]
+        return out
 
     @property
     def has_multipliers(self) -> bool:
@@ -271,10 +302,10 @@ class PackedRange(nn.Module):
 
     def wrap(self, packed: Tensor | tuple[Tensor, Tensor], num_features: int) -> PackedTensor:
         """Words, with the multipliers of their rows, that a kernel has quantized to this (fixed) range."""
-        assert self.scale is not None
         words, multiplier = packed if isinstance(packed, tuple) else (packed, None)
-        unsigned = self.spec.zero_code == 0
-        return PackedTensor(words, self.scale, self.lower, num_features, self.bits, unsigned, multiplier)
+        scale, spec = self._buffers["scale"], self.spec
+        assert scale is not None
+        return PackedTensor(words, scale, self.lower, num_features, spec.bits, spec.zero_code == 0, multiplier)
 
     def _range_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Scale and lower end that broadcast to ``x``, and the multiples ``[N, 1]`` that they are."""
@@ -389,13 +420,14 @@ class PackedRange(nn.Module):
     def _quantize_rows(self, x: Tensor) -> PackedTensor:
         unsigned = self.spec.zero_code == 0
         if self.has_multipliers and self.skew is None:
-            return self.wrap(quantize_pack(x, self.scale, self.lower, self.bits, self.unit), x.size(1))
+            packed = quantize_pack(x, self.scale, self.lower, self.bits, self.unit, is_checked=True)
+            return self.wrap(packed, x.size(1))
         scale, lower, rows = self._range_of(x)
         if self.skew is not None:
             codes = quantize_codes(x, scale, lower, top_code(self.bits), self.skew)
             words = pack_codes(codes, self.bits)
         else:
-            words = quantize_pack(x, scale, lower, self.bits)
+            words = quantize_pack(x, scale, lower, self.bits, is_checked=True)
         if self.bits == ONE_BIT:
             self._check_one_bit(((x == 0) | (x == scale)).all())
         if rows is None:
