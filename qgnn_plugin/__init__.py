@@ -36,6 +36,7 @@ from .summaries import Summary, summary
 if TYPE_CHECKING:
     from . import data, lightning_modules, recipe
     from .analysis.report import report
+    from .analysis.sensitivity import suggest_bits
 
 __version__ = "0.1.0"
 
@@ -78,6 +79,7 @@ __all__ = [
     "restore_model",
     "save_packed",
     "smp_layers",
+    "suggest_bits",
     "summary",
     "training",
 ]

@@ -142,9 +142,9 @@ def _values(name: str, site: QLRQuantizer, x: Tensor, out: QuantizedTensor) -> S
     else:
         step, low = site.range()
         levels = (low + step * levels).float()
-        if site.granularity == "node":
-            peaks = values.abs() if values.dim() < 2 else values.abs().amax(-1, keepdim=True)
-            values, unit = values / peaks.clamp_min(1e-30), "of the row's largest magnitude"
+        if scale.numel() > 1:  # of every row its own: all are shown in multiples of these
+            values = values * (step / scale)
+            unit = "of the row's largest magnitude" if site.granularity == "node" else "over the row's multiplier"
     flat = values.detach().reshape(-1).float()
     if flat.numel() > SAMPLE:
         flat = flat[:: -(-flat.numel() // SAMPLE)]

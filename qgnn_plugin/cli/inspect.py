@@ -93,7 +93,7 @@ def _ranges(spec: LayerSpec, own: Mapping[str, Tensor]) -> str:
             continue
         low = float(lower) + 0.0
         high = low + float(scale) * (2**described.bits - 1)
-        per_row = " of each row's peak" if described.granularity == "node" else ""
+        per_row = {"node": " of each row's peak", "row": " times each row's multiplier"}.get(described.granularity, "")
         found.append(f"{name}:[{low:.3g},{high:.3g}]{per_row}")
     return " ".join(found)
 

@@ -224,4 +224,9 @@ COMMANDS = {
         "Show what is in a packed file: layers, bits, bytes, ranges; and check it", _inspect, inspect.inspect
     ),
     "report": Command("Write a page of pictures about a converted model", _report, commands.write_report),
+    "suggest": Command(
+        "Propose bit widths per site under a budget: as a configuration to read, edit and pass on by --quant",
+        _suggest,
+        commands.suggest,
+    ),
 }

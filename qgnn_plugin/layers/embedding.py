@@ -12,13 +12,7 @@ from ..quantizers import QLRQuantizer
 from .base import QuantizedLayer, SiteFactory
 from .factors import not_reading, readings
 
-__all__ = ["QuantizedEmbedding", "table_site"]
-
-
-def table_site(sites: SiteFactory) -> QLRQuantizer:
-    """The site of a weight whose rows are taken: a range per row, relative to it, or one for all."""
-    granularity: Any = "node" if sites.config.weight_granularity == "channel" else "tensor"
-    return sites.make("weight", "weight", levels=sites.config.weight_levels, granularity=granularity)
+__all__ = ["QuantizedEmbedding"]
 
 
 class QuantizedEmbedding(QuantizedLayer):
@@ -35,7 +29,11 @@ class QuantizedEmbedding(QuantizedLayer):
 
     @classmethod
     def attach(cls, layer: Any, sites: SiteFactory) -> None:
-        layer.weight_quantizer = table_site(sites)
+        per_row = sites.config.weight_granularity == "channel"
+        granularity: Any = "node" if per_row else "tensor"
+        layer.weight_quantizer = sites.make(
+            "weight", "weight", levels=sites.config.weight_levels, granularity=granularity
+        )
 
     def forward(self, input: Tensor) -> Tensor:
         with not_reading(self):

@@ -131,7 +131,8 @@ def test_packed_and_plain_models_are_refused(tmp_path: Path) -> None:
 
 
 def test_levels_of_sites_are_what_values_become() -> None:
-    for options in ({}, {"granularity": "node", "message_levels": "half"}, {"granularity": "channel"}):
+    node = {"granularity": "node", "message_levels": "half"}
+    for options in ({}, node, {"granularity": "channel"}, {"granularity": "row"}):
         qmodel, data = _converted(2, **options)
         sites = findings.site_values(qmodel, data)
         assert {site.name for site in sites} == {

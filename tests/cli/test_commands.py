@@ -172,7 +172,7 @@ def test_what_is_not_as_expected_exits_with_1(wrong: list[object], match: str, r
     assert err.startswith("qgnn: ")
 
 
-@pytest.mark.parametrize("name", ["train", "quantize", "report"])
+@pytest.mark.parametrize("name", ["train", "quantize", "report", "suggest"])
 def test_out_is_checked_before_anything_is_read(
     name: str, run: Run, trained: Path, graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
