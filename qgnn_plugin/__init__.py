@@ -15,6 +15,7 @@ from .conversion import is_quantized, quantize_like, quantize_model, quantizers,
 from .exporting import export_package, export_program
 from .layers import QuantizedLayer, register_layer
 from .layers.graph import fixed_graph
+from .onnx import export_onnx
 from .packing import (
     CapturedModel,
     PackedBytes,
@@ -60,6 +61,7 @@ __all__ = [
     "data",
     "differential_multiplier_step",
     "error_report",
+    "export_onnx",
     "export_package",
     "export_program",
     "fixed_graph",

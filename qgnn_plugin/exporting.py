@@ -50,12 +50,10 @@ def export_program(
         ValueError: If it is in training mode, inside ``fixed_graph`` (where the graph would become a constant), or its
             graph is a sparse matrix.
     """
-    _check(model, args)
+    check_exported(model, args)
     named = dict(kwargs or {})
     if dynamic_shapes is None:
-        dynamic_shapes = tuple(tree_map(_dynamic, value) for value in args)
-        if named:
-            dynamic_shapes = (*dynamic_shapes, *(tree_map(_dynamic, value) for value in named.values()))
+        dynamic_shapes = free_dimensions((*args, *named.values()))
     with torch.no_grad():
         return torch.export.export(model, args, named or None, dynamic_shapes=dynamic_shapes, strict=False)
 
@@ -97,7 +95,8 @@ def export_package(
     return target
 
 
-def _check(model: Any, args: Any) -> None:
+def check_exported(model: Any, args: Any) -> None:
+    """Raise unless :func:`export_program` takes ``model`` and ``args``, here."""
     if not isinstance(model, nn.Module) or not (is_packed(model) or is_quantized(model)):
         raise TypeError(
             f"Expected a model made by pack_model or quantize_model (got {type(model).__name__}); a plain one is "
@@ -112,6 +111,11 @@ def _check(model: Any, args: Any) -> None:
             "Expected no context of 'fixed_graph' around it, inside of which the graph becomes a constant (got one); "
             "leave it, or use torch.export.export for a program of this graph alone"
         )
+
+
+def free_dimensions(args: tuple[Any, ...]) -> Any:
+    """The default of ``dynamic_shapes``."""
+    return tuple(tree_map(_dynamic, value) for value in args)
 
 
 def _dynamic(value: Any) -> Any:
