@@ -43,6 +43,8 @@ def _did_you_mean(value: str, allowed: tuple[Any, ...] | list[str]) -> str:
 
 
 def _from_dict(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(data, Mapping):
+        raise TypeError(f"Expected the fields of a {cls.__name__} as a mapping (got {type(data).__name__})")
     known = [f.name for f in fields(cls)]
     for name in data:
         if name not in known:
@@ -173,6 +175,8 @@ class SMPConfig:
         Raises:
             ValueError: If ``steps`` is less than 1.
         """
+        if isinstance(steps, bool) or not isinstance(steps, int):
+            raise TypeError(f"Expected the number of steps as an integer (got {steps!r})")
         if steps < 1:
             raise ValueError(f"Expected at least one step (got {steps})")
         alpha = 2 / steps**2

@@ -154,8 +154,7 @@ def quantize_like(model: nn.Module, state_dict: Mapping[str, Any], *, inplace: b
     configs = _saved_configs(model, state_dict)
     if not configs:
         raise ValueError(
-            "Expected the state dict of a converted model (got one that does not say how it was converted); convert "
-            "with the configuration it was saved with: qgnn_plugin.quantize_model(model, config=...)"
+            f"Expected the state dict of a converted model (got one {_kind_of_state(state_dict)})"
         )
     if not inplace:
         _check_unconverted(model)
@@ -359,6 +358,15 @@ _REMEDIES = {
 }
 
 
+def _kind_of_state(state: Mapping[str, Any]) -> str:
+    if any(str(key).rpartition(".")[2] in ("words", "weight_scale") for key in state):
+        return "of a packed model; save and load that by qgnn_plugin.save_packed and load_packed"
+    return (
+        "that does not say how it was converted); convert with the configuration it was saved with: "
+        "qgnn_plugin.quantize_model(model, config=..."
+    )
+
+
 def expect_converted(model: Any) -> None:
     """Raise unless ``model`` was made by :func:`quantize_model`.
 
@@ -371,6 +379,14 @@ def expect_converted(model: Any) -> None:
         return
     error = ValueError if state else TypeError
     raise error(f"Expected a model made by quantize_model (got {_kind(model)}); {_REMEDIES[state]}")
+
+
+def _expect_trainable(model: Any) -> None:
+    """Raise where ``model`` is packed, or no model."""
+    state = _state(model)
+    if state in ("", "packed"):
+        error = ValueError if state else TypeError
+        raise error(f"Expected a model to train (got {_kind(model)}); {_REMEDIES[state]}")
 
 
 def _check_unconverted(model: nn.Module) -> None:
@@ -447,7 +463,7 @@ def unquantized(qmodel: nn.Module) -> nn.Module:
 
 def is_quantized(model: nn.Module) -> bool:
     """Whether ``model`` holds a converted layer."""
-    return any(isinstance(module, QuantizedLayer) for module in model.modules())
+    return isinstance(model, nn.Module) and any(isinstance(module, QuantizedLayer) for module in model.modules())
 
 
 def quantized_layers(model: nn.Module) -> dict[str, Any]:
@@ -456,10 +472,21 @@ def quantized_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def quantizers(model: nn.Module) -> dict[str, QLRQuantizer]:
-    """Every quantizer, by qualified name; shared ones once."""
+    """Every quantizer, by qualified name; shared ones once.  None in a plain model.
+
+    Raises:
+        TypeError: If ``model`` is no module.
+        ValueError: If it is packed.
+    """
+    _expect_trainable(model)
     return {name: module for name, module in model.named_modules() if isinstance(module, QLRQuantizer)}
 
 
 def range_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The learnable ranges (log scales and offsets), for an optimizer group of their own."""
+    """The learnable ranges (log scales and offsets), for an optimizer group of their own.  None in a plain model.
+
+    Raises:
+        TypeError: If ``model`` is no module.
+        ValueError: If it is packed.
+    """
     return [p for q in quantizers(model).values() for p in q.parameters(recurse=False)]

@@ -98,6 +98,25 @@ Loss = Callable[[Tensor], Tensor]
 OnEpoch = Callable[[nn.Module, int, int], None]  # model, epoch from 1 on, number of epochs
 
 
+def expect_classes(data: Any) -> None:
+    """Raise unless ``data`` has classes ``y`` [N] and the three boolean masks of nodes."""
+    labels = getattr(data, "y", None)
+    if not isinstance(labels, Tensor) or labels.dim() != 1 or labels.is_floating_point():
+        found = f"{labels.dtype}, {list(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+        raise ValueError(
+            f"Expected the classes of nodes as integers 'y' [N] (got {found}); numbers to predict are for the "
+            f"regressors of qgnn_plugin.lightning_modules"
+        )
+    for name in ("train_mask", "val_mask", "test_mask"):
+        mask = getattr(data, name, None)
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != labels.shape:
+            found = f"{mask.dtype}, {list(mask.shape)}" if isinstance(mask, Tensor) else "none"
+            raise ValueError(
+                f"Expected a boolean '{name}' {list(labels.shape)} (got {found}); make one, for example by "
+                f"torch_geometric.transforms.RandomNodeSplit()"
+            )
+
+
 def _fit(
     model: nn.Module,
     data: Any,
@@ -149,6 +168,7 @@ def fit_float(
     """
     stage = (recipe or Recipe()).float_stage
     groups = parameter_groups(model, stage.lr, stage.weight_decay)
+    expect_classes(data)
     labels, mask = data.y, data.train_mask
     return _fit(model, data, stage, lambda logits: F.cross_entropy(logits[mask], labels[mask]), groups, on_epoch)
 
@@ -166,6 +186,7 @@ def distil(
     ``on_epoch`` is that of :func:`fit_float`.
     """
     recipe = recipe or Recipe()
+    expect_classes(data)
     stage, mask = recipe.quantized_stage, data.train_mask
     teacher.eval()
     args, kwargs = model_inputs(teacher, data)

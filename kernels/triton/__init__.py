@@ -11,3 +11,11 @@ one module per op         kernel and host launcher, named like the op
 ``replay``                times of calls as replayed CUDA graphs
 ========================= ==========================================================================
 """
+
+try:
+    import triton  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f"Expected the package triton for kernels of an accelerator (got: {error}); pip install 'qgnn_plugin[gpu]', or "
+        f"leave QGNN_BACKEND unset"
+    ) from error

@@ -10,6 +10,7 @@ from ..quantizers import QLRQuantizer, QuantizedTensor
 from ..quantizers.autocast import full_precision
 from .arithmetic import linear
 from .base import QuantizedLayer, SiteFactory
+from .errors import names_layer
 from .normalized import compute_weight
 
 __all__ = ["QuantizedLinear"]
@@ -30,6 +31,7 @@ class QuantizedLinear(QuantizedLayer):
         layer.input_quantizer = sites.features("input", layer.weight.size(1)) if own_input else None
         layer.weight_quantizer = sites.weight("weight", layer.weight)
 
+    @names_layer
     def forward(self, x: Tensor | QuantizedTensor) -> Tensor:
         return self._mapped(x, self.bias)
 

@@ -16,7 +16,7 @@ from ..kernels.aggregate import aggregate
 from ..kernels.layout import pack_codes
 from ..layers.arithmetic import aggregate_sum
 from ..layers.base import QuantizedLayer, SwappedLayer, float_state, named_as
-from ..layers.errors import REFUSALS, name_layer
+from ..layers.errors import REFUSALS, expect_features, name_layer
 from ..layers.graph import NormalizedGraph
 from ..quantizers import QuantizedTensor
 from ..quantizers.autocast import full_precision
@@ -138,7 +138,7 @@ def inference(forward: Forward) -> Forward:
             return concluded(self, forward(self, *args, **kwargs))
         try:
             if not self._runs_own_forward:
-                _expect_tensors(args[0] if args else kwargs.get("x", ()))
+                expect_features(args[0] if args else kwargs.get("x", ()))
             return concluded(self, forward(self, *args, **kwargs))
         except REFUSALS as error:
             name_layer(error, self._packed.spec.name)
@@ -154,16 +154,6 @@ def inference(forward: Forward) -> Forward:
         return self.output_quantizer(out, is_finite=True).dequantize()
 
     return guarded  # type: ignore[return-value]
-
-
-def _expect_tensors(x: Any) -> None:
-    """Raise unless ``x``, the first argument of a layer, is a tensor or a pair of them."""
-    if isinstance(x, Tensor):
-        if x.dim() == 0:
-            raise ValueError("Expected a tensor of features (got a single number)")
-        return
-    if not isinstance(x, (tuple, list)) or not all(part is None or isinstance(part, Tensor) for part in x):
-        raise TypeError(f"Expected a tensor of features, or a pair of them (got {type(x).__name__})")
 
 
 def _edge_mask(layer: Any) -> Tensor | None:

@@ -99,11 +99,18 @@ def load_packed(
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged, truncated or foreign, or does not fit ``model``, in its layers or in their
-            settings (names the first difference).
+        ValueError: If ``model`` is lazy, or the file is damaged, truncated or foreign, or does not fit ``model``, in
+            its layers or in their settings (names the first difference).
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"Expected the float model, a torch.nn.Module (got {type(model).__name__})")
+        raise TypeError(
+            f"Expected the float model, a torch.nn.Module (got {type(model).__name__}); call load_packed(path, model)"
+        )
+    if lazy := [name for name, p in model.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]:
+        raise ValueError(
+            f"Expected a model whose sizes are known (got lazy layers: {', '.join(lazy[:5])}); run it once on a batch, "
+            f"or build it with the channels in the place of -1"
+        )
     if is_packed(model) or is_quantized(model):
         raise ValueError("Expected the float architecture as 'model' (got a converted model)")
     model = opened_copy(model)

@@ -68,7 +68,7 @@ def pack_model(qmodel: nn.Module) -> nn.Module:
     if not isinstance(qmodel, nn.Module):
         raise TypeError(f"Expected a torch.nn.Module (got {type(qmodel).__name__})")
     if is_packed(qmodel):
-        raise ValueError("Expected a model made by quantize_model (got one that is already packed)")
+        raise ValueError("Expected a model made by quantize_model (got one that is already packed); use it as it is")
     if not is_quantized(qmodel):
         raise ValueError(
             f"Expected a model made by quantize_model (got a plain {type(qmodel).__name__}); "
@@ -206,6 +206,8 @@ def _say_what_never_ran(specs: list[LayerSpec]) -> None:
 
 def is_packed(model: nn.Module) -> bool:
     """Whether ``model`` was made by :func:`pack_model` or :func:`qgnn_plugin.load_packed`."""
+    if not isinstance(model, nn.Module):
+        return False
     return hasattr(model, SPECS) or any(isinstance(m, PackedLayer) for m in model.modules())
 
 

@@ -72,7 +72,13 @@ def ascend(config: SMPConfig, multiplier: Tensor, slack: Tensor, ratio: Tensor, 
 
 
 def smp_layers(model: nn.Module) -> dict[str, SmoothLayer]:
-    """Every layer of ``model`` that has a smoothness constraint, by qualified name."""
+    """Every layer of ``model`` that has a smoothness constraint, by qualified name.
+
+    Raises:
+        TypeError: If ``model`` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"Expected a torch.nn.Module (got {type(model).__name__}); give the model itself")
     return {
         name: module
         for name, module in model.named_modules()

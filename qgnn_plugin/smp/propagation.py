@@ -344,6 +344,8 @@ class SMPropagation(NormalizedOperator, PropagationLayer, MessagePassing):
         smp: SMPConfig | None = None,
         **kwargs: Any,
     ) -> None:
+        if isinstance(K, bool) or not isinstance(K, int) or K < 0:
+            raise ValueError(f"Expected the number of steps 'K' as an integer of 0 or more (got {K!r})")
         if kwargs.setdefault("aggr", "add") not in ("add", "sum"):
             raise ValueError(f"Expected the aggregation 'add' (got {kwargs['aggr']!r}): A~ H is a sum")
         super().__init__(**kwargs)
