@@ -421,6 +421,8 @@ class Stage:
         elif not node.is_row and node.op != "literal":
             if index in writer.scalar:
                 return False
+            if node.op == "map":
+                return False
             shared = [self._hoist(use.node) for use in node.args]
             whole = all(shared)
             # Arguments that are the same for all edges are there by now, spread to where they are used.
@@ -483,6 +485,8 @@ class Stage:
             text = self._literal(node)
         elif node.is_row:
             text = f"vload_tile(row{index}, 0, {self.tiling.constants(self.first)})"
+        elif node.op == "map":
+            text = self._map(node)
         elif index in writer.scalar:
             text = self.used(Use(index), node.width)
         else:
@@ -491,6 +495,22 @@ class Stage:
         name = writer.name()
         writer.put(f"{name} = {text}")
         return name
+
+    def _map(self, node: Node) -> str:
+        """Numbers of an edge times rows of a matrix."""
+        writer = self.writer
+        x, matrix = (writer.nodes[use.node] for use in node.args)
+        array, at = writer.place(node.args[0].node)
+        at = at.replace("np.int64(peek(col_, e))", "source").replace("np.int64(peek(edge_, e))", "own")
+        rows = f"a{int(matrix.value)}_"
+        total = ""
+        for k in range(x.width):
+            number = f"vsplat(peek({array}, {at} + {k}), {self.tiling.lanes * self.tiling.parts})"
+            row = f"vload_tile({rows}, {k * node.width}, {self.tiling.constants(self.first)})"
+            name = writer.name()
+            writer.put(f"{name} = vfma({number}, {row}, {total})" if total else f"{name} = {number} * {row}")
+            total = name
+        return total
 
     def _load(self, number: int) -> str:
         operand, tiling = self.writer.program.operands[number], self.tiling
@@ -573,7 +593,7 @@ def _scalars(program: Program) -> set[int]:
         node = program.nodes[index]
         if node.op == "load" and program.operands[int(node.value)].bits:
             raise Unsupported("packed features are spread over wider ones")
-        if node.op != "literal" and node.width > NARROW:
+        if node.op == "map" or (node.op != "literal" and node.width > NARROW):
             raise Unsupported(f"{node.width} numbers are kept per edge")
     # What a kept sum over features makes of its own: reductions of it, and so on, are narrow as well.
     changed = True

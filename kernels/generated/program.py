@@ -65,7 +65,8 @@ class Node:
 
     Args:
         op: ``"load"`` (of the operand ``value``), ``"literal"`` (``value``), ``"dot"`` (sums of consecutive features),
-            one of :data:`REDUCTIONS` over the edges of a row, or one of :data:`ELEMENTWISE`.
+            ``"map"`` (few numbers of an edge times a constant matrix, row after row; sums in any order), one of
+            :data:`REDUCTIONS` over the edges of a row, or one of :data:`ELEMENTWISE`.
         args: What it reads.
         width: Numbers per edge or row.
         value: An operand, or the parameter of an operation.
@@ -206,7 +207,7 @@ def reference(
                 value = value[dst]
             elif node.is_row and node.op not in REDUCTIONS and arg.op == "load":  # of the row itself
                 value = operand_rows(program.operands[int(arg.value)], arrays[int(arg.value)], None)
-            args.append(value if node.op == "dot" else spread(value, use.mode, node.width))
+            args.append(value if node.op in ("dot", "map") else spread(value, use.mode, node.width))
         values.append(_apply(node, args, dst, num_dst))
     of_edges = [torch.empty_like(values[index]).index_copy_(0, edge, values[index]) for index in program.edge_outputs]
     return [*(values[index] for index in program.outputs), *of_edges]
@@ -215,6 +216,10 @@ def reference(
 def _apply(node: Node, args: list[Tensor], dst: Tensor, num_dst: int) -> Tensor:
     if node.op == "dot":
         return args[0].unflatten(1, (node.width, args[0].size(1) // node.width)).sum(-1)
+    if node.op == "map":
+        if not args[0].size(0):
+            return args[0].new_empty((0, node.width))
+        return args[0] @ args[1][:1].view(args[0].size(1), node.width)
     if node.op in REDUCTIONS:
         index = dst.view(-1, 1).expand_as(args[0])
         out = args[0].new_zeros((num_dst, args[0].size(1)))

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from ..kernels.generated.program import Node, Operand, Program, Use
 from .evaluate import Values
 from .marks import LINEAR
+from .products import Part, affine_of, is_product, is_small, parts_of
 from .shadow import NotTraceable
 from .spaces import CONST, EDGE, KERNEL, MIXED, OF_EDGES, ROW, SHAPED, SOURCE, TARGET, Spaces, reduction_of
 from .trace import Trace
@@ -20,6 +21,7 @@ from .trace import Trace
 __all__ = ["Built", "Leaf", "PackedForm", "build"]
 
 aten = torch.ops.aten
+_SIDE = {SOURCE: "source", TARGET: "target", EDGE: "edge"}
 Dims = tuple[int, ...]
 
 
@@ -208,9 +210,15 @@ class _Builder:
                 if node in self.packed:
                     return self.leaf(node, SOURCE, dims, Leaf(node, is_packed=True), self.packed[node])
                 return self.operation(node)
+            base = node
+            while space == EDGE and base.target in SHAPED and self.spaces.of.get(base.args[0]) == EDGE:  # type: ignore[arg-type]
+                base = base.args[0]  # type: ignore[assignment]
+            alone = len(node.users) == 1 and len(base.users) == 1
+            if space == EDGE and base.target is LINEAR and alone and is_small(base, self.record):
+                return Handle(self._product(base).index, dims)
             if not self.record.dtypes[node].is_floating_point:
                 raise NotTraceable("it computes with whole numbers of edges")
-            return self.leaf(node, {SOURCE: "source", TARGET: "target", EDGE: "edge"}[space], dims, Leaf(node))
+            return self.leaf(node, _SIDE[space], dims, Leaf(node))
         if space != MIXED:
             raise NotTraceable(f"a message of what is {space}")
         return self.operation(node)
@@ -276,7 +284,7 @@ class _Builder:
         single = self.spaces.of[arg] in (SOURCE, TARGET, EDGE) and node.target not in SHAPED
         if not single or len(shape) != len(full) + 1 or _is_simple(shape[1:], full):
             return self.edge(arg)
-        side = {SOURCE: "source", TARGET: "target", EDGE: "edge"}[self.spaces.of[arg]]
+        side = _SIDE[self.spaces.of[arg]]
 
         def value(values: Values) -> Tensor:
             return values[arg].expand(-1, *full)
@@ -309,10 +317,10 @@ class _Builder:
             return Handle(self.edge(joined[0]).index, dims)
         if target in (aten.sum.dim_IntList, aten.mean.dim) and not is_row:
             return self._dot(node)
+        if is_product(node) and not is_row:
+            return self._product(node)
         if target not in _TABLE:
-            is_linear = target in (aten.mm.default, aten.addmm.default, aten.bmm.default, LINEAR)
-            what = "a linear map of each edge" if is_linear else str(target).removeprefix("aten.")
-            raise NotTraceable(f"no kernel for {what}")
+            raise NotTraceable(f"no kernel for {str(target).removeprefix('aten.')}")
 
         def arg(position: int, default: Any = None) -> Any:
             value = node.args[position] if len(node.args) > position else default
@@ -325,6 +333,64 @@ class _Builder:
         if math.prod(handle.dims) != math.prod(dims):
             raise NotTraceable(f"'{target}' broadcasts otherwise")
         return Handle(handle.index, dims)
+
+    def _product(self, node: fx.Node) -> Handle:
+        """A linear map as the sum of its parts."""
+        dims: Dims = (math.prod(self.record.shapes[node][1:]),)
+        total = row_sum = None
+        for part in parts_of(node, self.record, self.spaces):
+            side, key = _SIDE[self.spaces.of[part.node]], (node, part.node, part.first)
+            if part.codes is None or part.columns is None:
+                product = self.leaf(("product", *key), side, dims, Leaf(part.node, value=part.product))
+            else:
+                product = self._map(key, side, part, dims)
+            total = self._plus(total, product, part.sign)
+            if part.row_sum is not None:
+                of_row = self.leaf(("row sum", *key), side, (1,), Leaf(part.node, value=part.row_sum))
+                row_sum = self._plus(row_sum, of_row, part.sign)
+        assert total is not None
+        if row_sum is not None:
+            total = self._affine(node, total, row_sum)
+        elif node.target is aten.addmm.default:
+            total = self.apply("add", total, self._once(node.args[0], dims))
+        return Handle(total.index, self.record.shapes[node][1:])
+
+    def _map(self, key: Any, side: str, part: Part, dims: Dims) -> Handle:
+        """The product of few numbers of an edge, computed in the kernel."""
+        count = math.prod(self.record.shapes[part.node][1:])
+        x = self.leaf(("codes", *key), side, (count,), Leaf(part.node, value=part.codes))
+        columns = self.leaf(("columns", *key), "constant", (count * dims[0],), Leaf(part.node, value=part.columns))
+        return Handle(self.add("map", (Use(x.index), Use(columns.index)), dims[0]), dims)
+
+    def _plus(self, total: Handle | None, part: Handle, sign: int) -> Handle:
+        if total is None:
+            return part if sign > 0 else self.apply("neg", part)
+        return self.apply("add" if sign > 0 else "sub", total, part)
+
+    def _affine(self, node: fx.Node, product: Handle, row_sum: Handle) -> Handle:
+        """From sums of codes to numbers, by the operations of the packed linear map in their order."""
+        step, dims = affine_of(node, self.record), product.dims
+
+        def constant(name: str, value: Callable[[], Tensor]) -> Handle:
+            def spread(values: Values) -> Tensor:
+                return value().reshape(-1).expand(dims).reshape(1, -1)
+
+            return self.leaf((name, node), "constant", dims, Leaf(node, value=spread))
+
+        y = self.apply("mul", product, constant("weight scale", step.weight_scale))
+        y = self.apply("add", y, self.apply("mul", row_sum, constant("weight lower", step.weight_lower)))
+        y = self.apply("mul", y, constant("scale", step.scale))
+        y = self.apply("add", y, constant("term", step.term))
+        return y if step.bias is None else self.apply("add", y, constant("bias", step.bias))
+
+    def _once(self, arg: Any, dims: Dims) -> Handle:
+        """A vector that all edges share."""
+        assert isinstance(arg, fx.Node)
+
+        def value(values: Values) -> Tensor:
+            return values[arg].reshape(-1).expand(dims).reshape(1, -1)
+
+        return self.leaf(("once", arg, dims), "constant", dims, Leaf(arg, value=value))
 
     def _is_trailing(self, node: fx.Node, dims: Any) -> bool:
         shape = self.record.shapes[node]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,11 +35,17 @@ class Values:
     ) -> None:  # fmt: skip
         self.record, self.spaces, self.counts, self.degree = record, spaces, counts, degree
         self.known: dict[fx.Node, Any] = dict(inputs)
-        self.given = inputs
+        self.found: dict[Any, Any] = {}
 
     def put(self, node: fx.Node, value: Tensor) -> None:
         """What a kernel has computed."""
         self.known[node] = value
+
+    def once(self, key: Any, compute: Callable[[], Any]) -> Any:
+        """What ``compute`` gives, computed once per call."""
+        if key not in self.found:
+            self.found[key] = compute()
+        return self.found[key]
 
     def __getitem__(self, node: fx.Node) -> Any:
         if node not in self.known:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..kernels.arithmetic import multiplied
 from ..kernels.backend import backend_for
 from ..kernels.generated.program import Unsupported
 from ..kernels.generated.run import can_run, row_program
@@ -85,7 +86,10 @@ class TracedMessage:
     def _arrays(self, call: Any, values: Values, leaf: Leaf) -> tuple[Tensor, ...]:
         if leaf.is_packed:
             packed = call.end(self.inputs[leaf.node].name).packed
-            return packed.words, packed.scale.reshape(-1), packed.lower.reshape(-1)
+            scale, lower = packed.scale, packed.lower
+            if getattr(packed, "multiplier", None) is not None:
+                scale, lower = multiplied(scale, lower, packed.multiplier)
+            return packed.words, scale.reshape(-1), lower.reshape(-1)
         rows = leaf.rows(values).to(torch.float32)
         return (rows.reshape(rows.size(0), -1).contiguous(),)
 
@@ -115,7 +119,7 @@ def _packed_form(call: Any, described: Input) -> PackedForm | None:
     packed = value.packed
     scale = packed.scale
     if getattr(packed, "multiplier", None) is not None:
-        return None
+        return PackedForm(packed.bits, "row") if scale.numel() == 1 else None
     if scale.numel() == 1:
         return PackedForm(packed.bits, "tensor")
     if scale.dim() == 1:
@@ -162,7 +166,9 @@ def _widths(call: Any) -> tuple[Any, ...]:
             value = call.end(name)
             if hasattr(value, "packed"):
                 packed = value.packed
-                found.append((tuple(value.shape[1:]), packed.bits, tuple(packed.scale.shape[1:]), packed.scale.dim()))
+                by_step = getattr(packed, "multiplier", None) is None
+                ranges = (tuple(packed.scale.shape[1:]), packed.scale.dim(), by_step)
+                found.append((tuple(value.shape[1:]), packed.bits, ranges))
             elif isinstance(value, Tensor):
                 found.append((tuple(value.shape[1:]), value.dtype))
             else:

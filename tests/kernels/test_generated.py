@@ -268,3 +268,22 @@ def test_without_a_place_to_write_kernels_run_all_the_same(tmp_path: Path, monke
     blocked.write_text("no folder")
     monkeypatch.setenv(CACHE_ENV, str(blocked / "below"))
     assert load_kernel(SOURCE.format(7))(1) == 8
+
+
+def test_few_numbers_of_edges_times_a_matrix() -> None:
+    width, count = 48, 5
+    nodes = (
+        load(0, width),
+        load(1, count),
+        load(2, count * width),
+        node("map", 1, 2, width=width),
+        node("add", 0, 3, width=width),
+        node("sum", 4, width=width, row=True),
+    )
+    operands = (Operand("source", width, 4, "row"), Operand("edge", count), Operand("constant", count * width))
+    program, plan = Program(operands, nodes, (5,)), graph()
+    arrays = arrays_for(program, plan)
+    expected = reference(program, arrays, plan.rowptr, plan.col, plan.edge_ids)
+    with use_backend("cpu"):
+        found = row_program(program, plan, arrays)
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-4)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.nn import (
     AGNNConv,
+    CGConv,
     ChebConv,
     ClusterGCNConv,
     DirGNNConv,
@@ -23,12 +24,14 @@ from torch_geometric.nn import (
     GMMConv,
     GraphConv,
     HANConv,
+    HEATConv,
     HGTConv,
     HypergraphConv,
     LEConv,
     MFConv,
     MixHopConv,
     PDNConv,
+    PNAConv,
     ResGatedGraphConv,
     SignedConv,
     SimpleConv,
@@ -64,6 +67,9 @@ def hyperedges() -> Tensor:
 X, EDGE_INDEX = floats(NODES, WIDTH), graph()
 ATTRIBUTES, WEIGHTS = floats(EDGES, EDGE_WIDTH, seed=3), floats(EDGES, seed=4).abs()
 WIDE = floats(EDGES, WIDTH, seed=5)
+DEGREES = torch.bincount(torch.bincount(EDGE_INDEX[1], minlength=NODES))
+NODE_TYPES = torch.arange(NODES) % 2
+EDGE_TYPES = torch.arange(EDGES) % 3
 RELATION = ("a", "to", "a")
 METADATA = (["a"], [RELATION])
 HETERO = ({"a": X}, {RELATION: EDGE_INDEX})
@@ -88,6 +94,10 @@ EXACT: dict[str, Case] = {
     "LEConv": (lambda: LEConv(WIDTH, WIDTH), (X, EDGE_INDEX, WEIGHTS)),
     "MFConv": (lambda: MFConv(WIDTH, WIDTH, max_degree=4), (X, EDGE_INDEX)),
     "MixHopConv": (lambda: MixHopConv(WIDTH, WIDTH), (X, EDGE_INDEX)),
+    "PNAConv": (
+        lambda: PNAConv(WIDTH, WIDTH, ["mean", "max", "min", "std"], ["identity", "amplification"], DEGREES, towers=1),
+        (X, EDGE_INDEX),
+    ),
     "SignedConv": (lambda: SignedConv(WIDTH, WIDTH, first_aggr=True), (X, EDGE_INDEX, EDGE_INDEX.flip(0))),
     "SimpleConv": (lambda: SimpleConv(), (X, EDGE_INDEX)),
     "WLConvContinuous": (lambda: WLConvContinuous(), (X, EDGE_INDEX, WEIGHTS)),
@@ -95,6 +105,7 @@ EXACT: dict[str, Case] = {
 
 ROUNDED: dict[str, Case] = {
     "AGNNConv": (lambda: AGNNConv(), (X, EDGE_INDEX)),
+    "CGConv": (lambda: CGConv(WIDTH, dim=EDGE_WIDTH), (X, EDGE_INDEX, ATTRIBUTES)),
     "FAConv": (lambda: FAConv(WIDTH), (X, floats(NODES, WIDTH, seed=6), EDGE_INDEX)),
     "FiLMConv": (lambda: FiLMConv(WIDTH, WIDTH), (X, EDGE_INDEX)),
     "GENConv": (lambda: GENConv(WIDTH, WIDTH, edge_dim=EDGE_WIDTH), (X, EDGE_INDEX, ATTRIBUTES)),
@@ -102,9 +113,17 @@ ROUNDED: dict[str, Case] = {
     "GeneralConv, attention": (lambda: GeneralConv(WIDTH, WIDTH, attention=True, heads=2), (X, EDGE_INDEX)),
     "GMMConv": (lambda: GMMConv(WIDTH, WIDTH, dim=EDGE_WIDTH, kernel_size=3), (X, EDGE_INDEX, ATTRIBUTES)),
     "HANConv": (lambda: HANConv(WIDTH, WIDTH, METADATA, heads=2), HETERO),
+    "HEATConv": (
+        lambda: HEATConv(WIDTH, 6, 2, 3, 4, EDGE_WIDTH, 4, heads=2),
+        (X, EDGE_INDEX, NODE_TYPES, EDGE_TYPES, ATTRIBUTES),
+    ),
     "HGTConv": (lambda: HGTConv(WIDTH, WIDTH, METADATA, heads=2), HETERO),
     "PDNConv": (lambda: PDNConv(WIDTH, WIDTH, edge_dim=EDGE_WIDTH, hidden_channels=8), (X, EDGE_INDEX, ATTRIBUTES)),
     "ResGatedGraphConv": (lambda: ResGatedGraphConv(WIDTH, WIDTH), (X, EDGE_INDEX)),
+    "ResGatedGraphConv of edges": (
+        lambda: ResGatedGraphConv(WIDTH, WIDTH, edge_dim=EDGE_WIDTH),
+        (X, EDGE_INDEX, ATTRIBUTES),
+    ),
     "SuperGATConv": (lambda: SuperGATConv(WIDTH, 6, heads=2), (X, EDGE_INDEX)),
     "TransformerConv": (
         lambda: TransformerConv(WIDTH, 6, heads=2, edge_dim=EDGE_WIDTH),
