@@ -13,14 +13,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..layout import parts_per_byte, row_bytes
-from .program import ELEMENTWISE, REDUCTIONS, WITH_VALUE, Node, Operand, Program, Unsupported, Use
+from .kept import CALLS, NARROW, arrays_of, base_of, fills, is_filled, scalars
+from .program import REDUCTIONS, Program, Unsupported, Use
+from .stage import TILE, Stage, Tiling, runs
 
 __all__ = ["write_source"]
 
 LANES = 16  # numbers of a step over scratch arrays
-TILE = 64  # numbers of a step over features: four registers of AVX-512
-NARROW = 64  # the most numbers per edge that are kept
 
 HEADER = '''"""A kernel written by qgnn_plugin.kernels.generated.cpu; changes are overwritten."""
 
@@ -38,66 +37,8 @@ from qgnn_plugin.kernels.generated.lanes import (
 AHEAD = 32
 '''
 
-_CALLS = {
-    "copy": "{0}", "neg": "vneg({0})", "abs": "vabs({0})", "relu": "vrelu({0})", "exp": "vexp({0})",
-    "expm1": "vexpm1({0})", "log": "vlog({0})", "log1p": "vlog1p({0})", "sqrt": "vsqrt({0})",
-    "sigmoid": "vsigmoid({0})", "tanh": "vtanh({0})", "softplus": "vsoftplus({0})", "add": "{0} + {1}",
-    "sub": "{0} - {1}", "mul": "{0} * {1}", "div": "{0} / {1}", "maximum": "vmax({0}, {1})",
-    "minimum": "vmin({0}, {1})", "greater": "vgreater({0}, {1})", "greater_equal": "vabove({0}, {1})",
-    "where": "vwhere({0}, {1}, {2})", "leaky_relu": "vleaky({0}, {value!r})",
-}  # fmt: skip
-assert set(_CALLS) == set(ELEMENTWISE) | set(WITH_VALUE)
-
 _START = {"sum": "0.0", "max": "-np.inf", "min": "np.inf"}
 _JOIN = {"sum": "{0} + {1}", "max": "vmax({0}, {1})", "min": "vmin({0}, {1})"}
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """How the features of a row lie in vectors: ``parts`` pieces of ``lanes`` numbers, ``step`` apart."""
-
-    width: int
-    bits: int
-    parts: int
-    step: int
-    lanes: int
-
-    @classmethod
-    def of(cls, width: int, bits: int) -> Tiling:
-        parts = parts_per_byte(bits) if bits else 1
-        step = row_bytes(width, bits) if bits else width
-        lanes = max(8, TILE // parts)
-        while lanes > 8 and lanes // 2 >= step:
-            lanes //= 2
-        return cls(width, bits, parts, step, lanes)
-
-    @property
-    def firsts(self) -> range:
-        return range(0, self.step, self.lanes)
-
-    def features(self, first: int) -> list[int]:
-        """The feature of each lane of the tile at ``first``, -1 for none."""
-        found = []
-        for part in range(self.parts):
-            for k in range(first, first + self.lanes):
-                feature = part * self.step + k
-                found.append(feature if k < self.step and feature < self.width else -1)
-        return found
-
-    def constants(self, first: int) -> str:
-        """The constants of :func:`.lanes.vload_tile`."""
-        return f"{first}, {self.step}, {self.parts}, {self.lanes}, {self.width}"
-
-
-def _runs(numbers: list[int]) -> str:
-    """The text of a pattern of lanes."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and runs[-1][0] == number:
-            runs[-1][1] += 1
-        else:
-            runs.append([number, 1])
-    return " ".join(f"{number}x{count}" for number, count in runs)
 
 
 @dataclass
@@ -111,7 +52,7 @@ class Writer:
 
     def __post_init__(self) -> None:
         self.nodes = self.program.nodes
-        self.scalar = _scalars(self.program)
+        self.scalar = scalars(self.program)
         self.readers: dict[int, list[int]] = {}
         for index, node in enumerate(self.nodes):
             for use in node.args:
@@ -127,7 +68,7 @@ class Writer:
         return f"v{self.names}"
 
     def write(self) -> str:
-        operands = [name for k, o in enumerate(self.program.operands) for name in _arrays(k, o)]
+        operands = [name for k, o in enumerate(self.program.operands) for name in arrays_of(k, o)]
         outs = [f"out{k}" for k in range(len(self.program.outputs) + len(self.program.edge_outputs))]
         args = ["rowptr", "col", "edge", "max_degree", *operands, *outs, "bounds", "counter"]
         body = Writer(self.program, depth=3)
@@ -159,7 +100,7 @@ class Writer:
                 kept[f"row{index}"] = str(-(-node.width // LANES) * LANES + TILE)
             elif index in self.scalar and node.op != "literal":
                 kept[f"s{index}"] = f"max_degree * {node.width} + {TILE}"
-        for index, position in _fills(self.program, self.scalar):
+        for index, position in fills(self.program, self.scalar):
             kept[f"f{index}_{position}"] = f"max_degree * {self.nodes[index].width} + {TILE}"
         return kept
 
@@ -198,14 +139,14 @@ class Writer:
         args = [self.filled(index, position, use) for position, use in enumerate(node.args)]
         self.put(f"for k in range(0, (end - begin) * {node.width}, {LANES}):")
         texts = [f"vsplat({arg[1:]}, {LANES})" if arg[0] == "=" else f"vload({arg}, k, {LANES})" for arg in args]
-        self.put(f"    vstore(s{index}, k, {_CALLS[node.op].format(*texts, value=node.value)})")
+        self.put(f"    vstore(s{index}, k, {CALLS[node.op].format(*texts, value=node.value)})")
 
     def filled(self, index: int, position: int, use: Use) -> str:
         """The scratch array with an argument of a node for every edge of the row; ``=1.0`` for a number."""
         node, arg = self.nodes[index], self.nodes[use.node]
         if arg.op == "literal":
             return f"={arg.value!r}"
-        if not _is_filled(self.program, self.scalar, node, use):
+        if not is_filled(self.program, self.scalar, node, use):
             return f"s{use.node}"
         name = f"f{index}_{position}"
         self.put("for e in range(begin, end):")
@@ -223,7 +164,7 @@ class Writer:
         if node.is_row:
             return f"row{index}", "0"
         if node.op == "load":
-            return f"a{int(node.value)}_", _base(self.program.operands[int(node.value)], "e")
+            return f"a{int(node.value)}_", base_of(self.program.operands[int(node.value)], "e")
         return f"s{index}", f"(e - begin) * {node.width}"
 
     def reduce_scalar(self, index: int) -> None:
@@ -261,7 +202,7 @@ class Writer:
                     texts.append(f"vload({array}, k, {LANES})")
                 else:
                     texts.append(f"vload_first({array}, {at} + k, {LANES}, {arg.width} - k)")
-        self.put(f"    vstore(row{index}, k, {_CALLS[node.op].format(*texts, value=node.value)})")
+        self.put(f"    vstore(row{index}, k, {CALLS[node.op].format(*texts, value=node.value)})")
 
     # -- wide stages ----------------------------------------------------------------------------------------------
 
@@ -282,7 +223,7 @@ class Writer:
             stage.start_edge()
             value = stage.value(root)
             features = tiling.features(first)
-            pattern = _runs([f // run if f >= 0 else -1 for f in features])
+            pattern = runs([f // run if f >= 0 else -1 for f in features])
             for head in sorted({f // run for f in features if f >= 0}):
                 total = f"vhead_sum({value}, '{pattern}', {head})"
                 at = f"(e - begin) * {heads} + {head}"
@@ -356,284 +297,6 @@ class Writer:
         if len(bits) > 1:
             raise Unsupported(f"codes of {sorted(bits)} bits in one sum")
         return Tiling.of(width, bits.pop() if bits else 0)
-
-
-class Stage:
-    """The expressions of one tile: what is the same for all edges before the loop, the rest in it."""
-
-    def __init__(self, writer: Writer, tiling: Tiling) -> None:
-        self.writer, self.tiling = writer, tiling
-
-    def enter(self, first: int) -> None:
-        self.first = first
-        self.fixed: dict[int, str] = {}
-        self.spread: dict[tuple[Use, int], str] = {}
-        self.sources: set[int] = set()
-        self.ranges: dict[int, tuple[str, str]] = {}
-        self.in_edge: dict[int, str] = {}
-        self.before = True
-
-    def start_edge(self) -> None:
-        self.before = False
-        self.in_edge = {}
-        self._prefetch()
-        self.writer.put("source = np.int64(peek(col_, e))")
-        self.writer.put("own = np.int64(peek(edge_, e))")
-
-    def _prefetch(self) -> None:
-        writer = self.writer
-        for number in sorted(self.sources):
-            operand = writer.program.operands[number]
-            if operand.bits:
-                stride, start = self.tiling.step // 4, self.first // 4
-                lines = range(start, min(stride, start + self.tiling.lanes // 4), 16)
-            else:
-                stride, start = operand.width, self.first
-                lines = range(start, min(stride, start + self.tiling.lanes), 16)
-            writer.put(f"ahead = np.int64(peek(col_, min(e + AHEAD, final))) * {stride}")
-            for line in lines:
-                writer.put(f"prefetch(a{number}_, ahead + {line})")
-
-    def value(self, index: int, invariant_only: bool = False) -> str:
-        """The name of a node's vector; before the loop only what all edges share is written."""
-        if invariant_only:
-            self._hoist(index)
-            return ""
-        if index in self.fixed:
-            return self.fixed[index]
-        if index not in self.in_edge:
-            self.in_edge[index] = self._write(index)
-        return self.in_edge[index]
-
-    def _hoist(self, index: int) -> bool:
-        """Write what the node shares with all edges of the row; whether that is the whole node."""
-        node, writer = self.writer.nodes[index], self.writer
-        if index in self.fixed:
-            return True
-        if node.op == "load":
-            operand = writer.program.operands[int(node.value)]
-            if operand.side in ("source", "edge"):
-                if operand.side == "source" and index not in writer.scalar:
-                    self.sources.add(int(node.value))
-                if operand.bits:
-                    self._range(int(node.value), operand)
-                return False
-        elif not node.is_row and node.op != "literal":
-            if index in writer.scalar:
-                return False
-            if node.op == "map":
-                return False
-            shared = [self._hoist(use.node) for use in node.args]
-            whole = all(shared)
-            # Arguments that are the same for all edges are there by now, spread to where they are used.
-            if not whole:
-                for use in node.args:
-                    self._spread_fixed(use, node.width)
-                return False
-        if node.width == self.tiling.width:
-            self.fixed[index] = self._write(index)
-        return node.width == self.tiling.width
-
-    def _spread_fixed(self, use: Use, width: int) -> None:
-        node = self.writer.nodes[use.node]
-        shared = node.is_row or node.op == "literal" or (
-            node.op == "load" and self.writer.program.operands[int(node.value)].side in ("target", "constant")
-        )
-        if shared and node.width != width and (use, width) not in self.spread:
-            text, name = self.used(use, width), self.writer.name()
-            self.writer.put(f"{name} = {text}")
-            self.spread[use, width] = name
-
-    def used(self, use: Use, width: int) -> str:
-        """The vector of an argument, spread to ``width`` numbers."""
-        node = self.writer.nodes[use.node]
-        if node.width == width and use.node in self.fixed:
-            return self.fixed[use.node]
-        if (use, width) in self.spread:
-            return self.spread[use, width]
-        if node.op == "literal":
-            return self._literal(node)
-        if node.width == width and use.node not in self.writer.scalar:
-            return self.value(use.node)
-        array, at = self.writer.place(use.node)
-        at = at.replace("np.int64(peek(col_, e))", "source").replace("np.int64(peek(edge_, e))", "own")
-        features = self.tiling.features(self.first)
-        if use.mode == "tile":
-            numbers = [f % node.width if f >= 0 else 0 for f in features]
-        else:
-            numbers = [f * node.width // width if f >= 0 else -1 for f in features]
-            # Lanes without a feature follow those before them: fewer different numbers.
-            for k, number in enumerate(numbers):
-                numbers[k] = numbers[k - 1] if number < 0 and k else max(0, number)
-        if len(set(numbers)) == 1:
-            return f"vsplat(peek({array}, {at} + {numbers[0]}), {len(numbers)})"
-        if node.width > NARROW:
-            raise Unsupported(f"{node.width} numbers per edge are spread over its features")
-        return f"vpattern({array}, {at}, {node.width}, '{_runs(numbers)}')"
-
-    def _literal(self, node: Node) -> str:
-        value = f"np.float32('{node.value}')" if node.value != node.value or abs(node.value) == float("inf") else repr(
-            float(node.value)
-        )
-        return f"vsplat({value}, {self.tiling.lanes * self.tiling.parts})"
-
-    def _write(self, index: int) -> str:
-        node, writer = self.writer.nodes[index], self.writer
-        if node.op == "load":
-            text = self._load(int(node.value))
-        elif node.op == "literal":
-            text = self._literal(node)
-        elif node.is_row:
-            text = f"vload_tile(row{index}, 0, {self.tiling.constants(self.first)})"
-        elif node.op == "map":
-            text = self._map(node)
-        elif index in writer.scalar:
-            text = self.used(Use(index), node.width)
-        else:
-            args = [self.used(use, node.width) for use in node.args]
-            text = _CALLS[node.op].format(*(f"({arg})" for arg in args), value=node.value)
-        name = writer.name()
-        writer.put(f"{name} = {text}")
-        return name
-
-    def _map(self, node: Node) -> str:
-        """Numbers of an edge times rows of a matrix."""
-        writer = self.writer
-        x, matrix = (writer.nodes[use.node] for use in node.args)
-        array, at = writer.place(node.args[0].node)
-        at = at.replace("np.int64(peek(col_, e))", "source").replace("np.int64(peek(edge_, e))", "own")
-        rows = f"a{int(matrix.value)}_"
-        total = ""
-        for k in range(x.width):
-            number = f"vsplat(peek({array}, {at} + {k}), {self.tiling.lanes * self.tiling.parts})"
-            row = f"vload_tile({rows}, {k * node.width}, {self.tiling.constants(self.first)})"
-            name = writer.name()
-            writer.put(f"{name} = vfma({number}, {row}, {total})" if total else f"{name} = {number} * {row}")
-            total = name
-        return total
-
-    def _load(self, number: int) -> str:
-        operand, tiling = self.writer.program.operands[number], self.tiling
-        if operand.bits:
-            return self._decode(number, operand)
-        base = _base(operand, "e").replace("np.int64(peek(col_, e))", "source")
-        base = base.replace("np.int64(peek(edge_, e))", "own")
-        return f"vload_tile(a{number}_, {base}, {tiling.constants(self.first)})"
-
-    def _range(self, number: int, operand: Operand) -> None:
-        """Vectors of a range that all rows share."""
-        if number in self.ranges or operand.ranges == "row":
-            return
-        names = []
-        for what in ("scale", "lower"):
-            name = self.writer.name()
-            if operand.ranges == "tensor":
-                like = self.tiling.lanes * self.tiling.parts
-                self.writer.put(f"{name} = vsplat(peek(a{number}_{what}_, 0), {like})")
-            else:
-                constants = self.tiling.constants(self.first)
-                self.writer.put(f"{name} = vload_tile(a{number}_{what}_, 0, {constants})")
-            names.append(name)
-        self.ranges[number] = (names[0], names[1])
-
-    def _decode(self, number: int, operand: Operand) -> str:
-        tiling, writer = self.tiling, self.writer
-        stride, lanes, start = tiling.step // 4, tiling.lanes // 4, self.first // 4
-        words = writer.name()
-        at = f"source * {stride} + {start}" if operand.side == "source" else f"i * {stride} + {start}"
-        if start + lanes <= stride:
-            writer.put(f"{words} = vload(a{number}_, {at}, {lanes})")
-        else:
-            writer.put(f"{words} = vload_first(a{number}_, {at}, {lanes}, {stride - start})")
-        like = f"vlanes('u8', {tiling.lanes * tiling.parts})"
-        codes = f"vcast(vspread({words}, {like}), 'f32')"
-        if operand.ranges == "row":
-            row = "source" if operand.side == "source" else "i"
-            like = str(tiling.lanes * tiling.parts)
-            scale, lower = (f"vsplat(peek(a{number}_{what}_, {row}), {like})" for what in ("scale", "lower"))
-            return f"{codes} * {scale} + {lower}"
-        scale, lower = self.ranges[number]
-        return f"{codes} * {scale} + {lower}"
-
-
-def _arrays(number: int, operand: Operand) -> list[str]:
-    return [f"a{number}", f"a{number}_scale", f"a{number}_lower"] if operand.bits else [f"a{number}"]
-
-
-def _base(operand: Operand, edge: str) -> str:
-    """The position of an operand's row for an edge."""
-    return {
-        "source": f"np.int64(peek(col_, {edge})) * {operand.width}",
-        "target": f"i * {operand.width}",
-        "edge": f"np.int64(peek(edge_, {edge})) * {operand.width}",
-        "constant": "0",
-    }[operand.side]
-
-
-def _scalars(program: Program) -> set[int]:
-    """Nodes of edges that are kept per edge: sums over features, and what wider ones or such nodes read."""
-    readers: dict[int, list[int]] = {}
-    for index, node in enumerate(program.nodes):
-        for use in node.args:
-            readers.setdefault(use.node, []).append(index)
-    found: set[int] = set()
-    small_rows: set[int] = set()
-    for index in reversed(range(len(program.nodes))):
-        node = program.nodes[index]
-        by = [(k, program.nodes[k]) for k in readers.get(index, [])]
-        narrow = any(
-            (reader.width > node.width and reader.op in _CALLS)
-            or (reader.width == node.width and (k in found or k in small_rows) and reader.op != "dot")
-            for k, reader in by
-        )
-        if not (narrow or node.op == "dot" or index in program.edge_outputs):
-            continue
-        (small_rows if node.is_row else found).add(index)
-    for index in found:
-        node = program.nodes[index]
-        if node.op == "load" and program.operands[int(node.value)].bits:
-            raise Unsupported("packed features are spread over wider ones")
-        if node.op == "map" or (node.op != "literal" and node.width > NARROW):
-            raise Unsupported(f"{node.width} numbers are kept per edge")
-    # What a kept sum over features makes of its own: reductions of it, and so on, are narrow as well.
-    changed = True
-    while changed:
-        changed = False
-        for index, node in enumerate(program.nodes):
-            kept = not node.is_row and node.op not in ("load", "literal", "dot") and index not in found
-            if kept and node.op in _CALLS and node.width <= NARROW and _reads_kept(program, node, found):
-                found.add(index)
-                changed = True
-    return found
-
-
-def _reads_kept(program: Program, node: Node, found: set[int]) -> bool:
-    """Whether all that an edge gives to ``node`` is kept already."""
-    args = [use.node for use in node.args if not program.nodes[use.node].is_row]
-    args = [k for k in args if program.nodes[k].op != "literal"]
-    wide = [k for k in args if k not in found and not (program.nodes[k].op == "load" and _is_float(program, k))]
-    return bool(args) and not wide and any(k in found and program.nodes[k].width == node.width for k in args)
-
-
-def _is_float(program: Program, index: int) -> bool:
-    return not program.operands[int(program.nodes[index].value)].bits
-
-
-def _is_filled(program: Program, scalar: set[int], node: Node, use: Use) -> bool:
-    """Whether an argument of a kept node has to be copied into a scratch array for it."""
-    arg = program.nodes[use.node]
-    if arg.op == "literal":
-        return False
-    return arg.is_row or arg.op == "load" or arg.width != node.width
-
-
-def _fills(program: Program, scalar: set[int]) -> list[tuple[int, int]]:
-    """Nodes and positions of arguments that are copied."""
-    found = []
-    for index, node in enumerate(program.nodes):
-        if index in scalar and node.op in _CALLS:
-            found += [(index, k) for k, use in enumerate(node.args) if _is_filled(program, scalar, node, use)]
-    return found
 
 
 def write_source(program: Program) -> str:
