@@ -106,6 +106,8 @@ def pyg_paths(name: str, widths: Sequence[int] = WIDTHS) -> dict[str, PygPath]:
     elif name == "GraphSAGE":
         paths["PyG CSR, mean"] = PygPath(model, _plain_csr)
         paths["PyG CSR, weighted sum"] = PygPath(with_options(aggr="sum"), _mean_csr)
+    elif name == "GIN":
+        paths["PyG CSR"] = PygPath(model, _plain_csr)
     else:
         looped = with_options(add_self_loops=False)
         paths["PyG sorted edge_index"] = PygPath(looped, _looped)

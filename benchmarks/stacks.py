@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch_geometric.nn import GATConv, GCNConv, SAGEConv
+from torch_geometric.nn import GATConv, GCNConv, GINConv, SAGEConv
 
-__all__ = ["STACKS", "WIDTHS", "Stack", "build_stack"]
+__all__ = ["MORE_STACKS", "STACKS", "WIDTHS", "Stack", "build_stack"]
 
 WIDTHS = (128, 256, 256, 40)
 HEADS = 4
@@ -43,16 +43,25 @@ STACKS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
+def _gin(in_channels: int, out_channels: int, last: bool, **options: Any) -> GINConv:
+    hidden = nn.Linear(in_channels, out_channels)
+    return GINConv(nn.Sequential(hidden, nn.ReLU(), nn.Linear(out_channels, out_channels)), **options)
+
+
+MORE_STACKS: dict[str, Callable[..., nn.Module]] = {"GIN": _gin}  # on small graphs only
+
+
 def build_stack(name: str, widths: Sequence[int] = WIDTHS, seed: int = 0, **options: Any) -> Stack:
     """A float model in eval mode with seeded random weights; the GAT's hidden widths are those of all heads together.
 
     Args:
-        name: One of :data:`STACKS`.
+        name: One of :data:`STACKS` or :data:`MORE_STACKS`.
         widths: Of the input, the hidden layers and the output.
         seed: Of the weights.
         options: Further arguments of every convolution.
     """
     torch.manual_seed(seed)
     pairs = list(pairwise(widths))
-    convs = [STACKS[name](i, o, k == len(pairs) - 1, **options) for k, (i, o) in enumerate(pairs)]
+    make = {**STACKS, **MORE_STACKS}[name]
+    convs = [make(i, o, k == len(pairs) - 1, **options) for k, (i, o) in enumerate(pairs)]
     return Stack(convs).eval()

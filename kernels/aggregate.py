@@ -272,6 +272,7 @@ def aggregate(
     multiplier: Tensor | None = None,
     out_unit: Tensor | None = None,
     is_checked: bool = False,
+    addend: Tensor | None = None,
 ) -> Any:
     r"""Aggregate packed rows over the edges of ``plan``.
 
@@ -296,6 +297,8 @@ def aggregate(
             range ``(s m_i, l m_i)`` of ``out_scale``, ``out_offset``, ``m_i = clamp(ceil(max_f |y_if| / p), 1, 15)``.
         is_checked: As that of :func:`~qgnn_plugin.kernels.linear.linear`; the graph and the number of its sources are
             looked at all the same.
+        addend: ``[num_dst, F]`` float32, added after the bias; where ``is_checked`` and a kernel of the CPU is run at
+            once (:func:`.backend.is_direct`) only.
 
     Returns:
         ``[num_dst, F]`` float32, or ``[num_dst, row_words(F, out_bits)]`` int32 with ``out_bits``; with ``out_unit`` a
@@ -317,7 +320,9 @@ def aggregate(
     if is_checked and words.is_cpu and is_direct():
         check_csr(plan.rowptr, plan.col, plan.num_src)
         check_code_sums(plan.rowptr, plan.col, bits, multiplier is not None)
-        return implementation("aggregate", "cpu")(*args, out_unit)
+        return implementation("aggregate", "cpu")(*args, out_unit, addend)
+    if addend is not None:
+        raise ValueError("Expected no 'addend' past the kernels of the CPU (got one)")
     if out_unit is None:
         return torch.ops.qgnn.aggregate.default(*args)
     return torch.ops.qgnn.aggregate.rows(*args, out_unit=out_unit)

@@ -12,7 +12,14 @@ from torch import Tensor
 from .backend import has_numba
 from .indices import remember_csr
 
-__all__ = ["EdgeOrder", "check_nodes", "order_edges", "order_edges_reference"]
+__all__ = [
+    "EdgeOrder",
+    "check_nodes",
+    "inverse_degree",
+    "inverse_root_degree",
+    "order_edges",
+    "order_edges_reference",
+]
 
 FOUND = 8  # what counting finds (:mod:`.cpu.counting`)
 LOW_SRC, HIGH_SRC, LOW_DST, HIGH_DST, IS_SORTED, LOOPS, LAST = range(7)
@@ -152,3 +159,32 @@ def _is_plain(nodes: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
     )
+
+
+def inverse_degree(rowptr: Tensor) -> Tensor:
+    """``1 / max(d, 1)`` of the number of edges ``d`` into each node, ``[num_dst]`` float32."""
+    found = _factors(rowptr, is_root=False)
+    return 1 / _degree(rowptr).clamp_min(1) if found is None else found
+
+
+def inverse_root_degree(rowptr: Tensor) -> Tensor:
+    """``d^-1/2`` of the number of edges ``d`` into each node, 0 where there is none, ``[num_dst]`` float32."""
+    found = _factors(rowptr, is_root=True)
+    if found is not None:
+        return found
+    factor = _degree(rowptr).pow(-0.5)
+    return factor.masked_fill(factor == float("inf"), 0)
+
+
+def _degree(rowptr: Tensor) -> Tensor:
+    return (rowptr[1:] - rowptr[:-1]).to(torch.float32)
+
+
+def _factors(rowptr: Tensor, is_root: bool) -> Tensor | None:
+    """The same, compiled; :obj:`None` where that cannot be."""
+    counting = _compiled() if _is_plain(rowptr) and rowptr.is_contiguous() else None
+    if counting is None or rowptr.dtype is not torch.int64:
+        return None
+    out = torch.empty(rowptr.numel() - 1, dtype=torch.float32)
+    counting.degree_factors(rowptr.data_ptr(), out.numel(), int(is_root), out.data_ptr())
+    return out

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .arithmetic import check_multiplier, check_range, dequantize_codes, multiplied
+from .backend import implementation, is_direct
 from .layout import check_packed, unpack_codes
 from .library import register
 
@@ -42,7 +43,14 @@ register("unpack_dequantize", SCHEMA, _fake, _check)
 
 
 def unpack_dequantize(
-    words: Tensor, scale: Tensor, offset: Tensor, num_features: int, bits: int, multiplier: Tensor | None = None
+    words: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    num_features: int,
+    bits: int,
+    multiplier: Tensor | None = None,
+    *,
+    is_checked: bool = False,
 ) -> Tensor:
     r"""Unpack ``[N, row_words(F, bits)]`` words and dequantize, ``x^ = c s + l``, into ``[N, F]``
     float32.
@@ -50,4 +58,6 @@ def unpack_dequantize(
     ``scale`` and ``offset`` have one element, ``[F]`` or ``[N, 1]``; with a ``multiplier`` ``[N]`` uint8 (not per row)
     row ``i`` has the range ``(s m_i, l m_i)``.  Bitwise the same on every backend.
     """
+    if is_checked and words.is_cpu and is_direct():
+        return implementation("unpack_dequantize", "cpu")(words, scale, offset, num_features, bits, multiplier)
     return torch.ops.qgnn.unpack_dequantize.default(words, scale, offset, num_features, bits, multiplier)

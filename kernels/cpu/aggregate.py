@@ -98,20 +98,24 @@ def aggregate(
     schedule: Tensor | None = None,
     multiplier: Tensor | None = None,
     out_unit: Tensor | None = None,
+    addend: Tensor | None = None,
 ) -> Any:
-    factors = {
-        "dst_scale": dst_scale,
-        "bias": bias,
-        "relu": relu,
-        "out_scale": out_scale,
-        "out_offset": out_offset,
-        "out_bits": out_bits,
-        "out_unit": out_unit,
-    }
+    """The op; and ``addend`` ``[num_dst, F]`` float32, which comes after the bias."""
     is_weighted = edge_weight is not None or is_per_row(scale) or is_per_row(offset)
-    if not is_weighted:
-        factors.update(scale=scale, offset=offset)
-    out, closed, _held = epilogue(rowptr.numel() - 1, num_features, **factors)
+    out, closed, _held = epilogue(
+        rowptr.numel() - 1,
+        num_features,
+        scale=None if is_weighted else scale,
+        offset=None if is_weighted else offset,
+        dst_scale=dst_scale,
+        bias=bias,
+        relu=relu,
+        out_scale=out_scale,
+        out_offset=out_offset,
+        out_bits=out_bits,
+        out_unit=out_unit,
+        addend=addend,
+    )
     if rowptr.numel() == 1 or num_features == 0:
         return out
     stride = words.size(1)

@@ -9,7 +9,7 @@ from numba import carray, njit
 from . import jit
 from .address import at
 
-__all__ = ["count_edges", "place_edges"]
+__all__ = ["count_edges", "degree_factors", "place_edges"]
 
 LOW_SRC, HIGH_SRC, LOW_DST, HIGH_DST, IS_SORTED, LOOPS, LAST, DEGREE = range(8)  # what is found
 
@@ -80,3 +80,15 @@ def place_edges(src_at, dst_at, num_edges, num_dst, drops_loops, added, rowptr_a
         col[rowptr[i + 1] - 1] = i
         if has_perm:
             perm[rowptr[i + 1] - 1] = taken + i
+
+
+@jit.kernel
+def degree_factors(rowptr_at, num_rows, is_root, out_at):
+    """``1 / max(d, 1)`` of the degrees ``d`` of rows or, with ``is_root``, ``d^-1/2`` and 0 of none; float32."""
+    rowptr, out = _ints(rowptr_at, num_rows + 1), carray(at(out_at, np.float32), (num_rows,))
+    for i in range(num_rows):
+        degree = np.float32(rowptr[i + 1] - rowptr[i])
+        if is_root:
+            out[i] = np.float32(1) / np.sqrt(degree) if degree > 0 else np.float32(0)
+        else:
+            out[i] = np.float32(1) / max(degree, np.float32(1))

@@ -341,4 +341,4 @@ class Prepared:
 
 
 NO_RANGE = (0, 0, 0, 0)
-FEW_RESULTS = 1 << 17  # results: of more, memory is recycled, and gathering constants counts for nothing
+FEW_RESULTS = 1 << 18  # results: of more, memory is recycled, and gathering constants counts for nothing

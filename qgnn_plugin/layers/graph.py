@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.edge_order import inverse_degree, inverse_root_degree
 from ..kernels.plan import GraphPlan
 from ..kernels.plan_op import inverse_root
 from ..kernels.spmm import segment_sum, spmm
@@ -104,12 +105,16 @@ def plain_graph(
     """
 
     def build() -> NormalizedGraph:
-        edges = edges_of(edge_index, weight, flow, size)
-        plan = GraphPlan.from_edges(edges.src, edges.dst, *size)
-        values = edges.weight if isinstance(edge_index, Tensor) else weight
-        return NormalizedGraph(plan, None if values is None else own_order(plan, values), None, None)
+        return _plain(edge_index, size, flow, weight)
 
     return _cached(edge_index, weight, ("plain", size, flow), build, copies)
+
+
+def _plain(edge_index: Any, size: tuple[int, int], flow: str, weight: Tensor | None = None) -> NormalizedGraph:
+    edges = edges_of(edge_index, weight, flow, size)
+    plan = GraphPlan.from_edges(edges.src, edges.dst, *size)
+    values = edges.weight if isinstance(edge_index, Tensor) else weight
+    return NormalizedGraph(plan, None if values is None else own_order(plan, values), None, None)
 
 
 def mean_graph(
@@ -118,9 +123,12 @@ def mean_graph(
     """The graph with ``P`` the mean over neighbours, 0 where there are none; values as in :func:`plain_graph`."""
 
     def build() -> NormalizedGraph:
-        graph = plain_graph(edge_index, size, flow)
-        target = (1 / graph.plan.degree.to(dtype).clamp_min(1)).view(-1, 1)
-        return NormalizedGraph(graph.plan, graph.weight, None, target)
+        graph = _plain(edge_index, size, flow)
+        if dtype is torch.float32:
+            target = inverse_degree(graph.plan.rowptr)
+        else:
+            target = 1 / graph.plan.degree.to(dtype).clamp_min(1)
+        return NormalizedGraph(graph.plan, graph.weight, None, target.view(-1, 1))
 
     return _cached(edge_index, None, ("mean", size, flow, dtype), build, copies)
 
@@ -181,6 +189,9 @@ def gcn_graph(
 
 def _normalized(plan: GraphPlan, weight: Tensor | None, dtype: torch.dtype) -> NormalizedGraph:
     """With the factors of ``D^-1/2 W D^-1/2``, 0 for a node without edges."""
+    if weight is None and dtype is torch.float32:
+        factor = inverse_root_degree(plan.rowptr).view(-1, 1)
+        return NormalizedGraph(plan, weight, factor, factor)
     degree = plan.degree.to(dtype) if weight is None else segment_sum(plan, weight)
     factor = inverse_root(degree).view(-1, 1)
     if weight is not None and may_look(factor) and bool(factor.detach().isnan().any()):

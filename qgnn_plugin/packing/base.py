@@ -13,6 +13,8 @@ from torch_geometric.nn import MessagePassing
 
 from ..config import OFF, QuantConfig
 from ..kernels.aggregate import aggregate
+from ..kernels.backend import is_direct
+from ..kernels.finite import is_finite
 from ..kernels.layout import pack_codes
 from ..layers.arithmetic import aggregate_sum
 from ..layers.base import QuantizedLayer, SwappedLayer, float_state, named_as
@@ -454,21 +456,30 @@ class PackedConv(PackedLayer, SmoothLayer):
         if isinstance(x, QuantizedTensor) and x.qmax is not None:
             x = packed_dense(x)
 
-        def run(start: int, stop: int, **more: Any) -> Tensor:
+        width = x.num_features if isinstance(x, PackedTensor) else x.shape[1]
+        bias = epilogue.get("bias")
+        fits = bias is None or (bias.shape == (width,) and bias.dtype is torch.float32)
+
+        def run(start: int, stop: int, addend: Tensor | None = None, **more: Any) -> Tensor:
             part = graph.rows(start, stop)
             if isinstance(x, PackedTensor):
-                return aggregate(
+                added = {"addend": addend} if addend is not None and fits and is_direct() else {}
+                end = {} if addend is not None and not added else more
+                y = aggregate(
                     x.words, part.plan, x.scale, x.lower, x.num_features, x.bits, edge_weight=part.weight,
                     dst_scale=None if part.target is None else part.target.view(-1), multiplier=x.multiplier,
-                    **epilogue, **more,
+                    is_checked=fits, **added, **epilogue, **end,
                 )  # fmt: skip
+                return y if addend is None or added else conclude(y.add_(addend), **more)
+            assert addend is None
             assert set(epilogue) <= {"bias"}
             out = aggregate_sum(x, part.plan, part.weight)
             out = out if part.target is None else out * part.target
             return conclude(out if epilogue.get("bias") is None else out + epilogue["bias"], **more)
 
-        width = x.num_features if isinstance(x, PackedTensor) else x.shape[1]
-        return Producer(graph.plan.num_dst, width, graph.plan.device, run, is_fused=isinstance(x, PackedTensor))
+        is_packed = isinstance(x, PackedTensor)
+        adds = is_packed and graph.plan.device.type == "cpu"
+        return Producer(graph.plan.num_dst, width, graph.plan.device, run, is_fused=is_packed, adds=adds)
 
     def aggregated(self, x: Activation, graph: NormalizedGraph, **epilogue: Any) -> Tensor:
         """The floats of :meth:`aggregation`."""
@@ -486,8 +497,9 @@ def _expect_finite_graph(graph: NormalizedGraph) -> None:
     """
     if _FINITE in graph.__dict__ or torch.compiler.is_compiling():
         return
-    for values, what in ((graph.weight, "edge weights"), (graph.source, "degrees"), (graph.target, "degrees")):
-        if values is not None and not bool(values.isfinite().all()):
+    target = None if graph.target is graph.source else graph.target
+    for values, what in ((graph.weight, "edge weights"), (graph.source, "degrees"), (target, "degrees")):
+        if values is not None and not is_finite(values):
             raise ValueError(
                 f"Expected finite {what} (got NaN or infinity); check the edge weights, and for negative ones that the "
                 f"layer does not normalize"

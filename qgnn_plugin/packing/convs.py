@@ -252,7 +252,8 @@ class PackedGINConv(PackedConv):
         else:
             out = self.aggregation(sent, graph)
         if own is not None:
-            out = added(out, self._own(own if isinstance(own, PackedTensor) else packed_dense(own)))
+            share = self._own(own if isinstance(own, PackedTensor) else packed_dense(own))
+            out = added(share, out) if out.adds else added(out, share)
         if self._smp is not None and x_dst is not None and same:
             return self.nn(samples.shaped(self._smoothed(sent.dequantize(), out(), graph)))
         return self.nn(samples.shaped(DeferredTensor(out) if is_deferring() else out()))

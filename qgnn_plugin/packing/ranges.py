@@ -139,6 +139,9 @@ class PackedTensor:
 
     def dequantize(self) -> Tensor:
         """``[N, F]`` float32."""
+        if self.scale.numel() == 1:
+            options = {"multiplier": self.multiplier, "is_checked": True}
+            return unpack_dequantize(self.words, self.scale, self.lower, self.num_features, self.bits, **options)
         scale, lower = self.row_range
         if scale.dim() == 2 and scale.size(1) > 1:
             scale, lower = (per_feature(v, self.num_features) for v in (scale, lower))
@@ -302,10 +305,14 @@ class PackedRange(nn.Module):
 
     def wrap(self, packed: Tensor | tuple[Tensor, Tensor], num_features: int) -> PackedTensor:
         """Words, with the multipliers of their rows, that a kernel has quantized to this (fixed) range."""
-        words, multiplier = packed if isinstance(packed, tuple) else (packed, None)
-        scale, spec = self._buffers["scale"], self.spec
+        scale = self._buffers["scale"]
         assert scale is not None
-        return PackedTensor(words, scale, self.lower, num_features, spec.bits, spec.zero_code == 0, multiplier)
+        return self._wrapped(packed, num_features, scale, self.lower)
+
+    def _wrapped(self, packed: Any, num_features: int, scale: Tensor, lower: Tensor) -> PackedTensor:
+        words, multiplier = packed if isinstance(packed, tuple) else (packed, None)
+        spec = self.spec
+        return PackedTensor(words, scale, lower, num_features, spec.bits, spec.zero_code == 0, multiplier)
 
     def _range_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Scale and lower end that broadcast to ``x``, and the multiples ``[N, 1]`` that they are."""
@@ -338,6 +345,10 @@ class PackedRange(nn.Module):
             ValueError: If it is on another device, one-bit data are no longer 0 or one value, or (with ``check``)
                 not finite.
         """
+        if type(x) is DeferredTensor and self.spec.is_fixed:
+            scale = self._buffers["scale"]
+            if scale is not None and scale.device == x.pending.producer.device:  # nothing else can be wrong with it
+                return self._of_pending(x.pending)
         self.expect(x)
         if self.bits == UNSET:
             raise RuntimeError(
@@ -394,7 +405,8 @@ class PackedRange(nn.Module):
 
     def _of_pending(self, x: Pending) -> PackedTensor:
         if self.spec.is_fixed:
-            return self.wrap(x.packed(**self.output_range()), x.producer.num_features)
+            out = self.output_range()
+            return self._wrapped(x.packed(**out), x.producer.num_features, out["out_scale"], out["out_offset"])
         return joined([self._quantize_rows(block) for _, block in x.blocks()])
 
     def quantize_heads(self, x: Tensor) -> PackedTensor:

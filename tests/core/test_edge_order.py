@@ -9,7 +9,12 @@ from graphs import GRAPHS
 
 from qgnn_plugin.kernels import edge_order, indices
 from qgnn_plugin.kernels.backend import has_numba
-from qgnn_plugin.kernels.edge_order import order_edges, order_edges_reference
+from qgnn_plugin.kernels.edge_order import (
+    inverse_degree,
+    inverse_root_degree,
+    order_edges,
+    order_edges_reference,
+)
 
 pytestmark = pytest.mark.skipif(not has_numba(), reason="the counting sort is compiled by numba")
 
@@ -79,3 +84,12 @@ def test_self_loops_that_are_left_out_need_not_exist_unless_asked(order: Callabl
     assert order(src, dst, 2, 2, added=2, drops_loops=True).col.tolist() == [0, 0, 1]
     with pytest.raises(ValueError, match=r"Expected source nodes in the interval \[0, 2\)"):
         order(src, dst, 2, 2, added=2, drops_loops=True, checks_loops=True)
+
+
+@pytest.mark.parametrize("factors", [inverse_degree, inverse_root_degree])
+def test_factors_of_degrees_are_those_of_torch(factors: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    degrees = torch.cat([torch.arange(3000), torch.randint(1 << 22, (500,))])
+    rowptr = torch.cat([torch.zeros(1, dtype=torch.int64), degrees.cumsum(0)])
+    found = factors(rowptr)
+    monkeypatch.setattr(edge_order, "_compiled", lambda: None)
+    assert torch.equal(found, factors(rowptr))

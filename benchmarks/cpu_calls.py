@@ -1,0 +1,167 @@
+"""What sections of single calls have in common: sides on small graphs, the same one again or a new one each time."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import cycle
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import qgnn_plugin as qgnn
+
+from .cpu_paths import EDGE_INDEX, pyg_paths, quantized_stack
+from .cpu_report import Target, table
+from .stacks import MORE_STACKS, STACKS
+from .timing import Timing, interleaved, set_threads
+
+__all__ = ["Case", "Graph", "measure_cases", "molecules", "random_graph", "rows_of", "section_markdown", "targets_of"]
+
+BITS = 4
+SIDE = f"INT{BITS}"
+DIFFERENT = 8  # graphs that calls with a new one go through
+TAIL = 0.99
+Graph = tuple[Tensor, Tensor]  # features, edge_index
+
+
+@dataclass(frozen=True)
+class Case:
+    """Calls that are timed.
+
+    Args:
+        name: What they are of.
+        make: A graph with that many features; another one each time.
+        features, hidden, layers: Of the models.
+        is_new: Whether every call gets a graph that was not seen before, in memory of its own.
+        rounds: Calls of each side.
+        least: The ratio to the best of PyG that the median has to reach; the tail has to reach 1.
+    """
+
+    name: str
+    make: Callable[[int, torch.Generator], Graph]
+    features: int
+    hidden: int
+    layers: int
+    is_new: bool
+    rounds: int
+    least: float = 1.0
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return (self.features, *[self.hidden] * self.layers)
+
+    def settings(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if key != "make"}
+
+
+def molecules(count: int, nodes: int) -> Callable[[int, torch.Generator], Graph]:
+    """Random trees with two rings of about ``nodes`` nodes, side by side; both directions of every bond."""
+
+    def make(features: int, generator: torch.Generator) -> Graph:
+        edges, offset = [], 0
+        for _ in range(count):
+            size = nodes if count == 1 else int(torch.randint(nodes - 8, nodes + 9, (1,), generator=generator))
+            child = torch.arange(1, size)
+            parent = (torch.rand(size - 1, generator=generator) * child).long()
+            first = torch.cat([child, torch.tensor([0, 3])])
+            second = torch.cat([parent, torch.tensor([size - 1, size // 2])])
+            edges.append(torch.stack([torch.cat([first, second]), torch.cat([second, first])]) + offset)
+            offset += size
+        return torch.randn(offset, features, generator=generator), torch.cat(edges, 1)
+
+    return make
+
+
+def random_graph(nodes: int, edges: int) -> Callable[[int, torch.Generator], Graph]:
+    """Ends of edges drawn uniformly, in no order."""
+
+    def make(features: int, generator: torch.Generator) -> Graph:
+        x = torch.randn(nodes, features, generator=generator)
+        return x, torch.randint(nodes, (2, edges), generator=generator)
+
+    return make
+
+
+def _sides(name: str, case: Case, graphs: Sequence[Graph]) -> dict[str, Callable[[], Any]]:
+    """PyG's paths and the packed model; conversion counts where every graph is new, and happens before elsewhere."""
+    packed = qgnn.pack_model(quantized_stack(name, BITS, case.widths, graphs[0]))
+    sides: dict[str, Callable[[], Any]] = {}
+
+    def inputs() -> Iterator[Graph]:
+        return cycle(graphs if case.is_new else graphs[:1])
+
+    for label, path in pyg_paths(name, case.widths).items():
+        known, given = path.convert(graphs[0][1], graphs[0][0].size(0)), inputs()
+
+        def call(path: Any = path, known: Any = known, given: Iterator[Graph] = given) -> Tensor:
+            x, edge_index = next(given)
+            return path.model(x, path.convert(edge_index.clone(), x.size(0)) if case.is_new else known)
+
+        sides[label] = call
+    given = inputs()
+
+    def call_packed() -> Tensor:
+        x, edge_index = next(given)
+        return packed(x, edge_index.clone() if case.is_new else edge_index)
+
+    return {**sides, SIDE: call_packed}
+
+
+def _tail(timing: Timing) -> float:
+    return float(np.quantile(list(timing.processor.values()), TAIL))
+
+
+def rows_of(model: str, case: Case, timings: Mapping[str, Timing]) -> list[dict[str, Any]]:
+    """A row per side, with ratios to the best of PyG's: processor times, since other work on the machine counts not."""
+    medians = {side: timing.processor_median for side, timing in timings.items()}
+    best = min((side for side in timings if side != SIDE), key=medians.__getitem__)
+    return [
+        {
+            "case": case.name,
+            "model": model,
+            "side": side,
+            "ms": 1e3 * medians[side],
+            "99 % ms": 1e3 * _tail(timing),
+            "over best PyG": medians[best] / medians[side],
+            "99 % over best PyG": _tail(timings[best]) / _tail(timing),
+            f"over {EDGE_INDEX}": medians[EDGE_INDEX] / medians[side],
+        }
+        for side, timing in timings.items()
+    ]
+
+
+def measure_cases(cases: Sequence[Case], args: argparse.Namespace) -> dict[str, Any]:
+    """Every case of every model, on one thread."""
+    set_threads(1)
+    rows: list[dict[str, Any]] = []
+    with torch.no_grad():
+        for case in cases:
+            generator = torch.Generator().manual_seed(0)
+            graphs = [case.make(case.features, generator) for _ in range(DIFFERENT if case.is_new else 1)]
+            for model in (*STACKS, *MORE_STACKS):
+                sides = _sides(model, case, graphs)
+                for run in sides.values():  # caches and allocators settle
+                    run()
+                rounds = min(case.rounds, args.rounds * case.rounds // 7 or 1)
+                rows += rows_of(model, case, interleaved(sides, rounds))
+    return {"rows": rows}
+
+
+def section_markdown(title: str, notes: str, section: Mapping[str, Any]) -> list[str]:
+    """The section of a report."""
+    columns = ("case", "model", "side", "ms", "99 % ms", "over best PyG", "99 % over best PyG", f"over {EDGE_INDEX}")
+    return [f"## {title}", "", notes, *table(columns, section["data"]["rows"])]
+
+
+def targets_of(cases: Sequence[Case], data: Mapping[str, Any]) -> list[Target]:
+    """The median of each case and model, and its tail."""
+    found = []
+    for case in cases:
+        rows = [row for row in data["rows"] if row["case"] == case.name and row["side"] == SIDE]
+        for key, least in (("over best PyG", case.least), ("99 % over best PyG", 1.0)):
+            found.append(Target(f"{case.name}, {key}", least, {row["model"]: row[key] for row in rows}))
+    return found
