@@ -32,6 +32,18 @@ test: $(STAMP)
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
+# The tests on the oldest versions that pyproject.toml claims, in an environment of its own (ARGS="tests/core -x").
+FLOORS := $(CACHE)/floors
+.PHONY: test-floors
+test-floors: export OMP_NUM_THREADS ?= 1
+test-floors: export NUMBA_NUM_THREADS ?= 1
+test-floors:
+	test -x $(FLOORS)/bin/python || $(PYTHON) -m venv $(FLOORS)
+	$(FLOORS)/bin/python -m pip install --quiet pytest pytest-xdist hypothesis "setuptools>=77" wheel tomli
+	$(FLOORS)/bin/python -m pip install --quiet $$($(FLOORS)/bin/python tools/floors.py)
+	$(FLOORS)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	$(FLOORS)/bin/python -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
+
 # mypy and the documentation do not follow package-dir: they read a tree of links laid out as the installed package.
 .PHONY: links docs
 links:

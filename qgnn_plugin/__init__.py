@@ -28,6 +28,7 @@ from .packing import (
     packed_bytes,
     save_packed,
 )
+from .pretrained import PretrainedMixin, from_pretrained, save_pretrained
 from .quantizers import QLRQuantizer, QuantizedTensor
 from .quantizers.compressed import compressed_activations
 from .smp import MultiplierState, SMPropagation, differential_multiplier_step, smp_layers
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from .analysis.report import report
     from .analysis.sensitivity import suggest_bits
 
+from .warming import warmup
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -48,6 +51,7 @@ __all__ = [
     "PackedBytes",
     "PackedEmbeddings",
     "PackedLayer",
+    "PretrainedMixin",
     "QLRQuantizer",
     "QuantConfig",
     "QuantizedLayer",
@@ -65,6 +69,7 @@ __all__ = [
     "export_package",
     "export_program",
     "fixed_graph",
+    "from_pretrained",
     "is_packed",
     "is_quantized",
     "lightning_modules",
@@ -80,10 +85,12 @@ __all__ = [
     "report",
     "restore_model",
     "save_packed",
+    "save_pretrained",
     "smp_layers",
     "suggest_bits",
     "summary",
     "training",
+    "warmup",
 ]
 
 # Not needed to convert and pack a model: sub-packages, and functions by where they are.

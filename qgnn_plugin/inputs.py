@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from torch_geometric.data import HeteroData
 from torch_geometric.data.data import BaseData
 
-__all__ = ["Forward", "is_data", "model_inputs", "run_model", "tensors_in"]
+__all__ = ["Forward", "is_data", "model_inputs", "parameters_of", "run_model", "tensors_in"]
 
 Forward = Callable[[nn.Module, Any], Any]
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -129,6 +129,16 @@ def _parameters(model: nn.Module, forward: Any) -> list[Parameter]:
         return list(inspect.signature(forward).parameters.values())
     except (TypeError, ValueError):  # compiled code, which does not tell
         return [Parameter("args", Parameter.VAR_POSITIONAL)]
+
+
+def parameters_of(model: nn.Module) -> list[Parameter]:
+    """What ``model`` is called with.
+
+    Raises:
+        TypeError: If it has no ``forward``.
+    """
+    model = _unwrapped(model)
+    return _parameters(model, _forward_of(model))
 
 
 def _check_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

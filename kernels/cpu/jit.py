@@ -13,7 +13,11 @@ from typing import Any
 import numba
 from numba.core.caching import IndexDataCacheFile
 
+from .compiling import listen
+
 __all__ = ["kernel"]
+
+listen()
 
 
 def _fingerprint() -> str:

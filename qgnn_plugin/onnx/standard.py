@@ -371,6 +371,11 @@ def inverse_root(degree: Tensor) -> Tensor:
     return torch.where(degree == 0, 0.0, 1 / torch.sqrt(degree))
 
 
+def amax(x: Tensor, dim: Any = (), keepdim: bool = False) -> Any:
+    """The largest of all values: exporters know that of some dimensions alone."""
+    return NotImplemented if len(dim) or keepdim else torch.max(x.reshape(-1), 0).values
+
+
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "quantize_pack": quantize_pack,
     "unpack_dequantize": unpack_dequantize,
@@ -388,4 +393,4 @@ STANDARD: dict[Any, Callable[..., Any]] = {
     getattr(getattr(torch.ops.qgnn, name), overload): function
     for name, function in _FUNCTIONS.items()
     for overload in getattr(torch.ops.qgnn, name).overloads()
-}
+} | {torch.ops.aten.amax.default: amax}
