@@ -120,6 +120,9 @@ def test_root_of_the_class_itself(tmp_path: Path, name: str, write: object) -> N
         ("zzzzz", r"got 'zzzzz'\)\. Known: demo, Cora, CiteSeer"),
         ("Planetoids/Cora", "Did you mean 'Planetoid'"),
         ("KarateClub/x", "a data set kept in files"),
+        ("karate-club", "a data set kept in files"),
+        ("WikiCz", "Did you mean 'WikiCS'"),
+        ("amazon", "expected 'Amazon/Name'"),
         ("Amazon/Phot", "a data set of 'Amazon'"),
     ],
 )

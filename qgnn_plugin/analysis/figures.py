@@ -23,7 +23,6 @@ WIDTH = 8.0
 BINS = 60
 MOST_LEVELS = 16  # that are drawn as lines
 MOST_PANELS = 30  # of one picture
-MARKERS = "os^Dvph*"
 LINES = ("-", "--", "-.", ":")
 HATCHES = ("", "////")
 LIGHT = {
@@ -119,7 +118,7 @@ def _log_ticks(axes: Axes, values: Sequence[float], factor: float = 1.5) -> None
 
     axes.set_xscale("log")
     axes.set_xlim(min(values) / factor, max(values) * factor)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0, 7.0)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
     axes.xaxis.set_minor_formatter(NullFormatter())
 
@@ -293,20 +292,34 @@ def costs(layers: Sequence[LayerCost]) -> Drawing:
 
 
 def frontier(
-    groups: Mapping[str, Sequence[tuple[float, float]]], chosen: tuple[float, float] | None, what: str, unit: str
+    mixed: Sequence[tuple[float, float, float]],
+    uniform: Mapping[str, tuple[float, float, float]],
+    chosen: tuple[float, float, float],
+    float_quality: float,
 ) -> Drawing:
-    """Quality against cost: named groups of points, and the one that was chosen."""
+    """What mixed widths lose for what they save: every point is (bytes, loss, validation accuracy)."""
+    ordered = sorted(mixed)
+    best = [p for i, p in enumerate(ordered) if all(p[1] < other[1] for other in ordered[:i])]
 
     def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        for i, (name, points) in enumerate(groups.items()):
-            ordered = sorted(points)
-            line = f"{MARKERS[i % len(MARKERS)]}{LINES[i % len(LINES)]}"
-            axes.plot(*zip(*ordered, strict=True), line, color=f"C{i % 4}", label=name, markersize=5)
-        if chosen is not None:
-            axes.scatter([chosen[0]], [chosen[1]], marker="*", s=240, color="C1", zorder=4, label="chosen")
-        axes.set_xlabel(unit)
-        axes.set_ylabel(what)
-        axes.legend()
+        figure.set_size_inches(WIDTH, 3.6)
+        panels = figure.subplots(1, 2)
+        for axes, place in zip(panels, (1, 2), strict=True):
+            axes.scatter([p[0] for p in mixed], [p[place] for p in mixed], s=22, color="C0", label="mixed widths")
+            for (name, point), shape in zip(uniform.items(), "sDv", strict=False):
+                axes.scatter([point[0]], [point[place]], marker=shape, s=50, color="C2", zorder=3, label=name)
+            axes.scatter([chosen[0]], [chosen[place]], marker="*", s=220, color="C1", zorder=4, label="suggested")
+            _log_ticks(axes, [p[0] for p in (*mixed, *uniform.values())], 1.15)
+            axes.set_xlabel("bytes of all codes")
+        panels[0].plot([p[0] for p in best], [p[1] for p in best], "-", color="C0", linewidth=1.2, label="least loss")
+        panels[0].set_yscale("log")
+        panels[0].set_ylabel("loss on validation nodes")
+        panels[1].axhline(float_quality, color="C3", linestyle="--", linewidth=1.2, label="float")
+        panels[1].set_ylabel("validation accuracy, without training")
+        shown: dict[str, Any] = {}
+        for axes in panels:
+            handles, labels = axes.get_legend_handles_labels()
+            shown |= dict(zip(labels, handles, strict=True))
+        figure.legend(list(shown.values()), list(shown), loc="outside upper center", ncols=len(shown))
 
     return draw

@@ -164,14 +164,15 @@ class Suggestion:
         """
         from . import figures
 
-        groups = {
-            "mixed": [(float(c.bytes), c.accuracy) for c in self.frontier],
-            "one width everywhere": [(float(c.bytes), c.accuracy) for c in self.uniform.values()],
-        }
-        chosen = (float(self.chosen.bytes), self.chosen.accuracy)
-        drawing = figures.frontier(groups, chosen, "validation accuracy, without training", "bytes of all codes")
+        mixed = [_point(choice) for choice in self.frontier]
+        uniform = {f"{width} bits": _point(choice) for width, choice in self.uniform.items()}
+        drawing = figures.frontier(mixed, uniform, _point(self.chosen), self.float_accuracy)
         with atomic_file(path) as file:
             file.write(figures.png(drawing))
+
+
+def _point(choice: Choice) -> tuple[float, float, float]:
+    return float(choice.bytes), choice.loss, choice.accuracy
 
 
 def suggest_bits(

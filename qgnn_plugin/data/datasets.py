@@ -22,8 +22,9 @@ from qgnn_plugin.data.splits import random_split
 DEMO = "demo"
 FIELDS = [Data, DataEdgeAttr, DataTensorAttr, GlobalStorage]  # what a saved Data consists of
 
-# Name -> (class of torch_geometric.datasets, its `name` argument or None).
-DATASETS: dict[str, tuple[str, str | None]] = {
+# Short names of graphs that share a class of torch_geometric.datasets: the class, and its `name` argument.  Any other
+# class is found by its own name.
+DATASETS: dict[str, tuple[str, str]] = {
     **{name: ("Planetoid", name) for name in ("Cora", "CiteSeer", "PubMed")},
     **{name: ("Amazon", name) for name in ("Photo", "Computers")},
     **{name: ("Coauthor", name) for name in ("CS", "Physics")},
@@ -32,8 +33,6 @@ DATASETS: dict[str, tuple[str, str | None]] = {
     "CiteSeerFull": ("CitationFull", "CiteSeer"),
     "PubMedFull": ("CitationFull", "PubMed"),
     "DBLP": ("CitationFull", "DBLP"),
-    "WikiCS": ("WikiCS", None),
-    "Actor": ("Actor", None),
     **{
         name: ("HeterophilousGraphDataset", name)
         for name in ("Roman-empire", "Amazon-ratings", "Minesweeper", "Tolokers", "Questions")
@@ -42,13 +41,6 @@ DATASETS: dict[str, tuple[str, str | None]] = {
     **{name: ("WikipediaNetwork", name.lower()) for name in ("Chameleon", "Squirrel")},
     **{f"Twitch{name}": ("Twitch", name) for name in ("DE", "EN", "ES", "FR", "PT", "RU")},
     **{f"Airports{name}": ("Airports", name) for name in ("USA", "Brazil", "Europe")},
-    "Flickr": ("Flickr", None),
-    "Reddit": ("Reddit", None),
-    "Reddit2": ("Reddit2", None),
-    "LastFMAsia": ("LastFMAsia", None),
-    "DeezerEurope": ("DeezerEurope", None),
-    "FacebookPagePage": ("FacebookPagePage", None),
-    "GitHub": ("GitHub", None),
 }
 
 
@@ -62,9 +54,9 @@ def load_dataset(
 
     Args:
         name: ``"demo"`` (see :func:`load_demo_cora`), a key of :data:`DATASETS` in any spelling of
-            case and punctuation, or ``"Class/Name"`` for any other single-graph class of
-            :mod:`torch_geometric.datasets`, such as ``"AttributedGraphDataset/Wiki"``; or a file of
-            one ``Data`` that ``torch.save`` wrote (``.pt``, ``.pth``).
+            case and punctuation, ``"Class"`` or ``"Class/Name"`` for any other single-graph class of
+            :mod:`torch_geometric.datasets`, such as ``"WikiCS"`` or ``"AttributedGraphDataset/Wiki"``;
+            or a file of one ``Data`` that ``torch.save`` wrote (``.pt``, ``.pth``).
         root: Folder of the data sets. Both ``root/Class`` and the folder one would hand to the PyG
             class itself work; ``root/Class`` is used for a download. Optional for ``"demo"`` only.
         split: Which of the public splits to use, where there are several.
@@ -144,8 +136,14 @@ def _resolve(name: str) -> tuple[str, str | None]:
         for key in (_key(name), *(_key(name).removeprefix(p) for p in ("amazon", "coauthor"))):
             if key in by_key:
                 return DATASETS[by_key[key]]
-        known = [DEMO, *DATASETS]
-        wanted, remedy = name, f"{', '.join(known)}, or 'Class/Name' for another PyG class"
+        classes = {_key(known): known for known in pyg_datasets.__all__}
+        if (found := classes.get(_key(name))) is not None:
+            if "name" in inspect.signature(getattr(pyg_datasets, found)).parameters:
+                raise ValueError(f"expected '{found}/Name', one of the data sets of '{found}' (got '{name}')")
+            return found, None
+        known = [DEMO, *DATASETS, *pyg_datasets.__all__]
+        wanted = name
+        remedy = f"{', '.join([DEMO, *DATASETS])}, or 'Class' or 'Class/Name' for another PyG class"
     spelled = {k.lower(): k for k in known}
     near = difflib.get_close_matches(wanted.lower(), spelled, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(repr(spelled[k]) for k in near)}?" if near else ""
