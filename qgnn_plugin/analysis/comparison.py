@@ -7,7 +7,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -155,7 +155,7 @@ def _on_csr(model: nn.Module, data: Any, expected: Any) -> Any:
     return sparse if same else None
 
 
-def median_seconds(runs: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
+def median_seconds(runs: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
     """Median time of each, taking turns, for about ``seconds`` each."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     start = time.perf_counter()
