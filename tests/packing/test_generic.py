@@ -196,7 +196,7 @@ def test_features_of_several_samples(tiny: list[int]) -> None:
     assert len(tiny) > 10
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "node"])
+@pytest.mark.parametrize("granularity", ["tensor", "node", "row"])
 @pytest.mark.parametrize("bits", [2, 8])
 def test_ranges(bits: int, granularity: str, tiny: list[int]) -> None:
     config = qgnn.QuantConfig(bits=bits, granularity=granularity)
