@@ -48,6 +48,7 @@ class PropagationChange(SmoothLayer):
     """Mixin of layers whose ``propagate`` has a smoothness constraint around it."""
 
     flow: str
+    _qualified_name: Any
 
     def _corrected_change(self, x: Any, sent: Any, out: Any, edge_index: Any, size: Any) -> Any:
         """``out`` with its change from ``sent``, the values that ``x`` was rounded to, corrected or measured."""

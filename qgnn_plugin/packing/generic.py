@@ -33,6 +33,7 @@ from .deferred import DeferredTensor, Producer
 from .nodes import packed_nodes, values_of
 from .propagation_call import MessageKernel, NotByRows, Propagation, find_message_kernel
 from .ranges import PackedRange
+from .relations import own_form
 from .row_blocks import RowBlocks, check_rows, is_one_block, run_by_rows, run_edges_by_rows, widest
 
 __all__ = ["PackedMessagePassing"]
@@ -85,6 +86,8 @@ class PackedMessagePassing(SentFeatures, PropagationChange, PackedConv):
     argument_quantizers: Any
     float_arguments: dict[str, str]
     inspector: Any
+    update: Any
+    fuse: bool
     node_dim: int
     flow: str
     decomposed_layers: int
@@ -111,8 +114,10 @@ class PackedMessagePassing(SentFeatures, PropagationChange, PackedConv):
     def _own_call(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """``forward`` of the layer's own class, in which what is sent twice is packed once."""
         token = _sent.set(_Sent())
+        form = None if self._looks_in() else own_form(forward)
         try:
-            return forward(self, *args, **kwargs)
+            out = None if form is None else form(self, *args, **kwargs)
+            return forward(self, *args, **kwargs) if out is None else out
         finally:
             _sent.reset(token)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
+from collections.abc import Callable
 from threading import Lock
 from typing import Any
 
@@ -15,26 +16,26 @@ from ..kernels.plan import GraphPlan
 from ..layers.edges import edges_of
 from ..layers.fixed import cached
 
-__all__ = ["plan_of"]
+__all__ = ["found_by_contents", "plan_of"]
 
 CAPACITY = 128  # several relations in each of several layers
 
 
 class _Plans:
-    """The plans used last, by checksum: a graph of a relation, or one with self-loops, is new memory in every call."""
+    """What was used last, by checksum: a graph of a relation, or one with self-loops, is new memory in every call."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity, self.lock = capacity, Lock()
-        self.entries: OrderedDict[tuple[Any, ...], GraphPlan] = OrderedDict()
+        self.entries: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
 
-    def get(self, key: tuple[Any, ...]) -> GraphPlan | None:
+    def get(self, key: tuple[Any, ...]) -> Any:
         with self.lock:
             plan = self.entries.get(key)
             if plan is not None:
                 self.entries.move_to_end(key)
             return plan
 
-    def put(self, key: tuple[Any, ...], plan: GraphPlan) -> None:
+    def put(self, key: tuple[Any, ...], plan: Any) -> None:
         with self.lock:
             self.entries[key] = plan
             while len(self.entries) > self.capacity:
@@ -55,14 +56,22 @@ def plan_of(edge_index: Tensor, size: tuple[int, int], flow: str) -> GraphPlan:
         edges = edges_of(edge_index, None, flow, size)
         return GraphPlan.from_edges(edges.src, edges.dst, *size)
 
-    if edge_index.device.type != "cpu" or edge_index.layout is not torch.strided:
-        return cached((edge_index,), ("messages", size, flow), build)
-    key = (checksum(edge_index), tuple(edge_index.shape), edge_index.dtype, size, flow)
-    plan = _plans.get(key)
-    if plan is None:
-        plan = build()
-        _plans.put(key, plan)
-    return plan
+    return found_by_contents((edge_index,), ("messages", size, flow), build)
+
+
+def found_by_contents(tensors: tuple[Tensor, ...], key: tuple[Any, ...], build: Callable[[], Any]) -> Any:
+    """What ``build()`` derives from ``tensors``: the same object for whatever tensors that hold the same.
+
+    On an accelerator, where a checksum would wait for the device, of the same memory.
+    """
+    if any(t.device.type != "cpu" or t.layout is not torch.strided for t in tensors):
+        return cached(tensors, key, build)
+    held = tuple((checksum(t), tuple(t.shape), t.dtype) for t in tensors)
+    found = _plans.get((key, held))
+    if found is None:
+        found = build()
+        _plans.put((key, held), found)
+    return found
 
 
 def _renew_lock() -> None:

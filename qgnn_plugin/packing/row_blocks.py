@@ -238,7 +238,7 @@ def _parts(value: Any) -> tuple[list[Tensor], Callable[[list[Tensor]], Any]]:
     if isinstance(value, Tensor):
         return [value], lambda parts: parts[0]
     if isinstance(value, (tuple, list)) and value and all(isinstance(part, Tensor) for part in value):
-        make = type(value) if type(value) in (tuple, list) else type(value)._make  # type: ignore[attr-defined]
+        make: Any = getattr(type(value), "_make", type(value))  # of a named tuple
         return list(value), lambda parts: make(parts)
     raise NotByRows(f"its functions return a {type(value).__name__}")
 
