@@ -105,8 +105,10 @@ def _sites(layer: Any, reason: str | None) -> dict[str, SiteSpec]:
     own = dict(layer.own_quantizers())
     if reason is not None:
         return {site: SiteSpec.outline(quantizer) for site, quantizer in own.items()}
-    # Other sites that nothing reached, such as that of targets where there were none, raise once something does.
-    return {site: SiteSpec.of(q) if q.is_set or site == WEIGHT else SiteSpec(UNSET) for site, q in own.items()}
+    # Other sites that nothing reached, such as that of targets where there were none, raise once something does; a
+    # weight that a layer's own code did not read stays as it is.
+    needed = () if getattr(layer, "has_others", False) else (WEIGHT,)
+    return {site: SiteSpec.of(q) if q.is_set or site in needed else SiteSpec(UNSET) for site, q in own.items()}
 
 
 def inference(forward: Forward) -> Forward:

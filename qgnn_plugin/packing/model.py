@@ -176,7 +176,8 @@ def _describe(layers: Mapping[str, Any]) -> list[LayerSpec]:
 def _has_run(layer: Any) -> bool:
     """Whether data reached ``layer`` while ranges were set; a layer that quantizes nothing needs no data."""
     used = {site: quantizer for site, quantizer in layer.own_quantizers() if quantizer.bits != OFF}
-    data = [quantizer for site, quantizer in used.items() if site != WEIGHT] or list(used.values())
+    reads = getattr(layer, "has_others", False)  # a weight of its own has a range once its code has read it
+    data = [quantizer for site, quantizer in used.items() if reads or site != WEIGHT] or list(used.values())
     return not data or any(quantizer.is_set for quantizer in data)
 
 

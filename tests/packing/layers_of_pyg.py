@@ -62,6 +62,7 @@ GENERIC: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...]]] = {
     "AGNNConv": _simple(lambda: pyg.AGNNConv()),
     "AntiSymmetricConv": _simple(lambda: pyg.AntiSymmetricConv(WIDTH, phi=pyg.GraphConv(WIDTH, WIDTH))),
     "ARMAConv": _simple(lambda: pyg.ARMAConv(WIDTH, OUT, num_stacks=2, num_layers=2)),
+    "ARMAConv of one layer": _simple(lambda: pyg.ARMAConv(WIDTH, OUT)),  # whose second weight nothing reads
     "CGConv": _simple(lambda: pyg.CGConv(WIDTH, EDGE), per_edge(EDGE)),
     "ChebConv": _simple(lambda: pyg.ChebConv(WIDTH, OUT, K=3)),
     "ClusterGCNConv": _simple(lambda: pyg.ClusterGCNConv(WIDTH, OUT)),
