@@ -104,7 +104,8 @@ class derived(Generic[T]):
             return self
         if instance.device.type == "cpu":
             value = self.function(instance)
-            instance.__dict__[self.name] = value  # found there from now on
+            if not torch.compiler.is_compiling():  # a trace may be inside of a function that changes nothing
+                instance.__dict__[self.name] = value  # found there from now on
             return value
         kept = instance.__dict__.setdefault("_derived", {})
         built = kept.get(self.name)

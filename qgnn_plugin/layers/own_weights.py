@@ -87,19 +87,23 @@ class OwnWeights(QuantizedWeights):
 
     def __getattr__(self: Any, name: str) -> Any:
         value = super().__getattr__(name)  # type: ignore[misc]
-        if isinstance(value, nn.Parameter) and f"{name}_quantizer" in self._modules:
-            found = readings(self)
-            if found is not None:
-                if name not in found:
-                    found[name] = self._used(name, value)
-                return found[name]
-        return value
+        if not isinstance(value, nn.Parameter) or not self._is_quantized(name):
+            return value
+        found = None if torch.compiler.is_compiling() else readings(self)
+        if found is None:
+            return value
+        if name not in found:
+            found[name] = self._used(name, value)
+        return found[name]
+
+    def _is_quantized(self: Any, name: str) -> bool:
+        """Whether anything is, of the weight ``name`` or of what it is multiplied by."""
+        sites = (self._modules.get(f"{name}{suffix}") for suffix in ("_quantizer", "_input_quantizer"))
+        return any(site is not None and site.bits != OFF for site in sites)
 
     def _used(self: Any, name: str, weight: Tensor) -> Tensor:
         """What stands for a weight in the layer's own code."""
-        site, features = (self._modules[f"{name}{suffix}"] for suffix in ("_quantizer", "_input_quantizer"))
-        if site.bits == OFF and features.bits == OFF:
-            return weight
+        site = self._modules[f"{name}_quantizer"]
         summed = own_weights(self)[name]
         matrix = site(rows_of(weight, summed))
         values = weight_of(matrix.dequantize(), weight.shape, summed).contiguous()
@@ -135,10 +139,29 @@ def _reading_weights(method: Any) -> Any:
     @functools.wraps(method)
     def reads(self: Any, *args: Any, **kwargs: Any) -> Any:
         tables = [child for child in own_tables(self) if isinstance(child, QuantizedEmbedding)]
+        if all(layer.is_off for layer in (self, *tables)):
+            return method(self, *args, **kwargs)
+        return own(self, tables, *args, **kwargs)
+
+    def read(self: Any, tables: list[QuantizedEmbedding], *args: Any, **kwargs: Any) -> Any:
         with reading(self, *tables):
             return method(self, *args, **kwargs)
 
+    own = outside_compiler(read)
     return reads
+
+
+def outside_compiler(method: Any) -> Any:
+    """``method`` run as it is where a compiler comes to it: what stands for a weight there is told by its type."""
+    eager = torch.compiler.disable(
+        method, reason="products with parameters that a layer's own code reads are not compiled; use Linear layers"
+    )
+
+    @functools.wraps(method)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return (eager if torch.compiler.is_compiling() else method)(self, *args, **kwargs)
+
+    return run
 
 
 class QuantizedOwnConv(OwnWeights, QuantizedMessagePassing):

@@ -20,6 +20,7 @@ from ..layers.arithmetic import aggregate_sum
 from ..layers.base import QuantizedLayer, SwappedLayer, float_state, named_as
 from ..layers.errors import REFUSALS, expect_features, name_layer
 from ..layers.graph import NormalizedGraph
+from ..layers.own_weights import outside_compiler
 from ..quantizers import QuantizedTensor
 from ..quantizers.autocast import full_precision
 from ..smp.constraint import OTHER_PREFIX, SmoothLayer, constraint_names
@@ -240,6 +241,12 @@ class PackedLayer(SwappedLayer):
             state["_parameters"].pop(name, None)
         return state
 
+    @classmethod
+    def _read_by(cls, float_class: type[nn.Module]) -> Iterable[str]:
+        """Methods of ``float_class`` that read what takes the place of its weights."""
+        del float_class
+        return ()
+
     def freeze(self: Any, layer: Any, spec: LayerSpec) -> None:
         """Add what packing brings, numbers still to be filled in.
 
@@ -364,6 +371,8 @@ def frozen_class(mixin: type[PackedLayer], float_class: type[nn.Module], own_nam
         namespace |= {"__repr__": SwappedLayer.__repr__, "reset_parameters": PackedLayer.reset_parameters}
         if mixin._runs_own_forward:
             namespace["forward"] = inference(_own_forward(float_class.forward))
+        for name in mixin._read_by(float_class):
+            namespace[name] = outside_compiler(namespace.get(name, getattr(float_class, name)))
         if issubclass(float_class, MessagePassing):
             # PyG would generate one onto this class; methods of the user's own find that of the layer.
             original: Any = float_class

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..layers.factors import Factor, FactorTensor
 from ..layers.own_weights import QuantizedOwnConv, QuantizedOwnModule, factor, own_weights, rows_of, weight_of
+from ..layers.reads import reads_of
 from ..quantizers.autocast import full_precision
 from .base import register_packed
 from .generic import PackedMessagePassing
@@ -51,6 +52,10 @@ class PackedOwnWeights(PackedWeights):
     @classmethod
     def _of_matrix(cls, layer: Any, name: str, matrix: Tensor, shape: torch.Size) -> Tensor:
         return weight_of(matrix, shape, own_weights(layer)[name])
+
+    @classmethod
+    def _read_by(cls, float_class: type[nn.Module]) -> Iterable[str]:
+        return reads_of(float_class).methods
 
     def _stand_in(self, name: str) -> Tensor:
         frozen: Any = super()._stand_in(name)
