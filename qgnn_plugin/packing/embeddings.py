@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..atomic import shown
-from ..kernels.layout import check_bits, check_packed, pack_codes, top_code, unpack_codes
+from ..kernels.layout import check_bits, check_packed, pack_codes, row_words, top_code, unpack_codes
 from ..kernels.quantize_pack import quantize_pack
 from ..kernels.unpack_dequantize import unpack_dequantize
 from ..layers.base import QuantizedLayer
@@ -17,24 +17,28 @@ from ..quantizers import QLRQuantizer, search_range
 from . import container
 from .base import PackedLayer
 from .ranges import PackedRange, SiteSpec
+from .transform import Transform, transform_codes
 
 __all__ = ["PackedEmbeddings"]
 
 KIND = "embeddings"
 CHUNK = 1 << 22  # codes unpacked at a time
 QUERY_BITS = 8  # of float queries with a range of their own
+MOST_BYTES = 1.25  # of a rotated table, over one with a range per row
 
 
 @dataclass(frozen=True, eq=False)
 class PackedEmbeddings:
-    r"""Embeddings ``[N, F]`` as codes, :math:`\hat x = c s + l` with one range or one per node.
+    r"""Embeddings ``[N, F]`` as codes: :math:`\hat x = c s + l` with one range or one per node, or rotated to the
+    directions in which they vary (:class:`~qgnn_plugin.packing.transform.Transform`).
 
     Args:
-        words: ``[N, row_words(F, bits)]`` int32.
-        scale: Step ``s > 0``, one element or ``[N, 1]``, float32.
-        lower: Lower end ``l``, of the same shape, float32.
+        words: ``[N, row_words(C, bits)]`` int32; ``C = F`` codes of a row, at most ``F`` of a transform.
+        scale: Step ``s > 0``, one element or ``[N, 1]``, float32; with a transform the factors of its rows, at least 0.
+        lower: Lower end ``l``, of the same shape, float32; zeros with a transform, which has its own.
         num_features: ``F``.
         bits: 1, 2, 4 or 8.
+        transform: Of rotated embeddings.
     """
 
     words: Tensor
@@ -42,6 +46,7 @@ class PackedEmbeddings:
     lower: Tensor
     num_features: int
     bits: int
+    transform: Transform | None = None
 
     def __post_init__(self) -> None:
         if type(self.num_features) is not int or self.num_features < 0:
@@ -49,10 +54,16 @@ class PackedEmbeddings:
         for name in ("words", "scale", "lower"):
             if not isinstance(getattr(self, name), Tensor):
                 raise TypeError(f"Expected a tensor for '{name}' (got {type(getattr(self, name)).__name__})")
-        check_packed(self.words, self.num_features, self.bits)
+        if self.transform is not None and self.transform.center.numel() != self.num_features:
+            found = self.transform.center.numel()
+            raise ValueError(f"Expected a transform of {self.num_features} features (got {found})")
+        check_packed(self.words, self._num_codes, self.bits)
         for name in ("scale", "lower"):
             value = getattr(self, name)
-            shaped = value.numel() == 1 or value.shape == (len(self), 1)
+            single = value.numel() == 1 and (name == "lower" or self.transform is None)
+            shaped = single or value.shape == (len(self), 1)
+            if self.transform is not None and name == "lower":
+                continue
             if not shaped or value.dtype != torch.float32 or value.dim() != self.scale.dim():
                 raise ValueError(
                     f"Expected '{name}' of one float32 element or [{len(self)}, 1], as the other end "
@@ -66,9 +77,9 @@ class PackedEmbeddings:
         for name in ("scale", "lower"):
             if not bool(getattr(self, name).isfinite().all()):
                 raise ValueError(f"Expected finite values in '{name}' (got NaN or infinity)")
-        if not bool((self.scale > 0).all()):
+        if not bool((self.scale > 0).all() if self.transform is None else (self.scale >= 0).all()):
             raise ValueError(f"Expected steps > 0 in 'scale' (got {float(self.scale.min()):g})")
-        used = pack_codes(torch.full((1, self.num_features), top_code(self.bits), dtype=torch.int32), self.bits)
+        used = pack_codes(torch.full((1, self._num_codes), top_code(self.bits), dtype=torch.int32), self.bits)
         unused = ~used.to(self.words.device)
         for rows in self.words.split(max(1, CHUNK // max(1, self.words.size(1)))):
             if bool((rows & unused).any()):
@@ -92,18 +103,21 @@ class PackedEmbeddings:
 
     @classmethod
     def from_float(
-        cls, x: Tensor, bits: int = 8, *, granularity: Literal["node", "tensor"] = "node"
+        cls, x: Tensor, bits: int = 8, *, granularity: Literal["auto", "rotated", "node", "tensor"] = "auto"
     ) -> PackedEmbeddings:
-        """Quantize ``x`` ``[N, F]`` to the ranges of least mean-squared error.
+        """Quantize ``x`` ``[N, F]``.
 
-        Lengths of embeddings differ widely over the nodes of a graph, and dot products favour the long ones: one range
-        for all of them either cuts these off or leaves the short ones a single code.  A range per node costs 8 bytes
-        a node.
+        Rotated to the directions in which they vary, embeddings get more bits where dot products need them, and find
+        their neighbours at a fraction of the bits; lengths are kept by a factor of 4 bytes a node.  Without, ranges
+        are those of least mean-squared error: lengths differ widely over the nodes of a graph, and dot products favour
+        the long ones, so that one range for all of them either cuts these off or leaves the short ones a single code.
+        A range per node costs 8 bytes a node.
 
         Args:
             x: Float matrix; zero and one other value, per row or in all, are held in one bit without loss.
-            bits: 2, 4 or 8.
-            granularity: ``"node"``, a range for every row, or ``"tensor"``, one for all.
+            bits: 2, 4 or 8, of every feature on average.
+            granularity: ``"rotated"``; ``"node"``, a range for every row; ``"tensor"``, one for all; ``"auto"``:
+                rotated unless the table is so small that the directions weigh, a quarter more than ranges per row do.
 
         Raises:
             ValueError: If ``x`` is not a matrix, is empty, or holds a NaN or an infinity.
@@ -112,12 +126,19 @@ class PackedEmbeddings:
             raise ValueError(f"Expected a float matrix [N, F] (got {x.dtype}, {list(x.shape)})")
         if bits not in (2, 4, 8):
             raise ValueError(f"Expected 'bits' to be 2, 4 or 8 (got {bits!r})")
-        if granularity not in ("node", "tensor"):
-            raise ValueError(f"Expected 'granularity' to be 'node' or 'tensor' (got {granularity!r})")
+        if granularity not in ("auto", "rotated", "node", "tensor"):
+            raise ValueError(
+                f"Expected 'granularity' to be 'auto', 'rotated', 'node' or 'tensor' (got {granularity!r})"
+            )
         x = x.detach().to(torch.float32)
         quantizer = QLRQuantizer(bits, site="embeddings", device=x.device)
         quantizer.set_range(x)
-        if not quantizer.is_one_bit and granularity == "node":
+        if not quantizer.is_one_bit and granularity in ("auto", "rotated"):
+            rotated = cls._rotated(x, bits)
+            ranged = x.size(0) * (4 * row_words(x.size(1), bits) + 8)
+            if granularity == "rotated" or rotated.nbytes <= MOST_BYTES * ranged:
+                return rotated
+        if not quantizer.is_one_bit and granularity != "tensor":
             return cls(*_quantized_rows(x, bits), x.size(1), bits)
         site = PackedRange(SiteSpec.of(quantizer), "embeddings", device=x.device)
         site.fill(quantizer)
@@ -126,6 +147,15 @@ class PackedEmbeddings:
         if scale.numel() == 1:
             scale, lower = scale.reshape(()), lower.reshape(())
         return cls(packed.words, scale, lower, x.size(1), packed.bits)
+
+    @classmethod
+    def _rotated(cls, x: Tensor, bits: int) -> PackedEmbeddings:
+        codes, factors, transform = transform_codes(x, bits)
+        return cls(pack_codes(codes, bits), factors, x.new_zeros(()), x.size(1), bits, transform)
+
+    @property
+    def _num_codes(self) -> int:
+        return self.num_features if self.transform is None else self.transform.num_codes
 
     @classmethod
     def from_model(cls, model: nn.Module, *args: Any, **kwargs: Any) -> PackedEmbeddings:
@@ -160,24 +190,40 @@ class PackedEmbeddings:
                 f"Expected a slice or a tensor [M] of rows (got {type(index).__name__}); one row: [i : i + 1]"
             )
         scale, lower = (t[index] if t.dim() == 2 else t for t in (self.scale, self.lower))
-        return PackedEmbeddings(self.words[index], scale, lower, self.num_features, self.bits)
+        return PackedEmbeddings(self.words[index], scale, lower, self.num_features, self.bits, self.transform)
 
     def __repr__(self) -> str:
-        return f"PackedEmbeddings({len(self)} x {self.num_features}, bits={self.bits}, {self.nbytes:,} bytes)"
+        rotated = "" if self.transform is None else f", rotated to {self.transform.digits.numel()} directions"
+        size = f"{len(self)} x {self.num_features}"
+        return f"PackedEmbeddings({size}, bits={self.bits}{rotated}, {self.nbytes:,} bytes)"
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes and ranges."""
-        return sum(t.numel() * t.element_size() for t in (self.words, self.scale, self.lower))
+        """Bytes of codes and ranges, or of codes, factors and the transform."""
+        return sum(t.numel() * t.element_size() for t in self._tensors().values())
+
+    def _tensors(self) -> dict[str, Tensor]:
+        if self.transform is None:
+            return {"words": self.words, "scale": self.scale, "lower": self.lower}
+        return {"words": self.words, "scale": self.scale, **self.transform.tensors}
 
     def dequantize(self) -> Tensor:
         """``[N, F]`` float32."""
+        if self.transform is not None:
+            basis, center = self.transform.basis().float(), self.transform.center
+            rows = max(1, CHUNK // max(1, self._num_codes))
+            parts = [self._codes(begin, begin + rows).float() @ basis + center for begin in range(0, len(self), rows)]
+            return (torch.cat(parts) if parts else center.new_zeros((0, self.num_features))) * self.scale
         return unpack_dequantize(self.words, self.scale, self.lower, self.num_features, self.bits)
+
+    def _codes(self, start: int, stop: int) -> Tensor:
+        return unpack_codes(self.words[start:stop], self._num_codes, self.bits)
 
     def to(self, device: torch.device | str) -> PackedEmbeddings:
         """The same embeddings on another device."""
         words, scale, lower = (t.to(device) for t in (self.words, self.scale, self.lower))
-        return PackedEmbeddings(words, scale, lower, self.num_features, self.bits)
+        transform = None if self.transform is None else self.transform.to(device)
+        return PackedEmbeddings(words, scale, lower, self.num_features, self.bits, transform)
 
     def topk(self, query: Tensor | PackedEmbeddings, k: int, *, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
         r"""The ``k`` largest dot products of each query with the embeddings.
@@ -188,8 +234,9 @@ class PackedEmbeddings:
             = s_a s_c \sum a c + s_a l_c \sum a + l_a s_c \sum c + F l_a l_c.
 
         Sums are exact integers; one affine step in float64 follows.  A float query is quantized to the range of the
-        embeddings if they share one, and otherwise to 8 bits with a range of its own.  Among equal products the lower
-        index comes first.
+        embeddings if they share one, and otherwise to 8 bits with a range of its own.  Queries of rotated embeddings
+        are taken as they are, to the directions of these, in float64.  Among equal products the lower index comes
+        first.
 
         Args:
             query: ``[M, F]`` or ``[F]`` float32, or packed embeddings of the same width.
@@ -218,7 +265,7 @@ class PackedEmbeddings:
         scores = torch.zeros((0, k), dtype=torch.float64, device=device)
         return scores, torch.zeros((0, k), dtype=torch.int64, device=device)
 
-    def _packed_query(self, query: Tensor | PackedEmbeddings) -> PackedEmbeddings:
+    def _packed_query(self, query: Tensor | PackedEmbeddings) -> PackedEmbeddings | Tensor:
         if not isinstance(query, (Tensor, PackedEmbeddings)):
             raise TypeError(f"Expected a tensor or PackedEmbeddings as query (got {type(query).__name__})")
         if isinstance(query, Tensor) and (query.dim() not in (1, 2) or not query.is_floating_point()):
@@ -229,22 +276,27 @@ class PackedEmbeddings:
         features = query.num_features if isinstance(query, PackedEmbeddings) else query.size(-1)
         if features != self.num_features:
             raise ValueError(f"Expected a query of {self.num_features} features (got {features})")
-        if isinstance(query, PackedEmbeddings):
+        if isinstance(query, PackedEmbeddings) and self.transform is None and query.transform is None:
             return query
+        if isinstance(query, PackedEmbeddings):
+            query = query.dequantize()
         rows = query.detach().reshape(-1, features).to(torch.float32)
         if not bool(rows.isfinite().all()):
             raise ValueError("Expected finite queries (got NaN or infinity)")
+        if self.transform is not None:
+            return rows
         if self.scale.dim() == 2:
             return PackedEmbeddings(*_quantized_rows(rows, QUERY_BITS), features, QUERY_BITS)
         words = quantize_pack(rows, self.scale, self.lower, self.bits)
         return PackedEmbeddings(words, self.scale, self.lower, features, self.bits)
 
-    def _topk(self, query: PackedEmbeddings, k: int, rows: int) -> tuple[Tensor, Tensor]:
+    def _topk(self, query: PackedEmbeddings | Tensor, k: int, rows: int) -> tuple[Tensor, Tensor]:
         best: tuple[Tensor, Tensor] | None = None
         # A block of products is as large as a block of codes.
         rows = max(1, min(rows, rows * self.num_features // max(1, len(query))))
         for begin in range(0, len(self), rows):
-            scores = query._products(self[begin : begin + rows])
+            part = self[begin : begin + rows]
+            scores = part._rotated_products(query) if isinstance(query, Tensor) else query._products(part)
             index = torch.arange(begin, begin + scores.size(1), device=scores.device).expand_as(scores)
             if best is not None:
                 scores, index = torch.cat([best[0], scores], 1), torch.cat([best[1], index], 1)
@@ -263,11 +315,18 @@ class PackedEmbeddings:
         total += a.sum(1, keepdim=True) * (s_a * l_c) + c.sum(1) * (l_a * s_c)
         return total + self.num_features * (l_a * l_c)
 
+    def _rotated_products(self, query: Tensor) -> Tensor:
+        """Dot products ``[M, N]`` float64 of queries ``[M, F]`` with rotated embeddings."""
+        assert self.transform is not None
+        query = query.double()
+        products = (query @ self.transform.basis().t()) @ self._codes(0, len(self)).double().t()
+        return (products + (query @ self.transform.center.double()).unsqueeze(1)) * self.scale.double().t()
+
     def save(self, path: container.PathLike) -> None:
         """Write to a safetensors file, atomically, with checksums in its header."""
-        tensors = {name: getattr(self, name) for name in ("words", "scale", "lower")}
         shape = [len(self), self.num_features]
-        container.write(path, KIND, tensors, {"num_features": self.num_features, "bits": self.bits, "shape": shape})
+        description = {"num_features": self.num_features, "bits": self.bits, "shape": shape}
+        container.write(path, KIND, self._tensors(), description)
 
     @classmethod
     def load(cls, path: container.PathLike, *, verify: bool = True, mmap: bool = False) -> PackedEmbeddings:
@@ -291,12 +350,19 @@ class PackedEmbeddings:
         for field in fields:
             if type(description[field]) is not int:
                 container.refuse(path, field, "an integer", description[field])
-        if set(tensors) != {"words", "scale", "lower"}:
-            raise ValueError(f"Expected the tensors words, scale and lower in '{shown(path)}' (got {sorted(tensors)})")
-        try:
-            table = cls(
-                tensors["words"], tensors["scale"], tensors["lower"], description["num_features"], description["bits"]
+        rotated = {"words", "scale", "directions", "center", "digits"}
+        if set(tensors) not in ({"words", "scale", "lower"}, rotated):
+            raise ValueError(
+                f"Expected the tensors words, scale and lower, or {', '.join(sorted(rotated))}, in '{shown(path)}' "
+                f"(got {sorted(tensors)})"
             )
+        try:
+            transform = None
+            if set(tensors) == rotated:
+                transform = Transform(*(tensors[t] for t in ("directions", "center", "digits")), description["bits"])
+            lower = tensors.get("lower", torch.zeros(()))
+            size = description["num_features"], description["bits"]
+            table = cls(tensors["words"], tensors["scale"], lower, *size, transform)
             if verify:
                 table._check_values()
         except (TypeError, ValueError) as error:

@@ -137,7 +137,7 @@ def test_errors() -> None:
         table.topk(torch.randn(4), 1)
     with pytest.raises(ValueError, match="finite"):
         table.topk(torch.full((3,), float("nan")), 1)
-    with pytest.raises(ValueError, match="'node' or 'tensor'"):
+    with pytest.raises(ValueError, match="'auto', 'rotated', 'node' or 'tensor'"):
         PackedEmbeddings.from_float(torch.randn(3, 3), granularity="channel")
     with pytest.raises(ValueError, match=r"\[5, 1\]"):
         PackedEmbeddings(table.words, table.scale[:4], table.lower, 3, 8)
