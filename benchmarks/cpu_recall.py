@@ -61,7 +61,7 @@ def _without(index: Tensor, own: Tensor, k: int) -> Tensor:
 
 
 def recall(found: Tensor, truth: Tensor, products: Tensor) -> float:
-    """Share of ``found`` ``[M, k]`` whose products ``[M, N]`` reach the least of ``truth`` ``[M, k]``, ties included."""
+    """Share of ``found`` ``[M, k]`` whose products ``[M, N]`` reach the least of ``truth``, ties included."""
     least = products.gather(1, truth).amin(1, keepdim=True)
     return float((products.gather(1, found) >= least - TIE * least.abs()).double().mean())
 

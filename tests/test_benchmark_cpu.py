@@ -198,7 +198,12 @@ def test_recall_leaves_the_query_out() -> None:
     own = torch.tensor([3, 9])
     kept = cpu_recall._without(index, own, 2)
     assert kept.tolist() == [[7, 5], [1, 2]]
-    assert cpu_recall.recall(kept, torch.tensor([[5, 7], [2, 0]])) == 0.75
+    products = torch.zeros(2, 10).double()
+    products[0, [5, 7]], products[1, [2, 0, 1]] = 1.0, torch.tensor([2.0, 2.0, 1.0]).double()
+    truth = torch.tensor([[5, 7], [2, 0]])
+    assert cpu_recall.recall(kept, truth, products) == 0.75
+    products[1, 1] = 2 - 1e-9  # a tie is no miss
+    assert cpu_recall.recall(kept, truth, products) == 1
 
 
 def test_recall_grows_with_bits() -> None:
