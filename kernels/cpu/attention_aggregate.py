@@ -171,7 +171,7 @@ def _kernel(bits: int):
         peak_owner, total_owner = np.empty(heads, np.float32), np.empty(heads, np.float64)
         factor_owner = np.empty(heads, np.float32)
         share_owner, inverse_owner = np.empty(heads, np.float64), np.empty(heads, np.float32)
-        unpacked_owner = np.zeros(block * code_row, np.uint8)
+        unpacked_owner = np.empty(code_row, np.uint8)
         nothing_owner = np.zeros(block, np.float32)
         acc, logits, values, row = raw(acc_owner), raw(logits_owner), raw(values_owner), raw(row_owner)
         long_sums, short_sums = raw(sums_owner), raw(block_owner)

@@ -6,7 +6,6 @@ Each operation is one float32 rounding, in the order of :mod:`..arithmetic`.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,27 +14,33 @@ from numba import carray, njit
 from torch import Tensor
 
 from ..arithmetic import LARGEST_MULTIPLIER, is_per_row
-from ..layout import parts_per_byte, row_words
+from ..layout import row_words
 from . import jit
 from .address import at
-from .memory import empty
-from .simd import (
-    peek,
-    poke,
-    raw,
-    vabs,
-    vcast,
-    vload,
-    vload_first,
-    vmax,
-    vmin,
-    vsplat,
-    vstore,
-    vstore_first,
-    vstream,
-    vtop,
-    vview,
+from .finish import (
+    BIAS,
+    GROUP,
+    HAS_ADDEND,
+    HAS_BIAS,
+    HAS_DST,
+    HAS_ROW_SCALE,
+    HAS_TERM,
+    HAS_UNIT,
+    INVERSE,
+    LOW,
+    MULTIPLIED,
+    OFFSET,
+    RELU,
+    ROW_RANGE,
+    SCALE,
+    STREAM,
+    TERM,
+    code_pitch,
+    column_pitch,
+    finish_rows,
+    quantize_group,
 )
+from .memory import empty
 
 __all__ = [
     "GROUP",
@@ -45,18 +50,10 @@ __all__ = [
     "epilogue",
     "finish_rows",
     "opened",
-    "pack_row",
     "quantize_group",
 ]
 
-GROUP = 16  # features per step
-PACK_BYTES = 64  # bytes of a packed row per step
 STREAM_BYTES = 1 << 24  # results beyond this size are written past the caches
-
-SCALE, OFFSET, TERM, BIAS, INVERSE, LOW = range(6)  # rows of ``columns``
-# Bits of ``flags``:
-HAS_DST, HAS_TERM, HAS_BIAS, ROW_RANGE, STREAM, HAS_ROW_SCALE, HAS_ADDEND, HAS_UNIT = 1, 2, 4, 8, 16, 32, 64, 128
-RELU, MULTIPLIED = 256, 512
 
 
 class Epilogue(NamedTuple):
@@ -69,7 +66,7 @@ class Epilogue(NamedTuple):
     Kernels make it of the numbers that :func:`epilogue` gives (:func:`opened`).
     """
 
-    columns: np.ndarray  # [6, ceil16(F)] float32
+    columns: np.ndarray  # [6, column_pitch] float32
     dst: np.ndarray  # [N] float32, or [1] with a step of 0, or empty, as the next one
     dst_step: int
     row_term: np.ndarray
@@ -87,7 +84,7 @@ class Epilogue(NamedTuple):
     # Of packed rows with multipliers:
     multiplier: np.ndarray  # [N] uint8, a result; empty without
     unit_inverse: np.float32
-    steps: np.ndarray  # [16, 2, 16 or ceil16(F)] float32: inverse step and start of the range that m makes
+    steps: np.ndarray  # [16, 2, 16 or column_pitch] float32: inverse step and start of the range that m makes
     multiples: np.ndarray  # [N] uint8: by which ``dst`` and ``row_term`` are multiplied; empty without
 
 
@@ -202,6 +199,14 @@ def floats(place, count):
 
 
 @njit(forceinline=True)
+def _aligned(count):
+    """Zeros from the start of a cache line on."""
+    owner = np.zeros(count + GROUP, np.float32)
+    start = -(owner.ctypes.data // 4) % GROUP
+    return owner[start : start + count]
+
+
+@njit(forceinline=True)
 def _spread(values, count, width, row):
     """``row[:width]`` of one value, or of one per column, float32 at ``values``."""
     given = floats(values, count)
@@ -233,8 +238,8 @@ def opened(closed):
         out_scales, out_offset, out_offsets, row_inverse, dst, dst_step, row_term, term_step, row_scale, addend,
         multiples,
     ) = closed  # fmt: skip
-    stretch = (width + GROUP - 1) // GROUP * GROUP
-    columns = np.zeros((6, stretch), np.float32)
+    stretch = column_pitch(width, bits)
+    columns = _aligned(6 * stretch).reshape(6, stretch)
     if scales:
         _spread(scale, scales, width, columns[SCALE])
     else:
@@ -248,7 +253,7 @@ def opened(closed):
     pitch = 0
     if flags & HAS_UNIT:
         pitch = stretch if max(out_scales, out_offsets) > 1 else GROUP
-    steps = np.zeros(2 * (LARGEST_MULTIPLIER + 1) * pitch, np.float32)
+    steps = _aligned(2 * (LARGEST_MULTIPLIER + 1) * pitch)
     unit_inverse = np.float32(0)
     if flags & HAS_UNIT:
         unit_inverse = np.float32(1) / floats(unit, 1)[0]
@@ -282,161 +287,3 @@ def opened(closed):
         steps,
         carray(at(multiples, np.uint8), (rows if flags & MULTIPLIED else 0,)),
     )
-
-
-@cache
-def code_pitch(width: int, bits: int) -> int:
-    """Bytes between the rows of unpacked codes that :func:`pack_row` reads."""
-    return 4 * row_words(width, bits) * parts_per_byte(bits) + PACK_BYTES if bits else 0
-
-
-@njit(forceinline=True)
-def quantize_group(y, low, inverse, top):
-    """``clamp(floor((y - low) * inverse + 1/2), 0, top)`` of float lanes, NaN to 0, as int32 lanes.
-
-    Clamped first: what is left is not negative, and converting it rounds down.
-    """
-    v = (y - low) * inverse + vsplat(np.float32(0.5), GROUP)
-    return vcast(vmin(vmax(v, vsplat(np.float32(0.0), GROUP)), top), "i32")
-
-
-@njit(forceinline=True)
-def pack_row(codes, start, out, at, words, bits):
-    """Pack the codes of one row, uint8 from ``codes[start]``, into ``words`` words at ``out[at]``.
-
-    Bytes past the row's features, up to :func:`code_pitch`, must be zero.
-    """
-    width = 4 * words
-    for k in range(0, width, PACK_BYTES):
-        word = vsplat(0, 16)
-        for part in range(8 // bits):
-            lanes = vview(vload(codes, start + part * width + k, PACK_BYTES), "i32")
-            word = word | (lanes << (bits * part))
-        left = words - k // 4
-        if left >= 16:
-            vstore(out, at + k // 4, word)
-        else:
-            vstore_first(out, at + k // 4, word, left)
-
-
-@njit(forceinline=True)
-def row_multiplier(peak, unit_inverse):
-    """``clamp(ceil(peak / unit), 1, 15)``, and 1 for NaN."""
-    v = peak * unit_inverse
-    v = v if v > np.float32(1) else np.float32(1)
-    v = v if v < np.float32(LARGEST_MULTIPLIER) else np.float32(LARGEST_MULTIPLIER)
-    whole = np.int64(v)
-    return whole + np.int64(np.float32(whole) < v)
-
-
-@jit.kernel
-def quantize_units(acc, base, pitch, first, count, spec, codes, code_row):
-    """The multipliers of finished rows, from their largest absolute values, and their codes."""
-    width = spec.width
-    steps, multiplier = raw(spec.steps), raw(spec.multiplier)
-    stretch = spec.steps.size // (2 * (LARGEST_MULTIPLIER + 1))
-    along = 1 if stretch > GROUP else 0  # columns differ
-    top = vsplat(np.float32((1 << spec.bits) - 1), GROUP)
-    tail = width % GROUP
-    whole = width - tail
-    for r in range(count):
-        at = base + r * pitch
-        peak = vsplat(np.float32(0.0), GROUP)
-        for f in range(0, whole, GROUP):
-            peak = vmax(vabs(vload(acc, at + f, GROUP)), peak)
-        if tail:
-            peak = vmax(vabs(vload_first(acc, at + whole, GROUP, tail)), peak)
-        m = row_multiplier(vtop(peak), spec.unit_inverse)
-        poke(multiplier, first + r, m)
-        step = 2 * m * stretch
-        inverse, low = vload(steps, step, GROUP), vload(steps, step + stretch, GROUP)
-        for f in range(0, whole, GROUP):
-            if along:
-                inverse, low = vload(steps, step + f, GROUP), vload(steps, step + stretch + f, GROUP)
-            code = quantize_group(vload(acc, at + f, GROUP), low, inverse, top)
-            vstore(codes, r * code_row + f, vcast(code, "u8"))
-        if tail:
-            if along:
-                inverse, low = vload(steps, step + whole, GROUP), vload(steps, step + stretch + whole, GROUP)
-            code = quantize_group(vload_first(acc, at + whole, GROUP, tail), low, inverse, top)
-            vstore_first(codes, r * code_row + whole, vcast(code, "u8"), tail)
-
-
-@jit.kernel
-def finish_rows(acc, base, pitch, coefficient, first, count, spec, codes):
-    """Turn accumulated rows into the result rows ``[first, first + count)``.
-
-    Row ``r`` of ``acc`` (float32) starts at ``base + r * pitch``; ``coefficient`` has one value per
-    row; ``codes`` has :func:`code_pitch` zeroed bytes per row.  The three are :func:`.simd.raw`.  Where rows get
-    multipliers, ``acc`` holds the finished rows afterwards.
-    """
-    width, bits, flags = spec.width, spec.bits, spec.flags
-    table, stretch = raw(spec.columns), spec.columns.shape[1]
-    dst, row_term, dst_step, term_step = raw(spec.dst), raw(spec.row_term), spec.dst_step, spec.term_step
-    row_inverse, row_low = raw(spec.row_inverse), raw(spec.row_low)
-    row_scale, addend, multiples = raw(spec.row_scale), raw(spec.addend), raw(spec.multiples)
-    out, packed = raw(spec.out), raw(spec.packed)
-    floor = vsplat(np.float32(spec.floor), GROUP)
-    top = vsplat(np.float32((1 << bits) - 1), GROUP)
-    words = (width * bits + 31) // 32
-    code_row = 4 * words * (8 // bits) + PACK_BYTES if bits else 0
-    for f in range(0, width, GROUP):
-        scale = vload(table, SCALE * stretch + f, GROUP)
-        offset = vload(table, OFFSET * stretch + f, GROUP)
-        term = vload(table, TERM * stretch + f, GROUP)
-        bias = vload(table, BIAS * stretch + f, GROUP)
-        inverse = vload(table, INVERSE * stretch + f, GROUP)
-        low = vload(table, LOW * stretch + f, GROUP)
-        whole = width - f >= GROUP
-        for r in range(count):
-            i = first + r
-            if whole:
-                y = vload(acc, base + r * pitch + f, GROUP)
-            else:
-                y = vload_first(acc, base + r * pitch + f, GROUP, width - f)
-            y = y * scale + vsplat(peek(coefficient, r), GROUP) * offset
-            if flags & HAS_DST:
-                factor = peek(dst, i * dst_step)
-                if flags & MULTIPLIED:
-                    factor *= np.float32(peek(multiples, i))
-                y = y * vsplat(factor, GROUP)
-            if flags & HAS_TERM:
-                low_term = peek(row_term, i * term_step)
-                if flags & MULTIPLIED:
-                    low_term *= np.float32(peek(multiples, i))
-                y = y + term * vsplat(low_term, GROUP)
-            if flags & HAS_BIAS:
-                y = y + bias
-            if flags & HAS_ADDEND:
-                if whole:
-                    y = y + vload(addend, i * width + f, GROUP)
-                else:
-                    y = y + vload_first(addend, i * width + f, GROUP, width - f)
-            y = vmax(floor, y)
-            if flags & HAS_ROW_SCALE:
-                y = y * vsplat(peek(row_scale, i), GROUP)
-            if flags & HAS_UNIT:
-                if whole:
-                    vstore(acc, base + r * pitch + f, y)
-                else:
-                    vstore_first(acc, base + r * pitch + f, y, width - f)
-            elif bits:
-                if flags & ROW_RANGE:
-                    inverse = vsplat(peek(row_inverse, i), GROUP)
-                    low = vsplat(peek(row_low, i), GROUP)
-                code = vcast(quantize_group(y, low, inverse, top), "u8")
-                if whole:
-                    vstore(codes, r * code_row + f, code)
-                else:
-                    vstore_first(codes, r * code_row + f, code, width - f)
-            elif flags & STREAM:
-                vstream(out, i * width + f, y)
-            elif whole:
-                vstore(out, i * width + f, y)
-            else:
-                vstore_first(out, i * width + f, y, width - f)
-    if flags & HAS_UNIT:
-        quantize_units(acc, base, pitch, first, count, spec, codes, code_row)
-    if bits:
-        for r in range(count):
-            pack_row(codes, r * code_row, packed, (first + r) * words, words, bits)

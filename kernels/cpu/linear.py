@@ -175,7 +175,7 @@ def _kernel(bits: int):
         lanes = codes.view(np.int32)
         acc = np.empty(BLOCK_ROWS * stretch, np.float32)
         sums = np.empty(BLOCK_ROWS, np.float32)
-        unpacked = np.zeros(BLOCK_ROWS * code_row, np.uint8)
+        unpacked = np.empty(code_row, np.uint8)
         none, signs = vlanes("u8", per_tile), vsplat(SIGNS, wide)
         while True:
             chunk = atomic_add(counter, 0, 1)

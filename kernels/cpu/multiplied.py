@@ -106,7 +106,7 @@ def sum_kernel(bits: int, lanes: int, exact: int):
         pitch = 4 * stride * parts
         acc_owner = np.empty(block * pitch + 4 * lanes, np.float32)
         mass_owner = np.empty(block, np.float32)
-        unpacked_owner = np.zeros(block * code_row, np.uint8)
+        unpacked_owner = np.empty(code_row, np.uint8)
         spill_owner = np.empty(codes, np.int32)
         acc, mass, unpacked, spill = raw(acc_owner), raw(mass_owner), raw(unpacked_owner), raw(spill_owner)
         source, edges, final, factors = raw(words), raw(col), col.size - 1, raw(multiplier)

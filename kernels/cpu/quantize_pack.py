@@ -9,9 +9,9 @@ import numpy as np
 from torch import Tensor
 
 from . import jit
-from .epilogue import GROUP, HAS_UNIT, address, code_pitch, epilogue, finish_rows, opened
+from .epilogue import address, code_pitch, epilogue, finish_rows, opened
 from .parallel import even_chunks, run_chunks
-from .simd import atomic_add, keep, raw, raw_at, vload, vload_first, vstore, vstore_first
+from .simd import atomic_add, keep, raw, raw_at
 
 __all__ = ["pack_scaled", "quantize_pack"]
 
@@ -19,22 +19,11 @@ BLOCK_ROWS = 32
 
 
 @jit.kernel
-def _copy(source, at, target, count):
-    whole = count - count % GROUP
-    for k in range(0, whole, GROUP):
-        vstore(target, k, vload(source, at + k, GROUP))
-    if whole < count:
-        vstore_first(target, whole, vload_first(source, at + whole, GROUP, count - whole), count - whole)
-
-
-@jit.kernel
 def _kernel(x, closed, code_row, bounds, counter):
     spec = opened(closed)
-    unpacked = np.zeros(BLOCK_ROWS * code_row, np.uint8)
+    unpacked = np.empty(code_row, np.uint8)
     nothing = np.zeros(BLOCK_ROWS, np.float32)
-    # Rows with multipliers are finished where they lie before they are quantized: that is not done to the input.
-    copied = np.empty(BLOCK_ROWS * spec.width if spec.flags & HAS_UNIT else 0, np.float32)
-    rows, zeros, codes, block = raw_at(x, np.float32), raw(nothing), raw(unpacked), raw(copied)
+    rows, zeros, codes = raw_at(x, np.float32), raw(nothing), raw(unpacked)
     while True:
         chunk = atomic_add(counter, 0, 1)
         if chunk >= bounds.size - 1:
@@ -42,12 +31,7 @@ def _kernel(x, closed, code_row, bounds, counter):
         for first in range(bounds[chunk], bounds[chunk + 1], BLOCK_ROWS):
             count = min(BLOCK_ROWS, bounds[chunk + 1] - first)
             base = first * spec.width
-            if spec.flags & HAS_UNIT:
-                _copy(rows, base, block, count * spec.width)
-                finish_rows(block, 0, spec.width, zeros, first, count, spec, codes)
-            else:
-                finish_rows(rows, base, spec.width, zeros, first, count, spec, codes)
-    keep(copied)
+            finish_rows(rows, base, spec.width, zeros, first, count, spec, codes)
     keep(unpacked)
     keep(nothing)
 

@@ -31,6 +31,7 @@ __all__ = [
     "poke",
     "prefetch",
     "raw",
+    "raw_aligned",
     "raw_at",
     "vabs",
     "vcast",
@@ -143,6 +144,16 @@ def raw_at(typingctx, address, kind):
         return builder.inttoptr(args[0], context.get_value_type(data))
 
     return signature(data, types.int64, kind), codegen
+def raw_aligned(typingctx, data):
+    """The float32 numbers from the first address of ``data``, :func:`raw`, on that is a multiple of 64."""
+    floats = Raw(types.float32)
+
+    def codegen(context, builder, sig, args):
+        address = builder.ptrtoint(args[0], ir.IntType(64))
+        address = builder.and_(builder.add(address, ir.IntType(64)(63)), ir.IntType(64)(-64))
+        return builder.inttoptr(address, context.get_value_type(floats))
+
+    return signature(floats, data), codegen
 
 
 @intrinsic

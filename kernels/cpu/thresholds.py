@@ -160,7 +160,7 @@ def threshold_kernel(lanes: int, exact: int):
         pitch = 4 * stride * PARTS
         acc_owner = np.empty(pitch + 4 * lanes, np.float32)
         coefficient_owner = np.empty(1, np.float32)
-        unpacked_owner = np.zeros(code_row, np.uint8)
+        unpacked_owner = np.empty(code_row, np.uint8)
         spill_owner, thresholds = np.empty(codes, np.int32), np.empty(STEPS * BLOCK, np.int32)
         acc, coefficient, unpacked = raw(acc_owner), raw(coefficient_owner), raw(unpacked_owner)
         spill, found = raw(spill_owner), raw(thresholds)

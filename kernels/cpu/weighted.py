@@ -127,7 +127,7 @@ def sum_kernel(bits: int):
         sums_owner = np.empty(tiles * codes, np.float32)
         scratch_owner = np.empty(EDGE_BLOCK * heads, np.float32)
         total_owner, inverse_owner = np.empty(heads, np.float32), np.ones(heads, np.float32)
-        unpacked_owner = np.zeros(block * code_row, np.uint8)
+        unpacked_owner = np.empty(code_row, np.uint8)
         nothing_owner = np.zeros(block, np.float32)
         acc, sums, scratch, total = raw(acc_owner), raw(sums_owner), raw(scratch_owner), raw(total_owner)
         inverse, unpacked, nothing = raw(inverse_owner), raw(unpacked_owner), raw(nothing_owner)
@@ -180,7 +180,7 @@ def max_kernel(bits: int):
         spec = opened(closed)
         pitch = 4 * stride * parts
         acc = np.empty(block * pitch + GROUP, np.float32)
-        unpacked = np.zeros(block * code_row, np.uint8)
+        unpacked = np.empty(code_row, np.uint8)
         coefficient = np.empty(block, np.float32)
         source, edges, final = raw(words), raw(col), col.size - 1
         none = vlanes("u8", codes)
