@@ -20,7 +20,10 @@ from ..arithmetic import LARGEST_MULTIPLIER, attention_thresholds, is_per_row
 from ..attention_aggregate import FLOAT_BITS
 from ..layout import parts_per_byte, top_code
 from . import jit
+from .attention_sums import HEADS, gat_kernel, head_groups
+from .bytedot import permutes
 from .epilogue import GROUP, code_pitch, epilogue, finish_rows, flat, opened
+from .multiplied import multiplied_lanes
 from .parallel import row_chunks, run_chunks
 from .simd import atomic_add, keep, peek, poke, raw, vlanes
 from .weighted import EDGE_BLOCK, LANES, add_edges, head_table, scale_heads, spread_sums
@@ -311,6 +314,20 @@ def attention_aggregate(
     edge_block = EDGE_BLOCK
     if multiplier is not None and quantized:
         edge_block = min(EDGE_BLOCK, EXACT // (LARGEST_MULTIPLIER * top_code(attention_bits) * top_code(bits)))
+    if exact and _as_bytes(bits, attention_bits, heads, att):
+        lanes = multiplied_lanes(words.size(1), bits)
+        table, lanewise = head_groups(num_features, bits, heads, lanes)
+        if lanewise is None or permutes():
+            kernel = gat_kernel(
+                bits, heads, lanes, int(words.size(1) % lanes == 0), top_code(attention_bits), multiplier is not None
+            )
+            run_chunks(
+                kernel, row_chunks(pointers), flat(words), words.size(1), pointers, flat(col), num_features, table,
+                lanewise, np.float32(negative_slope), (flat(alpha_src), flat(alpha_dst), flat(alpha_edge)),
+                np.empty(0, np.uint8) if multiplier is None else flat(multiplier), thresholds, *ranges[:2], concat,
+                closed, max(1, BLOCK_FLOATS // num_features), code_pitch(width, out_bits),
+            )  # fmt: skip
+            return out
     sums = np.empty(0, np.int64 if quantized and exact else np.float32)
     run_chunks(
         _kernel(bits), row_chunks(pointers), flat(words), words.size(1), pointers, flat(col),
@@ -320,6 +337,11 @@ def attention_aggregate(
         code_pitch(width, out_bits),
     )  # fmt: skip
     return out
+
+
+def _as_bytes(bits: int, attention_bits: int, heads: int, att: Tensor | None) -> bool:
+    """Whether weights and codes fit the operands of byte dot products, and heads fill vectors."""
+    return att is None and bits in (2, 4) and attention_bits in (2, 4) and heads in HEADS
 
 
 def _ranges(

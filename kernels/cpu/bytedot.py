@@ -8,13 +8,28 @@ the dot product of its lowest ``b (p + 1)`` bits has more than that of its lowes
 
 from __future__ import annotations
 
+from functools import cache
+
+from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
 from numba.core import types
 from numba.extending import intrinsic
 
 from ..layout import lane_mask
-from .simd import Vector, _by_width, _call, _concatenate, _constant, _order, _splat, signature
+from .simd import (
+    Vector,
+    _by_width,
+    _call,
+    _concatenate,
+    _constant,
+    _order,
+    _pointer,
+    _splat,
+    _vector_pointer,
+    signature,
+)
 
-__all__ = ["vadd_mixed", "vmix", "vunmix"]
+__all__ = ["ROWS", "vadd_heads", "vadd_mixed", "vmix", "vquads", "vunmix", "vunmix_heads"]
 
 ROWS = 4  # rows that meet in a lane
 _LANE_BYTES = 16  # unpack instructions stay within 128 bits
@@ -79,6 +94,12 @@ def _as_bytes(builder, parts):
     return [parts[0], *(builder.bitcast(part, lanes) for part in parts[1:])]
 
 
+@cache
+def permutes() -> bool:
+    """Whether :func:`vadd_heads` can tell lanes apart: by an instruction of AVX-512."""
+    return bool(get_host_cpu_features().get("avx512f"))
+
+
 def register_lanes(context) -> int:
     """int32 lanes of the registers that byte dot products use here."""
     features = getattr(context.codegen(), "_tm_features", "")
@@ -111,6 +132,15 @@ def vadd_mixed(typingctx, acc, mixed, weights):
     return signature(acc, acc, mixed, types.int32), codegen
 
 
+def _byte_places(lanes: int) -> list[int]:
+    """In which lane of :func:`vmix` of so many words each byte is."""
+    places = []
+    for byte in range(ROWS * lanes):
+        lane, place = divmod(byte, _LANE_BYTES)
+        places.append(place // 4 * lanes + 4 * lane + place % 4)
+    return places
+
+
 @intrinsic
 def vunmix(typingctx, acc, like):
     """The sums of :func:`vadd_mixed` in the order of :func:`.simd.vspread`; ``like`` has the lanes of a row's words."""
@@ -119,20 +149,116 @@ def vunmix(typingctx, acc, like):
     mixed = Vector("i32", ROWS * like.lanes)
 
     def codegen(context, builder, sig, args):
-        order = []
-        for byte in range(mixed.lanes):
-            lane, place = divmod(byte, _LANE_BYTES)
-            order.append(place // 4 * like.lanes + 4 * lane + place % 4)
+        order = _order(_byte_places(like.lanes))
         results, below = [], None
         for part in range(parts):
             lanes = range(part * mixed.lanes, (part + 1) * mixed.lanes)
             total = builder.shuffle_vector(args[0], args[0], _order(lanes))
             own = total if below is None else builder.sub(total, below)
             own = builder.lshr(own, _constant(mixed, bits * part)) if part else own
-            results.append(builder.shuffle_vector(own, own, _order(order)))
+            results.append(builder.shuffle_vector(own, own, order))
             below = total
         return _concatenate(builder, results)
 
     return signature(acc, acc, like), codegen
 
 
+
+
+# Where the codes of a part are looked at, by width: how far a word is shifted, and the part then kept.  Codes are the
+# signed operand beside weights of eight bits, so none may have the top bit of its byte.
+_PLACES = {2: ((0, 0), (0, 1), (0, 2), (2, 2)), 4: ((0, 0), (4, 0))}
+
+
+def _isolated(builder, mixed: Vector, words, bits: int, part: int):
+    shift, place = _PLACES[bits][part]
+    if shift:
+        words = builder.lshr(words, _constant(mixed, shift))
+    return builder.and_(words, _constant(mixed, lane_mask(bits) << (bits * place)))
+
+
+@intrinsic
+def vadd_heads(typingctx, acc, mixed, like, weights, base, table, start, lanewise):
+    """Add what four rows, :func:`vmix`, times the weights of each head, come to.
+
+    Head ``h`` has its four weights, bytes without sign, in the int32 number ``weights[base + h]``.  ``table[start]`` on
+    has the head of every sixteen words of every part, or of every lane of ``acc`` where ``lanewise`` is not None; then
+    sixteen numbers are read from ``weights``.  ``like`` has the lanes of a row's words; :func:`vunmix_heads` ends it.
+    """
+    parts = acc.lanes // mixed.lanes
+    bits = 8 // parts
+    groups = max(1, like.lanes // 16)
+
+    def codegen(context, builder, sig, args):
+        def head_weight(at):
+            head = builder.load(_pointer(context, builder, table, args[5], builder.add(args[6], ir.IntType(64)(at))))
+            at = builder.add(args[4], builder.sext(head, ir.IntType(64)))
+            return builder.load(_pointer(context, builder, weights, args[3], at))
+
+        def spread(part):
+            """The weights of a part's lanes."""
+            if isinstance(lanewise, types.NoneType):
+                width = min(like.lanes, 16)
+                one = Vector("i32", width)
+                found = [_splat(builder, one, head_weight(part * groups + j)) for j in range(groups)]
+                row = _concatenate(builder, found)
+                return _concatenate(builder, [row] * ROWS)
+            zmm = Vector("i32", 16)
+            pointer = _vector_pointer(context, builder, weights, args[3], args[4], zmm)
+            all_heads = builder.load(pointer, align=4)
+            lanes = []
+            for k in range(part * mixed.lanes, (part + 1) * mixed.lanes, 16):
+                at = builder.add(args[6], ir.IntType(64)(k))
+                index = builder.load(_vector_pointer(context, builder, table, args[5], at, zmm), align=4)
+                lanes.append(_call(builder, "llvm.x86.avx512.permvar.si.512", zmm.llvm, [all_heads, index]))
+            return _concatenate(builder, lanes)
+
+        width = min(register_lanes(context), mixed.lanes)
+        results = []
+        for part in range(parts):
+            lanes = _order(range(part * mixed.lanes, (part + 1) * mixed.lanes))
+            total = builder.shuffle_vector(args[0], args[0], lanes)
+            operands = (total, spread(part), _isolated(builder, mixed, args[1], bits, part))
+            results.append(_by_width(builder, mixed, operands, width, lambda x: _dot(context, builder, x)))
+        return _concatenate(builder, results)
+
+    offsets = (types.intp, table, types.intp)
+    return signature(acc, acc, mixed, like, weights, *offsets, lanewise), codegen
+
+
+@intrinsic
+def vunmix_heads(typingctx, acc, like):
+    """The sums of :func:`vadd_heads` in the order of :func:`.simd.vspread`; ``like`` has the lanes of a row's words."""
+    mixed = Vector("i32", ROWS * like.lanes)
+    parts = acc.lanes // mixed.lanes
+    bits = 8 // parts
+
+    def codegen(context, builder, sig, args):
+        order = _order(_byte_places(like.lanes))
+        results = []
+        for part in range(parts):
+            lanes = range(part * mixed.lanes, (part + 1) * mixed.lanes)
+            own = builder.shuffle_vector(args[0], args[0], _order(lanes))
+            place = _PLACES[bits][part][1]
+            own = builder.lshr(own, _constant(mixed, bits * place)) if place else own
+            results.append(builder.shuffle_vector(own, own, order))
+        return _concatenate(builder, results)
+
+    return signature(acc, acc, like), codegen
+
+
+@intrinsic
+def vquads(typingctx, lanes, like):
+    """Bytes of edges and heads, ``[edges, heads]``, as ``[edges / 4, heads, 4]``; ``like`` has a lane for each head."""
+    heads = like.lanes
+
+    def codegen(context, builder, sig, args):
+        order = [
+            (quad * ROWS + e) * heads + h
+            for quad in range(lanes.lanes // (ROWS * heads))
+            for h in range(heads)
+            for e in range(ROWS)
+        ]
+        return builder.shuffle_vector(args[0], args[0], _order(order))
+
+    return signature(lanes, lanes, like), codegen

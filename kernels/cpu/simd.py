@@ -36,7 +36,10 @@ __all__ = [
     "vabs",
     "vcast",
     "vdot",
+    "vfirst",
     "vfma",
+    "vfold_max",
+    "vfold_sum",
     "vfull_adder",
     "vheads",
     "vjoin",
@@ -46,6 +49,8 @@ __all__ = [
     "vload_first",
     "vmax",
     "vmin",
+    "vpositive",
+    "vreach",
     "vround",
     "vsplat",
     "vspread",
@@ -55,6 +60,7 @@ __all__ = [
     "vstore_parts",
     "vstream",
     "vsum",
+    "vtile",
     "vtop",
     "vview",
     "vwithin",
@@ -348,6 +354,74 @@ def vstep(typingctx, total, value, threshold, amount):
         return builder.add(args[0], builder.select(chosen, amounts, _constant(total, 0)))
 
     return signature(total, total, value, types.int64, types.int64), codegen
+
+
+@intrinsic
+def vreach(typingctx, total, value, threshold):
+    """``total + 1`` in the int32 lanes where a float lane of ``value`` reaches the scalar ``threshold``."""
+
+    def codegen(context, builder, sig, args):
+        reached = builder.fcmp_ordered(">=", args[1], _splat(builder, value, args[2]))
+        return builder.add(args[0], builder.zext(reached, total.llvm))
+
+    return signature(total, total, value, types.float32), codegen
+
+
+@intrinsic
+def vpositive(typingctx, v, positive, otherwise):
+    """``positive`` where ``v > 0``, else ``otherwise``, on float lanes."""
+
+    def codegen(context, builder, sig, args):
+        chosen = builder.fcmp_ordered(">", args[0], _constant(v, 0.0))
+        return builder.select(chosen, args[1], args[2])
+
+    return signature(v, v, v, v), codegen
+
+
+@intrinsic
+def vfirst(typingctx, v, count, otherwise):
+    """The first ``count`` lanes of ``v``, and those of ``otherwise``."""
+
+    def codegen(context, builder, sig, args):
+        return builder.select(_first_lanes(builder, v, args[1]), args[0], args[2])
+
+    return signature(v, v, types.intp, v), codegen
+
+
+@intrinsic
+def vtile(typingctx, v, like):
+    """``v`` over and over in as many lanes as ``like``."""
+    vector = Vector(v.element, like.lanes)
+
+    def codegen(context, builder, sig, args):
+        return builder.shuffle_vector(args[0], args[0], _order([k % v.lanes for k in range(like.lanes)]))
+
+    return signature(vector, v, like), codegen
+
+
+def _fold(name: str):
+    def impl(typingctx, v, like):
+        def codegen(context, builder, sig, args):
+            value, lanes = args[0], v.lanes
+            while lanes > like.lanes:
+                lanes //= 2
+                halves = [
+                    builder.shuffle_vector(value, value, _order(range(k, k + lanes))) for k in (0, lanes)
+                ]
+                if name == "vfold_sum":
+                    value = builder.add(*halves)
+                else:
+                    value = builder.select(builder.fcmp_ordered(">", *halves), *halves)
+            return value
+
+        return signature(Vector(v.element, like.lanes), v, like), codegen
+
+    impl.__name__ = name
+    return intrinsic(impl)
+
+
+vfold_max = _fold("vfold_max")  # of float lanes that repeat with the period of ``like``
+vfold_sum = _fold("vfold_sum")  # the same of integers
 
 
 @intrinsic
