@@ -15,9 +15,9 @@ from ..arithmetic import is_per_row
 from ..layout import parts_per_byte
 from . import jit, multiplied, thresholds, weighted
 from .codesum import lane_capacity, neighbour_sum
-from .epilogue import code_pitch, epilogue, finish_rows, flat, opened
+from .epilogue import GROUP, code_pitch, epilogue, finish_rows, flat, opened
 from .parallel import row_chunks, run_chunks
-from .simd import atomic_add, keep, peek, poke, raw, vcast, vlanes, vlive, vstore_parts
+from .simd import atomic_add, keep, peek, poke, raw, raw_aligned, vcast, vlanes, vlive, vstore_parts
 
 BLOCK_FLOATS = 1 << 12  # accumulators of a block of rows: they stay in the first-level cache
 MAX_LANES = 32  # words per tile: more would not fit the registers
@@ -43,11 +43,11 @@ def sum_kernel(bits: int, lanes: int, exact: int):
     def kernel(words, stride, rowptr, col, closed, block, code_row, bounds, counter):
         spec = opened(closed)
         pitch = 4 * stride * parts
-        acc_owner = np.empty(block * pitch + 4 * lanes, np.float32)
+        acc_owner = np.empty(block * pitch + 4 * lanes + GROUP, np.float32)
         coefficient_owner = np.empty(block, np.float32)
         unpacked_owner = np.empty(code_row, np.uint8)
         spill_owner = np.empty(codes, np.int32)
-        acc, coefficient = raw(acc_owner), raw(coefficient_owner)
+        acc, coefficient = raw_aligned(raw(acc_owner)), raw(coefficient_owner)
         unpacked, spill = raw(unpacked_owner), raw(spill_owner)
         source, edges, final = raw(words), raw(col), col.size - 1
         zero, none = vlanes("i32", lanes), vlanes(lane, codes)

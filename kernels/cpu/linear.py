@@ -24,6 +24,7 @@ from ..plan import PlanCache
 from . import jit
 from .checksum import whole_checksum
 from .epilogue import (
+    GROUP,
     HAS_ADDEND,
     HAS_BIAS,
     HAS_DST,
@@ -48,6 +49,7 @@ from .simd import (
     keep,
     peek,
     raw,
+    raw_aligned,
     raw_at,
     vcast,
     vdot,
@@ -173,7 +175,8 @@ def _kernel(bits: int):
         pitch = 4 * (stride * parts + TILE)  # bytes of an unpacked row
         codes = np.zeros(BLOCK_ROWS * pitch, np.uint8)
         lanes = codes.view(np.int32)
-        acc = np.empty(BLOCK_ROWS * stretch, np.float32)
+        acc_owner = np.empty(BLOCK_ROWS * stretch + GROUP, np.float32)
+        acc = raw_aligned(raw(acc_owner))
         sums = np.empty(BLOCK_ROWS, np.float32)
         unpacked = np.empty(code_row, np.uint8)
         none, signs = vlanes("u8", per_tile), vsplat(SIGNS, wide)
@@ -193,8 +196,8 @@ def _kernel(bits: int):
                         vstore_parts(codes, r * pitch + 4 * tile, 4 * stride, row, parts, 4 * live)
                     sums[r] = _row_sum(lanes, r * (pitch // 4), depth) + FEATURES * depth * flip
                 _multiply(lanes, pitch // 4, count, weight, stretch, depth, start, acc)
-                finish_rows(raw(acc), 0, stretch, raw(sums), first, count, spec, raw(unpacked))
-        keep(acc)
+                finish_rows(acc, 0, stretch, raw(sums), first, count, spec, raw(unpacked))
+        keep(acc_owner)
         keep(sums)
         keep(unpacked)
 

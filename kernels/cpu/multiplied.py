@@ -16,13 +16,14 @@ from ..layout import parts_per_byte
 from . import jit
 from .bytedot import ROWS, vadd_mixed, vmix, vunmix
 from .codesum import prefetch_rows
-from .epilogue import finish_rows, opened
+from .epilogue import GROUP, finish_rows, opened
 from .simd import (
     atomic_add,
     keep,
     peek,
     poke,
     raw,
+    raw_aligned,
     vcast,
     vlanes,
     vlive,
@@ -104,11 +105,12 @@ def sum_kernel(bits: int, lanes: int, exact: int):
     def kernel(words, stride, rowptr, col, multiplier, closed, block, code_row, bounds, counter):
         spec = opened(closed)
         pitch = 4 * stride * parts
-        acc_owner = np.empty(block * pitch + 4 * lanes, np.float32)
+        acc_owner = np.empty(block * pitch + 4 * lanes + GROUP, np.float32)
         mass_owner = np.empty(block, np.float32)
         unpacked_owner = np.empty(code_row, np.uint8)
         spill_owner = np.empty(codes, np.int32)
-        acc, mass, unpacked, spill = raw(acc_owner), raw(mass_owner), raw(unpacked_owner), raw(spill_owner)
+        acc, mass = raw_aligned(raw(acc_owner)), raw(mass_owner)
+        unpacked, spill = raw(unpacked_owner), raw(spill_owner)
         source, edges, final, factors = raw(words), raw(col), col.size - 1, raw(multiplier)
         zero, none = vlanes("i32", lanes), vlanes("i32", codes)
         while True:

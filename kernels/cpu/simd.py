@@ -150,6 +150,9 @@ def raw_at(typingctx, address, kind):
         return builder.inttoptr(args[0], context.get_value_type(data))
 
     return signature(data, types.int64, kind), codegen
+
+
+@intrinsic
 def raw_aligned(typingctx, data):
     """The float32 numbers from the first address of ``data``, :func:`raw`, on that is a multiple of 64."""
     floats = Raw(types.float32)
