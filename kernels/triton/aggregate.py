@@ -9,10 +9,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..arithmetic import multiplied
+from ..aggregate import MAX_PER_ROW, aggregate_reference
+from ..arithmetic import LARGEST_MULTIPLIER, multiplied
 from ..layout import parts_per_byte, row_words
-from .bits import ROW, finish, isolated_part, load_range, part_features, part_sums, power_of_two, store_words
-from .gather import heads_part, max_codes, spread_heads, sum_codes, sum_slots, sum_weighted
+from .bits import (
+    ROW,
+    conclude,
+    finish,
+    isolated_part,
+    load_range,
+    part_features,
+    part_peak,
+    part_sums,
+    power_of_two,
+    row_multipliers,
+    store_words,
+)
+from .gather import heads_part, max_codes, spread_heads, sum_codes, sum_multiplied, sum_slots, sum_weighted
 from .launch import (
     MAGIC_BITS,
     SECOND_STAGE,
@@ -28,7 +41,6 @@ from .launch import (
     warp_size,
     word_tile,
 )
-from .multipliers import pack_rows, sum_multiplied
 from .ranges import range_kind
 from .schedule import Schedule, schedule_for
 
@@ -41,7 +53,9 @@ def _affine(  # type: ignore[no-untyped-def]
     MODE: tl.constexpr, F: tl.constexpr, W: tl.constexpr, WORDS: tl.constexpr,
     SCALE: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """The affine step after a reduction over codes, of a part tile; ``degree`` is ``[ROWS]`` int32."""
+    """The affine step after a reduction over codes, of a part tile; ``degree`` (of rows with multipliers, the sum of
+    these) is ``[ROWS]`` int32.
+    """
     feature, feature_ok = part_features(first, part, F, W, WORDS)
     if MODE == "weighted":
         if SCALE == ROW:
@@ -54,7 +68,7 @@ def _affine(  # type: ignore[no-untyped-def]
     else:
         s = load_range(scale, SCALE, 0, True, feature, feature_ok)
         start = load_range(offset, OFFSET, 0, True, feature, feature_ok)
-        if MODE == "sum":
+        if MODE == "sum" or MODE == "multiplied":
             y = total.to(tl.float32) * s + degree.to(tl.float32)[:, None] * start
         else:
             y = tl.where((degree > 0)[:, None], total.to(tl.float32) * s + start, 0.0)
@@ -66,7 +80,7 @@ def _part(total, part: tl.constexpr, MODE: tl.constexpr, BITS: tl.constexpr, ROW
     """One part of an accumulator as a part tile: int32 sums or codes, or float32 weighted sums."""
     if MODE == "sum":
         tile = part_sums(total, part, BITS, ROWS, WORDS)
-    elif MODE == "max":
+    elif MODE == "max" or MODE == "multiplied":
         fields, shift = isolated_part(total, part, BITS, ROWS, WORDS)
         tile = fields.to(tl.int32) >> shift
     else:
@@ -77,12 +91,12 @@ def _part(total, part: tl.constexpr, MODE: tl.constexpr, BITS: tl.constexpr, ROW
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def aggregate_kernel(  # type: ignore[no-untyped-def]
-    words, col, row_of, begin_of, length_of, slot_of, weight, scale, offset, dst_scale, bias,
-    out_scale, out_offset, out, partial, num_items, num_partial, magic,
+    words, col, row_of, begin_of, length_of, slot_of, weight, multiplier, scale, offset, dst_scale, bias,
+    out_scale, out_offset, out_unit, out, out_multiplier, partial, num_items, num_partial, magic,
     MODE: tl.constexpr, F: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr,
     WORDS: tl.constexpr, UNROLL: tl.constexpr, HEADS: tl.constexpr, HEAD_TILE: tl.constexpr,
     ALIGNED: tl.constexpr, SCALE: tl.constexpr, OFFSET: tl.constexpr, RELU: tl.constexpr,
-    PACK: tl.constexpr, OUT_SCALE: tl.constexpr, OUT_OFFSET: tl.constexpr,
+    PACK: tl.constexpr, OUT_SCALE: tl.constexpr, OUT_OFFSET: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
     r"""``y_i = (s sum_j w_ij c_j + l sum_j w_ij) d_i + b``, or the largest ``c_j`` in place of the
     sum.  Segments of hubs leave their partial results in ``partial``: ``[slots, F]``, then the sums
@@ -97,11 +111,15 @@ def aggregate_kernel(  # type: ignore[no-untyped-def]
     first = tl.program_id(1) * WORDS
     word = first + tl.arange(0, WORDS)
     edge = col + begin
+    units = length  # what the offset is counted by
     if MODE == "weighted":
         total, mass = sum_weighted(
             words, edge, begin, length, longest, word, weight, scale, offset, magic,
             F, W, BITS, ROWS, WORDS, UNROLL, HEADS, HEAD_TILE, ALIGNED, SCALE == ROW, OFFSET == ROW,
         )  # fmt: skip
+    elif MODE == "multiplied":
+        total, units = sum_multiplied(words, edge, length, longest, word, multiplier, W, BITS, ROWS, WORDS, UNROLL)
+        mass = tl.zeros([ROWS, HEAD_TILE], tl.float32)
     elif MODE == "sum":
         total = sum_codes(words, edge, length, longest, word, W, BITS, ROWS, WORDS, UNROLL)
         mass = tl.zeros([ROWS, HEAD_TILE], tl.float32)
@@ -121,33 +139,67 @@ def aggregate_kernel(  # type: ignore[no-untyped-def]
             head = tl.arange(0, HEAD_TILE)[None, :]
             target = partial + tl.cast(num_partial, tl.int64) * width + (slot * HEADS)[:, None] + head
             tl.store(target, mass, mask=(length > 0)[:, None] & (head < HEADS))
+        if MODE == "multiplied":
+            tl.store(partial + tl.cast(num_partial, tl.int64) * width + slot, units, mask=length > 0)
     else:
         masses = spread_heads(mass, word, F, W, BITS, ROWS, WORDS, HEADS, ALIGNED)
         factor = dst_scale
         if dst_scale is not None:
             factor = tl.load(dst_scale + row, mask=item_ok, other=0.0)
+        times = out_unit
+        if out_unit is not None:  # the whole row is in this tile: its peak first, then the same values once more
+            peak = tl.zeros([ROWS], tl.float32)
+            for part in tl.static_range(parts):
+                y = _affine(
+                    _part(total, part, MODE, BITS, ROWS, WORDS), heads_part(masses, part, BITS, ROWS, WORDS),
+                    units, scale, offset, first, part, MODE, F, W, WORDS, SCALE, OFFSET,
+                )  # fmt: skip
+                feature, feature_ok = part_features(first, part, F, W, WORDS)
+                peak = tl.maximum(peak, part_peak(conclude(y, factor, bias, feature, feature_ok, RELU), feature_ok))
+            times = row_multipliers(peak, out_unit, LARGEST)
+            tl.store(out_multiplier + row, times.to(tl.uint8), mask=item_ok)
         packed = tl.zeros([ROWS, WORDS], tl.int32)
         for part in tl.static_range(parts):
             y = _affine(
                 _part(total, part, MODE, BITS, ROWS, WORDS), heads_part(masses, part, BITS, ROWS, WORDS),
-                length, scale, offset, first, part, MODE, F, W, WORDS, SCALE, OFFSET,
+                units, scale, offset, first, part, MODE, F, W, WORDS, SCALE, OFFSET,
             )  # fmt: skip
             packed |= finish(
                 y, out, row, item_ok, first, factor, bias, out_scale, out_offset, part,
-                F, W, BITS, ROWS, WORDS, RELU, PACK, OUT_SCALE, OUT_OFFSET,
+                F, W, BITS, ROWS, WORDS, RELU, PACK, OUT_SCALE, OUT_OFFSET, times,
             )  # fmt: skip
         if PACK:
             store_words(out, packed, row, item_ok, first, W, WORDS)
 
 
+@triton.jit
+def _hub_part(  # type: ignore[no-untyped-def]
+    partial, first_slot, count, byte, part: tl.constexpr, width: tl.constexpr, MODE: tl.constexpr,
+    W: tl.constexpr, SLOTS: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """One part of a hub's row, ``[1, 4 * WORDS]``, over the partial results in the order of their slots."""
+    total = tl.zeros([SLOTS, 4 * WORDS], tl.float32 if MODE == "weighted" else tl.int32)
+    source = partial + first_slot * width + (part * 4 * W + byte)[None, :]
+    for begin in range(0, count, SLOTS):
+        slot = begin + tl.arange(0, SLOTS)
+        ok = (slot < count)[:, None] & (byte < 4 * W)[None, :]
+        value = tl.load(source + (slot.to(tl.int64) * width)[:, None], mask=ok, other=0)
+        if MODE == "max":
+            total = tl.maximum(total, value)
+        else:
+            total += value
+    total = tl.max(total, 0) if MODE == "max" else tl.sum(total, 0)
+    return total[None, :]
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def hub_kernel(  # type: ignore[no-untyped-def]
     partial, rowptr, hub_row, hub_first, hub_count, scale, offset, dst_scale, bias, out_scale,
-    out_offset, out, num_partial,
+    out_offset, out_unit, out, out_multiplier, num_partial,
     MODE: tl.constexpr, F: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, SLOTS: tl.constexpr,
     WORDS: tl.constexpr, HEADS: tl.constexpr, HEAD_TILE: tl.constexpr, ALIGNED: tl.constexpr,
     SCALE: tl.constexpr, OFFSET: tl.constexpr, RELU: tl.constexpr,
-    PACK: tl.constexpr, OUT_SCALE: tl.constexpr, OUT_OFFSET: tl.constexpr,
+    PACK: tl.constexpr, OUT_SCALE: tl.constexpr, OUT_OFFSET: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
     """Second stage of hubs: reduce the partial results of one row in the order of their slots."""
     hub = tl.program_id(0)
@@ -158,8 +210,11 @@ def hub_kernel(  # type: ignore[no-untyped-def]
     word = first + tl.arange(0, WORDS)
     byte = 4 * first + tl.arange(0, 4 * WORDS)
     width: tl.constexpr = 32 // BITS * W
-    kind: tl.constexpr = tl.float32 if MODE == "weighted" else tl.int32
-    degree = (tl.load(rowptr + row + 1) - tl.load(rowptr + row)).to(tl.int32)
+    if MODE == "multiplied":
+        units = partial + tl.cast(num_partial, tl.int64) * width + first_slot
+        degree = tl.reshape(sum_slots(units, count, 1, tl.int32, SLOTS, 1, 1), [1])
+    else:
+        degree = (tl.load(rowptr + row + 1) - tl.load(rowptr + row)).to(tl.int32)
     mass = tl.zeros([1, HEAD_TILE], tl.float32)
     if MODE == "weighted":
         sums = partial + tl.cast(num_partial, tl.int64) * width + first_slot * HEADS
@@ -168,26 +223,29 @@ def hub_kernel(  # type: ignore[no-untyped-def]
     factor = dst_scale
     if dst_scale is not None:
         factor = tl.load(dst_scale + row)
+    times = out_unit
+    if out_unit is not None:
+        peak = tl.zeros([1], tl.float32)
+        for part in tl.static_range(8 // BITS):
+            total = _hub_part(partial, first_slot, count, byte, part, width, MODE, W, SLOTS, WORDS)
+            y = _affine(
+                total, heads_part(masses, part, BITS, 1, WORDS), degree, scale, offset, first, part,
+                MODE, F, W, WORDS, SCALE, OFFSET,
+            )  # fmt: skip
+            feature, feature_ok = part_features(first, part, F, W, WORDS)
+            peak = tl.maximum(peak, part_peak(conclude(y, factor, bias, feature, feature_ok, RELU), feature_ok))
+        times = row_multipliers(peak, out_unit, LARGEST)
+        tl.store(out_multiplier + row, times.to(tl.uint8))
     packed = tl.zeros([1, WORDS], tl.int32)
     for part in tl.static_range(8 // BITS):
-        total = tl.zeros([SLOTS, 4 * WORDS], kind)
-        source = partial + first_slot * width + (part * 4 * W + byte)[None, :]
-        for begin in range(0, count, SLOTS):
-            slot = begin + tl.arange(0, SLOTS)
-            ok = (slot < count)[:, None] & (byte < 4 * W)[None, :]
-            value = tl.load(source + (slot.to(tl.int64) * width)[:, None], mask=ok, other=0)
-            if MODE == "max":
-                total = tl.maximum(total, value)
-            else:
-                total += value
-        total = tl.max(total, 0) if MODE == "max" else tl.sum(total, 0)
+        total = _hub_part(partial, first_slot, count, byte, part, width, MODE, W, SLOTS, WORDS)
         y = _affine(
-            total[None, :], heads_part(masses, part, BITS, 1, WORDS), degree, scale, offset, first, part,
+            total, heads_part(masses, part, BITS, 1, WORDS), degree, scale, offset, first, part,
             MODE, F, W, WORDS, SCALE, OFFSET,
         )  # fmt: skip
         packed |= finish(
             y, out, row, row >= 0, first, factor, bias, out_scale, out_offset, part,
-            F, W, BITS, 1, WORDS, RELU, PACK, OUT_SCALE, OUT_OFFSET,
+            F, W, BITS, 1, WORDS, RELU, PACK, OUT_SCALE, OUT_OFFSET, times,
         )  # fmt: skip
     if PACK:
         store_words(out, packed, row, row >= 0, first, W, WORDS)
@@ -214,7 +272,7 @@ def _launch(
     words, bits = meta["W"], meta["BITS"]
     weighted = mode == "weighted"
     partial = out.new_empty(
-        schedule.num_partial * (32 // bits * words + (meta["HEADS"] if weighted else 0)),
+        schedule.num_partial * (32 // bits * words + (meta["HEADS"] if weighted else 1)),
         dtype=torch.float32 if weighted else torch.int32,
     )
     tail = [tensors[k] for k in ("scale", "offset", "dst_scale", "bias", "out_scale", "out_offset")]
@@ -222,14 +280,15 @@ def _launch(
     launch(
         aggregate_kernel, (triton.cdiv(schedule.num_items, rows), tiles), device,
         tensors["words"], tensors["col"], schedule.row, schedule.begin, schedule.length,
-        schedule.slot, tensors["edge_weight"], *tail, out, partial, schedule.num_items,
-        schedule.num_partial, MAGIC_BITS, MODE=mode, ROWS=rows, UNROLL=config.unroll, **meta,
-        **launch_options(config),
+        schedule.slot, tensors["edge_weight"], tensors["multiplier"], *tail, tensors["out_unit"], out,
+        tensors["out_multiplier"], partial, schedule.num_items, schedule.num_partial, MAGIC_BITS, MODE=mode,
+        ROWS=rows, UNROLL=config.unroll, LARGEST=LARGEST_MULTIPLIER, **meta, **launch_options(config),
     )  # fmt: skip
     launch(
         hub_kernel, (schedule.num_hubs, tiles), device,
-        partial, rowptr.contiguous(), schedule.hub_row, schedule.hub_first, schedule.hub_count, *tail, out,
-        schedule.num_partial, MODE=mode, SLOTS=8, **launch_options(SECOND_STAGE), **meta,
+        partial, rowptr.contiguous(), schedule.hub_row, schedule.hub_first, schedule.hub_count, *tail,
+        tensors["out_unit"], out, tensors["out_multiplier"], schedule.num_partial, MODE=mode, SLOTS=8,
+        LARGEST=LARGEST_MULTIPLIER, **launch_options(SECOND_STAGE), **meta,
     )  # fmt: skip
 
 
@@ -253,48 +312,46 @@ def aggregate(
     multiplier: Tensor | None = None,
     out_unit: Tensor | None = None,
 ) -> Any:
-    if out_unit is not None:
-        assert out_scale is not None
-        assert out_offset is not None
-        y = aggregate(
-            words, rowptr, col, scale, offset, num_features, bits, reduce, edge_weight, dst_scale,
-            bias, relu, multiplier=multiplier,
-        )  # fmt: skip
-        return pack_rows(y, out_scale, out_offset, out_bits, out_unit)
-    if multiplier is not None:
-        if edge_weight is None and out_bits == 0:
-            return sum_multiplied(
-                words, rowptr, col, scale, offset, num_features, bits, multiplier, dst_scale, bias, relu
-            )
-        scale, offset = multiplied(scale, offset, multiplier)
     per_row = range_kind(scale) == ROW.value or range_kind(offset) == ROW.value
-    if reduce == "max" and per_row:
-        raise ValueError("Expected one range per tensor or column for reduce='max' (got one per row)")
-    if out_bits not in (0, bits):
-        # Packing at another width crosses threads; a second kernel does it.
+    if reduce == "max" and (per_row or multiplier is not None):
+        raise ValueError(MAX_PER_ROW)
+    if multiplier is not None and edge_weight is not None:
+        if scale.numel() > 1 or offset.numel() > 1:  # no range tensor holds one per row and column
+            return aggregate_reference(
+                words, rowptr, col, scale, offset, num_features, bits, reduce, edge_weight, dst_scale, bias, relu,
+                out_scale, out_offset, out_bits, multiplier=multiplier, out_unit=out_unit,
+            )  # fmt: skip
+        (scale, offset), multiplier, per_row = multiplied(scale, offset, multiplier), None, True
+    device = check_devices(words, rowptr, col, scale, offset, edge_weight, dst_scale, bias, out_scale, out_offset)
+    mode = "weighted" if edge_weight is not None or per_row else "multiplied" if multiplier is not None else reduce
+    num_words = row_words(num_features, bits)
+    heads = edge_weight.size(1) if edge_weight is not None and edge_weight.dim() == 2 else 1
+    # Sums with multipliers hold what weighted ones do.
+    kernel = f"aggregate_{'weighted' if mode == 'multiplied' else mode}"
+    config = fitted(config_for(kernel, device, num_words), num_features, heads, bits)
+    rows, tile = word_tile(config, num_words, warp_size(), bits)
+    if out_bits not in (0, bits) or (out_unit is not None and tile < num_words):
+        # Packing at another width crosses threads, the peak of a row in several tiles programs: a second kernel.
         from .quantize_pack import quantize_pack
 
         y = aggregate(
             words, rowptr, col, scale, offset, num_features, bits, reduce, edge_weight, dst_scale,
-            bias, relu,
+            bias, relu, multiplier=multiplier,
         )  # fmt: skip
         assert out_scale is not None
         assert out_offset is not None
-        return quantize_pack(y, out_scale, out_offset, out_bits)
+        return quantize_pack(y, out_scale, out_offset, out_bits, out_unit)
+    num_dst = rowptr.numel() - 1
+    out_multiplier = None if out_unit is None else words.new_empty(num_dst, dtype=torch.uint8)
     tensors = {
         "words": words, "col": col, "edge_weight": edge_weight, "scale": scale, "offset": offset,
         "dst_scale": dst_scale, "bias": bias, "out_scale": out_scale, "out_offset": out_offset,
+        "multiplier": multiplier, "out_unit": out_unit, "out_multiplier": out_multiplier,
     }  # fmt: skip
-    device = check_devices(rowptr, *tensors.values())
     check_graph(rowptr, col, words.size(0))
     tensors = {name: None if t is None else t.contiguous() for name, t in tensors.items()}
-    mode = "weighted" if edge_weight is not None or per_row else reduce
-    num_words = row_words(num_features, bits)
     width = num_words if out_bits else num_features
-    out = words.new_empty((rowptr.numel() - 1, width), dtype=torch.int32 if out_bits else torch.float32)
-    heads = edge_weight.size(1) if edge_weight is not None and edge_weight.dim() == 2 else 1
-    config = fitted(config_for(f"aggregate_{mode}", device, num_words), num_features, heads, bits)
-    rows, tile = word_tile(config, num_words, warp_size(), bits)
+    out = words.new_empty((num_dst, width), dtype=torch.int32 if out_bits else torch.float32)
     meta = {
         "F": num_features, "W": num_words, "BITS": bits, "WORDS": tile, "HEADS": heads,
         "HEAD_TILE": next_power_of_two(heads), "ALIGNED": heads_aligned(num_features, heads, bits, tile),
@@ -305,4 +362,4 @@ def aggregate(
     _launch(
         device, tensors, out, rowptr, schedule_for(rowptr, config.segment), mode, config, meta, rows,
     )  # fmt: skip
-    return out
+    return out if out_multiplier is None else (out, out_multiplier)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from ..arithmetic import LARGEST_MULTIPLIER
 from ..layout import parts_per_byte, row_bytes, row_words
 from . import aggregate as aggregate_module
 from . import attention_aggregate as attention_module
@@ -80,19 +81,23 @@ HUB_TYPES = {
     "bias": "*fp32", "out": "*fp32", "num_partial": "i32",
 }  # fmt: skip
 PACKED_TYPES = {"out": "*i32", "out_scale": "*fp32", "out_offset": "*fp32"}
+UNIT_TYPES = PACKED_TYPES | {"out_unit": "*fp32", "out_multiplier": "*u8"}
 
 
 def aggregate_cases(grid: str, target: str) -> Iterator[Case]:
-    for mode in ("sum", "max", "weighted"):
+    for mode in ("sum", "max", "weighted", "multiplied"):
         for bits, features in shapes(grid):
             words = row_words(features, bits)
-            config = _config(f"aggregate_{mode}", words, target)
+            config = _config(f"aggregate_{'weighted' if mode == 'multiplied' else mode}", words, target)
             constants = _tile_constants(features, bits, config, target)
             constants |= {
                 "MODE": mode, "UNROLL": config.unroll, "HEADS": 1, "HEAD_TILE": 1, "ALIGNED": True,
                 "SCALE": ONE, "OFFSET": ONE, "RELU": True, "PACK": False, "OUT_SCALE": ONE, "OUT_OFFSET": ONE,
+                "LARGEST": LARGEST_MULTIPLIER,
             }  # fmt: skip
             types = dict(AGGREGATE_TYPES)
+            if mode == "multiplied":
+                types |= {"multiplier": "*u8"}
             if mode == "weighted":
                 types |= {"weight": "*fp32", "partial": "*fp32"}
             codes = _codes_per_turn(constants, config, target)
@@ -100,11 +105,15 @@ def aggregate_cases(grid: str, target: str) -> Iterator[Case]:
                 "bits": bits, "features": features, "row_bytes": 4 * words,
                 "unroll": config.unroll, "mode": mode,
             }  # fmt: skip
-            for pack in (False, True):
+            outputs = {"": {}, " packed": PACKED_TYPES}
+            if mode in ("sum", "multiplied") and constants["WORDS"] >= words:
+                outputs[" packed rows"] = UNIT_TYPES
+            for name, more in outputs.items():
+                pack = bool(more)
                 yield Case(
-                    "aggregate", f"{mode} int{bits} F={features}" + (" packed" if pack else ""),
+                    "aggregate", f"{mode} int{bits} F={features}{name}",
                     aggregate_module.aggregate_kernel,
-                    types | PACKED_TYPES if pack else types, constants | {"PACK": pack},
+                    types | more, constants | {"PACK": pack},
                     config.num_warps, max_registers=config.max_registers, codes_per_iteration=codes,
                     facts=facts | {"out_bytes": 4 * words if pack else 4 * features},
                 )  # fmt: skip
@@ -116,6 +125,12 @@ def aggregate_cases(grid: str, target: str) -> Iterator[Case]:
                 HUB_TYPES | ({"partial": "*fp32"} if mode == "weighted" else {}),
                 hub | {"SLOTS": 8}, **_second_stage(), facts={"bits": bits, "features": features},
             )  # fmt: skip
+            if " packed rows" in outputs:
+                yield Case(
+                    "aggregate", f"{mode} int{bits} F={features} packed rows hubs", aggregate_module.hub_kernel,
+                    HUB_TYPES | UNIT_TYPES, hub | {"SLOTS": 8, "PACK": True}, **_second_stage(),
+                    facts={"bits": bits, "features": features},
+                )  # fmt: skip
 
 
 def _weighted_heads(
@@ -156,6 +171,14 @@ def pack_cases(grid: str, target: str) -> Iterator[Case]:
                 config.num_warps, facts={"bits": bits, "features": features,
                                          "row_traffic": row_bytes(features, bits) + 4 * features},
             )  # fmt: skip
+        rows, width = whole_row_tile(config, row_words(features, bits), WARP[target])
+        yield Case(
+            "quantize_pack", f"int{bits} F={features} rows", quantize_module.quantize_pack_kernel,
+            {"x": "*fp32", "out": "*i32", "scale": "*fp32", "offset": "*fp32", "unit": "*fp32", "multiplier": "*u8",
+             "num_rows": "i32"},
+            constants | {"ROWS": rows, "WORDS": width, "LARGEST": LARGEST_MULTIPLIER}, config.num_warps,
+            facts={"bits": bits, "features": features, "row_traffic": row_bytes(features, bits) + 4 * features},
+        )  # fmt: skip
 
 
 ATTENTION_TYPES = {
@@ -200,6 +223,8 @@ def attention_cases(grid: str, target: str) -> Iterator[Case]:
                 columns = constants | {"ROWS": rows, "WORDS": tile, "SCALE": COLUMN, "OFFSET": COLUMN}
                 yield _attention(name + " columns", types, columns, 4, config, facts, target)
             if not v2:
+                rows_types = types | {"multiplier": "*u8"}
+                yield _attention(name + " rows", rows_types, constants, 4, config, facts, target)
                 hub = _without(constants, "ROWS", "V2", "UNROLL") | {"SLOTS": 4, "INTEGER": True}
                 yield Case(
                     "attention_aggregate", f"{name} hubs", attention_module.attention_hub_kernel,
@@ -218,7 +243,7 @@ def _attention(
     facts: dict[str, Any], target: str,
 ) -> Case:  # fmt: skip
     quantized = attention_bits != 32
-    paired = quantized and attention_module.fits_pairs(4, constants["BITS"])
+    paired = quantized and attention_module.fits_pairs(4, constants["BITS"]) and "multiplier" not in types
     types = types | {"peak": "*fp32", "bias": "*fp32"}
     if quantized:
         types |= {"thresholds": "*fp32", "partial": "*i32"}

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..arithmetic import attention_thresholds
+from ..arithmetic import LARGEST_MULTIPLIER, attention_thresholds
 from ..arithmetic import finish as finish_rows
 from ..attention_aggregate import attention_aggregate_reference
 from ..layout import row_words, top_code
@@ -56,6 +56,7 @@ from .launch import (
     warp_size,
     whole_row_tile,
 )
+from .quantize_pack import quantize_pack
 from .ranges import range_kind
 from .schedule import MAX_SEGMENT, Schedule, schedule_for
 
@@ -68,9 +69,11 @@ FLOAT_BITS = 32
 def _normalize(  # type: ignore[no-untyped-def]
     total, inverse, offsets, scale, offset, first, part: tl.constexpr,
     F: tl.constexpr, W: tl.constexpr, WORDS: tl.constexpr, SCALE: tl.constexpr,
-    OFFSET: tl.constexpr,
+    OFFSET: tl.constexpr, MULTIPLIED: tl.constexpr,
 ):  # fmt: skip
-    """``(s total) inverse + l`` of a part tile; 0 where ``inverse`` is 0."""
+    """``(s total) inverse + l`` of a part tile, ``l`` times the mean multiplier where there are any; 0 where
+    ``inverse`` is 0.
+    """
     feature, feature_ok = part_features(first, part, F, W, WORDS)
     total = total.to(tl.float32)
     if SCALE < ROW:
@@ -79,6 +82,8 @@ def _normalize(  # type: ignore[no-untyped-def]
         y = (total + offsets) * inverse
     else:
         start = load_range(offset, OFFSET, 0, True, feature, feature_ok)
+        if MULTIPLIED:
+            start = start * (offsets.to(tl.float32) * inverse)
         y = total * inverse + start
     return tl.where(inverse > 0, y, 0.0)
 
@@ -103,14 +108,14 @@ def _load_source_heads(ptr, kind: tl.constexpr, source, ok, head, HEADS: tl.cons
 @triton.jit
 def _sums(  # type: ignore[no-untyped-def]
     words, col, row, begin, length, longest, word, scale, offset, alpha_src, alpha_dst, alpha_edge,
-    att, x_dst, peak, thresholds, slope, magic,
+    att, x_dst, peak, thresholds, multiplier, slope, magic,
     F: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
     UNROLL: tl.constexpr, HEADS: tl.constexpr, HEAD_TILE: tl.constexpr, ALIGNED: tl.constexpr,
     TOP: tl.constexpr, V2: tl.constexpr, INTEGER: tl.constexpr, PAIRED: tl.constexpr,
     SCALE: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     """Weighted sums of codes (``PAIRED``: in the form of ``sums_by_part``, else of ``isolate``), and
-    sums of numerators and of weighted offsets per head.
+    sums of numerators and of weighted offsets (with multipliers: of weights) per head.
     """
     kind: tl.constexpr = tl.uint32 if INTEGER else tl.float32
     parts: tl.constexpr = 8 // BITS
@@ -122,7 +127,7 @@ def _sums(  # type: ignore[no-untyped-def]
     else:
         total = tl.zeros([ROWS, WORDS, 4 * parts], kind)
     share = tl.zeros([ROWS, HEAD_TILE], kind)
-    offsets = tl.zeros([ROWS, HEAD_TILE], tl.float32)
+    offsets = tl.zeros([ROWS, HEAD_TILE], kind if multiplier is not None else tl.float32)
     if V2:
         weights, target = v2_inputs(att, x_dst, row, exists, word, F, W, BITS)
     else:
@@ -142,7 +147,10 @@ def _sums(  # type: ignore[no-untyped-def]
                 e = gat_logits(alpha_src, target, alpha_edge, source, begin + (k + u), ok, head, slope, HEADS)
             factor = numerator(e - highest, ok[:, None] & (head < HEADS), thresholds, TOP).to(kind)
             share += factor
-            if OFFSET >= ROW:
+            if multiplier is not None:
+                factor = factor * tl.load(multiplier + source, mask=ok, other=0).to(tl.int32).to(kind)[:, None]
+                offsets += factor
+            elif OFFSET >= ROW:
                 offsets += factor * _load_source_heads(offset, OFFSET, source, ok, head, HEADS)
             if SCALE >= ROW:
                 factor = factor * _load_source_heads(scale, SCALE, source, ok, head, HEADS)
@@ -182,7 +190,7 @@ def _part(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_kernel(  # type: ignore[no-untyped-def]
     words, col, row_of, begin_of, length_of, slot_of, scale, offset, alpha_src, alpha_dst,
-    alpha_edge, att, x_dst, peak, thresholds, bias, out_scale, out_offset, out, partial, slope,
+    alpha_edge, att, x_dst, peak, thresholds, multiplier, bias, out_scale, out_offset, out, partial, slope,
     num_items, num_partial, magic,
     F: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
     UNROLL: tl.constexpr, HEADS: tl.constexpr, HEAD_TILE: tl.constexpr, ALIGNED: tl.constexpr,
@@ -190,8 +198,9 @@ def attention_kernel(  # type: ignore[no-untyped-def]
     SCALE: tl.constexpr, OFFSET: tl.constexpr, RELU: tl.constexpr, PACK: tl.constexpr,
     OUT_SCALE: tl.constexpr, OUT_OFFSET: tl.constexpr,
 ):  # fmt: skip
-    r"""``y_i = (s sum_j k_ij c_j) / sum_j k_ij + l`` per head.  Segments of hubs leave their sums in
-    ``partial``: ``[slots, F]``, then those of numerators and of offsets, ``[slots, HEADS]`` each.
+    r"""``y_i = (s sum_j k_ij c_j) / sum_j k_ij + l`` per head, ``k_ij m_j`` in place of ``k_ij`` in the sums of rows
+    with multipliers.  Segments of hubs leave their sums in
+    ``partial``: ``[slots, F]``, then those of numerators and of offsets or weights, ``[slots, HEADS]`` each.
     """
     item = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     item_ok = item < num_items
@@ -202,7 +211,7 @@ def attention_kernel(  # type: ignore[no-untyped-def]
     word = tl.arange(0, WORDS)
     total, share, offsets = _sums(
         words, col, row, begin, length, longest, word, scale, offset, alpha_src, alpha_dst, alpha_edge,
-        att, x_dst, peak, thresholds, slope, magic, F, W, BITS, ROWS, WORDS, UNROLL, HEADS, HEAD_TILE,
+        att, x_dst, peak, thresholds, multiplier, slope, magic, F, W, BITS, ROWS, WORDS, UNROLL, HEADS, HEAD_TILE,
         ALIGNED, TOP, V2, INTEGER, PAIRED, SCALE, OFFSET,
     )  # fmt: skip
     parts: tl.constexpr = 8 // BITS
@@ -219,7 +228,9 @@ def attention_kernel(  # type: ignore[no-untyped-def]
         target = partial + tl.cast(num_partial, tl.int64) * width + (slot * HEADS)[:, None] + head
         ok = exists & (head < HEADS)
         tl.store(target, share.to(tl.int32) if INTEGER else share, mask=ok)
-        if OFFSET >= ROW:
+        if multiplier is not None:
+            tl.store(target + tl.cast(num_partial, tl.int64) * HEADS, offsets.to(tl.int32), mask=ok)
+        elif OFFSET >= ROW:
             tl.store(target + tl.cast(num_partial, tl.int64) * HEADS, offsets, mask=ok)
     else:
         inverses = spread_heads(_inverse(share), word, F, W, BITS, ROWS, WORDS, HEADS, ALIGNED)
@@ -229,7 +240,7 @@ def attention_kernel(  # type: ignore[no-untyped-def]
             y = _normalize(
                 _part(total, part, BITS, ROWS, WORDS, INTEGER, PAIRED),
                 heads_part(inverses, part, BITS, ROWS, WORDS), heads_part(starts, part, BITS, ROWS, WORDS),
-                scale, offset, 0, part, F, W, WORDS, SCALE, OFFSET,
+                scale, offset, 0, part, F, W, WORDS, SCALE, OFFSET, multiplier is not None,
             )  # fmt: skip
             packed |= finish(
                 y, out, row, item_ok, 0, None, bias, out_scale, out_offset, part,
@@ -245,7 +256,7 @@ def attention_hub_kernel(  # type: ignore[no-untyped-def]
     num_partial,
     F: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, SLOTS: tl.constexpr,
     WORDS: tl.constexpr, HEADS: tl.constexpr, HEAD_TILE: tl.constexpr, ALIGNED: tl.constexpr,
-    INTEGER: tl.constexpr, SCALE: tl.constexpr, OFFSET: tl.constexpr, RELU: tl.constexpr,
+    INTEGER: tl.constexpr, MULTIPLIED: tl.constexpr, SCALE: tl.constexpr, OFFSET: tl.constexpr, RELU: tl.constexpr,
     PACK: tl.constexpr, OUT_SCALE: tl.constexpr, OUT_OFFSET: tl.constexpr,
 ):  # fmt: skip
     """Second stage of hubs: add up the partial sums of one row in the order of their slots."""
@@ -259,8 +270,8 @@ def attention_hub_kernel(  # type: ignore[no-untyped-def]
     slots = tl.cast(num_partial, tl.int64)
     sums = partial + slots * width + first_slot * HEADS
     share = sum_slots(sums, count, HEADS, kind, SLOTS, HEADS, HEAD_TILE)
-    offsets = tl.zeros([1, HEAD_TILE], tl.float32)
-    if OFFSET >= ROW:
+    offsets = tl.zeros([1, HEAD_TILE], kind if MULTIPLIED else tl.float32)
+    if MULTIPLIED or OFFSET >= ROW:
         offsets = sum_slots(sums + slots * HEADS, count, HEADS, kind, SLOTS, HEADS, HEAD_TILE)
     inverses = spread_heads(_inverse(share), word, F, W, BITS, 1, WORDS, HEADS, ALIGNED)
     starts = spread_heads(offsets, word, F, W, BITS, 1, WORDS, HEADS, ALIGNED)
@@ -270,7 +281,7 @@ def attention_hub_kernel(  # type: ignore[no-untyped-def]
         y = _normalize(
             sum_slots(source, count, width, kind, SLOTS, 4 * W, 4 * WORDS),
             heads_part(inverses, part, BITS, 1, WORDS), heads_part(starts, part, BITS, 1, WORDS),
-            scale, offset, 0, part, F, W, WORDS, SCALE, OFFSET,
+            scale, offset, 0, part, F, W, WORDS, SCALE, OFFSET, MULTIPLIED,
         )  # fmt: skip
         packed |= finish(
             y, out, row, row >= 0, 0, None, bias, out_scale, out_offset, part,
@@ -290,6 +301,13 @@ def _thresholds(bits: int, device: torch.device) -> Tensor:
     return attention_thresholds(bits).to(device)
 
 
+def multiplies(attention_bits: int) -> bool:
+    """Whether the sums of a segment stay below 2^32 with numerators times multipliers for weights."""
+    if attention_bits == FLOAT_BITS:
+        return False
+    return top_code(attention_bits) * LARGEST_MULTIPLIER * (255 << 8) * MAX_SEGMENT < 1 << 32
+
+
 def fits_pairs(attention_bits: int, bits: int) -> bool:
     """Whether the weighted sums of a segment fit 16 bits, so that one product serves two codes."""
     return top_code(attention_bits) * top_code(bits) * MAX_SEGMENT < 1 << 16
@@ -302,10 +320,12 @@ def _launch(
     quantized = attention_bits != FLOAT_BITS
     per_row = (ROW.value, HEAD.value)
     integer = quantized and meta["SCALE"] not in per_row and meta["OFFSET"] not in per_row
-    paired = integer and (meta["ALIGNED"] or meta["HEADS"] == 1) and fits_pairs(attention_bits, meta["BITS"])
+    multiplier = tensors["multiplier"]
+    paired = integer and (meta["ALIGNED"] or meta["HEADS"] == 1) and multiplier is None
+    paired = paired and fits_pairs(attention_bits, meta["BITS"])
     peak = peaks(device, tensors, schedule, out.size(0), slope, meta, config)
     words, bits, heads = meta["W"], meta["BITS"], meta["HEADS"]
-    planes = 2 if meta["OFFSET"] in per_row else 1
+    planes = 2 if meta["OFFSET"] in per_row or multiplier is not None else 1
     partial = out.new_empty(
         schedule.num_partial * (32 // bits * words + planes * heads),
         dtype=torch.int32 if integer else torch.float32,
@@ -316,7 +336,7 @@ def _launch(
     launch(
         attention_kernel, (triton.cdiv(schedule.num_items, meta["ROWS"]),), device,
         tensors["words"], tensors["col"], schedule.row, schedule.begin, schedule.length,
-        schedule.slot, *(tensors[name] for name in names), peak, thresholds, *tail, out, partial,
+        schedule.slot, *(tensors[name] for name in names), peak, thresholds, multiplier, *tail, out, partial,
         slope, schedule.num_items, schedule.num_partial, MAGIC_BITS, UNROLL=config.unroll,
         TOP=top_code(attention_bits) if quantized else 0, INTEGER=integer, PAIRED=paired,
         **launch_options(config), **meta, **epilogue,
@@ -326,6 +346,7 @@ def _launch(
         attention_hub_kernel, (schedule.num_hubs,), device,
         partial, schedule.hub_row, schedule.hub_first, schedule.hub_count, tensors["scale"],
         tensors["offset"], *tail, out, schedule.num_partial, SLOTS=4, INTEGER=integer,
+        MULTIPLIED=multiplier is not None,
         **launch_options(SECOND_STAGE), **hub, **epilogue,
     )  # fmt: skip
 
@@ -356,25 +377,29 @@ def attention_aggregate(
     multiplier: Tensor | None = None,
     out_unit: Tensor | None = None,
 ) -> Any:
-    if multiplier is not None or out_unit is not None:
+    if multiplier is not None and (att is not None or not multiplies(attention_bits)):
         return attention_aggregate_reference(
             words, rowptr, col, scale, offset, num_features, bits, heads, attention_bits, negative_slope, alpha_src,
             alpha_dst, alpha_edge, att, x_dst, concat, bias, relu, out_scale, out_offset, out_bits,
             multiplier=multiplier, out_unit=out_unit,
         )  # fmt: skip
-    if not concat or out_bits not in (0, bits):
-        # The mean over heads, or packing at another width, crosses threads: a second pass.
+    if not concat or out_bits not in (0, bits) or out_unit is not None:
+        # The mean over heads, packing at another width and the peak of a row cross threads: a second pass.
         y = attention_aggregate(
             words, rowptr, col, scale, offset, num_features, bits, heads, attention_bits,
-            negative_slope, alpha_src, alpha_dst, alpha_edge, att, x_dst,
+            negative_slope, alpha_src, alpha_dst, alpha_edge, att, x_dst, multiplier=multiplier,
         )  # fmt: skip
         if not concat:
             y = y.view(y.size(0), heads, -1).mean(1)
-        return finish_rows(y, bias, relu, out_scale, out_offset, out_bits)
+        if out_unit is None:
+            return finish_rows(y, bias, relu, out_scale, out_offset, out_bits)
+        assert out_scale is not None
+        assert out_offset is not None
+        return quantize_pack(finish_rows(y, bias, relu), out_scale, out_offset, out_bits, out_unit)
     tensors = {
         "words": words, "col": col, "scale": scale, "offset": offset, "alpha_src": alpha_src,
         "alpha_dst": alpha_dst, "alpha_edge": alpha_edge, "att": att, "x_dst": x_dst,
-        "bias": bias, "out_scale": out_scale, "out_offset": out_offset,
+        "bias": bias, "out_scale": out_scale, "out_offset": out_offset, "multiplier": multiplier,
     }  # fmt: skip
     device = check_devices(rowptr, *tensors.values())
     check_graph(rowptr, col, words.size(0))

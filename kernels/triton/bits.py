@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 
 __all__ = [
-    "COLUMN", "HEAD", "ONE", "ROW", "by_feature", "feature_tile", "field_codes", "field_floats", "field_max", "finish",
-    "isolate", "isolated_part", "load_range", "load_words", "pack_features", "part_features", "part_sums",
-    "power_of_two", "quantize", "relu", "row_magic", "select_part", "spread", "store_words", "sums_by_part",
+    "COLUMN", "HEAD", "ONE", "ROW", "by_feature", "conclude", "feature_tile", "field_codes", "field_floats",
+    "field_max", "finish", "isolate", "isolated_part", "load_range", "load_words", "pack_features", "part_features",
+    "part_peak", "part_sums", "power_of_two", "quantize", "relu", "row_magic", "row_multipliers", "select_part",
+    "spread", "store_words", "sums_by_part",
 ]  # fmt: skip
 
 # Kinds of range tensors: one element, one per column, one per row.
@@ -259,26 +260,52 @@ def store_words(out, tile, row, row_ok, first, W: tl.constexpr, WORDS: tl.conste
 
 
 @triton.jit
-def finish(  # type: ignore[no-untyped-def]
-    y, out, row, row_ok, first, dst_scale, bias, out_scale, out_offset, part: tl.constexpr,
-    F: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
-    RELU: tl.constexpr, PACK: tl.constexpr, OUT_SCALE: tl.constexpr, OUT_OFFSET: tl.constexpr,
-):  # fmt: skip
-    """The canonical epilogue of a part tile: destination factor (``[ROWS]``), bias, ReLU.
-
-    Floats are stored and 0 is returned; codes are returned where they lie in their words, so that
-    the bitwise or over the parts is what :func:`store_words` stores.
-    """
-    feature, feature_ok = part_features(first, part, F, W, WORDS)
+def conclude(y, dst_scale, bias, feature, feature_ok, RELU: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What follows the affine step of a part tile: destination factor (``[ROWS]``), bias, ReLU."""
     if dst_scale is not None:
         y = y * dst_scale[:, None]
     if bias is not None:
         y = y + tl.load(bias + feature, mask=feature_ok, other=0.0)[None, :]
     if RELU:
         y = relu(y)
+    return y
+
+
+@triton.jit
+def part_peak(y, feature_ok):  # type: ignore[no-untyped-def]
+    """Largest absolute values of the rows of a part tile, ``[ROWS]``; NaN counts as 0."""
+    size = tl.abs(y)
+    return tl.max(tl.where(feature_ok[None, :] & (size > 0), size, 0.0), 1)
+
+
+@triton.jit
+def row_multipliers(peak, unit, LARGEST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """``clamp(ceil(peak / p), 1, LARGEST)``, whole numbers in float32."""
+    steps = tl.ceil(peak * tl.div_rn(1.0, tl.load(unit)))
+    steps = tl.where(steps > 1, steps, 1.0)  # false for NaN
+    return tl.minimum(steps, LARGEST * 1.0)
+
+
+@triton.jit
+def finish(  # type: ignore[no-untyped-def]
+    y, out, row, row_ok, first, dst_scale, bias, out_scale, out_offset, part: tl.constexpr,
+    F: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
+    RELU: tl.constexpr, PACK: tl.constexpr, OUT_SCALE: tl.constexpr, OUT_OFFSET: tl.constexpr,
+    times=None,
+):  # fmt: skip
+    """The canonical epilogue of a part tile, :func:`conclude` and what becomes of it.
+
+    Floats are stored and 0 is returned; codes are returned where they lie in their words, so that
+    the bitwise or over the parts is what :func:`store_words` stores.  ``times``, ``[ROWS]`` float32, are the rows'
+    multipliers.
+    """
+    feature, feature_ok = part_features(first, part, F, W, WORDS)
+    y = conclude(y, dst_scale, bias, feature, feature_ok, RELU)
     if PACK:
         scale = load_range(out_scale, OUT_SCALE, row, row_ok, feature, feature_ok)
         offset = load_range(out_offset, OUT_OFFSET, row, row_ok, feature, feature_ok)
+        if times is not None:
+            scale, offset = scale * times[:, None], offset * times[:, None]
         codes = quantize(y, scale, offset, BITS)
         if F * BITS < 32 * W:  # bits that no feature has are 0
             codes = tl.where(feature_ok[None, :], codes, 0)

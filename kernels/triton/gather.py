@@ -23,7 +23,7 @@ from .bits import (
 
 __all__ = [
     "entry_features", "gather_words", "heads_part", "max_codes", "per_code", "spread_heads",
-    "sum_codes", "sum_heads", "sum_slots", "sum_weighted",
+    "sum_codes", "sum_heads", "sum_multiplied", "sum_slots", "sum_weighted",
 ]  # fmt: skip
 
 
@@ -211,6 +211,28 @@ def sum_weighted(  # type: ignore[no-untyped-def]
             factor = spread_heads(factor, word, F, W, BITS, ROWS, WORDS, HEADS, ALIGNED)
             values = field_floats(fields, two_23)
             total = tl.fma(per_code(factor, BITS, ROWS, WORDS), values, total)
+    return total, mass
+
+
+@triton.jit
+def sum_multiplied(  # type: ignore[no-untyped-def]
+    words, edge, length, longest, word, multiplier,
+    W: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
+    UNROLL: tl.constexpr,
+):  # fmt: skip
+    """``sum m c`` in the form of ``isolate`` and ``sum m``, ``[ROWS]``, over at most 256 edges: exact, since codes in
+    place are below ``2^16`` and ``15 * 2^16 * 256 < 2^32``.
+    """
+    total = tl.zeros([ROWS, WORDS, 32 // BITS], tl.uint32)
+    mass = tl.zeros([ROWS], tl.int32)
+    for k in range(0, longest, UNROLL):
+        for u in tl.static_range(UNROLL):
+            ok = k + u < length
+            source = tl.load(edge + (k + u), mask=ok, other=0)
+            factor = tl.load(multiplier + source, mask=ok, other=0).to(tl.int32)
+            mass += factor
+            fields = isolate(gather_words(words, source, ok, word, W), BITS, ROWS, WORDS)
+            total += fields * factor.to(tl.uint32)[:, None, None]
     return total, mass
 
 

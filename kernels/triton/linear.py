@@ -32,8 +32,8 @@ from .launch import (
     on_hip,
     processors,
 )
-from .multipliers import pack_rows
 from .prepared import prepared_weights, zero_code
+from .quantize_pack import quantize_pack
 from .ranges import range_kind
 from .unpack import operand, word_sums
 
@@ -234,7 +234,7 @@ def linear(
             x_words, w_words, x_scale, x_offset, w_scale, w_offset, in_features, x_bits, w_bits, bias, relu,
             row_scale=row_scale, addend=addend,
         )  # fmt: skip
-        return pack_rows(y, out_scale, out_offset, out_bits, out_unit)
+        return quantize_pack(y, out_scale, out_offset, out_bits, out_unit)  # a row's peak crosses programs
     device = check_devices(
         x_words, w_words, x_scale, x_offset, w_scale, w_offset, bias, out_scale, out_offset, row_scale,
         addend,

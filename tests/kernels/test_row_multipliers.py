@@ -100,7 +100,7 @@ def test_sum(graph: str, bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", PACKED_BITS)
-@pytest.mark.parametrize("degree", [3, 4, 5, 63, 64, 65, 256, 257, 1457, 4097, 100_003])
+@pytest.mark.parametrize("degree", [3, 4, 5, 257, 4097, 300_003])
 def test_no_lane_overflows(degree: int, bits: int) -> None:
     """The largest codes at the largest multipliers, over every degree at which something may be flushed."""
     width = 19
@@ -204,19 +204,22 @@ def attention_inputs(plan: GraphPlan, width: int, heads: int, v2: bool) -> dict[
 
 
 @pytest.mark.parametrize("graph", GRAPHS)
-@pytest.mark.parametrize("attention_bits", [2, 4, 8])
-def test_attention(graph: str, attention_bits: int) -> None:
-    """GAT's sums are integers: bit for bit those of the reference."""
+@pytest.mark.parametrize(
+    ("bits", "attention_bits", "width", "heads"),
+    # Heads by sixteen words, by lane, of odd widths, in several tiles; then what byte dot products do not hold.
+    [(2, 2, 256, 4), (4, 4, 64, 8), (4, 2, 40, 1), (2, 4, 300, 4), (8, 8, 40, 1), (4, 8, 15, 3), (1, 2, 40, 4)],
+)
+def test_attention(graph: str, bits: int, attention_bits: int, width: int, heads: int) -> None:
+    """GAT's sums are integers, with multipliers and without: bit for bit those of the reference."""
     plan = plan_of(graph)
-    m = random_multipliers(plan.num_src)
-    for bits in PACKED_BITS:
-        for width, heads in ((40, 1), (64, 4), (15, 3), (256, 8)):
-            words = random_words(plan.num_src, width, bits)
-            source = random_range("column" if heads == 3 else "tensor", plan.num_src, width)
-            assert_equal(
-                attention_aggregate, words, plan, **source, num_features=width, bits=bits, heads=heads,
-                attention_bits=attention_bits, multiplier=m, **attention_inputs(plan, width, heads, False),
-            )  # fmt: skip
+    words = random_words(plan.num_src, width, bits)
+    source = random_range("column" if width == 64 else "tensor", plan.num_src, width)
+    more = {"alpha_edge": torch.randn(plan.num_edges, heads)} if width == 256 else {}
+    for m in (random_multipliers(plan.num_src), None) if graph != "star" else (random_multipliers(plan.num_src),):
+        assert_equal(
+            attention_aggregate, words, plan, **source, num_features=width, bits=bits, heads=heads,
+            attention_bits=attention_bits, multiplier=m, **attention_inputs(plan, width, heads, False), **more,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("v2", [False, True])
