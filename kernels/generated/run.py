@@ -1,4 +1,4 @@
-"""Runs row programs: on the CPU by kernels written for them, elsewhere by their reference."""
+"""Runs row programs by the kernels that are written for them, or by their reference in torch."""
 
 from __future__ import annotations
 
@@ -27,13 +27,24 @@ def _cpu_kernel(program: Program) -> Any:
     return load_kernel(write_source(program))
 
 
+@lru_cache(maxsize=256)
+def _triton_kernel(program: Program) -> Any:
+    from .gpu import write_triton
+    from .store import load_kernel
+
+    return load_kernel(write_triton(program))
+
+
+KERNELS = {"cpu": _cpu_kernel, "triton": _triton_kernel, "interpret": _triton_kernel}
+
+
 def can_run(program: Program, device: torch.device) -> str | None:
     """Why there is no kernel of ``program`` for ``device``; :obj:`None` where there is one."""
     backend = backend_for(device)
-    if backend != "cpu":
+    if backend not in KERNELS:
         return f"no generated kernels on the backend '{backend}'"
     try:
-        _cpu_kernel(program)
+        KERNELS[backend](program)
     except Unsupported as reason:
         return str(reason)
     return None
@@ -60,9 +71,10 @@ def row_program(program: Program, plan: GraphPlan, arrays: Sequence[Arrays]) -> 
     if plan.num_dst == 0:
         every = (*program.outputs, *program.edge_outputs)
         return [torch.empty((0, program.nodes[k].width), device=plan.device) for k in every]
-    if backend_for(plan.device) != "cpu":
+    backend = backend_for(plan.device)
+    if backend not in KERNELS:
         return reference(program, arrays, plan.rowptr, plan.col, plan.edge_ids)
-    return _run_cpu(program, plan, arrays)
+    return _run_cpu(program, plan, arrays) if backend == "cpu" else _run_triton(program, plan, arrays)
 
 
 def _check(number: int, operand: Operand, given: Arrays, plan: GraphPlan) -> None:
@@ -92,4 +104,20 @@ def _run_cpu(program: Program, plan: GraphPlan, arrays: Sequence[Arrays]) -> lis
         _cpu_kernel(program), row_chunks(rowptr), rowptr, col, array_of(plan.edge_ids), plan.max_degree, *flat,
         *(array_of(out).reshape(-1) for out in outs),
     )  # fmt: skip
+    return outs
+
+
+FEW_FEATURES = 128  # of a row that one warp takes
+
+
+def _run_triton(program: Program, plan: GraphPlan, arrays: Sequence[Arrays]) -> list[Tensor]:
+    options: dict[str, Any] = {"dtype": torch.float32, "device": plan.device}
+    outs = [torch.empty((plan.num_dst, program.nodes[k].width), **options) for k in program.outputs]
+    outs += [torch.empty((plan.num_edges, program.nodes[k].width), **options) for k in program.edge_outputs]
+    flat = [t.detach().contiguous() for given in arrays for t in given]
+    warps = 1 if max(node.width for node in program.nodes) <= FEW_FEATURES else 4
+    # Products are not fused with sums: results are those of other backends.
+    _triton_kernel(program)[(plan.num_dst,)](
+        plan.rowptr, plan.col, plan.edge_ids, *flat, *outs, num_warps=warps, enable_fp_fusion=False
+    )
     return outs

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import linecache
 import os
 import sys
 import tempfile
@@ -60,7 +61,9 @@ def _module(key: str, source: str) -> Any:
         spec: Any = importlib.util.spec_from_loader(module_name, loader=None)
         module = importlib.util.module_from_spec(spec)
         sys.modules[module_name] = module
-        exec(compile(source, f"<{module_name}>", "exec"), module.__dict__)
+        name = f"<{module_name}>"
+        linecache.cache[name] = (len(source), None, source.splitlines(True), name)  # where Triton reads sources
+        exec(compile(source, name, "exec"), module.__dict__)
         return module
     spec = importlib.util.spec_from_file_location(module_name, path)
     module = importlib.util.module_from_spec(spec)

@@ -151,9 +151,10 @@ class _Given:
         self.sizes = free[0], free[1], free[2]
         edges, sources, targets = self.sizes
         generator = torch.Generator().manual_seed(0)
-        self.col = torch.randint(sources, (edges,), generator=generator)
+        device = call.plan.device
+        self.col = torch.randint(sources, (edges,), generator=generator).to(device)
         # The last row has no edge.
-        self.index = torch.randint(targets - 1, (edges,), generator=generator)
+        self.index = torch.randint(targets - 1, (edges,), generator=generator).to(device)
         for name, kind, value in whole:
             self._add(name, kind, value)
 

@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from row_programs import PROGRAMS, arrays_for, gathered, load, node
 
 from qgnn_plugin.kernels.backend import use_backend
-from qgnn_plugin.kernels.generated.program import Node, Operand, Program, Unsupported, Use, reference
+from qgnn_plugin.kernels.generated.program import Operand, Program, Unsupported, reference
 from qgnn_plugin.kernels.generated.run import can_run, row_program
 from qgnn_plugin.kernels.generated.store import CACHE_ENV, load_kernel
-from qgnn_plugin.kernels.layout import pack_codes
 from qgnn_plugin.kernels.plan import GraphPlan
 
 pytest.importorskip("numba")
@@ -25,105 +24,6 @@ def graph(hub: int = 0) -> GraphPlan:
     src, dst = torch.randint(SOURCES, (EDGES + hub,)), torch.randint(TARGETS - 3, (EDGES + hub,))
     dst[:hub] = 5
     return GraphPlan.from_edges(src, dst, SOURCES, TARGETS)
-
-
-def load(operand: int, width: int) -> Node:
-    return Node("load", (), width, operand)
-
-
-def node(op: str, *args: "int | Use", width: int, value: float = 0.0, row: bool = False) -> Node:
-    return Node(op, tuple(a if isinstance(a, Use) else Use(a) for a in args), width, value, row)
-
-
-def gathered(width: int, bits: int, ranges: str) -> Program:
-    """``relu(x_j + e)``: its sum, maximum, minimum and second moment at once."""
-    nodes = (
-        load(0, width),
-        load(1, width),
-        node("add", 0, 1, width=width),
-        node("relu", 2, width=width),
-        node("sum", 3, width=width, row=True),
-        node("max", 3, width=width, row=True),
-        node("min", 2, width=width, row=True),
-        node("mul", 3, 3, width=width),
-        node("sum", 7, width=width, row=True),
-    )
-    return Program((Operand("source", width, bits, ranges), Operand("edge", width)), nodes, (4, 5, 6, 8))
-
-
-def attention(heads: int, channels: int, bits: int) -> Program:
-    """Dot products, softmax over neighbours, a weighted sum; the weights of edges come out as well."""
-    width = heads * channels
-    nodes = (
-        load(0, width),
-        load(1, width),
-        load(2, width),
-        node("mul", 0, 1, width=width),
-        node("dot", 3, width=heads),
-        node("literal", width=1, value=0.3),
-        node("mul", 4, Use(5, "repeat"), width=heads),
-        node("max", 6, width=heads, row=True),
-        node("sub", 6, 7, width=heads),
-        node("exp", 8, width=heads),
-        node("sum", 9, width=heads, row=True),
-        node("literal", width=1, value=1e-16, row=True),
-        node("add", 10, Use(11, "repeat"), width=heads, row=True),
-        node("div", 9, 12, width=heads),
-        node("mul", 2, Use(13, "repeat"), width=width),
-        node("sum", 14, width=width, row=True),
-    )
-    operands = (
-        Operand("target", width),
-        Operand("source", width, bits, "tensor"),
-        Operand("source", width, bits, "column"),
-    )
-    return Program(operands, nodes, (15,), (13,))
-
-
-def softmax_of_features(width: int, bits: int) -> Program:
-    """A softmax over neighbours of every feature for itself."""
-    nodes = (
-        load(0, width),
-        node("relu", 0, width=width),
-        node("max", 1, width=width, row=True),
-        node("sub", 1, 2, width=width),
-        node("exp", 3, width=width),
-        node("sum", 4, width=width, row=True),
-        node("literal", width=1, value=1e-16, row=True),
-        node("add", 5, Use(6, "repeat"), width=width, row=True),
-        node("div", 4, 7, width=width),
-        node("mul", 1, 8, width=width),
-        node("sum", 9, width=width, row=True),
-    )
-    return Program((Operand("source", width, bits, "row"),), nodes, (10,))
-
-
-def arrays_for(program: Program, plan: GraphPlan) -> list[tuple[Tensor, ...]]:
-    rows = {"source": plan.num_src, "target": plan.num_dst, "edge": plan.num_edges, "constant": 1}
-    out: list[tuple[Tensor, ...]] = []
-    for operand in program.operands:
-        count = rows[operand.side]
-        if operand.bits:
-            number = {"tensor": 1, "column": operand.width, "row": count}[operand.ranges]
-            codes = torch.randint(2**operand.bits, (count, operand.width))
-            out.append((pack_codes(codes, operand.bits), torch.rand(number) * 0.3 + 0.1, torch.randn(number)))
-        else:
-            out.append((torch.randn(count, operand.width),))
-    return out
-
-
-PROGRAMS = {
-    "64 features, 4 bits": gathered(64, 4, "tensor"),
-    "17 features, 2 bits": gathered(17, 2, "column"),
-    "5 features, 8 bits": gathered(5, 8, "row"),
-    "1 feature, 1 bit": gathered(1, 1, "tensor"),
-    "200 features, 4 bits": gathered(200, 4, "column"),
-    "4 heads of 16": attention(4, 16, 4),
-    "1 head of 33": attention(1, 33, 2),
-    "3 heads of 5": attention(3, 5, 8),
-    "2 heads of 100": attention(2, 100, 4),
-    "softmax of 33 features": softmax_of_features(33, 2),
-}
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
