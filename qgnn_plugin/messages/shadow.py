@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 from collections.abc import Callable, Iterator
+from functools import cache
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 __all__ = ["NotTraceable", "expect_no_side_effects", "fingerprint", "named_tensors", "shadow_of", "written"]
 
 _PLAIN = (bool, int, float, str, type(None))
+_LIBRARIES = ("torch.", "torch_geometric.", "builtins.", f"{__name__.partition('.')[0]}.")
+_AROUND = ("__init__", "forward", "reset_parameters", "__repr__", "extra_repr")
 
 
 class NotTraceable(Exception):
@@ -84,9 +87,48 @@ def named_tensors(copy: nn.Module) -> list[tuple[dict[str, Any], str]]:
     return found
 
 
+class _Same:
+    """Equal to what holds the very same object, which it keeps alive."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+@cache
+def _own_functions(cls: type) -> tuple[FunctionType, ...]:
+    """Functions that a user's classes define, but for those that run before or around messages."""
+    found = []
+    for base in cls.__mro__:
+        if f"{base.__module__}.".startswith(_LIBRARIES):
+            continue
+        functions = [value for value in vars(base).values() if isinstance(value, FunctionType)]
+        # Those that PyG has written onto the class are of modules of their own.
+        found += [f for f in functions if f.__module__ == base.__module__ and f.__name__ not in _AROUND]
+    return tuple(found)
+
+
+@cache
+def _numbers_around(cls: type) -> tuple[tuple[dict[str, Any], str], ...]:
+    """Variables of their modules that are numbers: where they are, and their names."""
+    found = {}
+    for function in _own_functions(cls):
+        names = function.__globals__
+        for name in _globals(function.__code__):
+            if name in names and isinstance(names[name], _PLAIN):
+                found[id(names), name] = (names, name)
+    return tuple(found.values())
+
+
 def fingerprint(layer: nn.Module) -> tuple[Any, ...]:
     """What a trace may depend on beside the values of tensors: plain attributes, and which tensors there are."""
-    found: list[Any] = []
+    cls: Any = type(layer)
+    found: list[Any] = [(names.get(name, _Same(None)), name) for names, name in _numbers_around(cls)]
     for module in layer.modules():
         found.append(type(module))
         for name, value in module.__dict__.items():
@@ -95,7 +137,7 @@ def fingerprint(layer: nn.Module) -> tuple[Any, ...]:
             elif isinstance(value, (tuple, list)) and all(isinstance(part, _PLAIN) for part in value):
                 found.append((name, tuple(value)))
             elif callable(value) or isinstance(value, Tensor):
-                found.append((name, id(value)))
+                found.append((name, _Same(value)))
         for held in (module._parameters, module._buffers):
             found += [(name, None if value is None else (value.shape, value.dtype)) for name, value in held.items()]
     return tuple(found)
@@ -107,6 +149,11 @@ def expect_no_side_effects(layer: nn.Module) -> None:
     Raises:
         NotTraceable: If there are any.
     """
+    cls: Any = type(layer)
+    read = {name for function in _own_functions(cls) for name in function.__code__.co_names}
+    for name, value in layer.__dict__.items():
+        if name in read and not _is_compared(value):
+            raise NotTraceable(f"its '{name}' may change unseen")
     for stage in ("message", "aggregate"):
         function = getattr(type(layer), stage, None)
         if not isinstance(function, FunctionType) or function.__module__.startswith("torch_geometric."):
@@ -120,13 +167,20 @@ def expect_no_side_effects(layer: nn.Module) -> None:
                 raise NotTraceable(f"its {stage} uses '{name}'")
 
 
+def _is_compared(value: Any) -> bool:
+    """Whether an attribute is one of those that :func:`fingerprint` compares, or a container of PyTorch's."""
+    if isinstance(value, (tuple, list)):
+        return all(isinstance(part, _PLAIN) for part in value)
+    return isinstance(value, (*_PLAIN, Tensor, nn.Module)) or callable(value) or type(value) is dict
+
+
 def _is_class_cell(cell: Any) -> bool:
-    """Whether a closure's cell holds what ``super()`` needs, or another class, function or number."""
+    """Whether a closure's cell holds what ``super()`` needs, or another class or function."""
     try:
         value = cell.cell_contents
     except ValueError:
         return False
-    return isinstance(value, (type, FunctionType, *_PLAIN))
+    return isinstance(value, (type, FunctionType))
 
 
 def _globals(code: CodeType) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from ..kernels.arithmetic import multiplied
 from ..kernels.backend import backend_for
 from ..kernels.generated.program import Unsupported
 from ..kernels.generated.run import can_run, row_program
+from ..packing.propagation_call import NotByRows
 from .build import Built, Leaf, PackedForm, build
 from .check import expect_agreement
 from .evaluate import Values
@@ -136,6 +138,7 @@ class TracedCalls:
 
     def __init__(self) -> None:
         self.traces: dict[Any, TracedMessage | None] = {}
+        self.lock = Lock()
 
     def find(self, call: Any) -> TracedMessage:
         """The trace for a call, checked against the layer's own functions where it is new.
@@ -144,19 +147,43 @@ class TracedCalls:
             NotTraceable, Unsupported: If there is none.
         """
         key = (fingerprint(call.layer), _widths(call))
-        if key not in self.traces:
-            if len(self.traces) >= MOST_TRACES:
-                raise NotTraceable("its attributes change from call to call")
-            self.traces[key] = None
-            if call.plan.num_edges == 0 or backend_for(call.plan.device) == "torch":
-                raise NotTraceable("no edges, or no kernels")
-            found = TracedMessage.of(call)
-            expect_agreement(call, found.run(call))
-            self.traces[key] = found
-        found_trace = self.traces[key]
-        if found_trace is None:
+        with self.lock:
+            if key not in self.traces:
+                if len(self.traces) >= MOST_TRACES:
+                    raise NotTraceable("its attributes change from call to call")
+                self.traces[key] = None
+                self.traces[key] = _traced(call)
+            found = self.traces[key]
+        if found is None:
             raise NotTraceable("it could not be traced before")
-        return found_trace
+        return found
+
+
+def _traced(call: Any) -> TracedMessage:
+    """A trace that gives the layer's own results.
+
+    Raises:
+        NotTraceable, Unsupported: If there is none.
+    """
+    if call.plan.num_edges == 0 or backend_for(call.plan.device) == "torch":
+        raise NotTraceable("no edges, or no kernels")
+    before = dict(call.layer.__dict__)
+    try:
+        found = TracedMessage.of(call)
+        expect_agreement(call, found.run(call))
+    except (NotTraceable, Unsupported, NotByRows):
+        raise
+    except Exception as error:  # of a record unlike those that are known here: the layer runs as it is
+        raise NotTraceable(f"its record is not understood ({type(error).__name__}: {error})") from error
+    finally:
+        for name in _written_since(before, call.layer):
+            call.layer.__dict__[name] = before[name]
+    return found
+
+
+def _written_since(before: dict[str, Any], layer: Any) -> list[str]:
+    """Attributes of ``layer`` that were written to since."""
+    return [name for name, value in before.items() if layer.__dict__.get(name) is not value]
 
 
 def _widths(call: Any) -> tuple[Any, ...]:

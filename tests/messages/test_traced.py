@@ -147,6 +147,30 @@ def test_what_changes_on_the_layer_is_seen() -> None:
     assert paths(packed) == {"generated kernel"}
 
 
+FACTOR = 2.0
+
+
+class ByModule(MessagePassing):
+    """Reads a number of its module."""
+
+    def __init__(self) -> None:
+        super().__init__(aggr="sum")
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        return self.propagate(edge_index, x=x)
+
+    def message(self, x_j: Tensor) -> Tensor:
+        return FACTOR * x_j.relu()
+
+
+def test_numbers_around_a_class_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    qmodel, packed = packed_pair(ByModule, X, EDGE_INDEX)
+    agree(qmodel, packed, X, EDGE_INDEX, exact=True)
+    monkeypatch.setitem(globals(), "FACTOR", -3.0)
+    agree(qmodel, packed, X, EDGE_INDEX, exact=True)
+    assert paths(packed) == {"generated kernel"}
+
+
 def test_attributes_that_change_all_the_time_end_in_row_blocks() -> None:
     qmodel, packed = packed_pair(Scaled, X, EDGE_INDEX)
     for step in range(12):
@@ -211,6 +235,24 @@ class Telling(Own):
         return x_j
 
 
+class Settings:
+    slope = 0.5
+
+
+class BySettings(Own):
+    """Reads an object whose changes nobody sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.settings = Settings()
+
+    def message(self, x_j: Tensor) -> Tensor:
+        return self.helper(x_j)
+
+    def helper(self, x_j: Tensor) -> Tensor:
+        return x_j * self.settings.slope
+
+
 class Across(Own):
     """Looks at other edges than its own row's."""
 
@@ -228,7 +270,7 @@ class Sorting(Own):
         return x_j.sort(0).values
 
 
-REFUSED = [Branching, ByParameter, Random, Counting, Logging, Telling, Across, Neighbouring, Sorting]
+REFUSED = [Branching, ByParameter, Random, Counting, Logging, Telling, BySettings, Across, Neighbouring, Sorting]
 
 
 @pytest.mark.parametrize("make", REFUSED)
