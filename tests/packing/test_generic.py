@@ -13,13 +13,14 @@ import torch
 import torch_geometric.nn.conv as pyg
 from packing.layers_of_pyg import GENERIC, KERNELS, NODES, OTHERS, OUT, SAME, TARGETS, WIDTH, graph, per_edge, x
 from torch import Tensor, nn
-from torch_geometric.nn import GraphConv, MessagePassing, RGCNConv, TransformerConv
+from torch_geometric.nn import GraphConv, MessagePassing, RGCNConv, TransformerConv, to_hetero
 from torch_geometric.nn.aggr import LSTMAggregation
 from torch_geometric.utils import softmax
 
 import qgnn_plugin as qgnn
 from qgnn_plugin.packing import propagation_call, row_blocks
 from qgnn_plugin.packing.plans import plan_of
+from qgnn_plugin.packing.relations import edges_by_relation
 
 ROWS = "packed: row blocks"
 
@@ -409,3 +410,36 @@ def test_edges_that_do_not_exist(tiny: list[int]) -> None:
     edges[0, 0] = NODES
     with pytest.raises(ValueError, match="interval"):
         packed(x(), edges, per_edge())
+
+
+def test_models_of_several_types(tiny: list[int]) -> None:
+    """``to_hetero``: one copy of a layer per relation, each packed."""
+    args: Any = GENERIC["HeteroConv"][1]
+    kinds = list(args[1])
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = GraphConv((WIDTH, WIDTH), OUT)
+
+        def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+            return self.conv(x, edge_index).relu()
+
+    model = to_hetero(Net(), (["a", "b"], kinds))
+    qmodel, packed = pair(lambda: model, args)
+    with torch.no_grad():
+        assert_same(packed(*args), qmodel(*args))
+    layers = [layer for layer in qgnn.summary(packed).layers if layer.type == "GraphConv"]
+    assert [layer.runs for layer in layers] == [ROWS] * len(kinds)
+    assert len(tiny) > 10
+
+
+def test_relations_of_a_graph_are_cut_out_once() -> None:
+    types = torch.randint(3, (graph().size(1),), generator=torch.Generator().manual_seed(4))
+    found = edges_by_relation(graph(), types, 3)
+    again = edges_by_relation(graph().clone(), types.clone(), 3)
+    assert all(one is other for one, other in zip(found, again, strict=True))
+    for relation, edges in enumerate(found):
+        assert torch.equal(edges, graph()[:, types == relation])
+    types[0] = (types[0] + 1) % 3
+    assert edges_by_relation(graph(), types, 3)[0] is not found[0]
