@@ -10,8 +10,6 @@ import os
 import sys
 from collections.abc import Sequence
 
-from .parser import COMMANDS, parse
-
 __all__ = ["main"]
 
 FAILED, MISSED, INTERRUPTED = 1, 3, 130
@@ -23,8 +21,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: With 0 after ``--help`` and the like, with 2 for wrong usage.
     """
-    command, options = parse(argv)
     try:
+        from .parser import COMMANDS, parse  # takes a second: Ctrl-C may come meanwhile
+
+        command, options = parse(argv)
         return MISSED if COMMANDS[command].run(options) is False else 0
     except KeyboardInterrupt:
         print("qgnn: interrupted; files are whole or not there", file=sys.stderr)
