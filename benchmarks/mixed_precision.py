@@ -23,6 +23,8 @@ from qgnn_plugin.data import load_dataset, to_sparse_features
 from qgnn_plugin.inputs import run_model
 from qgnn_plugin.recipe import Recipe, Stage, fit_float, fit_quantized
 
+from .environment import compact_json, write_atomically
+
 RESULTS = Path(__file__).parent / "results"
 DATASETS = ("Cora", "PubMed", "Photo")
 HIDDEN = 64
@@ -48,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
         for name in args.datasets:
             if (name, seed) not in done:
                 rows.append(run(name, args.root, seed))
-                path.write_text(json.dumps(rows, indent=1) + "\n")
+                write_atomically(path, compact_json(rows) + "\n")
                 print(json.dumps(rows[-1]), flush=True)
     (args.out / "mixed-precision.md").write_text(report(rows))
 
@@ -98,7 +100,8 @@ def report(rows: list[dict[str, Any]]) -> str:
         "Bytes are those of all codes, of weights and of what passes the other sites in one forward pass. *Mixed* is",
         "what `suggest_bits` proposes from validation nodes within the bytes of 4 bits everywhere, or half way between",
         "4 and 2 bits everywhere. *Untrained* is calibration alone; *trained* adds 60 epochs of distillation from the",
-        "float model.",
+        "float model. Times are no part of it: the figures do not depend on the machine beyond rounding (AMD EPYC, one",
+        "thread).",
         "",
         "| | widths | bytes | untrained | trained |",
         "| --- | --- | --- | --- | --- |",
