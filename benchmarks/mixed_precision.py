@@ -31,7 +31,12 @@ HIDDEN = 64
 SHORT = Recipe(
     float_stage=Stage(evaluate_every=4), quantized_stage=Stage(epochs=60, lr=0.003, cosine=True, evaluate_every=4)
 )
-LABELS = {"4": "4 bits", "mixed4": "mixed, as many bytes", "mixed3": "mixed, half way to 2 bits", "2": "2 bits"}
+LABELS = {
+    "4": "4 bits",
+    "mixed4": "mixed, at most the bytes of 4 bits",
+    "mixed3": "mixed, half way to 2 bits",
+    "2": "2 bits",
+}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -100,15 +105,17 @@ def report(rows: list[dict[str, Any]]) -> str:
         "Bytes are those of all codes, of weights and of what passes the other sites in one forward pass. *Mixed* is",
         "what `suggest_bits` proposes from validation nodes within the bytes of 4 bits everywhere, or half way between",
         "4 and 2 bits everywhere. *Untrained* is calibration alone; *trained* adds 60 epochs of distillation from the",
-        "float model. Times are no part of it: the figures do not depend on the machine beyond rounding (AMD EPYC, one",
-        "thread).",
+        "float model. Ranges are per node, message levels half-integer. So few seeds show what to expect, and tell no",
+        "difference of tenths of a point. Times are no part of it: beyond rounding the figures do not depend on the",
+        "machine (AMD EPYC, one thread).",
         "",
         "| | widths | bytes | untrained | trained |",
         "| --- | --- | --- | --- | --- |",
     ]
     for name in dict.fromkeys(row["dataset"] for row in rows):
         mine = [row for row in rows if row["dataset"] == name]
-        lines.append(f"| {name}, {len(mine)} seeds | float | | {_spread(row['float'] for row in mine)} | |")
+        seeds = f"{len(mine)} seed{'s' * (len(mine) != 1)}"
+        lines.append(f"| {name}, {seeds} | float | | {_spread(row['float'] for row in mine)} | |")
         for label, text in LABELS.items():
             each = [row["choices"][label] for row in mine]
             size = round(statistics.mean(choice["bytes"] for choice in each))
