@@ -24,6 +24,7 @@ os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 
 import torch
 
+from qgnn_plugin import QuantConfig
 from qgnn_plugin.data import load_dataset, to_sparse_features
 from qgnn_plugin.recipe import Recipe, distil, fit_float, fit_quantized
 
@@ -41,7 +42,7 @@ NOTES = """\
 Test accuracy in percent at the best validation epoch, mean and standard deviation over seeds.  Inputs, weights,
 activations, messages and attention coefficients are at the stated width (0/1 inputs, also with one scale per row, are
 exact in one bit).  Wider, in float32: biases, attention vectors and logits, code sums and their affine step, the state
-of a propagation between its steps, ranges (one scale per node among them), and the logits that the model returns.
+of a propagation between its steps, ranges, and the logits that the model returns.
 Data sets without a public split use a random one per seed, 20 / 30 / rest per class.  One recipe serves every row; its
 settings were chosen on validation accuracy.
 """
@@ -127,12 +128,12 @@ def _file_name(dataset: str, model: str, seed: int) -> str:
 
 
 def unpack_report(out: Path) -> None:
-    """Put the runs of an earlier ``accuracy.json`` back as files, if they were made by today's recipe."""
+    """Put the runs of an earlier ``accuracy.json`` back as files, if made by today's recipe and configuration."""
     path = out / "accuracy.json"
     if not path.exists():
         return
     earlier = json.loads(path.read_text())
-    if earlier["recipe"] != dataclasses.asdict(Recipe()):
+    if (earlier["recipe"], earlier.get("config")) != (dataclasses.asdict(Recipe()), QuantConfig().to_dict()):
         return
     for cell in earlier["runs"]:
         target = out / "accuracy-runs" / _file_name(cell["dataset"], cell["model"], cell["seed"])
@@ -146,7 +147,7 @@ def report(out: Path) -> str:
     cells = sorted((json.loads(path.read_text()) for path in files), key=_order)
     table = markdown(cells)
     settings = dataclasses.asdict(Recipe())
-    text = {"environment": environment(threads=1), "recipe": settings, "runs": cells}
+    text = {"environment": environment(threads=1), "recipe": settings, "config": QuantConfig().to_dict(), "runs": cells}
     write_atomically(out / "accuracy.json", compact_json(text) + "\n")
     notes = out / "accuracy-notes.md"
     explained = f"\n{notes.read_text()}" if notes.exists() else ""

@@ -5,26 +5,44 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from .config import _one_of
 from .conversion import expect_converted, quantizers
 from .coverage import counting_rows
 from .inputs import Forward, is_data, run_model, tensors_in
 from .kernels.plan import GraphPlan
-from .quantizers import RangeKind
+from .matching import match_outputs
+from .quantizers import QLRQuantizer, RangeKind
 
 __all__ = ["calibrate"]
 
+Method = Literal["ranges", "outputs"]
+METHODS: tuple[Method, ...] = ("ranges", "outputs")
+
 
 @torch.no_grad()
-def calibrate(qmodel: nn.Module, data_or_loader: Any, *, forward: Forward | None = None) -> nn.Module:
-    """Set every range by least mean-squared error on the activations of the unquantized model.
+def calibrate(
+    qmodel: nn.Module,
+    data_or_loader: Any,
+    *,
+    method: Method = "ranges",
+    steps: int = 100,
+    forward: Forward | None = None,
+) -> nn.Module:
+    """Set every range from data, without labels.
 
-    The model runs once over the data in eval mode with every site passing its values through; then each site searches
-    its range on what it saw.  Ranges that were set before are replaced; nothing changes if a batch fails.
+    ``"ranges"``: the model runs once over the data in eval mode with every site passing its values through; then each
+    site searches the range of least mean-squared error on what it saw.  Ranges that were set before are replaced;
+    nothing changes if a batch fails.
+
+    ``"outputs"`` goes on from there for ``steps`` forward and backward passes: ranges, and the codes of weights, move
+    towards the outputs of the float model (see :mod:`qgnn_plugin.matching`).  At 2 bits that is worth many points, at
+    4 bits some tenths.  The weights stay bitwise what they are; how far their codes are from the nearest ones is saved
+    with the ranges.
 
     Inputs of the model that are 0/1 throughout are kept in one bit, and must stay so.  A site that saw nothing but
     zeros gets a default range, about [-1, 1], with a warning.
@@ -32,6 +50,8 @@ def calibrate(qmodel: nn.Module, data_or_loader: Any, *, forward: Forward | None
     Args:
         qmodel: A converted model.
         data_or_loader: A ``Data``, a tuple of arguments, a dict of keywords, or an iterable of these.
+        method: ``"ranges"`` or ``"outputs"``.
+        steps: Of ``"outputs"``; each takes one batch.
         forward: ``forward(model, batch)`` runs the model, such as ``lambda model, batch: model.encode(batch.x,
             batch.edge_index)``; by default it is called with what :func:`qgnn_plugin.inputs.model_inputs` finds.
 
@@ -45,10 +65,15 @@ def calibrate(qmodel: nn.Module, data_or_loader: Any, *, forward: Forward | None
     expect_converted(qmodel)
     if forward is not None and not callable(forward):
         raise TypeError(f"Expected a function of model and batch as 'forward' (got {type(forward).__name__})")
+    _one_of("method", method, METHODS)
+    if type(steps) is not int or steps < 1:
+        raise ValueError(f"Expected 'steps' to be an integer >= 1 (got {steps!r})")
     sites = quantizers(qmodel)
     modes = {module: module.training for module in qmodel.modules()}
     batches = _batches(data_or_loader)
-    inputs = _Inputs()
+    if method == "outputs":
+        batches = list(batches)  # each is read several times
+    inputs, before = _Inputs(), [_state(site) for site in sites.values()]
     try:
         qmodel.eval()
         for site in sites.values():
@@ -62,6 +87,12 @@ def calibrate(qmodel: nn.Module, data_or_loader: Any, *, forward: Forward | None
         if not count:
             raise ValueError("Expected at least one batch to calibrate on (got none)")
         seen = [site for site in sites.values() if site.finish()]
+        if method == "outputs":
+            match_outputs(qmodel, batches, forward, steps)
+    except BaseException:
+        for site, state in zip(sites.values(), before, strict=True):
+            _take_back(site, state)
+        raise
     finally:
         for site in sites.values():
             site.abort()
@@ -69,6 +100,18 @@ def calibrate(qmodel: nn.Module, data_or_loader: Any, *, forward: Forward | None
             module.training = training
     _warn_of_zeros([site.site for site in seen if site.range_kind == RangeKind.ZEROS and site.is_activation])
     return qmodel
+
+
+def _state(site: QLRQuantizer) -> dict[str, Tensor]:
+    """A copy of its numbers."""
+    return {name: value.detach().clone() for name, value in (*site.named_parameters(), *site.named_buffers())}
+
+
+def _take_back(site: QLRQuantizer, state: dict[str, Tensor]) -> None:
+    """Give it these numbers."""
+    site.shift = state.get("shift")
+    for name, value in (*site.named_parameters(), *site.named_buffers()):
+        value.copy_(state[name])
 
 
 def _warn_of_zeros(sites: list[str]) -> None:

@@ -236,9 +236,10 @@ class QuantConfig:
         attention_bits: Unnormalized attention coefficients.
         output_bits: The model's outputs (off unless given).
         granularity: Of activations and messages, one range per ``"tensor"``, per feature ``"channel"``, per ``"node"``
-            (a float factor for each) or per ``"row"``: a multiple of one range by an integer of 1 to 15 for each node,
-            which is about as accurate and keeps sums over neighbours in integers.  Sites without such rows (largest
-            values, the model's outputs) have one range per tensor instead.
+            (a float factor for each) or per ``"row"``: a multiple of one range by an integer of 1 to 15 for each node.
+            Messages of hubs and of leaves differ by orders of magnitude, which one range of four levels cannot hold;
+            multiples hold them about as well as floats do, and keep sums over neighbours in integers.  Sites without
+            such rows (largest values, the model's outputs) have one range per tensor instead.
         weight_granularity: ``"tensor"``, or ``"channel"``: a range per output channel.
         message_levels: Level placement of messages: ``"affine"`` (learned offset), ``"unsigned"``, ``"symmetric"``
             (zero is a level) or ``"half"`` (half-integer levels such as -1.5, -0.5, 0.5, 1.5).
@@ -260,13 +261,13 @@ class QuantConfig:
     message_bits: int | None = None
     attention_bits: int | None = None
     output_bits: int | None = OFF
-    granularity: Granularity = "tensor"
+    granularity: Granularity = "row"
     weight_granularity: Literal["tensor", "channel"] = "channel"
     message_levels: Levels = "affine"
     weight_levels: Levels = "half"
     truncation: Truncation | None = None
     learn_ranges: bool = True
-    learn_input_ranges: bool = True
+    learn_input_ranges: bool = False
     smp: SMPConfig | None = field(default_factory=SMPConfig)
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     version: int = CONFIG_VERSION
@@ -304,12 +305,10 @@ class QuantConfig:
 
     @classmethod
     def accurate(cls, bits: int = 4, **changes: Any) -> QuantConfig:
-        """The placement of ranges that keeps most accuracy: a scale per node and half-integer message levels.
+        """A float scale per node in place of an integer multiple of one range, and half-integer message levels.
 
-        The ranges of the model's inputs stay where calibration puts them.
-
-        Messages of hubs and of leaves differ by orders of magnitude, which one range of four levels cannot hold.
-        The default, a range per tensor, keeps sums over neighbours in integers and is faster once packed.
+        About as accurate as the default, whose sums over neighbours run in integers and are several times faster once
+        packed.
         """
         chosen = {"bits": bits, "granularity": "node", "message_levels": "half", "learn_input_ranges": False}
         return cls(**{**chosen, **changes})

@@ -215,10 +215,10 @@ def fit_quantized(
 ) -> StageResult:
     """Convert a trained ``float_model`` (untouched), set its ranges, and train it at low bit width.
 
-    The default ``config`` is :meth:`QuantConfig.accurate`.  A float model whose deep stacks are rewritten, a converted
+    The default ``config`` is ``QuantConfig(bits)``.  A float model whose deep stacks are rewritten, a converted
     one at 32 bits, is converted anew with the weights it has.
     """
-    config = QuantConfig.accurate(bits) if config is None else replace(config, bits=bits)
+    config = QuantConfig(bits=bits) if config is None else replace(config, bits=bits)
     plain = restore_model(float_model) if is_quantized(float_model) else float_model
     qmodel = calibrate(quantize_model(plain, config=config), data)
     return distil(qmodel, float_model, data, recipe, on_epoch=on_epoch)

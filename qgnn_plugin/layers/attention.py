@@ -310,16 +310,24 @@ class _QuantizedAttention(WatchedAttention, QuantizedConv):
 def _weighted_mean(messages: QuantizedTensor, plan: GraphPlan, weight: Tensor, divisor: Tensor) -> Tensor:
     r"""``(sum_j w_ij c_j) s (1 / t_i) + (sum_j w_ij / t_i) l``, ``[num_dst, H, C]``, for divisors ``t`` [num_dst, H].
 
-    Where ranges differ by node or channel, values take the place of codes.
+    Where ranges differ by node or channel, values take the place of codes; multiples that rows have of one range join
+    codes and weights.
     """
     if messages.packed is not None:
         fixed = (messages.detached(), plan, weight.detach(), divisor.detach())
         return compressed.weighted_mean(
             messages.codes, weight, divisor, plan, messages.packed, lambda: _weighted_mean(*fixed)
         )
+    inverse = 1 / divisor  # once per row and head, as kernels have it
+    if messages.rows is not None and messages.qmax is not None:
+        multiplier, scale, lower = messages.rows
+        out = spmm(plan, messages.codes * multiplier, weight) * scale * inverse.unsqueeze(-1)
+        if messages.unsigned:
+            return out
+        mass = segment_sum(plan, weight * multiplier.view(-1, 1)[plan.col.long()])
+        return out + lower * (mass * inverse).unsqueeze(-1)
     if messages.scale.numel() > 1:
         messages = QuantizedTensor.identity(messages.dequantize())
-    inverse = 1 / divisor  # once per row and head, as kernels have it
     out = spmm(plan, messages.codes, weight) * messages.scale * inverse.unsqueeze(-1)
     if messages.unsigned:
         return out

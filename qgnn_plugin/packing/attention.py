@@ -108,10 +108,15 @@ class _PackedAttention(WatchedAttention, PackedConv):
     def _spelled_out(self, z: Tensor | None, sent: PackedTensor, logits: Tensor, plan: GraphPlan) -> Any:
         """Edge by edge, as the converted layer: where attention weights or the correction are asked for."""
         shape = (-1, self.heads, self.out_channels)
-        if sent.scale.numel() != 1 or sent.multiplier is not None:  # none where there are no nodes
+        quantized = sent.quantized()
+        if sent.multiplier is not None:
+            scale, lower, rows = quantized.scale.unsqueeze(2), quantized.lower.unsqueeze(2), quantized.rows
+            assert rows is not None
+            rows = rows._replace(multiplier=rows.multiplier.unsqueeze(2))
+            messages = replace(quantized, codes=quantized.codes.view(shape), scale=scale, lower=lower, rows=rows)
+        elif sent.scale.numel() != 1:  # none where there are no nodes
             messages = QuantizedTensor.identity(sent.dequantize().view(shape))
         else:
-            quantized = sent.quantized()
             messages = replace(quantized, codes=quantized.codes.view(shape))
         out, alpha = LAYER._attend(self, logits, messages, plan)
         if z is not None:

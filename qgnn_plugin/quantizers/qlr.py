@@ -70,6 +70,7 @@ class QLRQuantizer(nn.Module):
     log_scale: Tensor
     offset: Tensor | None
     unit: Tensor | None  # p, fixed once the range is set
+    shift: Tensor | None  # of a weight: how far each code is from the nearest
     row_dims: int = 1
 
     def __init__(
@@ -116,6 +117,7 @@ class QLRQuantizer(nn.Module):
         self.register_buffer("kind", torch.zeros((), dtype=torch.uint8, device=device))
         self.register_buffer("skew", torch.zeros((), **options) if self.truncation else None)
         self.register_buffer("unit", torch.ones((), **options) if granularity == "row" else None)
+        self.register_buffer("shift", None)
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, levels={self.levels}, granularity={self.granularity}, {self.range_kind.name}"
@@ -124,7 +126,8 @@ class QLRQuantizer(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._buffers.setdefault("unit", None)  # which pickles of version 1 do not have
+        for name in ("unit", "shift"):  # which pickles of version 1 do not have
+            self._buffers.setdefault(name, None)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -162,7 +165,13 @@ class QLRQuantizer(nn.Module):
         if message is not None:
             refuse(error_msgs, message)
             return
-        state_dict[key] = self.get_extra_state()  # state dicts of version 1 have none
+        given = [name for name in ("log_scale", "unit") if f"{prefix}{name}" in state_dict]
+        if key not in state_dict and self.unit is not None and given == ["log_scale"]:
+            # Of version 1, whose default was one range per tensor; it knew no rows.
+            self.granularity, self.unit = "tensor", None
+        state_dict[key] = self.get_extra_state()  # which it did not have either
+        shift = state_dict.get(f"{prefix}shift")
+        self.shift = None if shift is None else torch.zeros_like(shift, device=self.log_scale.device)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -205,6 +214,7 @@ class QLRQuantizer(nn.Module):
     def unset(self) -> None:
         """Forget the range; the next training batch or calibration sets it anew."""
         self._set_kind(RangeKind.UNSET)
+        self.shift = None
 
     @property
     def is_activation(self) -> bool:
@@ -258,6 +268,8 @@ class QLRQuantizer(nn.Module):
             return scale * rows, lower * rows, None
         if self.unit is not None:
             multiplier = multipliers(largest(x, pattern, self.row_dims), self.unit)
+            # Products no narrower than the values.
+            multiplier = multiplier.to(torch.promote_types(x.dtype, scale.dtype))
             return scale * multiplier, lower * multiplier, RowRange(multiplier, scale, lower)
         return self._shaped(scale, x), self._shaped(lower, x), None
 
@@ -294,6 +306,7 @@ class QLRQuantizer(nn.Module):
     def _fit(self, kind: RangeKind, rows: Tensor) -> None:
         """Set the range to ``kind`` and to the best fit of ``rows`` [ranges, samples] (see :meth:`_rows`)."""
         self._set_kind(kind)
+        self.shift = None
         if self.skew is not None:
             values = rows if self.unit is None else rows[:1]
             self.skew.copy_(_skewness(values).round() if self.truncation == "sbt" else torch.zeros(()))
@@ -488,7 +501,19 @@ class QLRQuantizer(nn.Module):
         if self.is_one_bit and not self._still_one_bit(x.detach(), codes.detach() * full):
             self.set_range(x.detach(), pattern)
             return self._quantize(x, pattern, codes_kept)
+        if self.shift is not None:
+            codes = self._shifted(codes)
         return QuantizedTensor(codes, scale, lower, self.qmax, self.zero_code == 0, pattern, rows=rows)
+
+    def _shifted(self, codes: Tensor) -> Tensor:
+        """Codes that were rounded for what the layer computes, not to the nearest; the gradient is that of rounding."""
+        assert self.shift is not None
+        if self.shift.shape != codes.shape:
+            raise ValueError(
+                f"Expected values of shape {list(self.shift.shape)}, for which the codes of '{self.site}' were chosen "
+                f"(got {list(codes.shape)}); calibrate again"
+            )
+        return codes + ((codes + self.shift).clamp(0, self.qmax) - codes).detach()
 
     def _codes(self, x: Tensor, scale: Tensor, lower: Tensor) -> Tensor:
         skew = None if self.is_one_bit else self.skew

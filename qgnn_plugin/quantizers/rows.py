@@ -22,6 +22,7 @@ __all__ = ["MOST", "SMALLEST_STEP", "RowRange", "RowSample", "multipliers", "sea
 
 MOST = 15  # the largest multiplier: four bits
 SMALLEST_STEP = SMALLEST / 64  # of a multiple: the range of a row is not smaller than others'
+SAME = 1e-4  # relative difference of errors that are taken for equal
 UNITS = 12  # candidates of p, a factor sqrt(2) apart
 COARSE = 20  # shrunken ranges tried for each of them; then as many around the best of these
 
@@ -85,18 +86,23 @@ def search_rows(pairs: Tensor, qmax: int, zero_code: float | None) -> tuple[Tens
     top = peaks.amax()
     if top == 0:
         return torch.ones_like(top), torch.full_like(top, SMALLEST_STEP), torch.zeros_like(top)
-    found: list[tuple[float, Tensor, Tensor, Tensor]] = []
+    found = []
     for i in range(UNITS):
-        unit = (top / (MOST * 2 ** (i / 2))).clamp_min(SMALLEST_STEP)
+        # Not a round share of the largest peak: where data are, a rounding error must not decide on a multiplier.
+        unit = (top * (1 + 1 / 1024) / (MOST * 2 ** (i / 2))).clamp_min(SMALLEST_STEP)
         m = multipliers(peaks, unit)
-        error, scale, lower = _fit(values / m, m, qmax, zero_code)
-        found.append((error, unit, scale, lower))
-    _, unit, scale, lower = min(found, key=lambda candidate: candidate[0])
+        found.append((unit, *_fit(values / m, m, qmax, zero_code)))
+    unit, scale, lower, _ = found[_first_best(torch.tensor([error for *_, error in found]))]
     return unit, scale.clamp_min(SMALLEST_STEP), lower
 
 
-def _fit(y: Tensor, m: Tensor, qmax: int, zero_code: float | None) -> tuple[float, Tensor, Tensor]:
-    """Error, scale and lower end of ``y`` where an error counts ``m`` times: of the best shrunken range."""
+def _first_best(errors: Tensor) -> int:
+    """The first of what is as good as the best: rounding errors of the data do not decide between equals."""
+    return int((errors <= errors.min() * (1 + SAME)).to(torch.uint8).argmax())
+
+
+def _fit(y: Tensor, m: Tensor, qmax: int, zero_code: float | None) -> tuple[Tensor, Tensor, float]:
+    """Scale, lower end and error of ``y`` where an error counts ``m`` times: of the best shrunken range."""
     low, high = y.amin(), y.amax()
     if zero_code is None:
         span = high - low
@@ -104,19 +110,19 @@ def _fit(y: Tensor, m: Tensor, qmax: int, zero_code: float | None) -> tuple[floa
         below = -low / zero_code if zero_code > 0 else torch.zeros_like(low)
         span = torch.maximum(below, high / (qmax - zero_code)) * qmax
     if span == 0:  # one value: its lower end alone represents it
-        return 0.0, low.abs(), low
+        return low.abs(), low, 0.0
     # In units of the largest value, whose square neither overflows nor vanishes.
     unit = torch.maximum(low.abs(), high.abs())
     y, low, span = y / unit, low / unit, span / unit
     shrunken = torch.arange(1, COARSE + 1, dtype=y.dtype, device=y.device) / COARSE
-    best = shrunken[_errors(y, m, shrunken, low, span, qmax, zero_code).argmin()]
+    best = shrunken[_first_best(_errors(y, m, shrunken, low, span, qmax, zero_code))]
     finer = best + (torch.arange(COARSE, dtype=y.dtype, device=y.device) - COARSE // 2) / COARSE**2
     finer = finer[(finer > 0) & (finer <= 1)]
     errors = _errors(y, m, finer, low, span, qmax, zero_code)
-    shrink = finer[errors.argmin()]
+    shrink = finer[_first_best(errors)]
     scale = shrink * span / qmax
     lower = shrink * low if zero_code is None else -zero_code * scale
-    return float(errors.min()) * float(unit) ** 2, scale * unit, lower * unit
+    return scale * unit, lower * unit, float(errors.min()) * float(unit) ** 2
 
 
 def _errors(

@@ -68,7 +68,7 @@ def test_ranges_come_from_the_float_models_activations() -> None:
     """Each site is fitted to what the unquantized model has there, not to errors made before it."""
     d = data()
     model = nn.ModuleDict({"a": nn.Linear(WIDTH, 8), "b": nn.Linear(8, OUT)})
-    qmodel: Any = qgnn.quantize_model(model, 2)
+    qmodel: Any = qgnn.quantize_model(model, config=QuantConfig(bits=2, granularity="tensor"))
     qgnn.calibrate(qmodel, [d.x], forward=lambda m, x: m["b"](m["a"](x).relu()))
     hidden = model["a"](d.x).relu().detach()
     scale, _ = search_range(hidden.reshape(1, -1), 3, 0.0)

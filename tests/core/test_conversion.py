@@ -62,7 +62,7 @@ def test_every_layer_is_converted_once_and_nothing_else_changes() -> None:
         assert torch.equal(after[name], value)
     extra = {name.rsplit(".", 1)[1] for name in set(after) - set(before)}
     settings = {"_extra_state", "_quantization_state"}  # of a site and of a layer, in bytes
-    assert extra - settings <= {"log_scale", "offset", "kind", "skew", "multiplier", "slack"}
+    assert extra - settings <= {"log_scale", "offset", "kind", "skew", "unit", "multiplier", "slack"}
     qmodel.train()(features(), graph())
     assert hooks == [1]
 
@@ -116,7 +116,7 @@ def test_frozen_weights_stay_frozen() -> None:
     model.encoder.weight.requires_grad_(False)
     qmodel = qgnn.quantize_model(model, 4)
     assert not qmodel.encoder.weight.requires_grad
-    assert qmodel.encoder.input_quantizer.log_scale.requires_grad
+    assert qmodel.encoder.weight_quantizer.log_scale.requires_grad
 
 
 @pytest.mark.parametrize(

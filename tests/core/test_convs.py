@@ -284,7 +284,7 @@ def test_training_learns_weights_and_ranges(name: str) -> None:
     """Every parameter that took part gets a finite gradient; descending lowers the loss."""
     torch.manual_seed(3)
     x, edge_index = features(), graph()
-    qconv = qgnn.quantize_model(CONVS[name](), 4).train()
+    qconv = qgnn.quantize_model(CONVS[name](), config=QuantConfig(learn_input_ranges=True)).train()
     qgnn.calibrate(qconv, (x, edge_index))
     target = torch.randn_like(qconv(x, edge_index).detach())
     optimizer = torch.optim.Adam(qconv.parameters(), lr=0.01)

@@ -148,7 +148,7 @@ def test_float_weights_load_into_a_converted_model() -> None:
     source, qmodel = Plain(), qgnn.quantize_model(Plain(), 4)
     missing, unexpected = qmodel.load_state_dict(source.state_dict(), strict=False)
     assert unexpected == []
-    assert {key.rsplit(".", 1)[1] for key in missing} <= {"log_scale", "offset", "kind", "multiplier", "slack"}
+    assert {key.rsplit(".", 1)[1] for key in missing} <= {"log_scale", "offset", "kind", "unit", "multiplier", "slack"}
     assert_same_state(qgnn.restore_model(qmodel), state(source))
 
 
@@ -157,7 +157,7 @@ OTHERS: dict[str, tuple[QuantConfig, QuantConfig, str]] = {
     "off": (QuantConfig(bits=32), QuantConfig(bits=4), r"bits=4.* \(got bits=32\)"),
     "message_bits": (QuantConfig(), QuantConfig(message_bits=8), r"bits=8 at '.*message.*' \(got bits=4\)"),
     "output_bits": (QuantConfig(output_bits=8), QuantConfig(), "output=False at 'convs.1'.*got output=True"),
-    "granularity": (QuantConfig(granularity="node"), QuantConfig(), "granularity='tensor' at .*got granularity='node'"),
+    "granularity": (QuantConfig(granularity="node"), QuantConfig(), "granularity='row' at .*got granularity='node'"),
     "channels": (QuantConfig(granularity="channel"), QuantConfig(truncation="bt"), "got granularity='channel'"),
     "levels": (QuantConfig(message_levels="half"), QuantConfig(), "levels='affine' at .*got levels='half'"),
     "truncation": (QuantConfig(truncation="sbt"), QuantConfig(truncation="bt"), "truncation='bt' at .*'sbt'"),
@@ -185,7 +185,7 @@ def test_state_of_another_configuration_is_refused(what: str, how: str) -> None:
         other.load_state_dict(first.state_dict(), strict=how != "not strict", assign=how == "assign")
     assert "quantize_like" in str(caught.value)
     if what not in ("smp", "deep", "output_bits", "attention_bits"):
-        changed = [n for n, v in before.items() if not torch.equal(v, other.get_parameter(n))]
+        changed = [n for n, v in before.items() if not torch.equal(v, other.state_dict()[n])]
         refused = [n for n, q in qgnn.quantizers(other).items() if q.settings != qgnn.quantizers(first)[n].settings]
         assert not {name.removesuffix(".log_scale") for name in changed} & set(refused)
     again = qgnn.quantize_like(build(WIDTH, 8, depth, OUT), first.state_dict())

@@ -49,7 +49,7 @@ def test_features_are_quantized_whatever_their_name(cls: type[Sends], tmp_path: 
     x, edge_index = features(), graph()
     conv, name = cls(), cls.__name__.removeprefix("Sends").lower()
     for bits in (2, 4):
-        qconv = quantized(conv, x, edge_index, bits=bits)
+        qconv = quantized(conv, x, edge_index, config=qgnn.QuantConfig(bits=bits, granularity="tensor"))
         assert qconv(x, edge_index).unique().numel() <= 2**bits + 1
         assert f"message.{name}" in {q.site for _, q in qconv.own_quantizers()}
         assert qconv.float_arguments == {"weight": "one number per node"}
@@ -191,7 +191,8 @@ def test_a_shift_of_all_coordinates_changes_nothing(name: str) -> None:
 def test_both_ends_of_an_edge_take_the_same_values() -> None:
     """EdgeConv sends a pair of one tensor."""
     x, edge_index = features(), graph()
-    qconv, seen = quantized(EdgeConv(mlp(2 * WIDTH, OUT)), x, edge_index, bits=2), []
+    config = qgnn.QuantConfig(bits=2, granularity="tensor")
+    qconv, seen = quantized(EdgeConv(mlp(2 * WIDTH, OUT)), x, edge_index, config=config), []
     qconv.register_message_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
     qconv(x, edge_index)
     assert seen[0]["x_i"].unique().numel() <= 4

@@ -115,7 +115,8 @@ def test_hops_stay_within_their_bound(correction: Any, directed: bool, multiplie
 def test_bound_of_appnp_is_the_geometric_series(teleport: float, bits: int) -> None:
     r"""With equal steps s, :math:`e \le q (1 - a) / a + ...`: what the recursion sums to, from the step sizes alone."""
     x, edge_index = features(), to_undirected(graph(self_loops=False))
-    qlayer: Any = qgnn.calibrate(qgnn.quantize_model(APPNP(64, teleport), bits), (x, edge_index)).eval()
+    config = QuantConfig(bits=bits, granularity="tensor")
+    qlayer: Any = qgnn.calibrate(qgnn.quantize_model(APPNP(64, teleport), config=config), (x, edge_index)).eval()
     layer = qgnn.error_report(qlayer, (x, edge_index)).layers[0]
     holds(layer)
     assert layer.steps[-1].bound == layer.bound
