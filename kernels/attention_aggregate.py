@@ -37,6 +37,7 @@ from .arithmetic import (
     is_per_row,
     multiplied,
 )
+from .backend import implementation, is_direct
 from .checks import check_float, check_plan
 from .indices import check_csr
 from .layout import check_packed, unpack_codes
@@ -302,6 +303,9 @@ def attention_aggregate(
         negative_slope, alpha_src, alpha_dst, alpha_edge, att, x_dst, concat, bias, relu,
         out_scale, out_offset, out_bits, None, multiplier,
     )  # fmt: skip
+    if words.is_cpu and is_direct() and all(v.is_cpu for v in (*args, out_unit) if isinstance(v, Tensor)):
+        _check(*args, out_unit)
+        return implementation("attention_aggregate", "cpu")(*args, out_unit)
     if out_unit is None:
         return torch.ops.qgnn.attention_aggregate.default(*args)
     return torch.ops.qgnn.attention_aggregate.rows(*args, out_unit=out_unit)

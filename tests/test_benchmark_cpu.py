@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import cpu, cpu_inference, cpu_kernels, cpu_recall
+from benchmarks import cpu, cpu_batches, cpu_calls, cpu_inference, cpu_kernels, cpu_recall, cpu_small
 from benchmarks.cpu_graphs import power_law
 from benchmarks.cpu_growth import slope
 from benchmarks.cpu_inference import WrongResult, compare
@@ -224,3 +224,31 @@ def test_probe_in_a_process_of_its_own() -> None:
     assert all(figures["ms"] > 0 and figures["first_ms"] > 0 and figures["bytes"] >= 0 for figures in found.values())
     with pytest.raises(RuntimeError, match="failed"):
         probe(Job("GCN", 3_000, 20_000, WIDTHS, pyg=("no such path",)))
+
+
+@pytest.mark.parametrize("section", [cpu_small, cpu_batches])
+def test_sections_of_single_calls(section: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    is_new = section is cpu_batches
+    case = cpu_calls.Case("tiny", cpu_calls.molecules(2, 12), 8, 16, 2, is_new=is_new, rounds=3, least=0.0)
+    monkeypatch.setattr(section, "CASES", (case,))
+    args = SimpleNamespace(rounds=7)
+    data = section.measure(args)
+    packed = [row for row in data["rows"] if row["side"] == cpu_calls.SIDE]
+    assert [row["model"] for row in packed] == ["GCN", "GraphSAGE", "GAT", "GIN"]
+    for row in data["rows"]:
+        assert 0 < row["ms"] <= row["99 % ms"]
+        same = [other for other in data["rows"] if other["model"] == row["model"] and other["side"] != cpu_calls.SIDE]
+        assert row["over best PyG"] == min(other["ms"] for other in same) / row["ms"]
+    median, tail = section.targets(data)
+    assert median.is_met
+    assert set(tail.measured) == {row["model"] for row in packed}
+    lines = section.markdown({"data": data, "settings": section.settings(args)})
+    assert sum("tiny" in line for line in lines) == len(data["rows"])
+
+
+def test_molecules_are_bonded_both_ways_and_side_by_side() -> None:
+    x, edge_index = cpu_calls.molecules(3, 25)(4, torch.Generator().manual_seed(0))
+    assert x.size(1) == 4
+    assert int(edge_index.max()) < x.size(0)
+    pairs = set(map(tuple, edge_index.t().tolist()))
+    assert all((dst, src) in pairs for src, dst in pairs)

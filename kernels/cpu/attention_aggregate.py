@@ -310,7 +310,7 @@ def attention_aggregate(
     pointers = flat(rowptr)
     ranges, exact = _ranges(scale, offset, words.size(0), num_features, heads, multiplier)
     quantized = attention_bits != FLOAT_BITS
-    thresholds = flat(attention_thresholds(attention_bits) if quantized else None)
+    thresholds = _thresholds(attention_bits) if quantized else flat(None)
     edge_block = EDGE_BLOCK
     if multiplier is not None and quantized:
         edge_block = min(EDGE_BLOCK, EXACT // (LARGEST_MULTIPLIER * top_code(attention_bits) * top_code(bits)))
@@ -342,6 +342,11 @@ def attention_aggregate(
 def _as_bytes(bits: int, attention_bits: int, heads: int, att: Tensor | None) -> bool:
     """Whether weights and codes fit the operands of byte dot products, and heads fill vectors."""
     return att is None and bits in (2, 4) and attention_bits in (2, 4) and heads in HEADS
+
+
+@cache
+def _thresholds(attention_bits: int) -> np.ndarray:
+    return flat(attention_thresholds(attention_bits))
 
 
 def _ranges(

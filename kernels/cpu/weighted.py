@@ -39,6 +39,7 @@ LANES = 16  # words per tile: at 2 bits its 256 accumulators are half of the reg
 EDGE_BLOCK = 256
 
 
+@cache
 def head_table(num_features: int, bits: int, heads: int) -> tuple[np.ndarray | None, int | None]:
     """The head of each lane of each tile, ``[tiles * codes]`` int32, and 0 if sixteen lanes differ.
 

@@ -474,7 +474,7 @@ class PackedConv(PackedLayer, SmoothLayer):
         def run(start: int, stop: int, addend: Tensor | None = None, **more: Any) -> Tensor:
             part = graph.rows(start, stop)
             if isinstance(x, PackedTensor):
-                added = {"addend": addend} if addend is not None and fits and is_direct() else {}
+                added: dict[str, Any] = {"addend": addend} if addend is not None and fits and is_direct() else {}
                 end = {} if addend is not None and not added else more
                 y = aggregate(
                     x.words, part.plan, x.scale, x.lower, x.num_features, x.bits, edge_weight=part.weight,

@@ -135,11 +135,15 @@ class Producer:
 
     def __call__(self, **epilogue: Any) -> Rows:
         """The whole matrix; ``epilogue`` as that of ``run``."""
-        if self.is_fused:
+        if self.is_fused or self._is_one_block:
             return self.run(0, self.num_rows, **epilogue)
         if self.only_kernels and not torch.compiler.is_compiling() and backend_for(self.device) == "cpu":
             return self._shared_out(**epilogue)
         return gathered(self.num_rows, self.blocks(**epilogue))
+
+    @property
+    def _is_one_block(self) -> bool:
+        return self.num_rows * self.num_features <= BLOCK_FLOATS // 2 and self.num_rows > 0
 
     def blocks(self, **epilogue: Any) -> Iterator[Block]:
         """The matrix by blocks of rows (see :func:`row_blocks`)."""

@@ -116,7 +116,7 @@ class PackedLinear(PackedLayer):
         return {WEIGHT: (None, self._num_out * self._num_in, self._site.bits)}
 
     @property
-    def weight_lower(self) -> Tensor:
+    def weight_lower(self: Any) -> Tensor:
         """Lower end of the weight's range, one element or ``[O]``."""
         if self.weight_lower_end is not None:
             return self.weight_lower_end
@@ -181,7 +181,7 @@ class PackedLinear(PackedLayer):
         return None if self.words is None else self._matrix.product(x, bias, row_scale)
 
     @property
-    def _matrix(self) -> PackedMatrix:
+    def _matrix(self: Any) -> PackedMatrix:
         words, scale, lower = self._buffers["words"], self._parameters["weight_scale"], self.weight_lower
         last = self._packed.last
         known = last.matrix

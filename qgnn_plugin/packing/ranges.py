@@ -140,7 +140,7 @@ class PackedTensor:
     def dequantize(self) -> Tensor:
         """``[N, F]`` float32."""
         if self.scale.numel() == 1:
-            options = {"multiplier": self.multiplier, "is_checked": True}
+            options: dict[str, Any] = {"multiplier": self.multiplier, "is_checked": True}
             return unpack_dequantize(self.words, self.scale, self.lower, self.num_features, self.bits, **options)
         scale, lower = self.row_range
         if scale.dim() == 2 and scale.size(1) > 1:
@@ -432,6 +432,7 @@ class PackedRange(nn.Module):
     def _quantize_rows(self, x: Tensor) -> PackedTensor:
         unsigned = self.spec.zero_code == 0
         if self.has_multipliers and self.skew is None:
+            assert self.scale is not None
             packed = quantize_pack(x, self.scale, self.lower, self.bits, self.unit, is_checked=True)
             return self.wrap(packed, x.size(1))
         scale, lower, rows = self._range_of(x)

@@ -219,3 +219,29 @@ def test_shared_cache_is_bounded() -> None:
     for i in range(2 * plan_cache.capacity):
         graph_plan(torch.zeros(2, i + 1, dtype=torch.long), (1, 1))
     assert len(plan_cache) <= plan_cache.capacity
+
+
+def test_the_short_way_to_a_value_sees_what_the_long_way_sees() -> None:
+    cache, built = PlanCache(2), []
+    tensor = torch.arange(6)
+
+    def value(key: str = "sum") -> int:
+        def build() -> int:
+            built.append(key)
+            return int(tensor.sum())
+
+        return cache.get((tensor, None), (key,), build)
+
+    assert (value(), value()) == (15, 15)
+    assert built == ["sum"]
+    tensor.numpy()[0] = 10
+    assert (value(), value()) == (25, 25)
+    tensor.data[1] = 11
+    assert (value(), len(built)) == (35, 3)
+    tensor.resize_(3)
+    assert (value(), len(built)) == (23, 4)
+    value("second")
+    value("third")  # no more than two are kept
+    assert (value(), built[4:]) == (23, ["second", "third", "sum"])
+    cache.clear()
+    assert (value(), built[7:]) == (23, ["sum"])
