@@ -245,7 +245,7 @@ class TracedLoops(LoopedPlan):
     """The same in a program that is being traced: ``perm`` names edges as the caller lists them, then the loops."""
 
     @classmethod
-    def of(cls, edges: Edges, size: tuple[int, int], loops: str) -> LoopedPlan:
+    def of(cls, edges: Edges, size: tuple[int, int], loops: str, weighted: bool = True) -> LoopedPlan:
         plan = traced_plan(edges.src, edges.dst, *size, loops)
         return cls(plan, 0 if loops == "none" else torch.sym_min(*size))
 

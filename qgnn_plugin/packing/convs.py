@@ -262,7 +262,7 @@ class PackedGINConv(PackedConv):
         """The node's own share, ``(1 + eps) x``."""
 
         def run(start: int, stop: int, **more: Any) -> Tensor:
-            return conclude((1 + self.eps) * x.rows(start, stop).dequantize(), **more)
+            return conclude(x.rows(start, stop).dequantize().mul_(1 + self.eps), **more)
 
         return Producer(x.words.size(0), x.num_features, x.words.device, run, is_fused=False)
 
