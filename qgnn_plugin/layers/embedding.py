@@ -12,7 +12,13 @@ from ..quantizers import QLRQuantizer
 from .base import QuantizedLayer, SiteFactory
 from .factors import not_reading, readings
 
-__all__ = ["QuantizedEmbedding"]
+__all__ = ["QuantizedEmbedding", "table_site"]
+
+
+def table_site(sites: SiteFactory) -> QLRQuantizer:
+    """The site of a weight whose rows are taken: a range per row, relative to it, or one for all."""
+    granularity: Any = "node" if sites.config.weight_granularity == "channel" else "tensor"
+    return sites.make("weight", "weight", levels=sites.config.weight_levels, granularity=granularity)
 
 
 class QuantizedEmbedding(QuantizedLayer):
@@ -29,11 +35,7 @@ class QuantizedEmbedding(QuantizedLayer):
 
     @classmethod
     def attach(cls, layer: Any, sites: SiteFactory) -> None:
-        per_row = sites.config.weight_granularity == "channel"
-        granularity: Any = "node" if per_row else "tensor"
-        layer.weight_quantizer = sites.make(
-            "weight", "weight", levels=sites.config.weight_levels, granularity=granularity
-        )
+        layer.weight_quantizer = table_site(sites)
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or readings(self) is None:

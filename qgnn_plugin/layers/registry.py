@@ -22,6 +22,7 @@ from torch_geometric.nn import (
     TAGConv,
 )
 from torch_geometric.nn import Linear as PyGLinear
+from torch_geometric.nn.models.linkx import SparseLinear
 
 from ..smp.constraint import SmoothLayer
 from ..smp.propagation import SMPropagation
@@ -52,6 +53,7 @@ from .own_weights import QuantizedOwnConv, QuantizedOwnModule, own_tables, own_w
 from .reads import reads_of
 from .recurrent import QuantizedCell, QuantizedRecurrent
 from .sage import QuantizedSAGEConv
+from .sparse_linear import QuantizedSparseLinear
 
 __all__ = ["convert_layer", "mixin_for", "register_layer"]
 
@@ -109,6 +111,8 @@ def classes_of(mixin: type[QuantizedLayer]) -> list[type[nn.Module]]:
 def _is_as_made(layer: nn.Module, base: type[nn.Module]) -> bool:
     """Whether ``layer`` itself holds nothing that its class would not have made."""
     if bound_changes(layer):
+        return False
+    if base is SAGEConv and layer.aggr not in ("mean", "add", "sum", "max"):  # what its own form computes with codes
         return False
     if isinstance(layer, nn.Embedding):  # of one number a row, its range would be the row itself
         return layer.embedding_dim > 1
@@ -205,6 +209,7 @@ for _layer, _mixin in {
     nn.Bilinear: QuantizedBilinear,
     nn.Embedding: QuantizedEmbedding,
     HeteroLinear: QuantizedHeteroLinear,
+    SparseLinear: QuantizedSparseLinear,
     GCNConv: QuantizedGCNConv,
     GATConv: QuantizedGATConv,
     GATv2Conv: QuantizedGATv2Conv,

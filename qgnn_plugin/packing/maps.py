@@ -8,12 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.aggregate import aggregate
 from ..kernels.unpack_dequantize import unpack_dequantize
 from ..layers.bilinear import QuantizedBilinear, QuantizedHeteroLinear, RunsBilinear, RunsHeteroLinear
 from ..layers.embedding import QuantizedEmbedding
 from ..layers.grid import QuantizedGridConv, RunsGridConv
 from ..layers.multihead import QuantizedMultiheadAttention, RunsMultiheadAttention
 from ..layers.recurrent import QuantizedCell, QuantizedRecurrent, RunsCell, RunsSequence
+from ..layers.sparse_linear import QuantizedSparseLinear, adjacency_of
+from ..layers.watched import is_watched, own_propagate
 from .base import LayerSpec, inference, register_packed
 from .matrix import PackedMatrix
 from .weights import PackedWeights
@@ -26,6 +29,7 @@ __all__ = [
     "PackedHeteroLinear",
     "PackedMultiheadAttention",
     "PackedRecurrent",
+    "PackedSparseLinear",
 ]
 
 
@@ -162,6 +166,26 @@ class PackedEmbedding(PackedWeights):
         return values
 
 
+class PackedSparseLinear(PackedWeights):
+    """Packed ``SparseLinear`` of LINKX: sums of packed rows of its weight."""
+
+    bias: Tensor | None
+
+    @inference
+    def forward(self, edge_index: Any, edge_weight: Tensor | None = None) -> Tensor:
+        table = self._weight("weight")
+        assert isinstance(table, PackedMatrix)
+        if is_watched(self):
+            values = self._dequantized("weight")
+            out = own_propagate(self)(self, edge_index, weight=values, edge_weight=edge_weight)
+            return out if self.bias is None else out + self.bias
+        graph = adjacency_of(self, edge_index, edge_weight)
+        scale, lower = (v.view(-1, 1) if table.scale.numel() > 1 else v for v in (table.scale, table.lower))
+        return aggregate(
+            table.words, graph.plan, scale, lower, table.num_in, table.bits, edge_weight=graph.weight, bias=self.bias
+        )
+
+
 for _mixin, _packed in {
     QuantizedCell: PackedCell,
     QuantizedRecurrent: PackedRecurrent,
@@ -170,5 +194,6 @@ for _mixin, _packed in {
     QuantizedHeteroLinear: PackedHeteroLinear,
     QuantizedMultiheadAttention: PackedMultiheadAttention,
     QuantizedEmbedding: PackedEmbedding,
+    QuantizedSparseLinear: PackedSparseLinear,
 }.items():
     register_packed(_mixin, _packed)

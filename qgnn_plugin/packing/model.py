@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch_geometric.nn.aggr import EquilibriumAggregation
 from torch_geometric.nn.models.rev_gnn import InvertibleModule
 
 from ..config import OFF
@@ -75,8 +76,9 @@ def pack_model(qmodel: nn.Module) -> nn.Module:
             f"convert it first: qgnn_plugin.quantize_model(model)"
         )
     layers = quantized_layers(qmodel)
+    differentiated = [name for name, m in qmodel.named_modules() if isinstance(m, EquilibriumAggregation)]
     with still(qmodel):
-        specs = _describe(layers)
+        specs = _describe(layers, differentiated)
         _say_what_never_ran(specs)
         packed = assemble(qmodel, layers, specs)
         for name, layer in layers.items():
@@ -146,12 +148,17 @@ def _packed_class(layer: Any, spec: LayerSpec) -> type[PackedLayer]:
     return cls
 
 
-def _describe(layers: Mapping[str, Any]) -> list[LayerSpec]:
+DIFFERENTIATED = "differentiated in the forward pass"
+
+
+def _describe(layers: Mapping[str, Any], differentiated: Iterable[str] = ()) -> list[LayerSpec]:
     decided: dict[int, str | None] = {}  # by a layer for the layers inside it
     specs = []
     for name, layer in layers.items():
         cls = packed_class(type(layer).mixin)
-        if id(layer) in decided:
+        if any(name.startswith(f"{around}.") or not around for around in differentiated):
+            reason: str | None = DIFFERENTIATED
+        elif id(layer) in decided:
             reason = decided[id(layer)]
             if reason is None and not _has_run(layer):
                 reason = NEVER_RAN

@@ -16,6 +16,7 @@ from core.support import NODES, WIDTH, features, graph
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch_geometric.nn import HeteroLinear, LightGCN
+from torch_geometric.nn.models.linkx import SparseLinear
 
 import qgnn_plugin as qgnn
 
@@ -82,6 +83,11 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Run]] = {
     ),
     "Bilinear": (lambda: nn.Bilinear(WIDTH, WIDTH, 4), lambda m, x: m(x, 2 * x)),
     "HeteroLinear": (lambda: HeteroLinear(WIDTH, 8, 4), lambda m, x: m(x, torch.arange(NODES) % 3)),
+    "SparseLinear": (lambda: SparseLinear(NODES, 8), lambda m, x: m(graph())),
+    "SparseLinear, weighted": (
+        lambda: SparseLinear(NODES, 8, bias=False),
+        lambda m, x: m(graph(), x.abs().mean() + torch.arange(graph().size(1)) / 100),
+    ),
     "Embedding": (lambda: nn.Embedding(50, 16), lambda m, x: m((3 * x[:, :3].abs()).long())),
     "Embedding, padded": (
         lambda: nn.Embedding(50, 16, padding_idx=1, max_norm=2.0),
