@@ -77,7 +77,7 @@ def _plan(src: Tensor, dst: Tensor, num_src: int, num_dst: int, loops: str = "no
     key = ("op", num_src, num_dst, loops)
     found = plan_cache.get((src, dst), key, lambda: plan_reference(src, dst, num_src, num_dst, loops))
     # What an op returns may be written over by the program around it.
-    return tuple(part.clone() for part in found)  # type: ignore[return-value]
+    return tuple(part.clone() for part in found)
 
 
 _library.impl("plan", _plan, "CompositeExplicitAutograd")

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import onnxscript
-from onnxscript import opset20 as op
+from onnxscript import opset20
 
 __all__ = ["custom_node", "plan_in_standard_ops"]
 
+op: Any = opset20  # typed for constants, where these are nodes
 DOMAIN = "qgnn"  # of the ops, version 1
 _DOMAIN = onnxscript.values.Opset(DOMAIN, 1)
 INT64 = onnxscript.INT64.dtype

@@ -329,6 +329,8 @@ def smp_step(
     if words is None:
         near = sums(h * factor, rowptr, col) * factor
     else:
+        assert scale is not None
+        assert offset is not None
         degree = (rowptr[1:] - rowptr[:-1]).to(torch.float32).unsqueeze(1)
         total = sums(unpack(words, h.size(1), bits), rowptr, col).to(torch.float32)
         near = ((total * scale) + (degree * offset)) * factor
