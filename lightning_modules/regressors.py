@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from .module import OfGraphs, OfNodes, QuantizedModule, label_field
 __all__ = ["QuantizedGraphRegressor", "QuantizedNodeRegressor"]
 
 Loss = Literal["mse", "l1", "huber"]
-LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss, "huber": F.huber_loss}
+LOSSES: dict[str, Callable[..., Tensor]] = {"mse": F.mse_loss, "l1": F.l1_loss, "huber": F.huber_loss}
 
 
 class _QuantizedRegressor(QuantizedModule):

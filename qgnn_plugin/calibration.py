@@ -88,7 +88,7 @@ def calibrate(
             raise ValueError("Expected at least one batch to calibrate on (got none)")
         seen = [site for site in sites.values() if site.finish()]
         if method == "outputs":
-            match_outputs(qmodel, batches, forward, steps)
+            match_outputs(qmodel, list(batches), forward, steps)
     except BaseException:
         for site, state in zip(sites.values(), before, strict=True):
             _take_back(site, state)

@@ -58,9 +58,9 @@ def quantize_model(
     Layers are swapped for subclasses that keep ``forward``, the ``Parameter`` objects, hooks and state-dict keys.  At
     32 bits the result computes exactly what the original does, unless ``config.smp`` rewrites deep stacks.
 
-    Weights elsewhere stay float, such as those of recurrent cells, embeddings, and parameters that the model's own code
-    multiplies; :func:`qgnn_plugin.summary` lists them.  A warning comes where less than half of the weights are
-    quantized, unless ``include`` or ``exclude`` says what to convert.
+    So are recurrent layers, tables of embeddings, and modules whose code multiplies by their parameters.  What stays
+    float is listed by :func:`qgnn_plugin.summary`.  A warning comes where less than half of the weights are quantized,
+    unless ``include`` or ``exclude`` says what to convert.
 
     Args:
         model: Any module with ``Linear`` or ``MessagePassing`` layers; it is untouched unless ``inplace``.

@@ -105,7 +105,8 @@ def _learning_only(qmodel: nn.Module, learned: Sequence[nn.Parameter]) -> Iterat
 @contextmanager
 def _short_sums(qmodel: nn.Module) -> Iterator[None]:
     """Let products be added in float32, as in training: exact sums of wide codes take many times as long."""
-    maps = [m for m in quantized_layers(qmodel).values() if isinstance(m, QuantizedLinear) and not m.training]
+    layers: list[Any] = list(quantized_layers(qmodel).values())
+    maps: list[Any] = [m for m in layers if isinstance(m, QuantizedLinear) and not m.training]
     maps = [m for m in maps if "weight" in m._parameters]  # not one whose computed weight moves in training
     try:
         for m in maps:

@@ -272,7 +272,7 @@ def conclude(y, dst_scale, bias, feature, feature_ok, RELU: tl.constexpr):  # ty
 
 
 @triton.jit
-def part_peak(y, feature_ok):  # type: ignore[no-untyped-def]
+def part_peak(y, feature_ok):
     """Largest absolute values of the rows of a part tile, ``[ROWS]``; NaN counts as 0."""
     size = tl.abs(y)
     return tl.max(tl.where(feature_ok[None, :] & (size > 0), size, 0.0), 1)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..config import Granularity
 from ..quantizers import QLRQuantizer, QuantizedTensor
 from ..quantizers.autocast import full_precision
 from ..smp.constraint import attach_constraint
@@ -73,7 +74,7 @@ class QuantizedSAGEConv(QuantizedConv):
     def attach(cls, layer: Any, sites: SiteFactory) -> None:
         shared = isinstance(layer.in_channels, int) and not layer.project
         # Codes of different multiples of a range do not compare as the values do.
-        one = "tensor" if layer.aggr not in SUMS and sites.config.granularity == "row" else None
+        one: Granularity | None = "tensor" if layer.aggr not in SUMS and sites.config.granularity == "row" else None
         layer.input_quantizer = sites.features("input", layer.in_channels if shared else None, granularity=one)
         first = _transforms_first(layer)
         layer.message_quantizer = sites.message("message", layer.out_channels) if first else None

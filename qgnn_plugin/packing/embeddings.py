@@ -359,7 +359,8 @@ class PackedEmbeddings:
         try:
             transform = None
             if set(tensors) == rotated:
-                transform = Transform(*(tensors[t] for t in ("directions", "center", "digits")), description["bits"])
+                directions, center, digits = (tensors[name] for name in ("directions", "center", "digits"))
+                transform = Transform(directions, center, digits, description["bits"])
             lower = tensors.get("lower", torch.zeros(()))
             size = description["num_features"], description["bits"]
             table = cls(tensors["words"], tensors["scale"], lower, *size, transform)

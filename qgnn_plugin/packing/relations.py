@@ -59,7 +59,8 @@ class _Terms:
     """The sum over relations."""
 
     def __init__(self, layer: Any) -> None:
-        self.layer, self.total = layer, None
+        self.layer = layer
+        self.total: Tensor | None = None
         self.weight = layer._weight("weight")
         self.root = layer._weight("root") if "root" in layer._shapes else None
         self.composed: Tensor | None = None
