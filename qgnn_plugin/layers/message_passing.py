@@ -29,6 +29,7 @@ __all__ = ["PropagationChange", "QuantizedConv", "QuantizedMessagePassing", "Sen
 SCALARS = frozenset({"alpha", "alpha_l", "alpha_r", "norm", "deg", "score", "index"})
 
 SITES = "argument_quantizers."
+COMPARING = ("max", "min")  # aggregations that pick a value instead of adding
 
 
 def require_sum(layer: Any, sites: SiteFactory) -> None:
@@ -225,12 +226,15 @@ class QuantizedMessagePassing(SentFeatures, QuantizedConv):
             if is_position(name) or is_relative(layer, name):
                 layer.float_arguments[name] = "only its differences matter"
                 continue
-            layer.argument_quantizers[name] = cls._site(sites, name)
+            layer.argument_quantizers[name] = cls._site(layer, sites, name)
         layer.argument_quantizers.train(layer.training)
         attach_constraint(layer, sites.config.smp, sites.device)
 
     @staticmethod
-    def _site(sites: SiteFactory, name: str) -> QLRQuantizer:
+    def _site(layer: Any, sites: SiteFactory, name: str) -> QLRQuantizer:
+        if layer.aggr in COMPARING and sites.config.granularity == "row":
+            # Codes of different multiples of a range do not compare as the values do.
+            sites = replace(sites, config=replace(sites.config, granularity="tensor"))
         if name in SCALARS:
             # Probably no features: parameters would never get the gradient that optimizers and DDP expect.
             sites = replace(sites, config=replace(sites.config, learn_ranges=False))
@@ -263,7 +267,7 @@ class QuantizedMessagePassing(SentFeatures, QuantizedConv):
             del self.argument_quantizers[name]
         for name in sorted(names - set(self.argument_quantizers)):
             if sites is not None:
-                self.argument_quantizers[name] = self._site(sites, name).eval()
+                self.argument_quantizers[name] = self._site(self, sites, name).eval()
                 self.float_arguments.pop(name, None)
 
     def own_quantizers(self) -> Iterator[tuple[str, QLRQuantizer]]:

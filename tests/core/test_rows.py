@@ -8,7 +8,7 @@ import pytest
 import torch
 from core.support import NODES, OUT, WIDTH, features, graph
 from torch import Tensor, nn
-from torch_geometric.nn import GATConv, GCNConv, SAGEConv, TransformerConv
+from torch_geometric.nn import GATConv, GCNConv, MessagePassing, SAGEConv, TransformerConv
 
 import qgnn_plugin as qgnn
 from qgnn_plugin import QLRQuantizer, QuantConfig
@@ -144,6 +144,24 @@ def test_sites_without_rows_have_one_range() -> None:
     assert qmodel["mean"].message_quantizer.granularity == "row"
     assert qmodel["mean"].output_quantizer.granularity == "tensor"
     assert qmodel["mean"].lin_l.weight_quantizer.granularity == "channel"
+
+
+@pytest.mark.parametrize("aggr", ["max", "min"])
+def test_a_layer_that_picks_values_has_one_range(aggr: str) -> None:
+    """Codes of different multiples of a range do not compare as the values do."""
+
+    class Pick(MessagePassing):
+        def forward(self, x: torch.Tensor, edge_index: torch.Tensor) -> torch.Tensor:
+            return self.propagate(edge_index, score=x)
+
+        def message(self, score_j: torch.Tensor) -> torch.Tensor:
+            return score_j
+
+    qconv = qgnn.quantize_model(Pick(aggr=aggr), bits=2)
+    x, edge_index = torch.randn(40, 16), torch.randint(40, (2, 300))
+    out = qgnn.calibrate(qconv, (x, edge_index)).eval()(x, edge_index)
+    assert out.unique().numel() <= 2**2 + 1  # and zero, of a node without neighbours
+    assert torch.equal(qgnn.pack_model(qconv)(x, edge_index), out)
 
 
 def test_one_bit_features_stay_in_one_bit() -> None:

@@ -18,8 +18,10 @@ import torch
 from packing.cases import MODELS, packed_pair
 
 import qgnn_plugin
-from qgnn_plugin import PackedEmbeddings, atomic, cli
+from qgnn_plugin import PackedEmbeddings, atomic
 from qgnn_plugin.atomic import atomic_file
+from qgnn_plugin.cli.building import Origin
+from qgnn_plugin.cli.loading import save_checkpoint
 from qgnn_plugin.packing import container
 
 Save = Callable[[Any], None]
@@ -34,10 +36,11 @@ def pair() -> tuple[Any, Any]:
 @pytest.fixture(params=["model", "embeddings", "command line"])
 def save(request: pytest.FixtureRequest, pair: Any) -> Save:
     table = PackedEmbeddings.from_float(torch.randn(5, 4))
+    linear, origin = torch.nn.Linear(2, 2), Origin("torch.nn.Linear")
     return {
         "model": lambda path: qgnn_plugin.save_packed(pair[0], path),
         "embeddings": lambda path: table.save(path),
-        "command line": lambda path: cli._save(torch.nn.Linear(2, 2), Path(os.fsdecode(path))),
+        "command line": lambda path: save_checkpoint(linear, Path(os.fsdecode(path)), origin),
     }[request.param]
 
 
