@@ -1,7 +1,7 @@
 r"""``aggregate``: dequantize, aggregate over neighbours and requantize in one pass over packed
 rows.
 
-Sums run over codes, in integers, and one affine step follows (DESIGN section 5):
+Sums run over codes, in integers, and one affine step follows (docs/arithmetic.md):
 
 .. math::
     y_i = \Big(s \sum_{j \in N(i)} c_j + |N(i)|\, l\Big) d_i + b

@@ -21,7 +21,7 @@ correctly rounded:
 A *range* is a pair of float32 tensors ``scale`` (``s > 0``) and ``offset`` (``l``), each of one
 element, ``[F]`` (per column) or ``[N, 1]`` (per row).
 
-*Row multipliers* (DESIGN section 5): a row's range is one of the tensor, or of its columns, times an integer ``m`` of
+*Row multipliers* (docs/arithmetic.md): a row's range is one of the tensor, or of its columns, times an integer ``m`` of
 ``1 .. 15``, uint8 ``[N]``; its values are ``m (s c + l)``.
 
 * quantize: ``m = clamp(ceil(peak * (1 / p)), 1, 15)`` with ``peak`` the largest ``|x|`` of the row (NaN counts as 0)

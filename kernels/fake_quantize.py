@@ -1,7 +1,7 @@
 r"""``fake_quantize``: quantize and dequantize in one pass, with the gradients of a learnable range.
 
-With ``v = (x - l) / s``, ``c = clamp(floor(v + 1/2), 0, Q)`` and ``x^ = c s + l`` (DESIGN section
-3, there in terms of ``u = l + Q s``), straight through the rounding and exact for the clamp:
+With ``v = (x - l) / s``, ``c = clamp(floor(v + 1/2), 0, Q)`` and ``x^ = c s + l`` (docs/quantizer.md, there in
+terms of ``u = l + Q s``), straight through the rounding and exact for the clamp:
 
 .. math::
     \partial x^/\partial x = [0 \le v \le Q] \qquad

@@ -1,4 +1,4 @@
-r"""``smp_step``: one step of smoothness-aware message propagation (DESIGN section 4).
+r"""``smp_step``: one step of smoothness-aware message propagation (docs/smoothness.md).
 
 With ``A~ = diag(n) A diag(n)`` given by the plan (self-loops included) and the factors ``n``,
 

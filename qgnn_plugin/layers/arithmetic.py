@@ -1,4 +1,4 @@
-r"""Integer arithmetic of converted layers: sums run over codes, one affine step follows (DESIGN section 5).
+r"""Integer arithmetic of converted layers: sums run over codes, one affine step follows (docs/arithmetic.md).
 
 In eval mode the float operations and their order are those of the packed kernels, so that both executions agree bit for
 bit; sums over codes are exact because they stay below ``2^24`` in float32; where they may not, products run in float64

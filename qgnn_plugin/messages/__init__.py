@@ -1,4 +1,4 @@
-"""Messages traced once, and run by kernels written for them (DESIGN: any message function).
+"""Messages traced once, and run by kernels written for them (docs/any_message.md).
 
 :mod:`.trace` records what a layer's ``message`` and ``aggregate`` do with a few edges, :mod:`.build` sorts the record
 into what is computed once per node or edge, what the kernel computes and what follows per row, and :mod:`.traced`

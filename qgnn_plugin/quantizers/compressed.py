@@ -1,7 +1,7 @@
 r"""Training steps that keep codes instead of floats for the backward pass: :func:`compressed_activations`.
 
 Inside the context a quantizer hands on codes whose gradient is that of the *values* ``x^ = c s + l``, and applies the
-gradients of DESIGN section 3 itself.  What it keeps for that depends on where its input comes from:
+gradients of docs/quantizer.md itself.  What it keeps for that depends on where its input comes from:
 
 - a product of packed codes, such as a message ``d^-1/2 (x^ W^^T)``: nothing.  The product keeps its packed factors
   anyway, and its values are computed again from them (selective recomputation), so that all gradients are exact;

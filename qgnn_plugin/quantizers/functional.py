@@ -1,11 +1,11 @@
 r"""Rounding to codes, with the gradients of the straight-through surrogate.
 
-With ``Q = 2^b - 1``, scale ``s`` and lower end ``l``, in exactly this order of float operations (DESIGN section 5)::
+With ``Q = 2^b - 1``, scale ``s`` and lower end ``l``, in exactly this order of float operations (docs/arithmetic.md)::
 
     v = (x - l) * (1 / s)        c = clamp(floor(v + 1/2), 0, Q)        x^ = c * s + l
 
 The surrogate replaces rounding by the identity, so that inside the range ``dc/dx = 1/s``, ``dc/dl = -1/s`` and
-``dc/ds = -v/s``, and outside all three are 0.  Composed with ``x^ = c s + l`` this gives DESIGN section 3's gradients:
+``dc/ds = -v/s``, and outside all three are 0.  Composed with ``x^ = c s + l`` this gives docs/quantizer.md's gradients:
 ``dx^/dx = 1`` inside and 0 outside; ``dx^/du = (c - v)/Q`` inside, 1 above, 0 below; ``dx^/dl = -(c - v)/Q`` inside,
 0 above, 1 below (at fixed ``u``).
 """

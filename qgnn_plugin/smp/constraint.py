@@ -1,4 +1,4 @@
-r"""The smoothness constraint of one layer (arXiv 2308.14949, section 4.3; DESIGN section 4; docs/smoothness.md).
+r"""The smoothness constraint of one layer (arXiv 2308.14949, section 4.3; docs/smoothness.md).
 
 A layer that turns ``z`` into ``a = P z`` changes its input by ``D = a - z``.  With ``L = I - P``, the change must
 satisfy ``g = tr(D' L D) <= bound``; while the multiplier ``lambda`` is positive the change is corrected to

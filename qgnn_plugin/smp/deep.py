@@ -1,4 +1,4 @@
-r"""Deep stacks: layers of equal width that stay trainable (DESIGN section 4; GCNII, Chen et al., ICML 2020, eq. 5).
+r"""Deep stacks: layers of equal width that stay trainable (docs/smoothness.md; GCNII, Chen et al., ICML 2020, eq. 5).
 
 A stack of plain convolutions loses its signal with depth.  Layer ``l`` of a converted stack computes
 

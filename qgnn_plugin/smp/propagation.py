@@ -1,4 +1,4 @@
-r"""Smoothness-aware propagation: K steps of constrained gradient descent (DESIGN section 4; docs/smoothness.md).
+r"""Smoothness-aware propagation: K steps of constrained gradient descent (docs/smoothness.md).
 
 With ``A~`` the normalized adjacency and ``X0`` the input, every step descends in
 ``1/2 ||H - X0||^2 + mu/2 tr(H' L H)``, corrects its change ``D = U - H`` by the multiplier, and bounds what is realised

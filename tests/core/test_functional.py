@@ -118,7 +118,7 @@ def test_gradients_match_finite_differences(
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_gradients_in_closed_form(bits: int, dtype: torch.dtype) -> None:
-    """dx^/dx, dx^/du and dx^/dl of DESIGN section 3, element by element."""
+    """dx^/dx, dx^/du and dx^/dl of docs/quantizer.md, element by element."""
     qmax = levels(bits)
     x = torch.randn(200, dtype=dtype) * 2
     low = torch.full_like(x, -1.3).requires_grad_()

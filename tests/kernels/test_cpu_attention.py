@@ -179,7 +179,7 @@ def test_factors_of_an_appnp_step_are_exact(alpha: float) -> None:
 
 
 def test_smp_step_is_an_appnp_step() -> None:
-    """DESIGN section 4: with mu = 9 and eta = 0.1 the teleport probability is 0.1."""
+    """docs/smoothness.md: with mu = 9 and eta = 0.1 the teleport probability is 0.1."""
     plan = plan_of("self_loops")
     h, x0 = torch.randn(2, plan.num_src, 8)
     norm = plan.degree.rsqrt()

@@ -1,4 +1,4 @@
-"""The bit layout of DESIGN section 6: golden bytes, round trips, errors."""
+"""The bit layout of docs/kernels.md: golden bytes, round trips, errors."""
 
 import pytest
 import torch
