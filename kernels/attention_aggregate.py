@@ -303,7 +303,10 @@ def attention_aggregate(
         negative_slope, alpha_src, alpha_dst, alpha_edge, att, x_dst, concat, bias, relu,
         out_scale, out_offset, out_bits, None, multiplier,
     )  # fmt: skip
-    if words.is_cpu and is_direct() and all(v.is_cpu for v in (*args, out_unit) if isinstance(v, Tensor)):
+    on_cpu = words.is_cpu and all(v.is_cpu for v in (*args, out_unit) if isinstance(v, Tensor))
+    # What is no tensor where one belongs is left to the schema, which says so.
+    ranges = all(v is None or isinstance(v, Tensor) for v in (scale, offset, out_scale, out_offset, out_unit))
+    if on_cpu and ranges and is_direct():
         _check(*args, out_unit)
         return implementation("attention_aggregate", "cpu")(*args, out_unit)
     if out_unit is None:

@@ -133,6 +133,7 @@ def is_direct() -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._len_torch_function_stack() == 0
         and torch._C._get_tracing_state() is None
+        and torch._C._functorch.peek_interpreter_stack() is None  # of torch.func
         and not torch.autograd._profiler_enabled()
         and backend_for(_CPU) == "cpu"
     )

@@ -158,6 +158,7 @@ def _is_plain(nodes: Tensor) -> bool:
         and nodes.dtype in (torch.int64, torch.int32)
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._functorch.is_functorch_wrapped_tensor(nodes)  # of torch.func: without memory of its own
     )
 
 

@@ -281,8 +281,8 @@ class QuantizedMessagePassing(SentFeatures, QuantizedConv):
         dim = node_dim + x.dim() if node_dim < 0 else node_dim
         if site.granularity != "row" or x.dim() < 3 or not 0 <= dim < x.dim() - 1:
             return site(x).dequantize()
-        rows = x.movedim(dim, 0)  # all that a node sends has one multiplier
-        return site(rows.flatten(1)).dequantize().view(rows.shape).movedim(0, dim)
+        # All that a node sends has one multiplier, in each sample its own.
+        return site(x.flatten(dim + 1).flatten(0, dim)).dequantize().view(x.shape)
 
 
 def _is_scalar(edge_index: Any) -> bool:

@@ -80,6 +80,8 @@ def packed_nodes(site: PackedRange, x: Tensor, node_dim: int) -> PackedNodes | T
     rows = x.movedim(dim, 0)
     if x.numel() == 0:
         return _rounded(site, x)
+    if site.spec.granularity == "row" and dim > 0:  # a multiplier for a node in each sample
+        return site(x.flatten(dim + 1).flatten(0, dim)).dequantize().view(shape)
     middle = math.prod(rows.shape[1:-1])
     if per_row and middle > 1:
         site.expect(x)

@@ -213,7 +213,7 @@ def test_only_what_is_sent_is_quantized() -> None:
 
 
 def test_messages_take_few_values() -> None:
-    """Whatever reaches ``message`` came from codes of the width asked for."""
+    """Whatever reaches ``message`` came from codes of the width asked for, times the multiplier of its row."""
     seen = []
 
     class Watching(GraphConv):
@@ -226,7 +226,7 @@ def test_messages_take_few_values() -> None:
         qconv = quantized(Watching(WIDTH, OUT), x, edge_index, bits=bits)
         seen.clear()
         qconv(x, edge_index)
-        assert seen[0].unique().numel() <= 2**bits
+        assert max(row.unique().numel() for row in seen[0]) <= 2**bits
 
 
 def test_sparse_adjacency_takes_the_fused_path() -> None:
