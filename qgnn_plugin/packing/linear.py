@@ -121,7 +121,7 @@ class PackedLinear(PackedLayer):
         if self.weight_lower_end is not None:
             return self.weight_lower_end
         assert self._site.zero_code is not None
-        return self._packed.last.lower.of(self._parameters["weight_scale"], -self._site.zero_code)
+        return self._packed.last.lower.of(self._scale, -self._site.zero_code)
 
     def upgrade(self, state: dict[str, Any]) -> None:
         for name, old in {"_num_out": "out_features", "_num_in": "in_features", "_site": "site"}.items():
@@ -181,8 +181,13 @@ class PackedLinear(PackedLayer):
         return None if self.words is None else self._matrix.product(x, bias, row_scale)
 
     @property
+    def _scale(self: Any) -> Tensor:
+        scale = self._parameters.get("weight_scale")
+        return self._buffers["weight_scale"] if scale is None else scale  # as pickles of version 1 have it
+
+    @property
     def _matrix(self: Any) -> PackedMatrix:
-        words, scale, lower = self._buffers["words"], self._parameters["weight_scale"], self.weight_lower
+        words, scale, lower = self._buffers["words"], self._scale, self.weight_lower
         last = self._packed.last
         known = last.matrix
         if known is not None and known.words is words and known.scale is scale and known.lower is lower:

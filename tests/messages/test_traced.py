@@ -20,7 +20,9 @@ pytest.importorskip("numba")
 def packed_pair(make: Callable[[], nn.Module], *args: Any, bits: int = 4) -> tuple[nn.Module, nn.Module]:
     """A converted layer with its ranges set, and its packed form."""
     torch.manual_seed(0)
-    qmodel = qgnn.quantize_model(make().eval(), bits)
+    # Linear maps of what an edge sees are written into a kernel for one range per tensor only.
+    config = qgnn.QuantConfig(bits=bits, granularity="tensor")
+    qmodel = qgnn.quantize_model(make().eval(), config=config)
     qgnn.calibrate(qmodel, [args])
     return qmodel.eval(), qgnn.pack_model(qmodel)
 
