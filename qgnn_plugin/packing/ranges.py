@@ -205,7 +205,7 @@ class LastProduct:
 
     def of(self, tensor: Tensor, factor: float) -> Tensor:
         """``tensor * factor``, which nobody may write to."""
-        if torch.compiler.is_compiling() or not tensor.is_cpu:
+        if torch.compiler.is_compiling() or not tensor.is_cpu or torch._C._len_torch_dispatch_stack():
             return tensor * factor
         known = self.known
         value = tensor.item() if tensor.numel() == 1 else checksum(tensor)
