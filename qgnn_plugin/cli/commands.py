@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +42,22 @@ CHECKPOINT = ".pt"
 SPLITS = ("train", "val", "test")
 
 
+@contextmanager
+def _flushed_denormals() -> Iterator[None]:
+    """Weight decay drives unused weights into denormal numbers, which a CPU computes with a hundred times slower.
+
+    The processor's mode is the caller's again afterwards.
+    """
+    smallest, one = math.ulp(0.0), 1.0
+    was_flushed = smallest * one == 0.0
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(was_flushed)
+
+
+@_flushed_denormals()
 def train(options: Any) -> None:
     """Train a float model and its low-bit versions; print a table, and write to ``--out``."""
     out = options.out
@@ -46,8 +65,6 @@ def train(options: Any) -> None:
         raise ValueError("Expected a folder for the report: pass --out")
     if out is not None:
         expect_writable(out, folder=True)
-    # Weight decay drives unused weights into denormal numbers, which a CPU computes with a hundred times slower.
-    torch.set_flush_denormal(True)
     data = load_data(options)
     recipe = _recipe(options.epochs)
     torch.manual_seed(options.seed)

@@ -189,7 +189,7 @@ def gcn_graph(
 
 def _normalized(plan: GraphPlan, weight: Tensor | None, dtype: torch.dtype) -> NormalizedGraph:
     """With the factors of ``D^-1/2 W D^-1/2``, 0 for a node without edges."""
-    if weight is None and dtype is torch.float32:
+    if weight is None and dtype is torch.float32 and not torch.compiler.is_compiling():
         factor = inverse_root_degree(plan.rowptr).view(-1, 1)
         return NormalizedGraph(plan, weight, factor, factor)
     degree = plan.degree.to(dtype) if weight is None else segment_sum(plan, weight)

@@ -27,6 +27,7 @@ from .autocast import backward_without_autocast
 from .first_order import first_order
 from .masks import OneBitMasks
 from .packed import Packed, pack, unpack
+from .rows import RowRange
 
 __all__ = [
     "Packed",
@@ -35,6 +36,7 @@ __all__ = [
     "compressed_activations",
     "compressing",
     "dequantize",
+    "multiples",
     "quantize",
     "recipe",
 ]
@@ -212,6 +214,28 @@ def quantize(
     if codes_kept:
         return _QuantizeSide.apply(x, scale, lower, codes, qmax, packed)
     return _QuantizeState.apply(x, scale, lower, codes, qmax)
+
+
+class _Multiples(torch.autograd.Function):
+    """``s m`` and ``l m`` of rows; keeps ``m`` in a byte."""
+
+    @staticmethod
+    def forward(ctx: Any, multiplier: Tensor, scale: Tensor, lower: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(multiplier.to(torch.uint8))
+        ctx.range_shapes = scale.shape, lower.shape
+        return scale * multiplier, lower * multiplier
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad_scale: Tensor, grad_lower: Tensor) -> tuple[None, Tensor, Tensor]:
+        (multiplier,) = ctx.saved_tensors
+        scale, lower = ctx.range_shapes
+        return None, (grad_scale * multiplier).sum_to_size(scale), (grad_lower * multiplier).sum_to_size(lower)
+
+
+def multiples(rows: RowRange) -> tuple[Tensor, Tensor]:
+    """Scale and lower end of every row."""
+    return _Multiples.apply(*rows)
 
 
 class _Dequantize(torch.autograd.Function):

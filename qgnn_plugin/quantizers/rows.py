@@ -40,6 +40,10 @@ class RowRange(NamedTuple):
     scale: Tensor
     lower: Tensor
 
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """Scale and lower end of every row."""
+        return self.scale * self.multiplier, self.lower * self.multiplier
+
     def integers(self) -> Tensor:
         """``m`` as kernels have it: ``[N]`` uint8."""
         return self.multiplier.reshape(-1).to(torch.uint8)

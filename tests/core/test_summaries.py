@@ -77,7 +77,8 @@ def test_bytes_of_the_rest_of_the_model_stay() -> None:
 
 def test_ranges_and_errors() -> None:
     x = features() - 3
-    layer = quantized(nn.Linear(WIDTH, OUT), x, config=QuantConfig(bits=8, weight_granularity="tensor"))
+    config = QuantConfig(bits=8, granularity="tensor", weight_granularity="tensor")
+    layer = quantized(nn.Linear(WIDTH, OUT), x, config=config)
     row = rows(layer)[""]
     low, high = row.ranges["input"]
     assert low == pytest.approx(float(x.min()), rel=0.1)
