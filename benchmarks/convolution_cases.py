@@ -175,7 +175,7 @@ CASES: Mapping[str, Case] = {
     "EdgeConv": _plain(lambda w: pyg.EdgeConv(_mlp(2 * w, w, w))),
     "EGConv": _plain(lambda w: pyg.EGConv(w, w, aggregators=["symnorm", "max"], num_heads=HEADS)),
     "FAConv": _pair(lambda w: pyg.FAConv(w)),
-    "FastRGCNConv": _plain(lambda w: pyg.FastRGCNConv(w, w, RELATIONS), "edge_type"),
+    "FastRGCNConv": _plain(lambda w: pyg.FastRGCNConv(w, w, RELATIONS), "edge_type", widest=32),  # a weight per edge
     "FeaStConv": _plain(lambda w: pyg.FeaStConv(w, w, heads=HEADS)),
     "FiLMConv": _plain(lambda w: pyg.FiLMConv(w, w)),
     "FiLMConv of relations": _plain(lambda w: pyg.FiLMConv(w, w, num_relations=RELATIONS), "edge_type"),

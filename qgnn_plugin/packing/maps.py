@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..kernels.aggregate import aggregate
 from ..kernels.unpack_dequantize import unpack_dequantize
-from ..layers.bilinear import QuantizedBilinear, QuantizedHeteroLinear, RunsBilinear, RunsHeteroLinear
+from ..layers.bilinear import INPUT, QuantizedBilinear, QuantizedHeteroLinear, RunsBilinear, RunsHeteroLinear
 from ..layers.embedding import QuantizedEmbedding
 from ..layers.grid import QuantizedGridConv, RunsGridConv
 from ..layers.multihead import QuantizedMultiheadAttention, RunsMultiheadAttention
@@ -19,6 +19,7 @@ from ..layers.sparse_linear import QuantizedSparseLinear, adjacency_of
 from ..layers.watched import is_watched, own_propagate
 from .base import LayerSpec, inference, register_packed
 from .matrix import PackedMatrix
+from .ranges import PackedTensor
 from .weights import PackedWeights
 
 __all__ = [
@@ -31,6 +32,8 @@ __all__ = [
     "PackedRecurrent",
     "PackedSparseLinear",
 ]
+
+MOST_SPANS = 8  # stretches of rows of one type, per type: with more of them rows are put in order first
 
 
 class PackedCell(RunsCell, PackedWeights):
@@ -91,6 +94,37 @@ class PackedHeteroLinear(RunsHeteroLinear, PackedWeights):
     @inference
     def forward(self, x: Tensor, type_vec: Tensor) -> Tensor:
         return self._by_type(x, type_vec)
+
+    def _by_type(self: Any, x: Tensor, type_vec: Tensor) -> Tensor:
+        """Rows are quantized all at once, as each has its codes to itself, and multiplied where they lie."""
+        if torch.compiler.is_compiling() or not self._modules[INPUT].spec.is_row_local or x.dim() != 2:
+            return super()._by_type(x, type_vec)
+        if type_vec.shape != x.shape[:1] or type_vec.dtype is not torch.int64 or x.size(0) == 0:
+            return super()._by_type(x, type_vec)
+        taken, weight, width = self._taken(x, INPUT), self._weight("weight"), self.out_channels
+        if not isinstance(taken, PackedTensor):
+            return super()._by_type(x, type_vec)
+        firsts, order = _spans(type_vec), None
+        if len(firsts) > MOST_SPANS * self.num_types:
+            order = type_vec.argsort(stable=True)
+            type_vec, taken = type_vec[order], taken.take(order)
+            firsts = _spans(type_vec)
+        out = x.new_empty(x.size(0), width)
+        kinds = type_vec[torch.tensor(firsts, device=x.device)].tolist()
+        for kind, start, stop in zip(kinds, firsts, [*firsts[1:], x.size(0)], strict=True):
+            own = self._part(weight, kind * width, (kind + 1) * width)
+            y = self._times(taken.rows(start, stop), own, None if self.bias is None else self.bias[kind])
+            if order is None:
+                out[start:stop] = y
+            else:
+                out.index_copy_(0, order[start:stop], y)
+        return out
+
+
+def _spans(type_vec: Tensor) -> list[int]:
+    """The first row of each stretch of rows of one type."""
+    changes = (type_vec[1:] != type_vec[:-1]).nonzero().view(-1) + 1
+    return [0, *changes.tolist()]
 
 
 class PackedMultiheadAttention(RunsMultiheadAttention, PackedWeights):

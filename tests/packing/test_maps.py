@@ -1,0 +1,74 @@
+"""Packed linear maps by type: the converted layer's numbers, however the rows of the types lie."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch_geometric.nn import HeteroLinear
+
+import qgnn_plugin as qgnn
+
+ROWS, WIDTH, OUT, TYPES = 90, 16, 6, 4
+
+ORDERS = {
+    "stretches": torch.arange(TYPES).repeat_interleave(ROWS // TYPES + 1)[:ROWS],
+    "stretches again": torch.arange(TYPES).repeat_interleave(9).repeat(3)[:ROWS],
+    "mixed": torch.randint(TYPES, (ROWS,), generator=torch.Generator().manual_seed(1)),
+    "one": torch.full((ROWS,), 2),
+    "without the first": 1 + torch.arange(ROWS) % (TYPES - 1),
+}
+
+
+class ByType(nn.Module):
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.lin = HeteroLinear(WIDTH, OUT, TYPES, bias=bias)
+
+    def forward(self, x: Tensor, type_vec: Tensor) -> Tensor:
+        return self.lin(x, type_vec)
+
+
+def features() -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(ROWS, WIDTH, generator=generator) * torch.rand(ROWS, 1, generator=generator) ** 4
+
+
+def converted(granularity: str, bias: bool = True, bits: int = 4) -> nn.Module:
+    torch.manual_seed(0)
+    config = qgnn.QuantConfig(bits=bits, granularity=granularity)
+    qmodel = qgnn.quantize_model(ByType(bias).eval(), config=config)
+    return qgnn.calibrate(qmodel, [(features(), ORDERS["mixed"])]).eval()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("granularity", ["row", "tensor", "node"])
+@torch.no_grad()
+def test_packed_maps_by_type_are_the_converted_ones(granularity: str, order: str) -> None:
+    qmodel, x, type_vec = converted(granularity), features(), ORDERS[order]
+    packed = qgnn.pack_model(qmodel)
+    assert torch.equal(packed(x, type_vec), qmodel(x, type_vec))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("bias", [False, True])
+@torch.no_grad()
+def test_each_row_has_the_map_of_its_type(order: str, bias: bool) -> None:
+    qmodel, x, type_vec = converted("row", bias), features(), ORDERS[order]
+    packed = qgnn.pack_model(qmodel)
+    together = packed(x, type_vec)
+    alone = torch.cat([packed(x[k : k + 1], type_vec[k : k + 1]) for k in range(ROWS)])
+    assert torch.equal(together, alone)
+
+
+@torch.no_grad()
+def test_no_rows_have_no_result() -> None:
+    packed = qgnn.pack_model(converted("row"))
+    assert packed(features()[:0], ORDERS["mixed"][:0]).shape == (0, OUT)
+
+
+@torch.no_grad()
+def test_types_of_another_length_are_refused() -> None:
+    packed = qgnn.pack_model(converted("row"))
+    with pytest.raises(ValueError, match=r"Expected features \[N, F\] and types \[N\] at 'lin'"):
+        packed(features(), ORDERS["mixed"][:-1])
