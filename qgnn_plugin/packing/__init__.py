@@ -6,12 +6,14 @@ from .cuda_graph import CapturedModel, capture
 from .embeddings import PackedEmbeddings
 from .files import load_packed, save_packed
 from .model import PackedBytes, is_packed, pack_model, packed_bytes, packed_layers
+from .rows import PackedRows, pack_rows
 
 __all__ = [
     "CapturedModel",
     "PackedBytes",
     "PackedEmbeddings",
     "PackedLayer",
+    "PackedRows",
     "attention",
     "capture",
     "convs",
@@ -22,6 +24,7 @@ __all__ = [
     "maps",
     "own_weights",
     "pack_model",
+    "pack_rows",
     "packed_bytes",
     "packed_layers",
     "propagation",
