@@ -111,11 +111,19 @@ class Case:
         make: From the width, and the graph that it will be called with.
         arguments: Of a call, from the graph and the width.
         widest: Largest width that a float model fits into memory at.
+        twice: Whether what is measured is two of them, with ReLU between (of convolutions, not of models).
+        whole: Whether ranges are set on the graph that is measured on, since the model holds one row per node.
     """
 
     make: Callable[[int, Graph], nn.Module]
     arguments: Callable[[Graph, int], tuple[Any, ...]]
     widest: int = 1 << 20
+    twice: bool = True
+    whole: bool = False
+
+    def model(self, width: int, graph: Graph) -> nn.Module:
+        """What is measured, in eval mode."""
+        return (Twice(lambda: self.make(width, graph)) if self.twice else self.make(width, graph)).eval()
 
 
 def _plain(make: Callable[[int], nn.Module], *more: str, widest: int = 1 << 20) -> Case:

@@ -31,14 +31,15 @@ from torch import Tensor, nn
 
 import qgnn_plugin as qgnn
 
-from .convolution_cases import CASES, Case, Graph, Twice
+from .convolution_cases import CASES, Case, Graph
 from .cpu_probe import peak_bytes
+from .model_cases import MODELS
 from .timing import interleaved, set_threads
 
-__all__ = ["Figures", "markdown", "measure", "measure_apart"]
+__all__ = ["Figures", "flat", "markdown", "measure", "measure_apart", "sample"]
 
 NODES, EDGES, WIDTH, MEMORY_WIDTH, BITS = 20_000, 200_000, 64, 128, 4
-SAMPLE_NODES, SAMPLE_EDGES = 2_000, 20_000  # of the graph that ranges are set on
+SHARE = 10  # the graph that ranges are set on is a tenth of the one that is measured on
 ROUNDS = 5
 
 
@@ -70,24 +71,31 @@ class Figures:
         return self.packed_bytes / max(1, self.float_bytes)
 
 
+def sample(case: Case, graph: Graph) -> Graph:
+    """What ranges are set on: a smaller graph of the same degrees, or ``graph`` itself."""
+    share = SHARE if graph.nodes >= 100 * SHARE else 1
+    return graph if case.whole else Graph(graph.nodes // share, graph.edges // share, seed=1)
+
+
 def _models(case: Case, graph: Graph, width: int, bits: int) -> tuple[nn.Module, nn.Module]:
     """The float model and the packed one, ranges set on a smaller graph of the same degrees."""
     torch.manual_seed(0)
-    model = Twice(lambda: case.make(width, graph)).eval()
-    small = Graph(min(graph.nodes, SAMPLE_NODES), min(graph.edges, SAMPLE_EDGES), seed=1)
+    model, small = case.model(width, graph), sample(case, graph)
     qmodel = qgnn.quantize_model(model, bits=bits)
     qgnn.calibrate(qmodel, [case.arguments(small, width)])
     return model, qgnn.pack_model(qmodel.eval())
 
 
-def _flat(out: Any) -> Tensor:
+def flat(out: Any) -> Tensor:
+    """All numbers of a result in a row."""
     parts = out.values() if isinstance(out, dict) else out if isinstance(out, (tuple, list)) else (out,)
-    return torch.cat([part.flatten() for part in parts])
+    return torch.cat([part.flatten() for part in parts if isinstance(part, Tensor)])
 
 
 def _path(packed: nn.Module) -> str:
     """The ways that the layers run, most of all first, without those inside of them."""
-    layers = [layer for layer in qgnn.summary(packed).layers if _is_conv(packed.get_submodule(layer.name))]
+    every = qgnn.summary(packed).layers
+    layers = [layer for layer in every if _is_conv(packed.get_submodule(layer.name))] or every
     return ", ".join(dict.fromkeys(layer.runs.removeprefix("packed: ") for layer in layers)) or "no layer"
 
 
@@ -104,20 +112,20 @@ def measure(
     """Time a case and see how far its memory grows, in this process on one thread.
 
     Args:
-        name: Of :data:`~benchmarks.convolution_cases.CASES`.
+        name: Of :data:`~benchmarks.convolution_cases.CASES` or :data:`~benchmarks.model_cases.MODELS`.
         bits: Of the packed model.
         nodes, edges: Of the graph.
         width, memory_width: Of the layers where time and memory are measured.
         rounds: Timed rounds.
     """
     set_threads(1)
-    case, graph = CASES[name], Graph(nodes, edges)
+    case, graph = {**CASES, **MODELS}[name], Graph(nodes, edges)
     with torch.no_grad():
         width, memory_width = min(width, case.widest), min(memory_width, case.widest)
         model, packed = _models(case, graph, width, bits)
         arguments = case.arguments(graph, width)
-        expected = _flat(model(*arguments))
-        error = float((_flat(packed(*arguments)) - expected).norm() / expected.norm())
+        expected = flat(model(*arguments))
+        error = float((flat(packed(*arguments)) - expected).norm() / expected.norm())
         path = _path(packed)
         timings = interleaved({"float": lambda: model(*arguments), "packed": lambda: packed(*arguments)}, rounds)
         float_times, packed_times = timings["float"].processor, timings["packed"].processor

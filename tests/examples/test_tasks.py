@@ -104,7 +104,7 @@ def test_recall_counts_what_is_found() -> None:
     )
     z = torch.zeros(2 + items, 2)
     z[0, 0] = z[1, 1] = 1.0
-    z[2:, 0] = torch.tensor([-float((item - 5) ** 2) for item in range(items)])
+    z[2:, 0] = torch.tensor([-((item - 5.4) ** 2) for item in range(items)])
     z[2:, 1] = -torch.arange(items).float()
 
     class Table:
