@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .checksum import checksum, checksum_reference
+from .library import register_fake
 
 __all__ = ["checksums", "require_same"]
 
@@ -35,7 +36,7 @@ def _fake(tensors: Sequence[Tensor], checksums: str, message: str) -> Tensor:
 
 
 _library.impl("holds", _holds, "CompositeExplicitAutograd")
-torch.library.register_fake("qgnn::holds", _fake, lib=_library)
+register_fake("holds", _fake, _library)
 
 
 def require_same(tensors: Sequence[Tensor], checksums: str, message: str) -> None:

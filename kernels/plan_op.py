@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .library import register_fake
 from .plan import GraphPlan, plan_cache
 
 __all__ = ["LOOPS", "inverse_root", "traced_plan"]
@@ -81,7 +82,7 @@ def _plan(src: Tensor, dst: Tensor, num_src: int, num_dst: int, loops: str = "no
 
 
 _library.impl("plan", _plan, "CompositeExplicitAutograd")
-torch.library.register_fake("qgnn::plan", _fake, lib=_library)
+register_fake("plan", _fake, _library)
 
 
 def inverse_root_reference(degree: Tensor) -> Tensor:
@@ -94,7 +95,7 @@ def _fake_root(degree: Tensor) -> Tensor:
 
 
 _library.impl("inverse_root", inverse_root_reference, "CompositeExplicitAutograd")
-torch.library.register_fake("qgnn::inverse_root", _fake_root, lib=_library)
+register_fake("inverse_root", _fake_root, _library)
 
 
 def inverse_root(degree: Tensor) -> Tensor:

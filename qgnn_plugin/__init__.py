@@ -12,10 +12,8 @@ from . import training
 from .calibration import calibrate
 from .config import QuantConfig, SMPConfig
 from .conversion import is_quantized, quantize_like, quantize_model, quantizers, range_parameters, restore_model
-from .exporting import export_package, export_program
 from .layers import QuantizedLayer, register_layer
 from .layers.graph import fixed_graph
-from .onnx import export_onnx
 from .packing import (
     CapturedModel,
     PackedBytes,
@@ -30,19 +28,21 @@ from .packing import (
     packed_bytes,
     save_packed,
 )
-from .pretrained import PretrainedMixin, from_pretrained, save_pretrained
 from .quantizers import QLRQuantizer, QuantizedTensor
 from .quantizers.compressed import compressed_activations
 from .smp import MultiplierState, SMPropagation, differential_multiplier_step, smp_layers
 from .smp.error import ErrorReport, error_report
 from .summaries import Summary, summary
 
+from .warming import warmup
+
 if TYPE_CHECKING:
     from . import data, lightning_modules, recipe
     from .analysis.report import report
     from .analysis.sensitivity import suggest_bits
-
-from .warming import warmup
+    from .exporting import export_package, export_program
+    from .onnx import export_onnx
+    from .pretrained import PretrainedMixin, from_pretrained, save_pretrained
 
 __version__ = "0.1.0"
 
@@ -97,17 +97,27 @@ __all__ = [
     "warmup",
 ]
 
-# Not needed to convert and pack a model: sub-packages, and functions by where they are.
-_ON_DEMAND = ("data", "lightning_modules", "recipe")
-_FUNCTIONS = {"report": "analysis.report", "suggest_bits": "analysis.sensitivity"}
+# Not needed to convert and pack a model: sub-packages, and what is imported with the module that it is in.
+_SUB_PACKAGES = ("data", "lightning_modules", "onnx", "recipe")
+_MODULES = {
+    "PretrainedMixin": "pretrained",
+    "export_onnx": "onnx",
+    "export_package": "exporting",
+    "export_program": "exporting",
+    "from_pretrained": "pretrained",
+    "report": "analysis.report",
+    "save_pretrained": "pretrained",
+    "suggest_bits": "analysis.sensitivity",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Import a sub-package, or a function with its module, when it is first asked for."""
-    if name in _ON_DEMAND:
+    """Import a sub-package, or a name with its module, when it is first asked for."""
+    if name in _SUB_PACKAGES:
         return importlib.import_module(f"{__name__}.{name}")
-    if name in _FUNCTIONS:
-        return getattr(importlib.import_module(f"{__name__}.{_FUNCTIONS[name]}"), name)
+    if name in _MODULES:
+        found = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+        return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -8,6 +8,7 @@ import pytest
 import qgnn_plugin as qgnn
 
 LAZY = ("data", "lightning_modules", "recipe")
+LATER = (*LAZY, "analysis", "cli", "exporting", "onnx", "pretrained", "kernels.cpu.linear", "kernels.triton")
 
 
 def _run(code: str) -> str:
@@ -17,7 +18,7 @@ def _run(code: str) -> str:
 
 
 def test_sub_packages_are_attributes_but_load_on_demand() -> None:
-    names = [f"qgnn_plugin.{name}" for name in LAZY]
+    names = [f"qgnn_plugin.{name}" for name in LATER]
     code = f"import sys, qgnn_plugin as q; print([n for n in {names} if n in sys.modules], 'pytorch_lightning' in"
     code += " sys.modules); print(q.recipe.run_recipe, q.data.load_dataset, q.lightning_modules.NodeDataModule)"
     loaded, found = _run(code).splitlines()
@@ -35,3 +36,17 @@ def test_sub_packages_are_listed(name: str) -> None:
 def test_unknown_attributes_are_errors() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'recipes'"):
         qgnn.recipes  # noqa: B018
+
+
+def test_the_import_resolves_no_paths_of_other_modules() -> None:
+    """Registering an op by torch's own means asks for the real path of every module that is loaded, a thousand."""
+    code = (
+        "import os.path, torch, torch_geometric.nn; real, paths = os.path.realpath, []\n"
+        "os.path.realpath = lambda path, **options: paths.append(path) or real(path, **options)\n"
+        "import qgnn_plugin; print(len(paths))"
+    )
+    assert int(_run(code)) < 10
+
+
+def test_every_listed_name_is_there() -> None:
+    assert not [name for name in qgnn.__all__ if getattr(qgnn, name, None) is None]
