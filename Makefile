@@ -79,6 +79,11 @@ bench-smp: $(STAMP)
 bench-cpu: $(STAMP)
 	$(BIN)/python -m benchmarks.cpu $(ARGS)
 
+# The README's pictures, from the results that are there; nothing is measured.
+.PHONY: pictures
+pictures: $(STAMP)
+	$(BIN)/python -m benchmarks.pictures $(ARGS)
+
 # Registers, load widths and instruction mix of the Triton kernels; needs no GPU.
 .PHONY: kernel-report bench-gpu
 kernel-report: $(STAMP)

@@ -33,7 +33,6 @@ from .quantizers.compressed import compressed_activations
 from .smp import MultiplierState, SMPropagation, differential_multiplier_step, smp_layers
 from .smp.error import ErrorReport, error_report
 from .summaries import Summary, summary
-
 from .warming import warmup
 
 if TYPE_CHECKING:

@@ -2,7 +2,8 @@
 
 Train the float model, set ranges on it by least mean-squared error, then train the converted model from there with a
 cosine rate, on the float model's soft predictions for all nodes (and, with ``distillation`` below 1, on the training
-labels).  The best validation epoch is kept in both stages; test labels are never read.
+labels).  The best validation epoch is kept in both stages; test labels are never read.  Where labels are floats, they
+are numbers to predict: losses are mean squared errors, and what is called accuracy is minus that error.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class StageResult:
-    """A trained model at its best validation epoch."""
+    """A trained model at its best validation epoch; of numbers to predict, accuracy is minus the mean squared error."""
 
     model: nn.Module
     val_accuracy: float
@@ -91,28 +92,43 @@ class StageResult:
 
 
 def _accuracy(logits: Tensor, labels: Tensor, mask: Tensor) -> float:
+    if labels.is_floating_point():
+        return -float(_loss(logits, labels, mask))
     return float((logits[mask].argmax(-1) == labels[mask]).float().mean())
+
+
+def _loss(outputs: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+    """Of the labelled nodes: cross entropy of classes, mean squared error of numbers."""
+    if labels.is_floating_point():
+        if outputs.numel() != labels.numel():
+            raise ValueError(
+                f"Expected as many outputs as numbers to predict, {list(labels.shape)} (got {list(outputs.shape)}); "
+                f"give the model one output per column of 'y', or make classes integers: data.y = data.y.long()"
+            )
+        return F.mse_loss(outputs.view_as(labels)[mask], labels[mask])
+    return F.cross_entropy(outputs[mask], labels[mask])
 
 
 Loss = Callable[[Tensor], Tensor]
 OnEpoch = Callable[[nn.Module, int, int], None]  # model, epoch from 1 on, number of epochs
 
 
-def expect_classes(data: Any) -> None:
-    """Raise unless ``data`` has classes ``y`` [N] and the three boolean masks of nodes."""
+def expect_labels(data: Any) -> None:
+    """Raise unless ``data`` has classes ``y`` [N] or numbers ``y`` [N] or [N, T], and boolean masks of nodes."""
     labels = getattr(data, "y", None)
-    if not isinstance(labels, Tensor) or labels.dim() != 1 or labels.is_floating_point():
+    dims = (1, 2) if isinstance(labels, Tensor) and labels.is_floating_point() else (1,)
+    if not isinstance(labels, Tensor) or labels.dim() not in dims:
         found = f"{labels.dtype}, {list(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
         raise ValueError(
-            f"Expected the classes of nodes as integers 'y' [N] (got {found}); numbers to predict are for the "
-            f"regressors of qgnn_plugin.lightning_modules"
+            f"Expected the classes of nodes as integers 'y' [N], or numbers to predict as floats [N] or [N, T] "
+            f"(got {found})"
         )
     for name in ("train_mask", "val_mask", "test_mask"):
         mask = getattr(data, name, None)
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != labels.shape:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != labels.shape[:1]:
             found = f"{mask.dtype}, {list(mask.shape)}" if isinstance(mask, Tensor) else "none"
             raise ValueError(
-                f"Expected a boolean '{name}' {list(labels.shape)} (got {found}); make one, for example by "
+                f"Expected a boolean '{name}' {list(labels.shape[:1])} (got {found}); make one, for example by "
                 f"torch_geometric.transforms.RandomNodeSplit()"
             )
 
@@ -128,7 +144,7 @@ def _fit(
     args, kwargs = model_inputs(model, data)
     optimizer = torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(1, stage.epochs))
-    best, best_key, waited = None, (-1.0, -math.inf), 0
+    best, best_key, waited = None, (-math.inf, -math.inf), 0
     for epoch in range(1, stage.epochs + 1):
         model.train(stage.dropout)
         optimizer.zero_grad()
@@ -145,7 +161,7 @@ def _fit(
         with torch.no_grad():
             logits = model(*args, **kwargs)
         accuracy = _accuracy(logits, data.y, data.val_mask)
-        key = (accuracy, -float(F.cross_entropy(logits[data.val_mask], data.y[data.val_mask])))
+        key = (accuracy, -float(_loss(logits, data.y, data.val_mask)))
         waited += 1
         if key > best_key:
             best_key, waited = key, 0
@@ -164,13 +180,15 @@ def fit_float(
 ) -> StageResult:
     """Train ``model`` (in place) on the training labels of a full-batch ``data`` with boolean node masks.
 
+    Integer labels ``y`` [N] are classes, floats [N] or [N, T] numbers to predict.
+
     ``on_epoch(model, epoch, epochs)`` is called after every epoch, to watch or to log.
     """
     stage = (recipe or Recipe()).float_stage
     groups = parameter_groups(model, stage.lr, stage.weight_decay)
-    expect_classes(data)
+    expect_labels(data)
     labels, mask = data.y, data.train_mask
-    return _fit(model, data, stage, lambda logits: F.cross_entropy(logits[mask], labels[mask]), groups, on_epoch)
+    return _fit(model, data, stage, lambda logits: _loss(logits, labels, mask), groups, on_epoch)
 
 
 def distil(
@@ -186,7 +204,7 @@ def distil(
     ``on_epoch`` is that of :func:`fit_float`.
     """
     recipe = recipe or Recipe()
-    expect_classes(data)
+    expect_labels(data)
     stage, mask = recipe.quantized_stage, data.train_mask
     teacher.eval()
     args, kwargs = model_inputs(teacher, data)
@@ -195,9 +213,11 @@ def distil(
     weight = recipe.distillation
 
     def loss(logits: Tensor) -> Tensor:
-        hard = F.cross_entropy(logits[mask], data.y[mask])
+        hard = _loss(logits, data.y, mask)
         if weight == 0:
             return hard
+        if data.y.is_floating_point():
+            return (1 - weight) * hard + weight * F.mse_loss(logits, soft)
         return (1 - weight) * hard + weight * distillation_loss(logits, soft, temperature=recipe.temperature)
 
     groups = parameter_groups(student, stage.lr, stage.weight_decay, recipe.range_lr)
@@ -238,9 +258,9 @@ def run_recipe(
     """The whole recipe in one call: train ``model`` (in place) in float, convert it, train it at low bit width.
 
     Args:
-        model: An untrained PyG model for node classification; where ``config`` rewrites deep stacks, a copy is trained.
-        data: Full-batch ``Data`` with ``x``, ``edge_index``, ``y`` [N] and boolean ``train_mask``, ``val_mask`` and
-            ``test_mask`` [N].
+        model: An untrained PyG model of nodes; where ``config`` rewrites deep stacks, a copy is trained.
+        data: Full-batch ``Data`` with ``x``, ``edge_index``, boolean ``train_mask``, ``val_mask`` and ``test_mask`` [N]
+            and ``y``: integers [N] are classes, floats [N] or [N, T] numbers to predict.
         bits: 2, 4 or 8.
         config: Everything else about the conversion.
         recipe: Settings of the training.

@@ -167,7 +167,7 @@ def test_failures_of_pyg_name_the_remedy(
     ("graphs", "match"),
     [
         ([Data(x=torch.ones(3, 1), y=torch.ones(3, 2))], "one integer label per node"),
-        ([Data(x=torch.ones(3, 1), y=torch.ones(3))], "one integer label per node"),
+        ([Data(x=torch.ones(3, 1), y=torch.ones(3, 2, 2))], "one integer label per node"),
         ([Data(x=torch.ones(3, 1))], "one integer label per node .*got y: NoneType"),
         ([Data(y=torch.ones(3).long())], "node features 'x'"),
         ([Data(), Data()], "one homogeneous graph"),
@@ -179,6 +179,18 @@ def test_other_tasks_are_refused(
     monkeypatch.setattr(pyg_datasets, "Actor", lambda root: graphs)
     with pytest.raises(ValueError, match=match):
         load_dataset("Actor", tmp_path)
+
+
+def test_numbers_to_predict_are_split_at_random(tmp_path: Path) -> None:
+    y = torch.randn(50, 2, dtype=torch.float64)
+    torch.save(Data(x=torch.ones(50, 1), y=y), tmp_path / "numbers.pt")
+    data, again, other = (load_dataset(str(tmp_path / "numbers.pt"), seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(data.y, y.float())
+    masks = torch.stack([data.train_mask, data.val_mask, data.test_mask])
+    assert masks.sum(1).tolist() == [30, 10, 10]
+    assert bool((masks.sum(0) == 1).all())
+    assert torch.equal(data.train_mask, again.train_mask)
+    assert not torch.equal(data.train_mask, other.train_mask)
 
 
 def test_sparse_features() -> None:

@@ -73,11 +73,13 @@ def train(options: Any) -> None:
     model = float_form(origin.build(), options.quant)
     if out is not None:
         _write_text(out / "train.yaml", options.as_yaml)
-    print(f"{'bits':>4}  {'val %':>6}  {'test %':>6}  {'bytes':>10}  {'seconds':>7}", flush=True)
+    numbers = data.y.is_floating_point()
+    unit = " -MSE" if numbers else " %"
+    print(f"{'bits':>4}  {'val' + unit:>9}  {'test' + unit:>9}  {'bytes':>10}  {'seconds':>7}", flush=True)
     start = time.perf_counter()
     with EpochBar("float") as bar:
         trained = fit_float(model, data, recipe, on_epoch=bar)
-    _show(32, trained, start)
+    _show(32, trained, start, numbers)
     if out is not None:
         for folder in (out / "checkpoints", out / "logs"):
             folder.mkdir(exist_ok=True)
@@ -87,7 +89,7 @@ def train(options: Any) -> None:
         start = time.perf_counter()
         with EpochBar(f"INT{bits}") as bar:
             result = fit_quantized(trained.model, data, bits, config=options.quant, recipe=recipe, on_epoch=bar)
-        _show(bits, result, start)
+        _show(bits, result, start, numbers)
         if out is not None:
             name = f"{kind}-{bits}bit"
             save_checkpoint(result.model, out / "checkpoints" / f"{name}{CHECKPOINT}", origin)
@@ -107,9 +109,10 @@ def _recipe(epochs: int | None) -> Recipe:
     )
 
 
-def _show(bits: int, result: StageResult, start: float) -> None:
+def _show(bits: int, result: StageResult, start: float, numbers: bool) -> None:
     seconds = time.perf_counter() - start
-    scores = f"{100 * result.val_accuracy:6.1f}  {100 * result.test_accuracy:6.1f}"
+    found = (result.val_accuracy, result.test_accuracy)
+    scores = "  ".join(f"{score:9.4g}" if numbers else f"{100 * score:9.1f}" for score in found)
     print(f"{bits:>4}  {scores}  {model_bytes(result.model):>10,}  {seconds:7.1f}", flush=True)
 
 

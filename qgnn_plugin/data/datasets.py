@@ -17,7 +17,7 @@ from torch_geometric.data.data import DataEdgeAttr, DataTensorAttr
 from torch_geometric.data.storage import GlobalStorage
 
 from qgnn_plugin.data.cora import load_demo_cora
-from qgnn_plugin.data.splits import random_split
+from qgnn_plugin.data.splits import NodeSplit, random_split
 
 DEMO = "demo"
 FIELDS = [Data, DataEdgeAttr, DataTensorAttr, GlobalStorage]  # what a saved Data consists of
@@ -205,15 +205,19 @@ def _with_masks(data: Data, name: str, split: int, seed: int) -> Data:
     if not isinstance(data.x, Tensor):
         raise ValueError(f"expected node features 'x' in '{name}' (got {type(data.x).__name__})")
     y = data.y
-    if not isinstance(y, Tensor) or y.is_floating_point() or y.squeeze(-1).dim() != 1:
+    numbers = isinstance(y, Tensor) and y.is_floating_point() and y.dim() in (1, 2) and not _is_multi_label(y)
+    if not numbers and (not isinstance(y, Tensor) or y.is_floating_point() or y.squeeze(-1).dim() != 1):
         got = f"{y.dtype} {list(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
-        raise ValueError(f"expected one integer label per node in '{name}' (got y: {got})")
-    data.y = y.view(-1).long()
+        raise ValueError(
+            f"expected one integer label per node, or floats to predict that are not all 0 and 1, in '{name}' "
+            f"(got y: {got})"
+        )
+    data.y = y.float() if numbers else y.view(-1).long()
 
     keys = ("train_mask", "val_mask", "test_mask")
     public = {key: data[key] for key in keys if key in data}
     if len(public) < len(keys):
-        drawn = random_split(data, seed=seed, small_classes=True)
+        drawn = _random_parts(data, seed) if numbers else random_split(data, seed=seed, small_classes=True)
         data.update(dict(zip(keys, drawn, strict=True)))
         return data
     splits = max(mask.size(1) if mask.dim() == 2 else 1 for mask in public.values())
@@ -222,3 +226,18 @@ def _with_masks(data: Data, name: str, split: int, seed: int) -> Data:
     for key, mask in public.items():  # WikiCS has one test set for all of its splits.
         data[key] = (mask if mask.dim() == 1 else mask[:, split].contiguous()).bool()
     return data
+
+
+def _is_multi_label(y: Tensor) -> bool:
+    """Whether floats are several yes-or-no labels per node rather than numbers."""
+    return y.dim() == 2 and y.size(1) > 1 and bool(((y == 0) | (y == 1)).all())
+
+
+def _random_parts(data: Data, seed: int) -> NodeSplit:
+    """Of nodes with numbers to predict, three fifths to train, one to validate and one to test."""
+    order = torch.randperm(data.y.size(0), generator=torch.Generator().manual_seed(seed))
+    parts = order.tensor_split([3 * order.numel() // 5, 4 * order.numel() // 5])
+    masks = torch.zeros(3, order.numel(), dtype=torch.bool)
+    for mask, part in zip(masks, parts, strict=True):
+        mask[part] = True
+    return NodeSplit(*masks)

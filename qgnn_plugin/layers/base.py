@@ -65,8 +65,13 @@ class SwappedLayer:
         )
 
     def __repr__(self) -> str:
-        """That of the layer's own class, and what is quantized."""
-        return annotated(repr(self.as_float()), _bits(self.own_sites()), *self.notes)
+        """That of the layer's own class, and what is quantized to which range."""
+        ranges = (f"{site.removesuffix('_quantizer')}={text}" for site, text in self._shown_ranges() if text)
+        return annotated(repr(self.as_float()), _bits(self.own_sites()), *ranges, *self.notes)
+
+    def _shown_ranges(self) -> Iterable[tuple[str, str]]:
+        """The range of each site, by name, as people read it; empty where there is none."""
+        return ()
 
 
 def _bits(sites: Mapping[str, int]) -> str:
@@ -222,6 +227,9 @@ class QuantizedLayer(CarriesConfiguration, SwappedLayer):
 
     def own_sites(self) -> dict[str, int]:
         return {name.removesuffix("_quantizer"): quantizer.bits for name, quantizer in self.own_quantizers()}
+
+    def _shown_ranges(self) -> Iterable[tuple[str, str]]:
+        return ((name, quantizer.shown_range()) for name, quantizer in self.own_quantizers())
 
     def _weight_sites(self: Any) -> dict[str, Tensor]:
         """The matrices that its own sites quantize, by the name of the site."""

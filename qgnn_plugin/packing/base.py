@@ -312,6 +312,10 @@ class PackedLayer(SwappedLayer):
     def own_sites(self) -> dict[str, int]:
         return {name.removesuffix("_quantizer"): site.bits for name, site in self._packed.spec.sites.items()}
 
+    def _shown_ranges(self: Any) -> Iterable[tuple[str, str]]:
+        inside = {name: child for name, child in self.named_modules() if isinstance(child, PackedRange)}
+        return ((name, inside[name].shown_range()) for name in self._packed.spec.sites if name in inside)
+
     def added_names(self) -> Iterable[str]:
         return (*self._packed.added, "_packed", "_deep_stack")
 

@@ -18,6 +18,7 @@ from ..kernels.quantize_pack import quantize_pack
 from ..kernels.unpack_dequantize import unpack_dequantize
 from ..layers.fixed import is_exporting
 from ..quantizers import QLRQuantizer, QuantizedTensor, RangeKind, quantize_codes
+from ..quantizers.functional import shown_range
 from ..quantizers.qlr import _peak, _row_peaks, _split, largest
 from ..quantizers.rows import RowRange, multipliers
 from .deferred import DeferredTensor, Pending, Producer, plain, row_blocks
@@ -269,7 +270,14 @@ class PackedRange(nn.Module):
             self.unit.copy_(quantizer.unit)  # type: ignore[union-attr, arg-type]
 
     def extra_repr(self) -> str:
-        return f"bits={self.spec.bits}, granularity={self.spec.granularity}"
+        text = f"bits={self.spec.bits}, granularity={self.spec.granularity}"
+        return ", ".join(filter(None, (text, self.shown_range())))
+
+    def shown_range(self) -> str:
+        """The lowest and the highest value of the codes; empty where there is no one range."""
+        if self.scale is None:
+            return "one bit" if self.spec.bits == ONE_BIT else ""
+        return shown_range(self.scale, self.lower, self.spec.bits, self.spec.granularity)
 
     @property
     def bits(self) -> int:

@@ -95,3 +95,15 @@ def quantize_codes(x: Tensor, scale: Tensor, lower: Tensor, qmax: int, skew: Ten
         wide = _QuantizeCodes.apply(x.float(), scale.float(), lower.float(), qmax, skew)
         return wide.to(x.dtype)
     return _QuantizeCodes.apply(x, scale, lower, qmax, skew)
+
+
+PER = {"node": " times the largest of each row", "row": " times the multiplier of each row"}
+
+
+def shown_range(scale: Tensor, lower: Tensor, bits: int, granularity: str) -> str:
+    """What the lowest and the highest code mean, as people read it, over all ranges; empty for tensors without data."""
+    if scale.is_meta or type(scale) not in (Tensor, torch.nn.Parameter):  # such as those of tracing
+        return ""
+    low, high = float(lower.min()) + 0.0, float((lower + scale * levels(bits)).max())
+    several = f" in {scale.numel()} ranges" if scale.numel() > 1 else ""
+    return f"[{low:.3g}, {high:.3g}]{several}{PER.get(granularity, '')}"

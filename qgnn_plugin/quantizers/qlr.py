@@ -15,7 +15,7 @@ from ..kernels.plan import GraphPlan, plan_cache
 from ..kernels.spmm import segment_max
 from ..saved import REMEDY, encode, refusal, refuse
 from . import compressed
-from .functional import FINE_BITS, quantize_codes
+from .functional import FINE_BITS, quantize_codes, shown_range
 from .functional import levels as max_code
 from .range_search import SMALLEST, Sample, search_range
 from .rows import SMALLEST_STEP, RowRange, RowSample, multipliers, search_rows
@@ -120,7 +120,15 @@ class QLRQuantizer(nn.Module):
         self.register_buffer("shift", None)
 
     def extra_repr(self) -> str:
-        return f"bits={self.bits}, levels={self.levels}, granularity={self.granularity}, {self.range_kind.name}"
+        text = f"bits={self.bits}, levels={self.levels}, granularity={self.granularity}, {self.range_kind.name}"
+        return ", ".join(filter(None, (text, self.shown_range())))
+
+    @torch.no_grad()
+    def shown_range(self) -> str:
+        """The lowest and the highest value of the codes; empty where no range is set."""
+        if self.bits == OFF or self.kind.is_meta or self.range_kind == RangeKind.UNSET:
+            return ""
+        return "one bit" if self.is_one_bit else shown_range(*self.range(), self.bits, self.granularity)
 
     # State ############################################################################################################
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch_geometric.data import Data
 from torch_geometric.nn import GCN
 
 import qgnn_plugin as qgnn
@@ -122,6 +123,24 @@ def test_state_dicts_and_lightning_checkpoints_are_read(graph: Path, run: Run, t
     code, _, err = run("evaluate", tmp_path / "plain.pt", "--dataset", graph)
     assert code == 1
     assert "does not say which model it is of; pass --model" in err
+
+
+def test_numbers_to_predict(run: Run, tmp_path: Path) -> None:
+    """The whole way with float labels: training lowers the error of both, which is what the table and evaluate show."""
+    generator = torch.Generator().manual_seed(0)
+    x, edges = torch.rand(90, 6, generator=generator), torch.randint(90, (2, 300), generator=generator)
+    torch.save(Data(x=x, edge_index=edges, y=4 * x[:, 0] - 2 * x[:, 1]), tmp_path / "numbers.pt")
+    data = ("--dataset", tmp_path / "numbers.pt")
+    options = ("--model", "GraphSAGE", "--hidden", 8, "--dropout", 0, "--epochs", 100, "--bits", 8)
+    code, out, err = run("train", *options, *data, "--out", tmp_path / "models")
+    assert code == 0, err
+    assert "val -MSE" in out
+    y = load_dataset(str(tmp_path / "numbers.pt")).y
+    spread = float(y.var())
+    for name in ("checkpoints/GraphSAGE-float.pt", "GraphSAGE-8bit.safetensors"):
+        code, out, _ = run("evaluate", tmp_path / "models" / name, *data)
+        assert code == 0
+        assert -spread / 4 < float(out.split("train: ")[1].split()[0]) < 0
 
 
 def test_missed_targets_exit_with_3(trained: Path, graph: Path, run: Run) -> None:

@@ -152,6 +152,13 @@ def test_off_nothing_shows(name: str, made: Any) -> None:
 
 def test_repr_says_what_is_quantized() -> None:
     assert repr(qgnn.quantize_model(GCNConv(16, 32), bits=4)) == "GCNConv(16, 32, bits=4)"
+    # Once set, the range that the codes span.
+    config = qgnn.QuantConfig(bits=8, granularity="tensor")
+    for x, shown in ((torch.linspace(-1, 2, 256), "input=[-1, 2]"), (torch.arange(10.0) % 2, "input=one bit")):
+        model = nn.Sequential(nn.Linear(1, 1, bias=False))
+        qmodel = qgnn.calibrate(qgnn.quantize_model(model, config=config), x.unsqueeze(1))
+        assert shown in repr(qmodel[0])
+        assert shown in repr(qgnn.pack_model(qmodel)[0])
     config = QuantConfig(bits=8, weight_bits=2)
     assert repr(qgnn.quantize_model(nn.Linear(3, 4), config=config)) == (
         "Linear(in_features=3, out_features=4, bias=True, bits=8 input/2 weight)"

@@ -1,0 +1,124 @@
+"""Pictures of the README from result files: ``python -m benchmarks.pictures``, or ``make pictures``.
+
+``accuracy-size.png`` has test accuracy against the bytes of the packed model, ``speed.png`` speed over the fastest
+float path of PyG.  Each is drawn on a light and (``-dark``) on a dark ground, told apart by shape as well as by colour.
+Nothing is measured here: accuracy and time are those of ``accuracy.json`` and ``cpu.json``; bytes are those of
+a converted model of the same shape, which do not depend on what was learned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qgnn_plugin import quantize_model
+from qgnn_plugin.analysis.figures import Drawing, png
+from qgnn_plugin.atomic import atomic_file
+from qgnn_plugin.summaries import model_bytes
+
+from .models import build_model
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["accuracy_against_size", "main", "speed_over_pyg"]
+
+RESULTS = Path(__file__).parent / "results"
+SHAPES = {"Cora": (1433, 7), "PubMed": (500, 3), "Photo": (745, 8), "CS": (6805, 15)}  # features, classes
+SHOWN = ("GCN-64", "GAT-8x8", "GraphSAGE")
+WIDTHS = {"INT2": 2, "INT4": 4, "INT8": 8, "FP32": None}
+MARKERS = ("o", "s", "^")
+HATCHES = ("", "////", "....")
+Rows = Sequence[Mapping[str, Any]]
+
+
+def accuracy_against_size(runs: Rows) -> Drawing:
+    """A panel per data set; of every model its widths, joined, means and standard deviations over seeds."""
+    datasets = [name for name in SHAPES if any(run["dataset"] == name for run in runs)]
+
+    def draw(figure: Figure) -> None:
+        figure.set_size_inches(9.0, 2.9)
+        panels = figure.subplots(1, len(datasets), squeeze=False)[0]
+        for panel, dataset in zip(panels, datasets, strict=True):
+            for marker, model in zip(MARKERS, SHOWN, strict=True):
+                points = _points(runs, dataset, model)
+                if points:
+                    sizes, means, spreads, _ = zip(*points, strict=True)
+                    panel.errorbar(sizes, means, spreads, marker=marker, markersize=5, capsize=2, label=model)
+                for size, mean, _, name in points if model == SHOWN[0] else ():
+                    below = {"xytext": (0, -14), "textcoords": "offset points", "ha": "center", "fontsize": 7}
+                    panel.annotate(name, (size, mean), **below)
+            panel.set(title=dataset, xscale="log", xlabel="bytes of the model")
+        panels[0].set_ylabel("test accuracy, %")
+        panels[-1].legend(loc="lower right")
+
+    return draw
+
+
+def _points(runs: Rows, dataset: str, model: str) -> list[tuple[int, float, float, str]]:
+    """Bytes, mean and standard deviation of accuracy in percent, and name of every width that was measured."""
+    found = [run["results"] for run in runs if (run["dataset"], run["model"]) == (dataset, model)]
+    points = []
+    for name, bits in WIDTHS.items():
+        scores = [100 * results[name]["test"] for results in found if name in results]
+        if scores:
+            plain = build_model(model, *SHAPES[dataset], fast=False)
+            size = model_bytes(plain if bits is None else quantize_model(plain, bits=bits))
+            points.append((size, statistics.mean(scores), statistics.stdev(scores) if len(scores) > 1 else 0.0, name))
+    return points
+
+
+def speed_over_pyg(rows: Rows, threads: int = 1) -> Drawing:
+    """Bars of speed over the fastest float path that PyG has, by model and width."""
+    shown = [row for row in rows if row["threads"] == threads]
+    models = list(dict.fromkeys(row["model"] for row in shown))
+    widths = [name for name in WIDTHS if name != "FP32"]
+
+    def draw(figure: Figure) -> None:
+        figure.set_size_inches(5.5, 2.9)
+        axes = figure.subplots()
+        edge = figure.get_edgecolor()
+        for place, (width, hatch) in enumerate(zip(widths, HATCHES, strict=True)):
+            times = {row["model"]: row["over best PyG"] for row in shown if row["side"] == width}
+            at = [i + (place - 1) * 0.27 for i, model in enumerate(models) if model in times]
+            bars = axes.bar(at, list(times.values()), 0.25, hatch=hatch, edgecolor=edge, label=width)
+            axes.bar_label(bars, fmt="%.1f", fontsize=7)
+        axes.axhline(1, linestyle="--", color=axes.xaxis.label.get_color(), linewidth=1)
+        axes.set_xticks(range(len(models)), models)
+        axes.set_title(f"one forward pass, {threads} thread{'s' * (threads > 1)} of a CPU")
+        axes.set_ylabel("speed, float PyG = 1")
+        axes.legend()
+
+    return draw
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Draw what there are results for."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of accuracy.json and cpu.json")
+    parser.add_argument("--out", type=Path, default=None, help="folder of the pictures (default: that of the results)")
+    options = parser.parse_args(argv)
+    out = options.out or options.results
+    out.mkdir(parents=True, exist_ok=True)
+    drawings: dict[str, Drawing] = {}
+    if (found := _read(options.results / "accuracy.json")) and found.get("runs"):
+        drawings["accuracy-size"] = accuracy_against_size(found["runs"])
+    if (found := _read(options.results / "cpu.json")) and "inference" in found:
+        drawings["speed"] = speed_over_pyg(found["inference"]["data"]["rows"])
+    for name, draw in drawings.items():
+        for suffix, dark in (("", False), ("-dark", True)):
+            with atomic_file(out / f"{name}{suffix}.png") as file:
+                file.write(png(draw, dark=dark))
+    print(f"{out}: {', '.join(drawings) or 'no results to draw'}")
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+if __name__ == "__main__":
+    main()
