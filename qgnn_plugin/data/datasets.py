@@ -209,7 +209,7 @@ def _with_masks(data: Data, name: str, split: int, seed: int) -> Data:
     if not numbers and (not isinstance(y, Tensor) or y.is_floating_point() or y.squeeze(-1).dim() != 1):
         got = f"{y.dtype} {list(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
         raise ValueError(
-            f"expected one integer label per node, or floats to predict that are not all 0 and 1, in '{name}' "
+            f"expected one integer label per node (or floats to predict, not all of them 0 and 1) in '{name}' "
             f"(got y: {got})"
         )
     data.y = y.float() if numbers else y.view(-1).long()

@@ -156,7 +156,7 @@ def test_repr_says_what_is_quantized() -> None:
     config = qgnn.QuantConfig(bits=8, granularity="tensor")
     for x, shown in ((torch.linspace(-1, 2, 256), "input=[-1, 2]"), (torch.arange(10.0) % 2, "input=one bit")):
         model = nn.Sequential(nn.Linear(1, 1, bias=False))
-        qmodel = qgnn.calibrate(qgnn.quantize_model(model, config=config), x.unsqueeze(1))
+        qmodel = qgnn.calibrate(qgnn.quantize_model(model, config=config), (x.unsqueeze(1),))
         assert shown in repr(qmodel[0])
         assert shown in repr(qgnn.pack_model(qmodel)[0])
     config = QuantConfig(bits=8, weight_bits=2)
