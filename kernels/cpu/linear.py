@@ -127,7 +127,7 @@ def _tile(x, base, pitch, weight, channel, stretch, depth, start):
 
 
 @jit.kernel
-def _multiply(x, pitch, rows, weight, stretch, depth, start, acc):
+def multiply(x, pitch, rows, weight, stretch, depth, start, acc):
     """``acc[r, o]``, float32 of pitch ``stretch``, for the rows of bytes ``x`` (pitch in words)."""
     for o in range(0, stretch, LANES):
         begin = vload(start, o, LANES)
@@ -152,7 +152,7 @@ def _row_sum(x, at, depth):
 
 
 @njit
-def _fill_terms(columns, colsum, features):
+def fill_terms(columns, colsum, features):
     """``(colsum * w_scale) + (K * w_offset)``: what an input of ones would give."""
     for o in range(colsum.size):
         columns[TERM, o] = (colsum[o] * columns[SCALE, o]) + (features * columns[OFFSET, o])
@@ -171,7 +171,7 @@ def _kernel(bits: int):
     ):  # fmt: skip
         spec, words = opened(closed), raw_at(place, np.int32)
         weight, start = raw_at(weight_at, np.int32), raw_at(start_at, np.int32)
-        _fill_terms(spec.columns, floats(colsum_at, spec.width), np.float32(features))
+        fill_terms(spec.columns, floats(colsum_at, spec.width), np.float32(features))
         pitch = 4 * (stride * parts + TILE)  # bytes of an unpacked row
         codes = np.zeros(BLOCK_ROWS * pitch, np.uint8)
         lanes = codes.view(np.int32)
@@ -195,7 +195,7 @@ def _kernel(bits: int):
                             row = vview(vview(row, "i32") ^ signs, "u8")
                         vstore_parts(codes, r * pitch + 4 * tile, 4 * stride, row, parts, 4 * live)
                     sums[r] = _row_sum(lanes, r * (pitch // 4), depth) + FEATURES * depth * flip
-                _multiply(lanes, pitch // 4, count, weight, stretch, depth, start, acc)
+                multiply(lanes, pitch // 4, count, weight, stretch, depth, start, acc)
                 finish_rows(acc, 0, stretch, raw(sums), first, count, spec, raw(unpacked))
         keep(acc_owner)
         keep(sums)

@@ -26,6 +26,7 @@ from ..quantizers.autocast import full_precision
 from ..smp.constraint import OTHER_PREFIX, SmoothLayer, constraint_names
 from ..smp.deep import StackPlace
 from .deferred import DeferredTensor, Producer, computed, conclude, is_deferring, plain
+from .direct import Direct
 from .matrix import PackedMatrix
 from .ranges import UNSET, LastProduct, PackedRange, PackedTensor, SiteSpec
 from .weight import refuse_dtype
@@ -208,6 +209,7 @@ class LastUsed:
     def __init__(self) -> None:
         self.lower = LastProduct()
         self.matrix: PackedMatrix | None = None
+        self.direct: Direct | None = None
 
     def __reduce__(self) -> Any:
         return LastUsed, ()

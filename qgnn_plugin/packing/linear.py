@@ -15,6 +15,7 @@ from ..layers.normalized import effective_weight, is_recomputed, without_sources
 from ..quantizers import QuantizedTensor
 from .base import WEIGHT, Activation, LayerSpec, PackedLayer, inference, register_packed
 from .deferred import Producer
+from .direct import direct_product
 from .matrix import PackedMatrix
 from .ranges import PackedRange, PackedTensor, SiteSpec
 from .weight import FrozenWeight, read_only
@@ -127,9 +128,13 @@ class PackedLinear(PackedLayer):
         for name, old in {"_num_out": "out_features", "_num_in": "in_features", "_site": "site"}.items():
             state[name] = state[old]
 
-    @inference
     def forward(self, x: Tensor) -> Tensor:
         """``[*, K]`` float32 (or ``torch.sparse_csr`` ``[N, K]``) to ``[*, O]`` float32."""
+        few = direct_product(self, x)
+        return self._mapped_rows(x) if few is None else few
+
+    @inference
+    def _mapped_rows(self, x: Tensor) -> Tensor:
         if x.layout != torch.strided or x.dim() == 2:
             taken = self.quantize(x)
             producer = self.product(taken, self.bias)
