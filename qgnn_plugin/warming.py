@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 from .inputs import parameters_of
@@ -56,9 +57,18 @@ def warmup(packed: nn.Module, *inputs: Any, progress: bool = True) -> int:
                 compiling: Any = importlib.import_module(f"{__package__}.kernels.cpu.compiling")
                 with compiling.compilations(watch):
                     packed(*args)
+                    with _Watched():  # few rows go a shorter way, which whoever looks at operations does not see
+                        packed(*args)
             else:
                 packed(*args)
     return count
+
+
+class _Watched(TorchDispatchMode):
+    """Runs every operation as it is."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
 
 
 def _ring(packed: nn.Module, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -21,6 +21,7 @@ from ..quantizers import QuantizedTensor
 from ..smp.deep import DeepLayer
 from .base import Activation, LayerSpec, PackedConv, inference, packed_dense, register_packed
 from .deferred import DeferredTensor, Producer, added, computed, conclude, is_deferring, plain
+from .direct import FEW_RESULTS
 from .linear import PackedLinear
 from .ranges import PackedRange, PackedTensor
 
@@ -256,7 +257,8 @@ class PackedGINConv(PackedConv):
             out = added(share, out) if out.adds else added(out, share)
         if self._smp is not None and x_dst is not None and same:
             return self.nn(samples.shaped(self._smoothed(sent.dequantize(), out(), graph)))
-        return self.nn(samples.shaped(DeferredTensor(out) if is_deferring() else out()))
+        few = out.num_rows * out.num_features <= FEW_RESULTS  # of which floats go the short way through linear layers
+        return self.nn(samples.shaped(DeferredTensor(out) if is_deferring() and not few else out()))
 
     def _own(self, x: PackedTensor) -> Producer:
         """The node's own share, ``(1 + eps) x``."""

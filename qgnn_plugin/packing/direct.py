@@ -18,7 +18,7 @@ from ..kernels.linear import few_rows_linear
 from ..quantizers.autocast import is_autocasting
 from .ranges import ONE_BIT, SiteSpec
 
-__all__ = ["Direct", "direct_product"]
+__all__ = ["FEW_RESULTS", "Direct", "direct_product"]
 
 FEW_RESULTS = 1 << 16  # of more, codes that are handed on save more than the long way costs
 ROW_COST, ALONE = 1 << 9, 1 << 14  # products of a row and rows of that cost, from which on threads share the work
