@@ -2,7 +2,9 @@
 
 For each data set, model and seed: the float model, the float model distilled from itself, and the converted model at
 8, 4 and 2 bits, all by the default :class:`qgnn_plugin.recipe.Recipe`.  Reported is the test accuracy of the epoch with
-the best validation accuracy.  Finished runs are kept one file each: an interrupted table goes on where it stopped.
+the best validation accuracy.  A second table, of runs with ``--calibrated``, has the same float models after
+:func:`qgnn_plugin.calibrate` alone, by its default method.  Finished runs are kept one file each: an interrupted table
+goes on where it stopped.
 What is known about the rows, written by hand in ``accuracy-notes.md``, follows the table.
 """
 
@@ -24,9 +26,10 @@ os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 
 import torch
 
-from qgnn_plugin import QuantConfig
+from qgnn_plugin import QuantConfig, calibrate, quantize_model
 from qgnn_plugin.data import load_dataset, to_sparse_features
-from qgnn_plugin.recipe import Recipe, distil, fit_float, fit_quantized
+from qgnn_plugin.inputs import run_model
+from qgnn_plugin.recipe import Recipe, StageResult, distil, fit_float, fit_quantized
 
 from .environment import compact_json, environment, write_atomically
 from .models import MODELS, build_model
@@ -34,9 +37,12 @@ from .models import MODELS, build_model
 DATASETS = ("Cora", "PubMed", "Photo", "CS")
 COLUMNS = ("FP32", "FP32 self-distilled", "INT8", "INT4", "INT2")
 BITS = {"INT8": 8, "INT4": 4, "INT2": 2}
+RUNS, CALIBRATED_RUNS = "accuracy-runs", "calibrated-runs"
 SPARSE_BELOW = 0.5
 # Points of accuracy that a width may lose, and against which column.
 AIMS = {"INT8": ("FP32", 0.3), "INT4": ("FP32", 0.3), "INT2": ("FP32 self-distilled", 0.7)}
+
+CALIBRATED_AIMS = {"INT8": ("FP32", 0.1), "INT4": ("FP32", 0.5), "INT2": ("FP32", 2.0)}
 
 NOTES = """\
 Test accuracy in percent at the best validation epoch, mean and standard deviation over seeds.  Inputs, weights,
@@ -46,16 +52,46 @@ of a propagation between its steps, ranges, and the logits that the model return
 Data sets without a public split use a random one per seed, 20 / 30 / rest per class.  One recipe serves every row; its
 settings were chosen on validation accuracy.
 """
+CALIBRATED_NOTES = """\
+## Calibration alone
+
+The same float models after `calibrate(quantize_model(model, bits), data)`: no training and no labels.  Processor time
+is that of one thread, in seconds, mean over seeds.
+"""
 
 
-def run_cell(dataset: str, model_name: str, seed: int, root: str) -> dict[str, Any]:
-    """Every column of one data set, model and seed: validation and test accuracy, best epoch and seconds."""
+def _float_model(dataset: str, model_name: str, seed: int, root: str) -> tuple[Any, StageResult]:
+    """A data set and the float model trained on it."""
     torch.set_num_threads(1)
     # Adam with weight decay drives unused weights into denormal numbers, a hundred times slower on a CPU.
     torch.set_flush_denormal(True)
     data = to_sparse_features(load_dataset(dataset, root, seed=seed), max_density=SPARSE_BELOW)
     torch.manual_seed(seed)
     model = build_model(model_name, data.x.size(1), int(data.y.max()) + 1)
+    return data, fit_float(model, data)
+
+
+def run_calibrated(dataset: str, model_name: str, seed: int, root: str) -> dict[str, Any]:
+    """One data set, model and seed after calibration alone: validation and test accuracy, seconds of the processor."""
+    data, trained = _float_model(dataset, model_name, seed, root)
+    results: dict[str, Any] = {"FP32": {"val": trained.val_accuracy, "test": trained.test_accuracy}}
+    for column, bits in BITS.items():
+        qmodel = quantize_model(trained.model, bits)
+        start = time.process_time()
+        calibrate(qmodel, data)
+        seconds = time.process_time() - start
+        with torch.no_grad():
+            right = run_model(qmodel.eval(), data).argmax(-1) == data.y
+        scores = {
+            "val": float(right[data.val_mask].float().mean()),
+            "test": float(right[data.test_mask].float().mean()),
+        }
+        results[column] = {**scores, "seconds": round(seconds, 2)}
+    return {"dataset": dataset, "model": model_name, "seed": seed, "results": results}
+
+
+def run_cell(dataset: str, model_name: str, seed: int, root: str) -> dict[str, Any]:
+    """Every column of one data set, model and seed: validation and test accuracy, best epoch and seconds."""
     results: dict[str, Any] = {}
 
     def record(column: str, start: float, result: Any) -> None:
@@ -67,7 +103,9 @@ def run_cell(dataset: str, model_name: str, seed: int, root: str) -> dict[str, A
         }
 
     start = time.perf_counter()
-    record("FP32", start, fit_float(model, data))
+    data, trained = _float_model(dataset, model_name, seed, root)
+    model = trained.model
+    record("FP32", start, trained)
     torch.manual_seed(seed)
     start = time.perf_counter()
     record("FP32 self-distilled", start, distil(copy.deepcopy(model), model, data))
@@ -83,17 +121,56 @@ def _work(task: tuple[str, str, int, str, Path]) -> str:
     if path.exists():  # another process has done it meanwhile
         return f"{dataset} {model} seed {seed}: done elsewhere"
     start = time.perf_counter()
-    cell = run_cell(dataset, model, seed, root)
+    run = run_calibrated if path.parent.name == CALIBRATED_RUNS else run_cell
+    cell = run(dataset, model, seed, root)
     write_atomically(path, json.dumps(cell))
     scores = "  ".join(f"{column} {100 * r['test']:.1f}" for column, r in cell["results"].items())
     return f"{dataset} {model} seed {seed}: {scores}  ({time.perf_counter() - start:.0f} s)"
 
 
-def markdown(cells: list[dict[str, Any]]) -> str:
-    """The table, one row per data set and model, with the rows that miss an aim listed below it."""
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+Groups = dict[tuple[str, str], list[dict[str, Any]]]
+
+
+def _groups(cells: list[dict[str, Any]]) -> Groups:
+    groups: Groups = {}
     for cell in cells:
         groups.setdefault((cell["dataset"], cell["model"]), []).append(cell)
+    return groups
+
+
+def calibrated_markdown(cells: list[dict[str, Any]]) -> str:
+    """The table of calibration alone, empty where there are no runs."""
+    if not cells:
+        return ""
+    columns = ("FP32", *BITS)
+    lines = [CALIBRATED_NOTES, "| data set | model | seeds | " + " | ".join((*columns, "INT2, s")) + " |"]
+    lines.append("| --- " * (len(columns) + 4) + "|")
+    missed = []
+    for (dataset, model), group in _groups(cells).items():
+        means = {c: 100 * statistics.mean(cell["results"][c]["test"] for cell in group) for c in columns}
+        seconds = statistics.mean(cell["results"]["INT2"]["seconds"] for cell in group)
+        scores = " | ".join(f"{means[c]:.1f}" for c in columns)
+        lines.append(f"| {dataset} | {model} | {len(group)} | {scores} | {seconds:.1f} |")
+        missed += _misses(f"{dataset}, {model}", means, CALIBRATED_AIMS)
+    listed = ["Rows that miss the aim:", "", *missed] if missed else ["Every row meets the aim."]
+    return (
+        "\n".join([*lines, "", "Aim: INT8 within 0.1 points of FP32, INT4 0.5, INT2 2.  " + listed[0], *listed[1:]])
+        + "\n"
+    )
+
+
+def _misses(row: str, means: dict[str, float], aims: dict[str, tuple[str, float]]) -> list[str]:
+    losses = {column: (means[against] - means[column], against, points) for column, (against, points) in aims.items()}
+    return [
+        f"- {row}, {column}: {loss:.1f} points under {against} (aim {points})"
+        for column, (loss, against, points) in losses.items()
+        if loss > points
+    ]
+
+
+def markdown(cells: list[dict[str, Any]]) -> str:
+    """The table, one row per data set and model, with the rows that miss an aim listed below it."""
+    groups = _groups(cells)
     lines = [NOTES, "| data set | model | seeds | " + " | ".join(COLUMNS) + " |", "| --- " * (len(COLUMNS) + 3) + "|"]
     missed = []
     for (dataset, model), group in groups.items():
@@ -103,13 +180,10 @@ def markdown(cells: list[dict[str, Any]]) -> str:
         several = len(group) > 1
         cells_text = " | ".join(f"{means[c]:.1f}" + (f" ± {spread[c]:.1f}" if several else "") for c in COLUMNS)
         lines.append(f"| {dataset} | {model} | {len(group)} | {cells_text} |")
-        for column, (against, points) in AIMS.items():
-            loss = means[against] - means[column]
-            if loss > points:
-                missed.append(f"{dataset}, {model}, {column}: {loss:.1f} points under {against} (aim {points})")
+        missed += _misses(f"{dataset}, {model}", means, AIMS)
     lines.append("")
     if missed:
-        lines += ["Rows that miss the aim:", "", *(f"- {line}" for line in missed)]
+        lines += ["Rows that miss the aim:", "", *missed]
     else:
         lines.append(
             "Every row meets the aim: INT8 and INT4 within 0.3 points of FP32, INT2 within 0.7 of FP32 self-distilled."
@@ -135,19 +209,23 @@ def unpack_report(out: Path) -> None:
     earlier = json.loads(path.read_text())
     if (earlier["recipe"], earlier.get("config")) != (dataclasses.asdict(Recipe()), QuantConfig().to_dict()):
         return
-    for cell in earlier["runs"]:
-        target = out / "accuracy-runs" / _file_name(cell["dataset"], cell["model"], cell["seed"])
-        if not target.exists():
-            write_atomically(target, json.dumps(cell))
+    for folder, cells in ((RUNS, earlier["runs"]), (CALIBRATED_RUNS, earlier.get("calibrated", []))):
+        for cell in cells:
+            target = out / folder / _file_name(cell["dataset"], cell["model"], cell["seed"])
+            if not target.exists():
+                write_atomically(target, json.dumps(cell))
+
+
+def _finished(folder: Path) -> list[dict[str, Any]]:
+    return sorted((json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))), key=_order)
 
 
 def report(out: Path) -> str:
     """Collect the finished runs under ``out`` into ``accuracy.json`` and ``accuracy.md``."""
-    files = sorted((out / "accuracy-runs").glob("*.json"))
-    cells = sorted((json.loads(path.read_text()) for path in files), key=_order)
-    table = markdown(cells)
-    settings = dataclasses.asdict(Recipe())
-    text = {"environment": environment(threads=1), "recipe": settings, "config": QuantConfig().to_dict(), "runs": cells}
+    cells, calibrated = _finished(out / RUNS), _finished(out / CALIBRATED_RUNS)
+    table = "\n".join(part for part in (markdown(cells) if cells else "", calibrated_markdown(calibrated)) if part)
+    settings = {"recipe": dataclasses.asdict(Recipe()), "config": QuantConfig().to_dict()}
+    text = {"environment": environment(threads=1), **settings, "runs": cells, "calibrated": calibrated}
     write_atomically(out / "accuracy.json", compact_json(text) + "\n")
     notes = out / "accuracy-notes.md"
     explained = f"\n{notes.read_text()}" if notes.exists() else ""
@@ -163,10 +241,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--jobs", type=int, default=1, help="processes, one thread each")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--calibrated", action="store_true", help="run the table of calibration alone")
     parser.add_argument("--report", action="store_true", help="only rewrite the table from finished runs")
     args = parser.parse_args()
-    runs = args.out / "accuracy-runs"
-    runs.mkdir(parents=True, exist_ok=True)
+    for folder in (RUNS, CALIBRATED_RUNS):
+        (args.out / folder).mkdir(parents=True, exist_ok=True)
+    runs = args.out / (CALIBRATED_RUNS if args.calibrated else RUNS)
     unpack_report(args.out)
     if not args.report:
         tasks = [

@@ -75,7 +75,7 @@ def run(name: str, root: str | None, seed: int) -> dict[str, Any]:
         suggestion = suggest_bits(model, data, budget=limit, config=base)
         configs[label] = (suggestion.config, suggestion.chosen.bytes, dict(suggestion.chosen.widths))
     for label, (config, size, widths) in configs.items():
-        untrained = qgnn.calibrate(qgnn.quantize_model(model, config=config), data)
+        untrained = qgnn.calibrate(qgnn.quantize_model(model, config=config), data, method="ranges")
         trained = fit_quantized(model, data, config.bits, config=config, recipe=SHORT)
         found["choices"][label] = {
             "bytes": size,

@@ -225,7 +225,7 @@ def _constraint(data: Any, settings: Settings, seed: int, dataset: str) -> dict[
             model.prop = SMPropagation(10, TELEPORT, smp=smp)
         fit_float(model, data, settings.recipe)
         config = replace(QuantConfig.accurate(4), smp=smp)
-        qmodel = qgnn.calibrate(qgnn.quantize_model(model, config=config), data)
+        qmodel = qgnn.calibrate(qgnn.quantize_model(model, config=config), data, method="ranges")
         results[name] = _watch(qmodel, model, data, settings)
     return results
 
@@ -416,7 +416,7 @@ def _cost(data: Any, settings: Settings, seed: int) -> dict[str, Any]:
         for state, constraint in states.items():
             torch.manual_seed(seed)
             config = QuantConfig.accurate(4, smp=constraint)
-            qmodel = qgnn.calibrate(qgnn.quantize_model(build(constraint), config=config), data)
+            qmodel = qgnn.calibrate(qgnn.quantize_model(build(constraint), config=config), data, method="ranges")
             packed = qgnn.pack_model(qmodel)
             training[state] = partial(_training_step, qmodel.train(), data)
             inference[state] = partial(packed, data.x, data.edge_index)

@@ -46,7 +46,8 @@ class RangeCalibration(pl.Callback):
         if not has_unset_ranges(pl_module):
             return
         with isolate_rng(), trainer.precision_plugin.forward_context():
-            qgnn.calibrate(pl_module, _batches(trainer, self.max_batches), forward=self.forward)
+            # Of single sites: codes for the outputs of today's weights are none for those that training leads to.
+            qgnn.calibrate(pl_module, _batches(trainer, self.max_batches), method="ranges", forward=self.forward)
         if trainer.world_size > 1:
             # Not tensor by tensor: a quantizer mirrors what it has on the host while loading.
             pl_module.load_state_dict(trainer.strategy.broadcast(pl_module.state_dict()))

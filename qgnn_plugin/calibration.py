@@ -15,13 +15,15 @@ from .conversion import expect_converted, quantizers
 from .coverage import counting_rows
 from .inputs import Forward, is_data, run_model, tensors_in
 from .kernels.plan import GraphPlan
-from .matching import match_outputs
+from .matching import LARGEST, match_outputs
 from .quantizers import QLRQuantizer, RangeKind
 
 __all__ = ["calibrate"]
 
-Method = Literal["ranges", "outputs"]
-METHODS: tuple[Method, ...] = ("ranges", "outputs")
+Method = Literal["auto", "ranges", "outputs"]
+METHODS: tuple[Method, ...] = ("auto", "ranges", "outputs")
+FEW = 4  # bits below which "auto" matches outputs: with more, the nearest codes are as good within tenths of a point
+MOST_KEPT = 1 << 26  # values of batches that are kept to be read again: a quarter of a GiB
 
 
 @torch.no_grad()
@@ -29,8 +31,8 @@ def calibrate(
     qmodel: nn.Module,
     data_or_loader: Any,
     *,
-    method: Method = "ranges",
-    steps: int = 100,
+    method: Method = "auto",
+    steps: int = 200,
     forward: Forward | None = None,
 ) -> nn.Module:
     """Set every range from data, without labels.
@@ -40,9 +42,14 @@ def calibrate(
     nothing changes if a batch fails.
 
     ``"outputs"`` goes on from there for ``steps`` forward and backward passes: ranges, and the codes of weights, move
-    towards the outputs of the float model (see :mod:`qgnn_plugin.matching`).  At 2 bits that is worth many points, at
-    4 bits some tenths.  The weights stay bitwise what they are; how far their codes are from the nearest ones is saved
-    with the ranges.
+    towards the outputs of the float model (see :mod:`qgnn_plugin.matching`), where that brings them closer.  At 2 bits
+    that is worth many points.  The weights stay bitwise what they are; how far their codes are from the nearest ones is
+    saved with the ranges.  Of a loader, the first ``steps`` batches are read again, or fewer where they are large.
+
+    ``"auto"``, the default, is ``"outputs"`` where a site has fewer than 4 bits, and ``"ranges"`` where none has: there
+    the nearest codes are as good.  A warning tells where outputs cannot be matched (they are no floats, or have no
+    gradient), or where the data are so many that it would take minutes, and the ranges of ``"ranges"`` are kept.  Ask
+    for ``"ranges"`` before training: weights that move find their own codes.
 
     Inputs of the model that are 0/1 throughout are kept in one bit, and must stay so.  A site that saw nothing but
     zeros gets a default range, about [-1, 1], with a warning.
@@ -50,8 +57,8 @@ def calibrate(
     Args:
         qmodel: A converted model.
         data_or_loader: A ``Data``, a tuple of arguments, a dict of keywords, or an iterable of these.
-        method: ``"ranges"`` or ``"outputs"``.
-        steps: Of ``"outputs"``; each takes one batch.
+        method: ``"auto"``, ``"ranges"`` or ``"outputs"``.
+        steps: Of matching outputs; each takes one batch.
         forward: ``forward(model, batch)`` runs the model, such as ``lambda model, batch: model.encode(batch.x,
             batch.edge_index)``; by default it is called with what :func:`qgnn_plugin.inputs.model_inputs` finds.
 
@@ -59,7 +66,8 @@ def calibrate(
         ``qmodel``.
 
     Raises:
-        ValueError: If ``qmodel`` is plain, no batch came, or a site saw a NaN or an infinity (named).
+        ValueError: If ``qmodel`` is plain, no batch came, or a site saw a NaN or an infinity (named); with
+            ``"outputs"`` also if there are no outputs to match.
         TypeError: If a batch does not fit ``qmodel``.
     """
     expect_converted(qmodel)
@@ -71,8 +79,8 @@ def calibrate(
     sites = quantizers(qmodel)
     modes = {module: module.training for module in qmodel.modules()}
     batches = _batches(data_or_loader)
-    if method == "outputs":
-        batches = list(batches)  # each is read several times
+    matching = method == "outputs" or (method == "auto" and any(site.bits < FEW for site in sites.values()))
+    kept = _Kept(steps if matching else 0)
     inputs, before = _Inputs(), [_state(site) for site in sites.values()]
     try:
         qmodel.eval()
@@ -83,12 +91,16 @@ def calibrate(
             inputs.tensors = list(tensors_in(batch))
             with nullcontext() if count else counting_rows(qmodel):
                 run_model(qmodel, batch, forward)
+            kept.add(batch, inputs.tensors)
             count += 1
         if not count:
             raise ValueError("Expected at least one batch to calibrate on (got none)")
+        work = sum(site.values_seen for site in sites.values()) // count
         seen = [site for site in sites.values() if site.finish()]
         if method == "outputs":
-            match_outputs(qmodel, list(batches), forward, steps)
+            match_outputs(qmodel, kept.batches, forward, steps)
+        elif matching:
+            _match_if_possible(qmodel, kept.batches, forward, steps, work)
     except BaseException:
         for site, state in zip(sites.values(), before, strict=True):
             _take_back(site, state)
@@ -100,6 +112,42 @@ def calibrate(
             module.training = training
     _warn_of_zeros([site.site for site in seen if site.range_kind == RangeKind.ZEROS and site.is_activation])
     return qmodel
+
+
+def _match_if_possible(qmodel: nn.Module, batches: list[Any], forward: Forward | None, steps: int, work: int) -> None:
+    """Match outputs, or warn why the ranges stay those of single sites.
+
+    Args:
+        work: Values that pass the sites in one step.
+    """
+    if work > LARGEST:
+        reason = f"{steps} steps over {work:,} values each would take minutes; ask for them by method='outputs'"
+    elif isinstance(qmodel, nn.parallel.DistributedDataParallel):
+        reason = "the model is wrapped for training on several ranks, which would each choose their own"
+    else:
+        try:
+            match_outputs(qmodel, batches, forward, steps)
+            return
+        except Exception as error:  # of any code of the model, which ran without gradients just before
+            reason = f"{type(error).__name__}: {error}"
+    warnings.warn(
+        f"Codes below {FEW} bits are the nearest ones, not chosen for the outputs of the model, which cost accuracy: "
+        f"{reason}. method='ranges' is this without the warning",
+        stacklevel=4,
+    )
+
+
+class _Kept:
+    """The first batches, to be read again: so many, or fewer where they are large."""
+
+    def __init__(self, most: int) -> None:
+        self.batches: list[Any] = []
+        self._most, self._values = most, 0
+
+    def add(self, batch: Any, tensors: list[Tensor]) -> None:
+        self._values += sum(t.numel() if t.layout == torch.strided else t._nnz() for t in tensors)
+        if len(self.batches) < self._most and (not self.batches or self._values <= MOST_KEPT):
+            self.batches.append(batch)
 
 
 def _state(site: QLRQuantizer) -> dict[str, Tensor]:

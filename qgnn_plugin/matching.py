@@ -18,7 +18,7 @@ The weights of the model are not changed: what is found is kept beside them, as 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,27 +31,40 @@ from .inputs import Forward, run_model, tensors_in
 from .layers.linear import QuantizedLinear
 from .quantizers import QLRQuantizer
 
-__all__ = ["match_outputs"]
+__all__ = ["LARGEST", "match_outputs"]
 
-LR = 0.003  # peak, of weights while codes are looked for; it falls along a half cosine
-RANGE_LR = 0.005
+LR = 0.001  # peak, of weights while codes are looked for; it falls along a half cosine
+RANGE_LR = 0.005  # of log scales, and of offsets in steps
 SHARE_OF_SQUARES = 0.1  # of rows of several outputs, which may be logits
+NOTHING_TO_MOVE = (
+    "Expected outputs that depend on a quantized weight or a learnable range (got none that do); calibrate with "
+    "method='ranges'"
+)
+LARGEST = 1 << 25  # values that pass the sites of a model in one step: a minute or so of one thread for 200 steps
 
 
 class _Site:
-    """A weight that a site quantizes as it is."""
+    """A weight that a site quantizes, as the layer arranges it."""
 
-    def __init__(self, quantizer: QLRQuantizer, weight: nn.Parameter) -> None:
-        self.quantizer, self.weight = quantizer, weight
+    def __init__(self, layer: Any, name: str, quantizer: QLRQuantizer, weight: nn.Parameter) -> None:
+        self.layer, self.name, self.quantizer, self.weight = layer, name, quantizer, weight
         self.original = weight.detach().clone()
 
     @torch.no_grad()
     def keep_codes(self) -> None:
         """Give the weight its original values back, and the site the codes of today's."""
-        chosen = self.quantizer(self.weight).codes
+        chosen = self._codes()
         self.weight.copy_(self.original)
-        shift = (chosen - self.quantizer(self.weight).codes).to(torch.int16)
+        shift = (chosen - self._codes()).to(torch.int16)
         self.quantizer.shift = shift if bool(shift.any()) else None
+
+    def matrix(self) -> Tensor:
+        """What the site is given."""
+        matrix: Tensor = self.layer._weight_matrices()[self.name]
+        return matrix
+
+    def _codes(self) -> Tensor:
+        return self.quantizer(self.matrix()).codes
 
 
 def _sites(qmodel: nn.Module) -> list[_Site]:
@@ -61,9 +74,14 @@ def _sites(qmodel: nn.Module) -> list[_Site]:
         own = dict(layer.own_quantizers())
         for name, weight in layer._weight_sites().items():
             quantizer = own.get(name)
-            if isinstance(weight, nn.Parameter) and quantizer is not None and quantizer.bits != OFF:
-                found.setdefault(id(weight), []).append(_Site(quantizer, weight))
+            if isinstance(weight, nn.Parameter) and quantizer is not None and _has_choice(quantizer):
+                found.setdefault(id(weight), []).append(_Site(layer, name, quantizer, weight))
     return [sites[0] for sites in found.values() if len({id(site.quantizer) for site in sites}) == 1]
+
+
+def _has_choice(quantizer: QLRQuantizer) -> bool:
+    """Whether there are codes to choose: not of weights of one value, or that no batch has reached (now, or ever)."""
+    return quantizer.bits != OFF and quantizer.is_set and not quantizer.is_one_bit and quantizer.shift is None
 
 
 @contextmanager
@@ -117,6 +135,35 @@ def _short_sums(qmodel: nn.Module) -> Iterator[None]:
             m.training = False
 
 
+@contextmanager
+def _undisturbed(qmodel: nn.Module) -> Iterator[None]:
+    """Give back the state of random generators, and the buffers that running the model changes."""
+    kept = [
+        (module, name, buffer, buffer.clone(), _version(buffer))
+        for module in qmodel.modules()
+        if not isinstance(module, QLRQuantizer)
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        with torch.random.fork_rng(devices=_cuda_devices(qmodel)), torch.inference_mode(False):
+            yield
+    finally:
+        for module, name, buffer, before, version in kept:
+            if _version(buffer) != version:
+                buffer.copy_(before)
+            module._buffers[name] = buffer
+
+
+def _cuda_devices(qmodel: nn.Module) -> list[torch.device]:
+    found = {t.device for t in (*qmodel.parameters(), *qmodel.buffers()) if t.device.type == "cuda"}
+    return sorted(found, key=lambda device: device.index)
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
 def _outputs(value: Any) -> list[Tensor]:
     return [t for t in tensors_in(value) if t.is_floating_point() and t.numel()]
 
@@ -131,66 +178,96 @@ def match_outputs(qmodel: nn.Module, batches: Sequence[Any], forward: Forward | 
         steps: How many.
 
     Raises:
-        ValueError: If the model returns no floats that depend on a weight or a range.
+        ValueError: If the model returns no finite floats, or none that depend on a weight or a range.
     """
-    with torch.no_grad(), _unquantized(qmodel):
-        targets = [[t.detach().clone() for t in _outputs(run_model(qmodel, batch, forward))] for batch in batches]
+    with torch.no_grad(), _undisturbed(qmodel):
+        _match(qmodel, _Runs(qmodel, batches, forward), steps)
+
+
+class _Runs:
+    """What the model makes of each batch, beside what the float model does.
+
+    A model that draws random numbers draws the same ones for a batch each time: only rounding tells its outputs apart.
+    """
+
+    def __init__(self, qmodel: nn.Module, batches: Sequence[Any], forward: Forward | None) -> None:
+        self.qmodel, self.batches, self.forward = qmodel, batches, forward
+        self.devices = _cuda_devices(qmodel)
+        with _unquantized(qmodel):
+            self.targets = [[t.detach().clone() for t in self.outputs(at)] for at in range(len(batches))]
+        if not all(bool(t.isfinite().all()) for found in self.targets for t in found):
+            raise ValueError("Expected finite outputs of the float model, to match them (got NaN or infinite ones)")
+
+    def outputs(self, at: int) -> list[Tensor]:
+        torch.default_generator.manual_seed(at)
+        for device in self.devices:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(at)
+        return _outputs(run_model(self.qmodel, self.batches[at], self.forward))
+
+    def loss(self, step: int) -> Tensor:
+        at = step % len(self.batches)
+        return torch.stack(_difference(self.outputs(at), self.targets[at])).sum(0)[0]
+
+    @torch.no_grad()
+    def errors(self) -> tuple[float, float]:
+        """Over all batches: what is minimized, and the relative squares alone."""
+        pairs = zip(map(self.outputs, range(len(self.batches))), self.targets, strict=True)
+        total = torch.stack([torch.stack(_difference(*pair)).sum(0) for pair in pairs]).sum(0)
+        return float(total[0]), float(total[1])
+
+
+def _match(qmodel: nn.Module, runs: _Runs, steps: int) -> None:
     sites = _sites(qmodel)
     ranges = [p for p in range_parameters(qmodel) if p.requires_grad]
     before = [p.detach().clone() for p in ranges]
-
-    def error(at: int) -> Tensor:
-        found = _outputs(run_model(qmodel, batches[at], forward))
-        return _difference(found, targets[at])
-
-    def total() -> float:
-        with torch.no_grad():
-            return sum(float(error(at)) for at in range(len(batches)))
-
-    start = total()
+    loss, squares = runs.errors()
     learned = [*(site.weight for site in sites), *ranges]
     try:
         with torch.enable_grad(), _learning_only(qmodel, learned), _short_sums(qmodel):
-            _descend([site.weight for site in sites], ranges, error, len(batches), steps)
+            _descend([site.weight for site in sites], ranges, runs.loss, steps)
         for site in sites:
             site.keep_codes()
-        improved = total() < start
+        found, found_squares = runs.errors()
     except BaseException:
         _take_back(sites, ranges, before)
         raise
-    if not improved:
+    # Outputs need not be logits: they must come closer as numbers, too.
+    if not (found < loss and found_squares <= squares):
         _take_back(sites, ranges, before)
 
 
-def _difference(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
-    """What is minimized."""
+def _difference(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> list[Tensor]:
+    """Of each output ``[2]``: what is minimized, and the squares in it."""
     if not found:
         raise ValueError("Expected a model that returns a tensor of floats, to match the float model's (got none)")
     terms = []
     for y, target in zip(found, wanted, strict=True):
         spread = float(((target - target.mean(0)) ** 2).sum())
         squared = ((y - target) ** 2).sum() / (spread or 1.0)
-        if y.dim() < 2 or y.size(-1) < 2:
-            terms.append(squared)
-            continue
-        log_p, log_q = target.log_softmax(-1), y.log_softmax(-1)
-        terms.append((log_p.exp() * (log_p - log_q)).sum(-1).mean() + SHARE_OF_SQUARES * squared)
-    return torch.stack(terms).sum()
+        minimized = squared
+        if y.dim() >= 2 and y.size(-1) >= 2:
+            log_p, log_q = target.log_softmax(-1), y.log_softmax(-1)
+            minimized = (log_p.exp() * (log_p - log_q)).sum(-1).mean() + SHARE_OF_SQUARES * squared
+        terms.append(torch.stack([minimized, squared]))
+    return terms
 
 
-def _descend(weights: list[nn.Parameter], ranges: list[nn.Parameter], error: Any, batches: int, steps: int) -> None:
-    groups = [{"params": weights, "peak": LR}, {"params": ranges, "peak": RANGE_LR}]
-    optimizer = torch.optim.Adam([group for group in groups if group["params"]], lr=LR)
+def _descend(
+    weights: list[nn.Parameter], ranges: list[nn.Parameter], loss_at: Callable[[int], Tensor], steps: int
+) -> None:
+    groups: list[dict[str, Any]] = [{"params": weights, "peak": LR}, {"params": ranges, "peak": RANGE_LR}]
+    groups = [group for group in groups if group["params"]]
+    if not groups:
+        raise ValueError(NOTHING_TO_MOVE)
+    optimizer = torch.optim.Adam(groups)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * 0.5 * (1 + math.cos(math.pi * step / steps))
         optimizer.zero_grad()
-        loss = error(step % batches)
+        loss = loss_at(step)
         if not loss.requires_grad:
-            raise ValueError(
-                "Expected outputs that depend on a quantized weight or a learnable range (got none that do); calibrate "
-                "with method='ranges'"
-            )
+            raise ValueError(NOTHING_TO_MOVE)
         loss.backward()
         optimizer.step()
 

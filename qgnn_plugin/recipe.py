@@ -240,7 +240,7 @@ def fit_quantized(
     """
     config = QuantConfig(bits=bits) if config is None else replace(config, bits=bits)
     plain = restore_model(float_model) if is_quantized(float_model) else float_model
-    qmodel = calibrate(quantize_model(plain, config=config), data)
+    qmodel = calibrate(quantize_model(plain, config=config), data, method="ranges")
     return distil(qmodel, float_model, data, recipe, on_epoch=on_epoch)
 
 

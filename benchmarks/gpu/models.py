@@ -35,7 +35,7 @@ MOLECULES = (128, 25, 54, (32, 64, 64, 16))  # graphs, nodes and edges of each, 
 def packed_model(model: nn.Module, x: Tensor, edge_index: Tensor, bits: int) -> nn.Module:
     """``model`` converted, calibrated on ``x`` and packed."""
     quantized = qgnn.quantize_model(copy.deepcopy(model), bits=bits)
-    qgnn.calibrate(quantized, (x, edge_index))
+    qgnn.calibrate(quantized, (x, edge_index), method="ranges")
     return qgnn.pack_model(quantized)
 
 
@@ -207,7 +207,7 @@ def training_units(run: Run, plan: GraphPlan | None = None, models: Sequence[str
         model: nn.Module = build_stack(name, widths).to(run.device)
         if bits is not None:
             model = qgnn.quantize_model(model, bits=bits)
-            qgnn.calibrate(model, (x, edge_index))
+            qgnn.calibrate(model, (x, edge_index), method="ranges")
         model.train()
         optimizer = torch.optim.Adam(model.parameters())
 

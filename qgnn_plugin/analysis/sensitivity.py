@@ -201,7 +201,7 @@ class _Search:
 
     def _uniform(self, width: int) -> nn.Module:
         config = replace(self.config, bits=width, attention_bits=WIDEST)
-        return calibrate(quantize_model(self.model, config=config), self.data).eval()
+        return calibrate(quantize_model(self.model, config=config), self.data, method="ranges").eval()
 
     def _mixed(self, widths: Widths) -> nn.Module:
         """A converted model of these widths with its ranges."""
@@ -210,7 +210,7 @@ class _Search:
         own = quantizers(qmodel)
         sources = {width: quantizers(uniform) for width, uniform in self.ranges.items()}
         if any(set(own) != set(source) for source in sources.values()):  # sites that only data decide on
-            return calibrate(qmodel, self.data).eval()
+            return calibrate(qmodel, self.data, method="ranges").eval()
         for name, quantizer in own.items():
             if quantizer.bits != OFF:
                 quantizer.load_state_dict(sources[quantizer.bits][name].state_dict())

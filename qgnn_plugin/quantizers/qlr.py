@@ -410,6 +410,11 @@ class QLRQuantizer(nn.Module):
         """Whether values pass through unquantized."""
         return self._observed is not None
 
+    @property
+    def values_seen(self) -> int:
+        """How many, while observing."""
+        return 0 if self._observed is None else self._observed.count
+
     def observe(self, is_input: InputCheck | None = None) -> None:
         """Pass values through unquantized and remember a sample of them until :meth:`finish`.
 

@@ -37,6 +37,7 @@ class Sample:
         self._parts: list[Tensor] = []
         self._stride = 1
         self._extremes: Tensor | None = None
+        self.count = 0  # of values given
 
     def __len__(self) -> int:
         return len(self._parts)
@@ -47,6 +48,7 @@ class Sample:
         return torch.stack([x.amin(1), x.amax(1)], 1)
 
     def add(self, x: Tensor) -> None:
+        self.count += x.numel()
         ends = self.ends(x)
         if self._extremes is not None:
             ends = self.ends(torch.cat([self._extremes, ends], 1))

@@ -63,6 +63,10 @@ def multipliers(peaks: Tensor, unit: Tensor) -> Tensor:
 class RowSample(Sample):
     """A bounded, even sample of pairs ``[2, *]``: values, and the largest magnitudes of their rows."""
 
+    def add(self, x: Tensor) -> None:
+        super().add(x)
+        self.count -= x.size(1)  # a pair is one value
+
     @staticmethod
     def ends(x: Tensor) -> Tensor:
         """The pair with the value of largest magnitude: it is the peak of its row."""

@@ -118,7 +118,7 @@ def quantized(model: nn.Module, *args: Any, bits: int = 8, **options: Any) -> nn
     qmodel = qgnn.quantize_model(model, bits, **options) if "config" not in options else (
         qgnn.quantize_model(model, **options)
     )  # fmt: skip
-    return qgnn.calibrate(qmodel, [args]).eval()
+    return qgnn.calibrate(qmodel, [args], method="ranges").eval()
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:

@@ -69,7 +69,7 @@ def test_ranges_come_from_the_float_models_activations() -> None:
     d = data()
     model = nn.ModuleDict({"a": nn.Linear(WIDTH, 8), "b": nn.Linear(8, OUT)})
     qmodel: Any = qgnn.quantize_model(model, config=QuantConfig(bits=2, granularity="tensor"))
-    qgnn.calibrate(qmodel, [d.x], forward=lambda m, x: m["b"](m["a"](x).relu()))
+    qgnn.calibrate(qmodel, [d.x], method="ranges", forward=lambda m, x: m["b"](m["a"](x).relu()))
     hidden = model["a"](d.x).relu().detach()
     scale, _ = search_range(hidden.reshape(1, -1), 3, 0.0)
     torch.testing.assert_close(qmodel["b"].input_quantizer.log_scale.exp(), scale[0])

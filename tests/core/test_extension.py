@@ -26,7 +26,7 @@ def test_example_runs() -> None:
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_packed_is_the_converted_model_bit_for_bit(bits: int, graph: tuple[torch.Tensor, torch.Tensor]) -> None:
     torch.manual_seed(0)
-    qmodel = qgnn.calibrate(qgnn.quantize_model(Net(12, 7, 3), bits=bits), graph).eval()
+    qmodel = qgnn.calibrate(qgnn.quantize_model(Net(12, 7, 3), bits=bits), graph, steps=5).eval()
     packed = qgnn.pack_model(qmodel)
     expected = qmodel(*graph)
     assert packed(*graph).equal(expected)

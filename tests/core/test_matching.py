@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from core.support import NODES, OUT, WIDTH, features, graph
+from core.support import NODES, OUT, WIDTH, assert_same_state, features, graph
 from torch import Tensor, nn
 from torch_geometric.nn import GAT, GCN, GIN, MLP, GraphSAGE, TransformerConv
 
@@ -38,7 +38,7 @@ def test_outputs_come_closer_and_weights_stay(name: str) -> None:
     model, args = MODELS[name]().eval(), (features(), graph())
     with torch.no_grad():
         wanted = model(*args)
-    plain = calibrated(model, args)
+    plain = calibrated(model, args, method="ranges")
     matched = calibrated(model, args, method="outputs", steps=40)
     assert relative_error(matched, wanted, args) < relative_error(plain, wanted, args)
     assert any(q.shift is not None for q in qgnn.quantizers(matched).values())
@@ -62,15 +62,15 @@ def test_chosen_codes_are_packed_saved_and_copied(name: str) -> None:
         assert torch.equal(fresh(*args), expected)
         assert torch.equal(copy.deepcopy(qmodel)(*args), expected)
         # A state without chosen codes takes them away.
-        fresh.load_state_dict(calibrated(model, args).state_dict())
-        assert torch.equal(fresh(*args), calibrated(model, args)(*args))
+        fresh.load_state_dict(calibrated(model, args, method="ranges").state_dict())
+        assert torch.equal(fresh(*args), calibrated(model, args, method="ranges")(*args))
 
 
 def test_calibrating_again_rounds_to_the_nearest_codes() -> None:
     model, args = MODELS["gcn"]().eval(), (features(), graph())
-    plain = calibrated(model, args)
+    plain = calibrated(model, args, method="ranges")
     matched = calibrated(model, args, method="outputs", steps=10)
-    qgnn.calibrate(matched, args)
+    qgnn.calibrate(matched, args, method="ranges")
     with torch.no_grad():
         assert torch.equal(matched(*args), plain(*args))
 
@@ -91,7 +91,7 @@ def test_codes_stay_within_their_width_and_train_on() -> None:
 
 def test_nothing_changes_where_a_batch_fails_or_there_is_nothing_to_move() -> None:
     model, args = MODELS["gcn"](), (features(), graph())
-    qmodel = calibrated(model, args)
+    qmodel = calibrated(model, args, method="ranges")
     before = {k: v.clone() for k, v in qmodel.state_dict().items()}
     calls = []
 
@@ -128,6 +128,86 @@ def test_wrong_options_are_refused(options: dict[str, Any]) -> None:
     qmodel = qgnn.quantize_model(MODELS["gcn"](), bits=2)
     with pytest.raises(ValueError, match=r"method|steps"):
         qgnn.calibrate(qmodel, (features(), graph()), **options)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_the_default_matches_outputs_where_there_are_few_levels(bits: int) -> None:
+    model, args = MODELS["gcn"]().eval(), (features(), graph())
+    method = "outputs" if bits < 4 else "ranges"
+    default, chosen = calibrated(model, args, bits, steps=5), calibrated(model, args, bits, method=method, steps=5)
+    assert_same_state(default, chosen.state_dict())
+    assert (bits == 2) == any(q.shift is not None for q in qgnn.quantizers(default).values())
+
+
+UNMATCHABLE: dict[str, tuple[Any, str]] = {
+    "classes": (lambda m, batch: m(*batch).argmax(-1), "returns a tensor of floats"),
+    "no gradient": (lambda m, batch: m(*batch).detach(), "depend on a quantized weight"),
+    "infinite": (lambda m, batch: m(*batch) / 0, "finite outputs"),
+}
+
+
+@pytest.mark.parametrize("name", UNMATCHABLE)
+def test_the_default_says_why_it_keeps_ranges(name: str) -> None:
+    model, args = MODELS["gcn"]().eval(), (features(), graph())
+    forward, reason = UNMATCHABLE[name]
+    with pytest.warns(UserWarning, match=reason):
+        default = calibrated(model, [args], forward=forward)
+    assert_same_state(default, calibrated(model, args, method="ranges").state_dict())
+
+
+def test_much_data_is_not_read_for_minutes_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, args = MODELS["gcn"]().eval(), (features(), graph())
+    monkeypatch.setattr("qgnn_plugin.calibration.LARGEST", 100)
+    with pytest.warns(UserWarning, match="would take minutes"):
+        calibrated(model, args)
+
+
+def test_of_a_loader_so_many_batches_are_read_again_as_there_are_steps() -> None:
+    model, batches = MODELS["gcn"]().eval(), [(features(), graph(seed=seed)) for seed in range(5)]
+    read = []
+
+    def forward(m: nn.Module, batch: Any) -> Tensor:
+        read.append(next(i for i, other in enumerate(batches) if other is batch))
+        return m(*batch)
+
+    calibrated(model, iter(batches), forward=forward, steps=3)
+    assert read[:5] == [0, 1, 2, 3, 4]
+    assert set(read[5:]) == {0, 1, 2}
+
+
+class Stateful(nn.Module):
+    """Draws random numbers and counts its calls, in eval mode too; with a branch that no data reach."""
+
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.unused = GCN(WIDTH, 8, 2, OUT), nn.Linear(8, 8)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        self.calls += 1
+        return self.conv(nn.functional.dropout(x, 0.2), edge_index)
+
+
+def test_buffers_and_random_numbers_are_those_of_one_pass() -> None:
+    model, args = Stateful().eval(), (features(), graph())
+    torch.manual_seed(5)
+    plain = calibrated(model, args, method="ranges")
+    drawn = torch.random.get_rng_state()
+    torch.manual_seed(5)
+    matched: Any = calibrated(model, args, steps=4)
+    assert torch.equal(torch.random.get_rng_state(), drawn)
+    assert matched.calls == plain.calls == 1
+    assert any(q.shift is not None for q in qgnn.quantizers(matched).values())
+
+
+def test_inside_inference_mode() -> None:
+    model, args = MODELS["gcn"]().eval(), (features(), graph())
+    qmodel = qgnn.quantize_model(model, bits=2).eval()
+    with torch.inference_mode():
+        qgnn.calibrate(qmodel, args, steps=5)
+    assert_same_state(qmodel, calibrated(model, args, steps=5).state_dict())
 
 
 def test_any_converted_model_batches_and_tuples() -> None:

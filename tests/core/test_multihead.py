@@ -51,7 +51,7 @@ class Calls(nn.Module):
 
 def check(layer: nn.MultiheadAttention, args: tuple[Tensor, ...], bits: int, **options: Any) -> None:
     model = Calls(layer, options).eval()
-    qmodel = qgnn.calibrate(qgnn.quantize_model(model, bits), [args]).eval()
+    qmodel = qgnn.calibrate(qgnn.quantize_model(model, bits), [args], steps=5).eval()
     assert all(q.is_set for q in qgnn.quantizers(qmodel).values())
     packed = qgnn.pack_model(qmodel)
     with torch.no_grad():

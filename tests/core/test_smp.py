@@ -139,7 +139,7 @@ def test_multiplier_of_zero_leaves_outputs_bitwise(name: str, bits: int) -> None
     outs = []
     for smp in (None, SMPConfig(alpha=1e-5), SMPConfig(alpha=7, correction="explicit", bound="absolute")):
         qconv = qgnn.quantize_model(conv, config=QuantConfig(bits=bits, smp=smp))
-        qgnn.calibrate(qconv, (x, edge_index))
+        qgnn.calibrate(qconv, (x, edge_index), method="ranges")
         outs.append((qconv.train()(x, edge_index), qconv.eval()(x, edge_index)))
     for out in outs[1:]:
         assert torch.equal(out[0], outs[0][0])
@@ -205,7 +205,7 @@ def test_correction_is_the_same_at_every_width(bits: int) -> None:
     x, edge_index = features(), graph()
     conv = GCNConv(WIDTH, OUT)
     qconv = qgnn.quantize_model(conv, config=QuantConfig(bits=bits, smp=SMPConfig(multiplier=1.0)))
-    qgnn.calibrate(qconv, (x, edge_index))
+    qgnn.calibrate(qconv, (x, edge_index), method="ranges")
     z = conv.lin(x).detach().double()
     operator = operators(edge_index)["gcn"]
     change = operator @ z - z

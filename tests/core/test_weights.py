@@ -111,7 +111,7 @@ def model(request: pytest.FixtureRequest) -> Around:
 def test_packed_as_converted_and_restored(model: Around, bits: int, tmp_path: Path) -> None:
     x = features()
     weights = {name: p.clone() for name, p in model.named_parameters()}
-    qmodel: Any = qgnn.calibrate(qgnn.quantize_model(model, bits), [(x,)]).eval()
+    qmodel: Any = qgnn.calibrate(qgnn.quantize_model(model, bits), [(x,)], steps=5).eval()
     assert type(qmodel.part).__name__ == type(model.part).__name__
     assert isinstance(qmodel.part, type(model.part))
     assert weights.keys() <= qmodel.state_dict().keys()
@@ -264,7 +264,7 @@ def test_gradients_of_a_table_stay_sparse() -> None:
 def test_padding_stays_what_it_was(bits: int) -> None:
     table = nn.Embedding(20, 7, padding_idx=4)
     index = torch.tensor([[4, 3], [4, 4]])
-    qtable = qgnn.calibrate(qgnn.quantize_model(table, bits), [(torch.arange(20),)]).eval()
+    qtable = qgnn.calibrate(qgnn.quantize_model(table, bits), [(torch.arange(20),)], steps=5).eval()
     packed = qgnn.pack_model(qtable)
     for one in (qtable, packed):
         assert not one(index)[index == 4].any()

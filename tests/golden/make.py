@@ -43,7 +43,7 @@ def main(folder: Path) -> None:
     for name, (build, config) in MODELS.items():
         torch.manual_seed(0)
         qmodel = qgnn.quantize_model(perturbed(build()), config=config).eval()
-        qgnn.calibrate(qmodel, (x, edge_index))
+        qgnn.calibrate(qmodel, (x, edge_index), method="ranges")
         packed = qgnn.pack_model(qmodel)
         qgnn.save_packed(packed, folder / f"{name}.safetensors")
         dump(qmodel.state_dict(), folder / f"{name}.state.pt.gz")
@@ -57,7 +57,7 @@ def main(folder: Path) -> None:
     build, config = MODELS["gcn"]
     torch.manual_seed(0)
     task = QuantizedNodeClassifier(
-        qgnn.calibrate(qgnn.quantize_model(build(), config=config).eval(), (x, edge_index)), CLASSES
+        qgnn.calibrate(qgnn.quantize_model(build(), config=config).eval(), (x, edge_index), method="ranges"), CLASSES
     ).eval()
     checkpoint = {
         "state_dict": task.state_dict(),

@@ -34,7 +34,7 @@ def test_lightning_is_the_plain_loop(sbm, make_trainer):
     trainer.fit(module, datamodule=NodeDataModule(sbm))
 
     torch.set_rng_state(start)
-    qgnn.calibrate(model, sbm)
+    qgnn.calibrate(model, sbm, method="ranges")
     optimizer = torch.optim.Adam(qgnn.training.parameter_groups(model, 0.02, 1e-3))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10)
     for _ in range(10):

@@ -71,7 +71,7 @@ def test_every_width_and_kind_of_range(bits: int, granularity: Any) -> None:
     torch.manual_seed(0)
     config = qgnn.QuantConfig(bits=bits, granularity=granularity)
     qmodel = qgnn.quantize_model(TransformerConv(WIDTH, 6, heads=2).eval(), config=config)
-    qgnn.calibrate(qmodel, [(X, EDGE_INDEX)])
+    qgnn.calibrate(qmodel, [(X, EDGE_INDEX)], method="ranges")
     packed = qgnn.pack_model(qmodel.eval())
     agree(qmodel, packed, X, EDGE_INDEX)
     assert paths(packed) == {"generated kernel"}

@@ -96,7 +96,7 @@ def features(kind: str, num_nodes: int, width: int = FEATURES, seed: int = 0) ->
 def quantized(model: nn.Module, x: Tensor, edge_index: Any, **config: Any) -> nn.Module:
     """A converted, calibrated model in eval mode."""
     qmodel = qgnn_plugin.quantize_model(model, config=QuantConfig(**config)).eval()
-    return qgnn_plugin.calibrate(qmodel, (x, edge_index))
+    return qgnn_plugin.calibrate(qmodel, (x, edge_index), method="ranges")
 
 
 def packed_pair(

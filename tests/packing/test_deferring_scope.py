@@ -141,7 +141,7 @@ def test_layers_that_are_the_model_stay_quantized(name: str) -> None:
     x, edge_index = torch.randn(20, 8), torch.randint(0, 20, (2, 60))
     for _ in range(2):  # the second meets the class as the copies of the first have left it
         layer = LAYERS_ALONE[name]()
-        qlayer = qgnn.calibrate(qgnn.quantize_model(layer, bits=2), (x, edge_index)).eval()
+        qlayer = qgnn.calibrate(qgnn.quantize_model(layer, bits=2), (x, edge_index), steps=5).eval()
         packed = qgnn.pack_model(qlayer)
         for model in (packed, copy.deepcopy(packed), pickle.loads(pickle.dumps(packed)), packed):
             assert not torch.allclose(model(x, edge_index), layer(x, edge_index), atol=1e-3)

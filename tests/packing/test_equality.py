@@ -90,7 +90,7 @@ def test_edge_weights(granularity: str, backend: str) -> None:
     args = features("dense", 40), graph.edge_index, torch.rand(200)
     config = QuantConfig(bits=4, granularity=granularity, message_levels="half")
     qmodel = qgnn_plugin.quantize_model(MODELS["gcn"](depth=3), config=config).eval()
-    qgnn_plugin.calibrate(qmodel, args)
+    qgnn_plugin.calibrate(qmodel, args, method="ranges")
     with use_backend(backend):
         assert_same(qmodel, qgnn_plugin.pack_model(qmodel), *args)
 
@@ -99,7 +99,7 @@ def accurate_pair(model: nn.Module, bits: int) -> tuple[nn.Module, nn.Module, tu
     graph = erdos_renyi(40, 200)
     args = features("dense", 40), graph.edge_index
     qmodel = qgnn_plugin.quantize_model(model, config=QuantConfig.accurate(bits)).eval()
-    qgnn_plugin.calibrate(qmodel, args)
+    qgnn_plugin.calibrate(qmodel, args, method="ranges")
     return qmodel, qgnn_plugin.pack_model(qmodel), args
 
 
@@ -126,7 +126,7 @@ def test_attention_options(layer: Any, attention_bits: int) -> None:
         model = layer(FEATURES, 5, heads=2, **options)
         args = (x, graph.edge_index, edge_attr) if "edge_dim" in options else (x, graph.edge_index)
         qmodel = qgnn_plugin.quantize_model(model, config=config).eval()
-        qgnn_plugin.calibrate(qmodel, args)
+        qgnn_plugin.calibrate(qmodel, args, method="ranges")
         packed = qgnn_plugin.pack_model(qmodel)
         assert_same(qmodel, packed, *args, exact=False)
         out, (index, alpha) = packed(*args, return_attention_weights=True)

@@ -76,7 +76,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[int, int], Inputs]]] =
 def models(name: str, bits: int = 4) -> tuple[dict[str, nn.Module], Callable[[int, int], Inputs]]:
     make, inputs = CASES[name]
     args = inputs(50, 300)
-    qmodel = qgnn.calibrate(qgnn.quantize_model(make(), bits=bits), args).eval()
+    qmodel = qgnn.calibrate(qgnn.quantize_model(make(), bits=bits), args, steps=5).eval()
     return {"converted": qmodel, "packed": qgnn.pack_model(qmodel)}, inputs
 
 

@@ -49,7 +49,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch, blocks_alone: None) -> list[int]:
 def pair(make: Callable[[], nn.Module], args: Any, bits: int = 4) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
     qmodel = qgnn.quantize_model(make().eval(), bits)
-    qgnn.calibrate(qmodel, [args]).eval()
+    qgnn.calibrate(qmodel, [args], method="ranges").eval()
     return qmodel, qgnn.pack_model(qmodel)
 
 
@@ -203,7 +203,7 @@ def test_ranges(bits: int, granularity: str, tiny: list[int]) -> None:
     config = qgnn.QuantConfig(bits=bits, granularity=granularity)
     for make in (lambda: GraphConv(WIDTH, OUT), lambda: TransformerConv(WIDTH, OUT, heads=2)):
         qmodel = qgnn.quantize_model(make().eval(), config=config)
-        qgnn.calibrate(qmodel, [(x(), graph())]).eval()
+        qgnn.calibrate(qmodel, [(x(), graph())], method="ranges").eval()
         with torch.no_grad():
             assert_same(qgnn.pack_model(qmodel)(x(), graph()), qmodel(x(), graph()))
     assert len(tiny) > 10

@@ -106,7 +106,7 @@ def made() -> Callable[[str], dict[str, nn.Module]]:
 def forms_of(model: nn.Module, args: tuple[Any, ...], **options: Any) -> dict[str, nn.Module]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        converted = qgnn.calibrate(qgnn.quantize_model(model, **options), [args]).eval()
+        converted = qgnn.calibrate(qgnn.quantize_model(model, **options), [args], steps=5).eval()
         packed = qgnn.pack_model(converted)
     return {"float": model.eval(), "converted": converted, "packed": packed, "loaded": reloaded(packed, model)}
 

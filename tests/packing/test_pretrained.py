@@ -29,7 +29,7 @@ WIDTHS = {"in_channels": 12, "hidden_channels": 8, "num_layers": 2, "out_channel
 
 
 def packed(model: nn.Module, bits: int = 4) -> nn.Module:
-    return qgnn.pack_model(qgnn.calibrate(qgnn.quantize_model(model, bits=bits), ARGS))
+    return qgnn.pack_model(qgnn.calibrate(qgnn.quantize_model(model, bits=bits), ARGS, method="ranges"))
 
 
 def test_a_folder_is_read_by_class_and_by_model(tmp_path: Path) -> None:

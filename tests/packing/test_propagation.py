@@ -35,7 +35,7 @@ def pair(model: nn.Module, *weight: Tensor, **config: Any) -> tuple[Any, Any, tu
     graph = erdos_renyi(40, 200)
     args = (features("dense", 40), graph.edge_index, *weight)
     qmodel = qgnn_plugin.quantize_model(model, config=QuantConfig(**{"bits": 4, **config})).eval()
-    qgnn_plugin.calibrate(qmodel, args)
+    qgnn_plugin.calibrate(qmodel, args, method="ranges")
     return qmodel, qgnn_plugin.pack_model(qmodel), args
 
 

@@ -54,7 +54,7 @@ def holds(layer: LayerError) -> None:
 
 def report(layer: nn.Module, args: tuple[Any, ...], config: QuantConfig, shift: float = 0.0) -> LayerError:
     """The report of one layer; ranges are moved by a factor of ``exp(shift)``, so that some values are clipped."""
-    qlayer = qgnn.calibrate(qgnn.quantize_model(layer, config=config), args).eval()
+    qlayer = qgnn.calibrate(qgnn.quantize_model(layer, config=config), args, method="ranges").eval()
     with torch.no_grad():
         for name, parameter in qlayer.named_parameters():
             if name.endswith("log_scale"):
@@ -116,7 +116,8 @@ def test_bound_of_appnp_is_the_geometric_series(teleport: float, bits: int) -> N
     r"""With equal steps s, :math:`e \le q (1 - a) / a + ...`: what the recursion sums to, from the step sizes alone."""
     x, edge_index = features(), to_undirected(graph(self_loops=False))
     config = QuantConfig(bits=bits, granularity="tensor")
-    qlayer: Any = qgnn.calibrate(qgnn.quantize_model(APPNP(64, teleport), config=config), (x, edge_index)).eval()
+    qlayer: Any = qgnn.quantize_model(APPNP(64, teleport), config=config).eval()
+    qgnn.calibrate(qlayer, (x, edge_index), method="ranges")
     layer = qgnn.error_report(qlayer, (x, edge_index)).layers[0]
     holds(layer)
     assert layer.steps[-1].bound == layer.bound
@@ -219,7 +220,8 @@ def test_the_aggregate_is_what_the_layer_computes() -> None:
     for aggr in ("add", "mean", "max"):
         conv.aggr_module = aggregation_resolver(aggr)
         conv.aggr = aggr
-        qconv = qgnn.calibrate(qgnn.quantize_model(conv, 2, exclude=["lin_rel", "lin_root"]), args).eval()
+        qconv = qgnn.quantize_model(conv, 2, exclude=["lin_rel", "lin_root"]).eval()
+        qgnn.calibrate(qconv, args, method="ranges")
         layer = qgnn.error_report(qconv, args).layers[0]
         assert layer.carried == pytest.approx(float((qconv(*args) - conv(*args)).norm()), rel=1e-4)
 
@@ -270,7 +272,7 @@ def stack_report(model: nn.Module, bits: int, shift: float = 0.0, **smp: Any) ->
     """The layers of a deep stack, of a model that runs on the graph's features."""
     config = QuantConfig(bits=bits, smp=SMPConfig(**{"initial_residual": 0.1, "identity_map": 0.5, **smp}))
     args = (features(), to_undirected(graph()))
-    qmodel = qgnn.calibrate(qgnn.quantize_model(model, config=config), args).eval()
+    qmodel = qgnn.calibrate(qgnn.quantize_model(model, config=config), args, method="ranges").eval()
     with torch.no_grad():
         for name, parameter in qmodel.named_parameters():
             if name.endswith("log_scale"):
