@@ -82,7 +82,7 @@ def _models(case: Case, graph: Graph, width: int, bits: int) -> tuple[nn.Module,
     torch.manual_seed(0)
     model, small = case.model(width, graph), sample(case, graph)
     qmodel = qgnn.quantize_model(model, bits=bits)
-    qgnn.calibrate(qmodel, [case.arguments(small, width)])
+    qgnn.calibrate(qmodel, [case.arguments(small, width)], method="ranges")
     return model, qgnn.pack_model(qmodel.eval())
 
 

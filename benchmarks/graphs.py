@@ -139,7 +139,7 @@ def run_cell(name: str, run: int, root: str) -> dict[str, Any]:
     for column in COLUMNS[1:]:
         torch.manual_seed(run)
         qmodel = qgnn.quantize_model(model, bits=int(column.removeprefix("INT")))
-        qgnn.calibrate(qmodel, setting.train, forward=_outputs)
+        qgnn.calibrate(qmodel, setting.train, method="ranges", forward=_outputs)
         results[column] = setting.fit(qmodel, task.epochs, RATE, teacher=model)
     return {"task": name, "run": run, "results": results}
 

@@ -85,7 +85,7 @@ def errors(case: Case, graph: Graph, width: int) -> dict[str, float]:
     arguments = case.arguments(small, min(width, case.widest))
     expected, found = flat(model(*arguments)), {}
     for bits in WIDTHS:
-        qmodel = qgnn.calibrate(qgnn.quantize_model(model, bits=bits), [arguments]).eval()
+        qmodel = qgnn.calibrate(qgnn.quantize_model(model, bits=bits), [arguments], method="ranges").eval()
         found[str(bits)] = float((flat(qmodel(*arguments)) - expected).norm() / expected.norm())
     return found
 

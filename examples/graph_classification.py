@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     model = Net(graphs[0].num_features, 32, int(max(data.y for data in graphs)) + 1)
     train(model, batches, loss, epochs=args.epochs, lr=0.01)
 
-    qmodel = qgnn.calibrate(qgnn.quantize_model(model, bits=args.bits), batches)
+    qmodel = qgnn.calibrate(qgnn.quantize_model(model, bits=args.bits), batches, method="ranges")
     train(qmodel, batches, loss, epochs=args.epochs // 2, lr=0.003)
     packed = qgnn.pack_model(qmodel)
 

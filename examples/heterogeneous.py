@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     train(model, [data], loss, epochs=args.epochs, lr=0.01)
 
     qmodel = qgnn.quantize_model(model, bits=args.bits)
-    qgnn.calibrate(qmodel, (data.x_dict, data.edge_index_dict))
+    qgnn.calibrate(qmodel, (data.x_dict, data.edge_index_dict), method="ranges")
     train(qmodel, [data], loss, epochs=args.epochs // 2, lr=0.003)
     packed = qgnn.pack_model(qmodel)
 

@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
     train(model, batches, loss, epochs=args.epochs, lr=0.01)
 
     qmodel = qgnn.quantize_model(model, bits=args.bits)
-    qgnn.calibrate(qmodel, [(edge_index,)], forward=lambda model, batch: encode(model, *batch))
+    qgnn.calibrate(qmodel, [(edge_index,)], method="ranges", forward=lambda model, batch: encode(model, *batch))
     train(qmodel, batches, loss, epochs=args.epochs // 2, lr=0.003)
     packed = qgnn.pack_model(qmodel)
 

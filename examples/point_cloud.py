@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     model = Net(int(max(data.y for data in clouds)) + 1)
     train(model, batches, loss, epochs=args.epochs, lr=0.005)
 
-    qmodel = qgnn.calibrate(qgnn.quantize_model(model, bits=args.bits), batches, forward=predict)
+    qmodel = qgnn.calibrate(qgnn.quantize_model(model, bits=args.bits), batches, method="ranges", forward=predict)
     train(qmodel, batches, loss, epochs=args.epochs // 2, lr=0.002)
     packed = qgnn.pack_model(qmodel)
 

@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
 
     model = train(Potential(int(max(d.z.max() for d in data)) + 1), batches, loss, epochs=args.epochs, lr=0.01)
 
-    qmodel = qgnn.calibrate(qgnn.quantize_model(model, bits=args.bits), batches, forward=predict)
+    qmodel = qgnn.calibrate(qgnn.quantize_model(model, bits=args.bits), batches, method="ranges", forward=predict)
     train(qmodel, batches, loss, epochs=args.epochs // 2, lr=0.003)
     packed = qgnn.pack_model(qmodel)
 

@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     train(model, Run(data, model, before), loss, epochs=args.epochs, lr=0.003)
 
     qmodel = qgnn.quantize_model(model, bits=args.bits)
-    qgnn.calibrate(qmodel, Run(data, qmodel, before))
+    qgnn.calibrate(qmodel, Run(data, qmodel, before), method="ranges")
     train(qmodel, Run(data, qmodel, before), loss, epochs=args.epochs // 2, lr=0.001)
     packed = qgnn.pack_model(qmodel)
     qgnn.pack_rows(packed.memory, "memory", bits=8)
