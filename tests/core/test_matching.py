@@ -202,6 +202,16 @@ def test_buffers_and_random_numbers_are_those_of_one_pass() -> None:
     assert any(q.shift is not None for q in qgnn.quantizers(matched).values())
 
 
+def test_rows_of_a_table_are_as_they_are_in_any_order() -> None:
+    """A look-up quantizes the rows that it takes: there are no codes of the table to choose."""
+    table = nn.Embedding(20, WIDTH).eval()
+    qtable = calibrated(table, [(torch.arange(20),)], steps=5)
+    index = torch.tensor([3, 3, 7])
+    with torch.no_grad():
+        assert torch.equal(qtable(index), qtable(torch.arange(20))[index])
+    assert all(q.shift is None for q in qgnn.quantizers(qtable).values())
+
+
 def test_inside_inference_mode() -> None:
     model, args = MODELS["gcn"]().eval(), (features(), graph())
     qmodel = qgnn.quantize_model(model, bits=2).eval()

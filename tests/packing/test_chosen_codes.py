@@ -32,7 +32,7 @@ MODELS: dict[str, tuple[Any, Any]] = {
     ),
     "MultiheadAttention": (Attends, lambda: (features(),)),
     "Bilinear": (lambda: nn.Bilinear(WIDTH, WIDTH, 3), lambda: (features(), features())),
-    "Embedding": (lambda: nn.Embedding(NODES, WIDTH), lambda: (torch.arange(NODES),)),
+    "Embedding": (lambda: nn.Embedding(NODES, WIDTH), lambda: (torch.arange(3 * NODES) % NODES,)),
 }
 
 
