@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,6 @@ Data sets without a public split use a random one per seed, 20 / 30 / rest per c
 settings were chosen on validation accuracy.
 """
 CALIBRATED_NOTES = """\
-## Calibration alone
-
 The same float models after `calibrate(quantize_model(model, bits), data)`: no training and no labels.  Processor time
 is that of one thread, in seconds, mean over seeds.
 """
@@ -139,9 +138,7 @@ def _groups(cells: list[dict[str, Any]]) -> Groups:
 
 
 def calibrated_markdown(cells: list[dict[str, Any]]) -> str:
-    """The table of calibration alone, empty where there are no runs."""
-    if not cells:
-        return ""
+    """The table of calibration alone, with the rows that miss an aim listed below it."""
     columns = ("FP32", *BITS)
     lines = [CALIBRATED_NOTES, "| data set | model | seeds | " + " | ".join((*columns, "INT2, s")) + " |"]
     lines.append("| --- " * (len(columns) + 4) + "|")
@@ -201,36 +198,56 @@ def _file_name(dataset: str, model: str, seed: int) -> str:
     return f"{dataset.replace('/', '-')}--{model}--{seed}.json"
 
 
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Where the runs of a table and its report are, by name below a folder of results."""
+
+    runs: str
+    name: str
+    title: str
+    markdown: Callable[[list[dict[str, Any]]], str]
+
+    def finished(self, out: Path) -> list[dict[str, Any]]:
+        return sorted((json.loads(path.read_text()) for path in sorted((out / self.runs).glob("*.json"))), key=_order)
+
+
+TABLES = (
+    Table(RUNS, "accuracy", "Accuracy", markdown),
+    Table(CALIBRATED_RUNS, "calibrated", "Accuracy after calibration alone", calibrated_markdown),
+)
+
+
+def _settings() -> dict[str, Any]:
+    return {"recipe": dataclasses.asdict(Recipe()), "config": QuantConfig().to_dict()}
+
+
 def unpack_report(out: Path) -> None:
-    """Put the runs of an earlier ``accuracy.json`` back as files, if made by today's recipe and configuration."""
-    path = out / "accuracy.json"
-    if not path.exists():
-        return
-    earlier = json.loads(path.read_text())
-    if (earlier["recipe"], earlier.get("config")) != (dataclasses.asdict(Recipe()), QuantConfig().to_dict()):
-        return
-    for folder, cells in ((RUNS, earlier["runs"]), (CALIBRATED_RUNS, earlier.get("calibrated", []))):
-        for cell in cells:
-            target = out / folder / _file_name(cell["dataset"], cell["model"], cell["seed"])
+    """Put the runs of earlier reports back as files, if made by today's recipe and configuration."""
+    for table in TABLES:
+        path = out / f"{table.name}.json"
+        earlier = json.loads(path.read_text()) if path.exists() else {}
+        if {key: earlier.get(key) for key in _settings()} != _settings():
+            continue
+        for cell in earlier["runs"]:
+            target = out / table.runs / _file_name(cell["dataset"], cell["model"], cell["seed"])
             if not target.exists():
                 write_atomically(target, json.dumps(cell))
 
 
-def _finished(folder: Path) -> list[dict[str, Any]]:
-    return sorted((json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))), key=_order)
-
-
 def report(out: Path) -> str:
-    """Collect the finished runs under ``out`` into ``accuracy.json`` and ``accuracy.md``."""
-    cells, calibrated = _finished(out / RUNS), _finished(out / CALIBRATED_RUNS)
-    table = "\n".join(part for part in (markdown(cells) if cells else "", calibrated_markdown(calibrated)) if part)
-    settings = {"recipe": dataclasses.asdict(Recipe()), "config": QuantConfig().to_dict()}
-    text = {"environment": environment(threads=1), **settings, "runs": cells, "calibrated": calibrated}
-    write_atomically(out / "accuracy.json", compact_json(text) + "\n")
-    notes = out / "accuracy-notes.md"
-    explained = f"\n{notes.read_text()}" if notes.exists() else ""
-    write_atomically(out / "accuracy.md", f"# Accuracy\n\n{table}{explained}")
-    return table
+    """Collect the finished runs under ``out`` into a ``.json`` and a ``.md`` for each table that has any."""
+    texts = []
+    for table in TABLES:
+        cells = table.finished(out)
+        if not cells:
+            continue
+        text = {"environment": environment(threads=1), **_settings(), "runs": cells}
+        write_atomically(out / f"{table.name}.json", compact_json(text) + "\n")
+        notes = out / f"{table.name}-notes.md"
+        explained = f"\n{notes.read_text()}" if notes.exists() else ""
+        texts.append(table.markdown(cells))
+        write_atomically(out / f"{table.name}.md", f"# {table.title}\n\n{texts[-1]}{explained}")
+    return "\n".join(texts)
 
 
 def main() -> None:

@@ -88,7 +88,9 @@ def test_what_is_measured_is_the_calibrated_model(options: dict[str, str]) -> No
     search = _Search(model, data, qgnn.QuantConfig(**options), Budget(bytes=0), progress=False)
     widths = tuple(WIDTHS[i % 3] for i in range(len(search.sites)))
     mixed = search._mixed(widths)
-    calibrated = qgnn.calibrate(qgnn.quantize_model(model, config=search._config(widths)), data).eval()
+    calibrated = qgnn.calibrate(
+        qgnn.quantize_model(model, config=search._config(widths)), data, method="ranges"
+    ).eval()
     assert torch.equal(mixed(data.x, data.edge_index), calibrated(data.x, data.edge_index))
     wanted = {site.name: width for site, width in zip(search.sites, widths, strict=True)}
     assert {name.removesuffix("_quantizer"): q.bits for name, q in quantizers(calibrated).items()} == wanted
