@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qgnn_plugin import PackedEmbeddings
 from qgnn_plugin.data import load_dataset, to_sparse_features
+from qgnn_plugin.denormals import flushed_denormals
 from qgnn_plugin.recipe import fit_float
 
 from .cpu_report import Target, table
@@ -98,11 +99,8 @@ def dataset_rows(dataset: str, x: Tensor) -> list[dict[str, Any]]:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     set_threads(max(args.threads))
-    torch.set_flush_denormal(True)  # Adam with weight decay makes denormal numbers, slow on a CPU
-    try:
+    with flushed_denormals():  # Adam with weight decay makes them
         rows = [row for dataset in args.datasets for row in dataset_rows(dataset, embeddings(dataset, args.root))]
-    finally:
-        torch.set_flush_denormal(False)
     return {"rows": rows}
 
 

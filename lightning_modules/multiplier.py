@@ -12,6 +12,8 @@ from qgnn_plugin.smp import ConstraintState, MultiplierState, SmoothLayer
 
 from .framework import MisconfigurationException, pl, rank_zero_warn
 
+CHECKPOINT_KEY = "qgnn_constraints"
+
 
 class DifferentialMultiplier(pl.Callback):
     r"""Moves the multipliers of smoothness-constrained layers, once per optimizer step.
@@ -76,7 +78,7 @@ class DifferentialMultiplier(pl.Callback):
     ) -> None:
         layers = qgnn.smp_layers(pl_module)
         for name, layer in layers.items():
-            if layer._constraint_state is not None:
+            if layer._constraint_state is not None and not layer._is_resting:
                 self._measured.setdefault(name, []).append(layer._constraint_state)
         if trainer.global_step == self._step:  # gradients are still accumulating
             return
@@ -110,6 +112,29 @@ class DifferentialMultiplier(pl.Callback):
             f"{layer._highest_multiplier:.3g}, with a violation of {state.violation:.3g}. The layer "
             "cannot meet its bound: raise SMPConfig(alpha=...) or lower SMPConfig(eta_lambda=...)."
         )
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep which forward pass measures next, and what the last that did has found."""
+        checkpoint[CHECKPOINT_KEY] = {
+            name: {
+                "updates": layer._updates,
+                "rests": layer._rests,
+                "measured": None if (state := layer._constraint_state) is None else [state.energy, state.bound],
+            }
+            for name, layer in qgnn.smp_layers(pl_module).items()
+        }
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        kept = checkpoint.get(CHECKPOINT_KEY, {})  # none in a checkpoint of an earlier version
+        for name, layer in qgnn.smp_layers(pl_module).items():
+            if name in kept:
+                layer._updates, layer._rests = kept[name]["updates"], kept[name]["rests"]
+                if (measured := kept[name]["measured"]) is not None:
+                    layer._constraint_state = ConstraintState(*(v.to(layer._force.device) for v in measured))
 
     def state_dict(self) -> dict[str, Any]:
         return {"saturated": sorted(self._saturated)}

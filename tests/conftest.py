@@ -14,9 +14,14 @@ from torch import Tensor
 
 
 @pytest.fixture(autouse=True)
-def manual_seed() -> None:
-    """Every test starts from the same global generator."""
+def same_start() -> None:
+    """Every test starts from the same global generator and modes, whatever the one before it left.
+
+    Without denormal numbers, say, property tests of float ranges look for values forever.
+    """
     torch.manual_seed(0)
+    torch.set_flush_denormal(False)
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture

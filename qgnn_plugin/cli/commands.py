@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ from ..analysis.comparison import score
 from ..atomic import atomic_file
 from ..calibration import calibrate
 from ..conversion import is_quantized, quantize_model, restore_model
+from ..denormals import flushed_denormals
 from ..inputs import run_model
 from ..packing import pack_model, packed_bytes, save_packed
 from ..recipe import Recipe, Stage, StageResult, fit_float, fit_quantized, float_form
@@ -42,22 +40,7 @@ CHECKPOINT = ".pt"
 SPLITS = ("train", "val", "test")
 
 
-@contextmanager
-def _flushed_denormals() -> Iterator[None]:
-    """Weight decay drives unused weights into denormal numbers, which a CPU computes with a hundred times slower.
-
-    The processor's mode is the caller's again afterwards.
-    """
-    smallest, one = math.ulp(0.0), 1.0
-    was_flushed = smallest * one == 0.0
-    torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(was_flushed)
-
-
-@_flushed_denormals()
+@flushed_denormals()
 def train(options: Any) -> None:
     """Train a float model and its low-bit versions; print a table, and write to ``--out``."""
     out = options.out

@@ -169,7 +169,7 @@ class QuantizedAPPNP(NormalizedOperator, QuantizedPropagation):
         return Descent(0.0, 1 - self.alpha, self.alpha)
 
     def unquantized(self: Any, x: Tensor, edge_index: Any, edge_weight: Tensor | None) -> Tensor:
-        if not self.training or self._smp is None or not x.is_floating_point():
+        if not self._measures or not x.is_floating_point():
             return super().unquantized(x, edge_index, edge_weight)
         graph, samples = self.normalized(x, edge_index, edge_weight), Samples.of(self, x)
         meter = Meter(self._smp, graph.apply, graph.plan.num_edges)

@@ -302,7 +302,7 @@ class _QuantizedAttention(WatchedAttention, QuantizedConv):
         return out if self.bias is None else out + self.bias
 
     def _smoothed(self: Any, z: Tensor, out: Tensor, alpha: Tensor, plan: GraphPlan) -> Tensor:
-        if self._smp is None or not (self.training or self._is_smoothing):
+        if not self._minds_change:
             return out
         return self._smooth(z, out, lambda v: spmm(plan, v, alpha.to(v.dtype)), plan.num_edges, averaged=True)
 

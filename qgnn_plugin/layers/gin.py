@@ -62,7 +62,7 @@ class QuantizedGINConv(QuantizedConv):
             out = aggregate_sum(sent, graph.plan, graph.weight, exact=not self.training)
         if own is not None:
             out = out + _multiple(own, own_weight)
-        if sums and self._smp is not None and x_dst is x_src and (self.training or self._is_smoothing):
+        if sums and x_dst is x_src and self._minds_change:
             # A sum grows with the degree; the constraint is on the mean that it is a multiple of.  Where no correction
             # acts it is measured only.
             with torch.set_grad_enabled(torch.is_grad_enabled() and self._is_smoothing):

@@ -180,7 +180,7 @@ class QuantizedHops(NormalizedOperator, QuantizedPropagation):
         return graph.propagate(values_entering(self.lin, h) if k == 0 else h)
 
     def unquantized(self: Any, x: Tensor, edge_index: Any, edge_weight: Tensor | None) -> Tensor:
-        if self.training and self._smp is not None and x.is_floating_point():
+        if self._measures and x.is_floating_point():
             with torch.no_grad():
                 x0 = Samples.of(self, x).rows(self.entered(x))
                 self.steps(x0, self.normalized(x, edge_index, edge_weight))

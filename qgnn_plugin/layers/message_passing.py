@@ -60,7 +60,8 @@ class PropagationChange(SmoothLayer):
 
     def _smoothed_change(self, x: Any, out: Any, edge_index: Any, size: Any) -> Any:
         """``out`` with its change corrected, or measured; as it is where a graph has no change from node to node."""
-        self._constraint_state = None
+        if self._measures:
+            self._constraint_state = None
         if size is not None or not self._is_square(x, out) or not _is_scalar(edge_index):
             return out
         assert isinstance(x, Tensor)
@@ -113,7 +114,7 @@ class QuantizedConv(QuantizedLayer, PropagationChange):
         x, size = kwargs.get("x"), kwargs.get("size")
         kwargs = self.quantized_arguments(kwargs)
         out = self.float_propagate(edge_index, **kwargs)
-        if self._smp is None or not (self.training or self._is_smoothing):
+        if not self._minds_change:
             return out
         return self._corrected_change(x, kwargs.get("x"), out, edge_index, size)
 

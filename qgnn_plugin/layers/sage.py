@@ -129,7 +129,7 @@ class QuantizedSAGEConv(QuantizedConv):
         else:
             out = aggregate_sum(self.message_quantizer(z), graph.plan, graph.weight, exact=not self.training)
             out = out if graph.target is None else out * graph.target
-        if smooth and self._smp is not None and (self.training or self._is_smoothing):
+        if smooth and self._minds_change:
             smoother = mean_graph(sampled.edge_index, sampled.size, self.flow, z.dtype, copies=sampled.samples.copies)
             out = self._smooth(z, out, smoother.apply, graph.plan.num_edges, averaged=self.aggr == "mean")
         return out if self.lin_l.bias is None else out + self.lin_l.bias

@@ -30,8 +30,12 @@ __all__ = [
 Operator = Callable[[Tensor], Tensor]
 BUFFERS = ("multiplier", "slack", "penalty")
 OTHER_PREFIX = "qgnn_"
-CONSTRAINT_ATTRIBUTES = ("_constraint_state", "_smp", "_smoothing", "_written", "_buffer_prefix")  # beside them
+CONSTRAINT_ATTRIBUTES = (  # beside them
+    "_constraint_state", "_smp", "_smoothing", "_written", "_buffer_prefix", "_rests", "_updates",
+)  # fmt: skip
 EXPLICIT_LIMIT = 0.25  # of eta lambda: past it the explicit correction turns changes of frequency 2 round
+MEASURED_EVERY = 16  # updates, where the bound is far from being reached
+FAR_BELOW = 0.5  # of the bound
 
 
 def dirichlet_energy(x: Tensor, operator: Operator) -> Tensor:
@@ -41,7 +45,7 @@ def dirichlet_energy(x: Tensor, operator: Operator) -> Tensor:
 
 @dataclass
 class ConstraintState:
-    """What the last training forward measured, plain tensors detached from the graph: one value, or one per step.
+    """What training measured last, plain tensors detached from the graph: one value, or one per step.
 
     Args:
         energy: ``g`` of the realised change.
@@ -91,6 +95,8 @@ class SmoothLayer:
     _buffer_prefix: str = ""  # of the buffers' names, where the layer has attributes of these names itself
     _smoothing: bool = False  # what the buffers said
     _written: tuple[Any, ...] | None = None  # in these versions
+    _rests: bool = False  # whether measuring can wait while the multiplier is zero
+    _updates: int = 0  # of the multiplier
 
     @property
     def _num_constraints(self) -> int:
@@ -104,7 +110,7 @@ class SmoothLayer:
 
     @property
     def _constraint(self) -> float | None:
-        """``g`` over its bound, from the last training forward: at most 1 when met; :obj:`None` before any."""
+        """``g`` over its bound, as last measured in training: at most 1 when met; :obj:`None` before any."""
         state = self._constraint_state
         return None if state is None else float(state.ratio)
 
@@ -165,6 +171,34 @@ class SmoothLayer:
             self._refresh()
         return self._smoothing
 
+    @property
+    def _is_resting(self) -> bool:
+        """Whether forward passes in training need not measure the constraint until the next update."""
+        return self._rests and not self._is_smoothing
+
+    @property
+    def _measures(self) -> bool:
+        """Whether a forward pass measures the constraint."""
+        return self.training and self._smp is not None and not self._is_resting
+
+    @property
+    def _minds_change(self) -> bool:
+        """Whether a forward pass corrects the change or measures its constraint."""
+        return self._smp is not None and (self._is_smoothing or self._measures)
+
+    def _note_update(self, ratio: float | None) -> None:
+        """Take note of an update at ``g / b``, and whether measuring can wait until the next.
+
+        An update changes nothing while the multiplier is zero and the bound met.  Where ``g + s^2 b`` is below
+        ``FAR_BELOW`` of the bound, only one forward pass of ``MEASURED_EVERY`` updates measures; a multiplier that
+        has to rise does so that many updates later at most.  The updates are counted, so that all layers measure in
+        the same forward pass, as do all processes, and code that is compiled knows two states and not sixteen.
+        """
+        self._updates += 1
+        far = ratio is not None and ratio + float(self._constraint_buffer("slack")) ** 2 <= FAR_BELOW
+        idle = not self._moves_itself and self._multiplier_value == 0
+        self._rests = far and idle and self._updates % MEASURED_EVERY != 0
+
     def _refresh(self) -> None:
         """Read anew whether the correction acts, where the buffers were written since it was last asked."""
         multiplier = self._constraint_buffer("multiplier")
@@ -190,7 +224,7 @@ class SmoothLayer:
         propagated = a
         if self._is_smoothing:
             a = z + corrected(a - z, operator, config, self._force)
-        if self.training:
+        if self._measures:
             with torch.no_grad():
                 energy = dirichlet_energy((a - z).detach(), operator).clamp_min(0)
                 if config.bound == "relative":
@@ -240,6 +274,7 @@ def attach_constraint(layer: Any, config: SMPConfig | None, device: torch.device
         ValueError: If ``config`` is the authors' algorithm and the layer is no propagation.
     """
     layer._constraint_state = None
+    layer._rests, layer._updates = False, 0
     if config is None:
         return
     constrained = isinstance(layer, SmoothLayer)  # by itself
@@ -265,6 +300,7 @@ def reset_constraint(layer: SmoothLayer) -> None:
         if (buffer := layer._constraint_buffer(name)) is not None:
             buffer.fill_(value)
     layer._constraint_state = None
+    layer._rests, layer._updates = False, 0
 
 
 def constraint_names(layer: Any) -> list[str]:

@@ -193,7 +193,7 @@ class PropagationLayer(SmoothLayer):
         config = self._smp
         descent, source = self.descent, self.descent.source(x0)
         meter = None
-        if config is not None and (self.training or self._moves_itself):
+        if config is not None and (self._measures or self._moves_itself):
             meter = Meter(config, graph.apply, graph.plan.num_edges)
         if config is not None and config.algorithm == "reference":
             return self._reference_steps(x0, average, gap, meter, visit)

@@ -42,8 +42,10 @@ class Model(nn.Module):
         return self.second(self.first(x, edge_index).relu(), edge_index)
 
 
-@pytest.mark.parametrize("smp", [None, SMOOTH], ids=["plain", "smooth"])
-@pytest.mark.parametrize("name", LAYERS)
+CASES = [*((name, SMOOTH) for name in LAYERS), ("GCN", None)]  # a step with a constraint holds one without
+
+
+@pytest.mark.parametrize(("name", "smp"), CASES, ids=lambda v: v if isinstance(v, str) else "smooth" if v else "plain")
 def test_a_step_compiles_to_one_graph(name: str, smp: Any) -> None:
     x, edge_index = torch.randn(NODES, FEATURES), torch.randint(NODES, (2, 200))
     target = torch.randint(CLASSES, (NODES,))

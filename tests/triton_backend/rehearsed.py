@@ -1,10 +1,10 @@
 """Rehearses ops and models for one card and prints what would have been launched, as JSON.
 
-Run with the interpreter off: ``python rehearsed.py TARGET BITS...``
+Run with the interpreter off: ``python rehearsed.py TARGET BITS... [--models NAME...]``
 """
 
+import argparse
 import json
-import sys
 from typing import Any
 
 import torch
@@ -31,10 +31,10 @@ def run_ops(target: str, plan: GraphPlan, bits: list[str]) -> list[Launch]:
     return launches
 
 
-def run_models(target: str, plan: GraphPlan, bits: list[str]) -> list[Launch]:
+def run_models(target: str, plan: GraphPlan, names: list[str], bits: list[str]) -> list[Launch]:
     x, edge_index = torch.randn(plan.num_src, WIDTHS[0]), edge_index_of(plan)
     found: list[Launch] = []
-    for name in STACKS:
+    for name in names:
         for width in bits:
             model = packed_model(build_stack(name, WIDTHS).eval(), x, edge_index, int(width))
             with rehearse(target) as launches, torch.no_grad():
@@ -55,11 +55,11 @@ def shown(launches: list[Launch], hip: bool) -> list[dict[str, Any]]:
     return entries
 
 
-def main(target: str, bits: list[str]) -> None:
+def main(target: str, bits: list[str], names: list[str]) -> None:
     torch.manual_seed(0)
     plans = [power_law_plan(nodes, edges, torch.device("cpu")) for nodes, edges in SIZES]
     first, second = (run_ops(target, plan, bits) for plan in plans)
-    models = run_models(target, plans[0], [b for b in bits if b != "8"])
+    models = run_models(target, plans[0], names, [b for b in bits if b != "8"])
     assert architecture(torch.device("cpu")) == "default"  # over
     document = {
         "launches": [[launch.kernel for launch in launches] for launches in (first, second)],
@@ -71,4 +71,9 @@ def main(target: str, bits: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("target")
+    parser.add_argument("bits", nargs="+")
+    parser.add_argument("--models", nargs="+", default=list(STACKS))
+    arguments = parser.parse_args()
+    main(arguments.target, arguments.bits, arguments.models)

@@ -62,9 +62,9 @@ def test_the_largest_of_every_pair_of_codes(bits: int) -> None:
     assert torch.equal(out[0], pairs.amax(1).float())
 
 
-@pytest.mark.parametrize("bits", [2, 8])
-def test_largest_codes_do_not_overflow_a_lane(bits: int) -> None:
-    plan = plan_of(star(10_007))
+@pytest.mark.parametrize(("bits", "neighbours"), [(2, 10_007), (8, 1_031)])
+def test_largest_codes_do_not_overflow_a_lane(bits: int, neighbours: int) -> None:
+    plan = plan_of(star(neighbours))
     words = pack_codes(torch.full((plan.num_src, 5), 2**bits - 1), bits)
     scale, offset = torch.tensor(0.3), torch.tensor(-1.0)
     with override(aggregate_sum=Config(num_warps=1, segment=256, words_per_thread=1)):
