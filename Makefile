@@ -84,6 +84,15 @@ bench-cpu: $(STAMP)
 pictures: $(STAMP)
 	$(BIN)/python -m benchmarks.pictures $(ARGS)
 
+# Graph classification and regression at every width (ARGS="--root data --tasks CSL MUTAG").
+.PHONY: bench-graphs bench-layers
+bench-graphs: $(STAMP)
+	$(BIN)/python -m benchmarks.graphs $(ARGS)
+
+# Every class that torch_geometric.nn.conv and .models export: path, error, speed and memory; writes docs/layers_table.md.
+bench-layers: $(STAMP)
+	$(BIN)/python -m benchmarks.layers $(ARGS)
+
 # Registers, load widths and instruction mix of the Triton kernels; needs no GPU.
 .PHONY: kernel-report bench-gpu
 kernel-report: $(STAMP)

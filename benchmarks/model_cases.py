@@ -92,7 +92,7 @@ def _kinds(graph: Graph) -> Tensor:
 MODELS: Mapping[str, Case] = {
     "ARGA": _model(lambda w: pyg.ARGA(pyg.GCNConv(w, w), pyg.MLP([w, w, 1]))),
     "ARGVA": _model(lambda w: pyg.ARGVA(_Variational(w), pyg.MLP([w, w, 1]))),
-    "ARLinkPredictor": _rows(lambda w: pyg.ARLinkPredictor(w, w), lambda x: (x,)),
+    "ARLinkPredictor": _model(lambda w: pyg.ARLinkPredictor(w, w)),
     "AttentiveFP": _model(lambda w: pyg.AttentiveFP(w, w, w, EDGE, LAYERS, 2), "edge_attr", "batch"),
     "DeepGCNLayer": _model(
         lambda w: pyg.DeepGCNLayer(pyg.GENConv(w, w), nn.LayerNorm(w), nn.ReLU(), block="res+")

@@ -40,7 +40,7 @@ class Net(nn.Module):
 
 
 def generated(nodes: int = 120, events: int = 3000) -> TemporalData:
-    """Each node is of one of two sides, changes it now and then, and meets its own; messages hint at the side."""
+    """Two sides, whose members change over and meet their own; as half of the others are, 0.75 is the best accuracy."""
     side = torch.arange(nodes) % 2
     src, dst, msg = [], [], []
     for _ in range(events):

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .shadow import NotTraceable
+
 __all__ = ["LINEAR", "marked"]
 
 _library = torch.library.Library("qgnn_messages", "DEF")
@@ -31,8 +33,27 @@ class _Marked(nn.Module):
         return LINEAR(x, self.number, self.width)
 
 
+class _Unrecorded(nn.Module):
+    """Takes the place of a packed module whose code multiplies by parameters of its own.
+
+    What such code holds in their place computes past the dispatcher, which a recording mode does not survive.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotTraceable(f"it calls a {self.name}, which multiplies by weights of its own")
+
+
 def marked(child: Any, found: list[nn.Module]) -> nn.Module | None:
-    """What takes the place of a packed linear map, which is added to ``found``; :obj:`None` for other modules."""
+    """What takes the place of a packed module inside a layer; :obj:`None` for those that are recorded as they are.
+
+    Linear maps are added to ``found``.
+    """
+    if hasattr(child, "_packed") and getattr(child, "has_others", False):
+        return _Unrecorded(type(child).__name__)
     if not hasattr(child, "_packed") or not hasattr(child, "_num_out"):
         return None
     if child._forward_hooks or child._forward_pre_hooks or child.output_quantizer is not None:
