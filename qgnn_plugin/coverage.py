@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,7 +20,15 @@ from .layers.message_passing import SentFeatures
 from .layers.registry import mixin_for
 from .quantizers import QLRQuantizer
 
-__all__ = ["Coverage", "FloatArgument", "FloatPart", "counting_rows", "coverage", "warn_of_float_parts"]
+__all__ = [
+    "Coverage",
+    "FloatArgument",
+    "FloatPart",
+    "LayerShare",
+    "counting_rows",
+    "coverage",
+    "warn_of_float_parts",
+]
 
 ENOUGH = 0.5  # share of the weights below which conversion warns
 OFF_BY_CHOICE = "32 bits by its configuration"
@@ -88,6 +96,27 @@ class FloatArgument:
 
 
 @dataclass(frozen=True)
+class LayerShare:
+    """What is quantized of one module's own weights, and of the multiply-adds with them for one batch.
+
+    Args:
+        quantized, total: Numbers of weights.
+        quantized_work, total_work: Multiply-adds.
+    """
+
+    quantized: int = 0
+    total: int = 0
+    quantized_work: int = 0
+    total_work: int = 0
+
+    def plus(self, weights: int, work: int, is_quantized: bool) -> LayerShare:
+        return LayerShare(
+            self.quantized + is_quantized * weights, self.total + weights,
+            self.quantized_work + is_quantized * work, self.total_work + work,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Coverage:
     """What is quantized of the weights of a model, its matrices; vectors such as biases and norms do not count.
 
@@ -96,12 +125,14 @@ class Coverage:
         parts: The modules whose weights stay float.
         work: Multiply-adds with quantized weights for one batch, :obj:`None` before calibration.
         arguments: What layers without kernels of their own send in floats.
+        layers: Of each module with weights, by its name; multiply-adds are zero before calibration.
     """
 
     quantized: int
     parts: tuple[FloatPart, ...]
     work: int | None = None
     arguments: tuple[FloatArgument, ...] = ()
+    layers: Mapping[str, LayerShare] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -120,6 +151,14 @@ class Coverage:
         total = self.work + sum(part.work or 0 for part in self.parts)
         return self.work / total if total else 1.0
 
+    def cells(self, name: str) -> tuple[str, str]:
+        """For a table: the share of a module's weights that is quantized, and its share of all multiply-adds."""
+        layer = self.layers.get(name)
+        if layer is None or not layer.total:
+            return "-", "-"
+        total = sum(other.total_work for other in self.layers.values())
+        return f"{layer.quantized / layer.total:.0%}", f"{layer.total_work / total:.0%}" if total else "-"
+
     def __str__(self) -> str:
         work = self.work_share
         done = "" if work is None else f", {work:.0%} of the multiply-adds with weights"
@@ -133,7 +172,7 @@ def coverage(model: nn.Module) -> Coverage:
     for name, module in model.named_modules():
         finder.visit(name, module)
     work = finder.work if finder.knows_work else None
-    return Coverage(finder.quantized, tuple(finder.parts), work, tuple(_float_arguments(model)))
+    return Coverage(finder.quantized, tuple(finder.parts), work, tuple(_float_arguments(model)), finder.shares)
 
 
 def _float_arguments(model: nn.Module) -> Iterator[FloatArgument]:
@@ -149,6 +188,7 @@ class _Finder:
         self.quantized = self.work = 0
         self.parts: list[FloatPart] = []
         self.knows_work = model in _rows
+        self.shares: dict[str, LayerShare] = {}
         self._seen: set[int] = set()
         self._reasons = {spec.name: spec.reason for spec in getattr(model, "_packed_specs", ())}
         self._has_run = any(isinstance(m, QLRQuantizer) and m.bits != OFF and m.is_set for m in model.modules())
@@ -178,14 +218,20 @@ class _Finder:
             elif isinstance(module, QuantizedLayer) and self._has_run and not _has_run(module):
                 self._leave(name, module, count, NEVER_RAN)
             else:
+                work = 0 if isinstance(module, nn.Embedding) else count * self._rows_of(name)
                 self.quantized += count
-                self.work += 0 if isinstance(module, nn.Embedding) else count * self._rows_of(name)
+                self.work += work
+                self._share(name, count, work, True)
 
     def _leave(self, name: str, module: Any, count: int, reason: str, chosen: bool = False) -> None:
         cls = module.float_class if isinstance(module, SwappedLayer) else type(module)
         kind = getattr(module, "original_name", cls.__name__)
         rows = 0 if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) else self._rows_of(name)
         self.parts.append(FloatPart(name, kind, count, count * rows if self.knows_work else None, reason, chosen))
+        self._share(name, count, count * rows, False)
+
+    def _share(self, name: str, weights: int, work: int, is_quantized: bool) -> None:
+        self.shares[name] = self.shares.get(name, LayerShare()).plus(weights, work, is_quantized)
 
     def _rows_of(self, name: str) -> int:
         """Rows that passed a module, or the nearest one around it."""

@@ -22,7 +22,8 @@ from .tables import table
 
 __all__ = ["LayerReport", "Summary", "model_bytes", "summary"]
 
-HEADER = ("layer", "type", "bits", "bytes", "packed", "ranges", "weight error", "constraint", "multiplier")
+SHARES = ("quantized", "work")
+HEADER = ("layer", "type", "bits", "bytes", "packed", "ranges", "weight error", "constraint", "multiplier", *SHARES)
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ class Summary:
     def __str__(self) -> str:
         ratio = self.float_bytes / max(1, self.packed_bytes)
         size = f"model: {self.float_bytes:,} bytes, packed {self.packed_bytes:,} ({ratio:.1f}x)"
-        return "\n".join([table(HEADER, map(_cells, self.layers)), size, str(self.coverage)])
+        rows = [(*_cells(layer), *self.coverage.cells(layer.name)) for layer in self.layers]
+        return "\n".join([table(HEADER, rows), size, str(self.coverage)])
 
     __repr__ = __str__
 
@@ -97,6 +99,9 @@ def model_bytes(model: nn.Module) -> int:
 
 def summary(qmodel: nn.Module) -> Summary | PackedSummary:
     """Describe every converted layer, and what of the model is quantized and what stays float, and why.
+
+    Of each layer it also says which share of its own weights is ``quantized``, and its share of the ``work``: of the
+    multiply-adds with weights that the model does for one batch, known once it is calibrated.
 
     Of a packed model it also says whether a layer runs packed or in floats.
 

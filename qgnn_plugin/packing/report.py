@@ -17,7 +17,7 @@ from .weights import PackedWeight, PackedWeights
 
 __all__ = ["PackedLayerReport", "PackedSummary", "packed_summary"]
 
-HEADER = ("layer", "type", "runs", "bits", "float bytes", "packed bytes")
+HEADER = ("layer", "type", "runs", "bits", "float bytes", "packed bytes", "quantized")
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ class PackedSummary:
     def __str__(self) -> str:
         size = self.bytes
         model = f"model: {size.float:,} bytes, packed {size.packed:,} ({size.ratio:.1f}x)"
-        return "\n".join([table(HEADER, map(_cells, self.layers)), model, str(self.coverage)])
+        rows = [(*_cells(layer), self.coverage.cells(layer.name)[0]) for layer in self.layers]
+        return "\n".join([table(HEADER, rows), model, str(self.coverage)])
 
     __repr__ = __str__
 

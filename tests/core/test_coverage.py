@@ -100,6 +100,27 @@ def test_float_parts_are_named_with_their_share(name: str) -> None:
         assert f"quantized: {found.quantized:,} of {weights:,} weights ({found.share:.0%})" in str(report)
 
 
+def test_each_layer_has_its_share() -> None:
+    """Of its own weights what is quantized, and of all multiply-adds what it does, which packed files do not hold."""
+    model = nn.Sequential(nn.Linear(WIDTH, 30), nn.Linear(30, 10), nn.Linear(10, OUT))
+    config = QuantConfig(bits=4, overrides={"1": {"weight_bits": 32}})
+    qmodel = qgnn.quantize_model(model, config=config).eval()
+    assert {qgnn.summary(qmodel).coverage.cells(name)[1] for name in "012"} == {"-"}
+    qgnn.calibrate(qmodel, [(features(),)])
+    work = [NODES * WIDTH * 30, NODES * 30 * 10, NODES * 10 * OUT]
+    report: Any = qgnn.summary(qmodel)
+    assert [report.coverage.layers[name].total_work for name in "012"] == work
+    assert [report.coverage.layers[name].quantized_work for name in "012"] == [work[0], 0, work[2]]
+    shares = [report.coverage.cells(name) for name in "012"]
+    assert shares == [(q, f"{w / sum(work):.0%}") for q, w in zip(("100%", "0%", "100%"), work, strict=True)]
+    rows = [line.split() for line in str(report).splitlines()[2:5]]
+    assert [tuple(row[-2:]) for row in rows] == shares
+    assert report.coverage.work_share == (work[0] + work[2]) / sum(work)
+    packed = qgnn.summary(qgnn.pack_model(qmodel))
+    assert [line.split()[-1] for line in str(packed).splitlines()[2:5]] == [q for q, _ in shares]
+    assert report.coverage.cells("nowhere") == ("-", "-")
+
+
 def test_multiply_adds_are_known_from_calibration() -> None:
     model = Around(nn.Embedding(50, 16), lambda m, x: m(x[:, 0].abs().long()))
     qmodel: Any = qgnn.quantize_model(model)
@@ -113,6 +134,9 @@ def test_multiply_adds_are_known_from_calibration() -> None:
     qmodel = qgnn.calibrate(qgnn.quantize_model(model, include="head"), [(features(),)])
     own, other = NODES * 16 * 2, NODES * (3 * 16 * WIDTH + 3 * 16 * 16)
     assert qgnn.summary(qmodel).coverage.work_share == own / (own + other)  # type: ignore[union-attr]
+    report = qgnn.summary(qmodel)
+    assert report.coverage.layers["part"].total_work == other
+    assert (report.coverage.layers["part"].quantized, report.coverage.layers["part"].quantized_work) == (0, 0)
     layer: Any = qgnn.calibrate(
         qgnn.quantize_model(CONVS["SAGEConv"]()), (features(), graph())
     )  # calls its maps itself
