@@ -2,6 +2,7 @@
 
 ``accuracy-size.png`` has test accuracy against the bytes of the packed model, ``speed.png`` speed over the fastest
 float path of PyG.  Each is drawn on a light and (``-dark``) on a dark ground, told apart by shape as well as by colour.
+The float models are those that were distilled from themselves, as the low-bit ones are from them, where there are such.
 Nothing is measured here: accuracy and time are those of ``accuracy.json`` and ``cpu.json``; bytes are those of
 a converted model of the same shape, which do not depend on what was learned.
 """
@@ -31,6 +32,8 @@ RESULTS = Path(__file__).parent / "results"
 SHAPES = {"Cora": (1433, 7), "PubMed": (500, 3), "Photo": (745, 8), "CS": (6805, 15)}  # features, classes
 SHOWN = ("GCN-64", "GAT-8x8", "GraphSAGE")
 WIDTHS = {"INT2": 2, "INT4": 4, "INT8": 8, "FP32": None}
+DISTILLED = "FP32 self-distilled"
+KIB = 1024
 MARKERS = ("o", "s", "^")
 HATCHES = ("", "////", "....")
 Rows = Sequence[Mapping[str, Any]]
@@ -41,20 +44,25 @@ def accuracy_against_size(runs: Rows) -> Drawing:
     datasets = [name for name in SHAPES if any(run["dataset"] == name for run in runs)]
 
     def draw(figure: Figure) -> None:
-        figure.set_size_inches(9.0, 2.9)
+        figure.set_size_inches(9.0, 3.1)
         panels = figure.subplots(1, len(datasets), squeeze=False)[0]
         for panel, dataset in zip(panels, datasets, strict=True):
             for marker, model in zip(MARKERS, SHOWN, strict=True):
                 points = _points(runs, dataset, model)
                 if points:
                     sizes, means, spreads, _ = zip(*points, strict=True)
-                    panel.errorbar(sizes, means, spreads, marker=marker, markersize=5, capsize=2, label=model)
+                    style = {"marker": marker, "markersize": 5, "capsize": 2, "elinewidth": 0.7}
+                    panel.errorbar(sizes, means, spreads, label=model, **style)
                 for size, mean, _, name in points if model == SHOWN[0] else ():
-                    below = {"xytext": (0, -14), "textcoords": "offset points", "ha": "center", "fontsize": 7}
-                    panel.annotate(name, (size, mean), **below)
-            panel.set(title=dataset, xscale="log", xlabel="bytes of the model")
+                    ground = {"facecolor": panel.get_facecolor(), "edgecolor": "none", "pad": 0.5, "alpha": 0.8}
+                    above = {"xytext": (4, 5), "textcoords": "offset points", "fontsize": 7, "bbox": ground}
+                    panel.annotate(name, (size, mean), **above)
+            panel.set_xscale("log", base=4)
+            panel.xaxis.set_major_formatter(lambda size, _: f"{size / KIB:g}")
+            panel.set(title=dataset, xlabel="model, KiB")
+            panel.margins(x=0.15)
         panels[0].set_ylabel("test accuracy, %")
-        panels[-1].legend(loc="lower right")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(SHOWN))
 
     return draw
 
@@ -64,7 +72,8 @@ def _points(runs: Rows, dataset: str, model: str) -> list[tuple[int, float, floa
     found = [run["results"] for run in runs if (run["dataset"], run["model"]) == (dataset, model)]
     points = []
     for name, bits in WIDTHS.items():
-        scores = [100 * results[name]["test"] for results in found if name in results]
+        measured = DISTILLED if bits is None and all(DISTILLED in results for results in found) else name
+        scores = [100 * results[measured]["test"] for results in found if measured in results]
         if scores:
             plain = build_model(model, *SHAPES[dataset], fast=False)
             size = model_bytes(plain if bits is None else quantize_model(plain, bits=bits))

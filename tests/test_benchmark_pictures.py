@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from benchmarks import pictures
 pytest.importorskip("matplotlib")
 
 
-def _runs() -> list[dict[str, object]]:
+def _runs() -> list[dict[str, Any]]:
     scores = [{"FP32": 0.8, "INT4": 0.79, "INT2": 0.7}, {"FP32": 0.82, "INT4": 0.81, "INT2": 0.76}]
     results = [{name: {"test": value} for name, value in one.items()} for one in scores]
     return [{"dataset": "PubMed", "model": "GCN-64", "results": one} for one in results]
@@ -26,6 +27,13 @@ def test_points_are_means_over_seeds_against_packed_bytes() -> None:
     weights = 64 * (500 + 3)
     assert points[-1][0] == 4 * (weights + 64 + 3)
     assert weights // 4 < points[0][0] < weights // 2 < points[1][0] < weights
+
+
+def test_float_models_are_distilled_as_the_others_are() -> None:
+    runs = _runs()
+    for run, score in zip(runs, (0.83, 0.85), strict=True):
+        run["results"]["FP32 self-distilled"] = {"test": score}
+    assert pictures._points(runs, "PubMed", "GCN-64")[-1][1] == pytest.approx(84)
 
 
 def test_pictures_are_of_what_is_there(tmp_path: Path) -> None:
