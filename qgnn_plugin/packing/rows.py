@@ -30,6 +30,10 @@ class PackedRows(nn.Module):
         ValueError: If ``rows`` is no matrix of floats, or other widths are asked for.
     """
 
+    words: Tensor
+    scale: Tensor
+    lower: Tensor
+
     def __init__(self, rows: Tensor, bits: int = 8) -> None:
         super().__init__()
         if not isinstance(rows, Tensor) or rows.dim() != 2 or not rows.is_floating_point():
