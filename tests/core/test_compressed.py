@@ -13,7 +13,7 @@ from torch_geometric.nn import GATConv, GATv2Conv, GCNConv, GINConv, SAGEConv
 import qgnn_plugin as qgnn
 from qgnn_plugin.quantizers.compressed import compressing
 
-NODES, EDGES = 1000, 8000
+NODES, EDGES = 4000, 32000
 WIDTHS = (128, 256, 256, 40)
 HEADS = 4
 
@@ -57,7 +57,7 @@ def graph(nodes: int = NODES, edges: int = EDGES, width: int = WIDTHS[0]) -> tup
 
 def converted(model: nn.Module, x: Tensor, edge_index: Tensor, **config: object) -> nn.Module:
     model = qgnn.quantize_model(model, config=qgnn.QuantConfig(**config))  # type: ignore[arg-type]
-    qgnn.calibrate(model, (x, edge_index))
+    qgnn.calibrate(model, (x, edge_index), method="ranges")
     return model.train()
 
 
