@@ -22,7 +22,7 @@ import qgnn_plugin
 from qgnn_plugin.kernels.backend import use_backend
 from qgnn_plugin.kernels.cpu.parallel import num_threads
 from qgnn_plugin.kernels.quantize_pack import quantize_pack
-from qgnn_plugin.packing import deferred
+from qgnn_plugin.packing import convs, deferred
 from qgnn_plugin.packing.deferred import DeferredTensor, Producer, added, computed, is_deferring
 
 ROWS, WIDTH = 150, 7
@@ -221,8 +221,9 @@ CHAINS: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Blocks far smaller than the graphs here."""
+    """Graphs here are as large ones: of many blocks, and of more than few rows."""
     monkeypatch.setattr(deferred, "BLOCK_FLOATS", 1)
+    monkeypatch.setattr(convs, "FEW_RESULTS", 0)
     return
 
 
