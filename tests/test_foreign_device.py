@@ -105,7 +105,7 @@ def test_inference(name: str, config: str) -> None:
 
     def packed(model: nn.Module, x: Tensor, edge_index: Tensor) -> Tensor:
         model = qgnn.quantize_model(model, config=CONFIGS[config])
-        qgnn.calibrate(model, (x, edge_index))
+        qgnn.calibrate(model, (x, edge_index), method="ranges")
         return qgnn.pack_model(model)(x, edge_index)
 
     with torch.no_grad(), use_backend("torch"):
@@ -123,7 +123,7 @@ def test_training(name: str, config: str, compress: bool) -> None:
     x, edge_index = data()
     y = torch.randint(CLASSES, (NODES,))
     model = qgnn.quantize_model(build(name), config=CONFIGS[config])
-    qgnn.calibrate(model, (x, edge_index))
+    qgnn.calibrate(model, (x, edge_index), method="ranges")
     with use_backend("torch"):
         expected = train_once(copy.deepcopy(model), x, edge_index, y, compress)
         with foreign_device():
@@ -148,7 +148,7 @@ def test_nothing_waits_for_the_device(name: str, config: str) -> None:
     with use_backend("torch"), foreign_device():
         model = qgnn.quantize_model(model.to(DEVICE), config=CONFIGS[config])
         x, edge_index = x.to(DEVICE), edge_index.to(DEVICE)
-        qgnn.calibrate(model, (x, edge_index))
+        qgnn.calibrate(model, (x, edge_index), method="ranges")
         for ready in (model, qgnn.pack_model(model)):
             with torch.no_grad():
                 ready(x, edge_index)
@@ -165,7 +165,7 @@ def test_nothing_waits_for_the_device(name: str, config: str) -> None:
 def test_a_file_goes_to_the_device(tmp_path: Path) -> None:
     model, (x, edge_index) = build("GCN").eval(), data()
     model = qgnn.quantize_model(model, bits=4)
-    qgnn.calibrate(model, (x, edge_index))
+    qgnn.calibrate(model, (x, edge_index), method="ranges")
     packed = qgnn.pack_model(model)
     with torch.no_grad(), use_backend("torch"):
         expected = packed(x, edge_index)

@@ -21,6 +21,7 @@ from qgnn_plugin.recipe import run_recipe
 
 NODES, FEATURES, EDGES = 30, 12, 90
 X, GRAPH = torch.randn(NODES, FEATURES), torch.randint(NODES, (2, EDGES))
+MASKS = {f"{name}_mask": torch.arange(NODES) % 3 == i for i, name in enumerate(("train", "val", "test"))}
 LAYERS = {"GCN": GCN, "GAT": GAT, "GraphSAGE": GraphSAGE, "GIN": GIN}
 
 
@@ -149,8 +150,8 @@ class Recorded:
                 lambda: run_recipe(make(), Data(x=X, edge_index=GRAPH, y=torch.zeros(NODES).long())),
                 ValueError, r"boolean 'train_mask' \[30\] .got none.*RandomNodeSplit",
             ),
-            "a regression target": (
-                lambda: run_recipe(make(), Data(x=X, edge_index=GRAPH, y=X[:, 0])), ValueError, r"regressors"
+            "numbers to predict of another size": (
+                lambda: run_recipe(make(), Data(x=X, edge_index=GRAPH, y=X[:, :2], **MASKS)), ValueError, r"\[30, 2\]"
             ),
         }  # fmt: skip
 

@@ -277,8 +277,8 @@ class QLRQuantizer(nn.Module):
         if self.unit is not None:
             multiplier = multipliers(largest(x, pattern, self.row_dims), self.unit)
             # Products no narrower than the values, and of float32 values no wider, as with one range per tensor.
-            narrow = torch.finfo(x.dtype).bits < torch.finfo(torch.float32).bits
-            multiplier = multiplier.to(torch.promote_types(x.dtype, scale.dtype) if narrow else x.dtype)
+            as_values = x.dtype in (torch.float32, torch.float64)
+            multiplier = multiplier.to(x.dtype if as_values else torch.promote_types(x.dtype, scale.dtype))
             multiples = RowRange(multiplier, scale, lower)
             return *(compressed.multiples(multiples) if compressed.compressing() else multiples.ends()), multiples
         return self._shaped(scale, x), self._shaped(lower, x), None
