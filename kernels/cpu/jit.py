@@ -63,7 +63,10 @@ class _CheckedFile(IndexDataCacheFile):
         digest, data = content[:length], content[length:]
         if hashlib.sha256(data).digest() != digest:
             raise OSError(f"Expected compiled code as it was written (got other bytes in '{path}')")
-        return pickle.loads(data)
+        try:
+            return pickle.loads(data)
+        except (AttributeError, ImportError) as error:  # of a version whose classes have moved since
+            raise OSError(f"Expected compiled code of this version (got another in '{path}')") from error
 
 
 def kernel(function: Callable[..., Any] | None = None, *, reassociate: bool = False) -> Any:

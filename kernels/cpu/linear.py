@@ -321,7 +321,7 @@ class Prepared:
                 multipliers = torch.empty(rows, dtype=torch.uint8)
                 place = multipliers.data_ptr()
         else:
-            out = torch.empty((rows, channels))
+            out = torch.empty((rows, channels), dtype=torch.float32)
         if row_scale is not None:
             flags |= HAS_ROW_SCALE
         if addend is not None:

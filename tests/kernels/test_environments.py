@@ -98,6 +98,19 @@ def test_damaged_files_of_compiled_code_are_as_good_as_none(tmp_path: Path, patt
     assert jit._CheckedFile(str(tmp_path), "kernel", "of other sources").load("key") is None
 
 
+def test_compiled_code_of_classes_that_have_moved_is_compiled_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = type("Moved", (), {"__module__": __name__, "__qualname__": "Moved"})
+    monkeypatch.setitem(globals(), "Moved", moved)
+    file = jit._CheckedFile(str(tmp_path), "kernel", "stamp")
+    file.save(("key", moved), "code")
+    monkeypatch.delitem(globals(), "Moved")
+    assert file.load("key") is None
+    file.save("key", "code compiled anew")
+    assert file.load("key") == "code compiled anew"
+
+
 def test_kernels_use_these_files() -> None:
     cache = cpu_quantize_pack._kernel._cache
     assert cache is None or isinstance(cache._cache_file, jit._CheckedFile)
