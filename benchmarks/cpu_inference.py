@@ -36,9 +36,9 @@ TARGETS = {  # model: (column, least by bits)
 NOTES = """\
 Whole forward passes on the generated graph.  `best PyG` is the fastest of all PyG paths of the model, each with
 everything computed beforehand that PyG lets one compute: all were tried once, the fastest other one and `edge_index`
-take part in the rounds.  Packed models are calibrated on the same graph, with the default configuration (a range per
-tensor) and every layer packed; before timing, their outputs are compared with `qmodel.eval()`: `error` is the largest
-difference over the largest output, `agree` the share of equal predictions.
+take part in the rounds.  Packed models are calibrated on the same graph, with the default configuration (row
+multipliers) and every layer packed; before timing, their outputs are compared with `qmodel.eval()`: `error` is the
+largest difference over the largest output, `agree` the share of equal predictions.
 """
 
 STAGE_NOTES = f"""\

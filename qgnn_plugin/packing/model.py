@@ -28,12 +28,12 @@ from .base import NEVER_RAN, WEIGHT, LayerSpec, PackedLayer, frozen_class, packe
 from .deferred import defer_inside
 from .own_weights import PackedOwnModule
 from .ranges import PackedRange
+from .settings import SPECS
 from .weights import PackedWeight
 
 __all__ = ["PackedBytes", "is_packed", "pack_model", "packed_bytes", "packed_layers"]
 
 EXTRA_STATE = "_extra_state"
-SPECS = "_packed_specs"  # attribute of a packed model: the description of every converted layer, in order
 
 
 class PackedBytes(NamedTuple):

@@ -31,6 +31,8 @@ __all__ = ["Difference", "ModuleSettings", "first_difference", "settings_of"]
 # What changes initial values, training or speed, and nothing else.
 IRRELEVANT = {"training", "inplace", "cached", "explain", "momentum", "decomposed_layers", "fuse"}
 IRRELEVANT |= {"weight_initializer", "bias_initializer", *CONSTRAINT_ATTRIBUTES}
+SPECS = "_packed_specs"  # attribute of a packed model: the description of every converted layer, in order
+IRRELEVANT |= {SPECS}
 DROPOUT = "dropout"  # in the name of an attribute: a rate, which eval mode does not know
 
 FRAMEWORKS = {"torch", "torch_geometric", "pytorch_lightning", "lightning", "torchmetrics"}

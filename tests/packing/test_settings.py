@@ -291,6 +291,12 @@ def test_settings_are_those_of_the_time_of_saving(tmp_path: Path) -> None:
     assert torch.equal(loaded(*args), packed(*args))
 
 
+def test_packing_adds_no_setting(tmp_path: Path) -> None:
+    model = Own()
+    packed, _ = saved(model, tmp_path / "model")
+    assert settings_of(packed)[""].values == settings_of(model)[""].values
+
+
 @pytest.mark.parametrize("name", PAIRS)
 def test_settings_survive_conversion(name: str) -> None:
     """A converted model has those of the float model, as far as both have them."""
