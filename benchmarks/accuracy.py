@@ -15,7 +15,6 @@ import copy
 import dataclasses
 import json
 import math
-import multiprocessing
 import os
 import statistics
 import time
@@ -33,6 +32,7 @@ from qgnn_plugin.inputs import run_model
 from qgnn_plugin.recipe import Recipe, StageResult, distil, fit_float, fit_quantized
 
 from .environment import compact_json, environment, write_atomically
+from .jobs import run_jobs
 from .models import MODELS, build_model
 
 DATASETS = ("Cora", "PubMed", "Photo", "CS")
@@ -273,9 +273,7 @@ def main() -> None:
             for model in args.models
         ]
         tasks = [task for task in tasks if not task[-1].exists()]
-        with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
-            for count, line in enumerate(pool.imap_unordered(_work, tasks), 1):
-                print(f"[{count}/{len(tasks)}] {line}", flush=True)
+        run_jobs(_work, tasks, args.jobs)
     print(report(args.out))
 
 

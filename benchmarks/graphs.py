@@ -14,7 +14,6 @@ import argparse
 import copy
 import dataclasses
 import json
-import multiprocessing
 import os
 import statistics
 import time
@@ -33,6 +32,7 @@ import qgnn_plugin as qgnn
 
 from .environment import compact_json, environment, write_atomically
 from .graph_tasks import TASKS, Split, Task
+from .jobs import run_jobs
 
 COLUMNS = ("FP32", "INT8", "INT4", "INT2")
 FLOAT_RATE, RATE = 0.01, 0.003
@@ -222,9 +222,7 @@ def main() -> None:
             for run in range(min(args.runs or TASKS[name].runs, TASKS[name].runs))
             if (name, run) not in done
         ]
-        with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
-            for count, line in enumerate(pool.imap_unordered(_work, jobs), 1):
-                print(f"[{count}/{len(jobs)}] {line}", flush=True)
+        run_jobs(_work, jobs, args.jobs)
     print(report(args.out))
 
 

@@ -187,6 +187,17 @@ def match_outputs(qmodel: nn.Module, batches: Sequence[Any], forward: Forward | 
         _match(qmodel, _Runs(qmodel, batches, forward), steps)
 
 
+class _Target:
+    """An output of the float model, and what of it every step needs."""
+
+    def __init__(self, output: Tensor) -> None:
+        self.values = output.detach().clone()
+        self.spread = float(((self.values - self.values.mean(0)) ** 2).sum()) or 1.0
+        # Rows of several outputs may be logits.
+        is_rows = output.dim() >= 2 and output.size(-1) >= 2
+        self.log_probabilities = self.values.log_softmax(-1) if is_rows else None
+
+
 class _Runs:
     """What the model makes of each batch, beside what the float model does.
 
@@ -197,8 +208,8 @@ class _Runs:
         self.qmodel, self.batches, self.forward = qmodel, batches, forward
         self.devices = _cuda_devices(qmodel)
         with _unquantized(qmodel):
-            self.targets = [[t.detach().clone() for t in self.outputs(at)] for at in range(len(batches))]
-        if not all(bool(t.isfinite().all()) for found in self.targets for t in found):
+            self.targets = [[_Target(t) for t in self.outputs(at)] for at in range(len(batches))]
+        if not all(bool(t.values.isfinite().all()) for found in self.targets for t in found):
             raise ValueError("Expected finite outputs of the float model, to match them (got NaN or infinite ones)")
 
     def outputs(self, at: int) -> list[Tensor]:
@@ -240,18 +251,16 @@ def _match(qmodel: nn.Module, runs: _Runs, steps: int) -> None:
         _take_back(sites, ranges, before)
 
 
-def _difference(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> list[Tensor]:
+def _difference(found: Sequence[Tensor], wanted: Sequence[_Target]) -> list[Tensor]:
     """Of each output ``[2]``: what is minimized, and the squares in it."""
     if not found:
         raise ValueError("Expected a model that returns a tensor of floats, to match the float model's (got none)")
     terms = []
     for y, target in zip(found, wanted, strict=True):
-        spread = float(((target - target.mean(0)) ** 2).sum())
-        squared = ((y - target) ** 2).sum() / (spread or 1.0)
-        minimized = squared
-        if y.dim() >= 2 and y.size(-1) >= 2:
-            log_p, log_q = target.log_softmax(-1), y.log_softmax(-1)
-            minimized = (log_p.exp() * (log_p - log_q)).sum(-1).mean() + SHARE_OF_SQUARES * squared
+        minimized = squared = ((y - target.values) ** 2).sum() / target.spread
+        log_p = target.log_probabilities
+        if log_p is not None:
+            minimized = (log_p.exp() * (log_p - y.log_softmax(-1))).sum(-1).mean() + SHARE_OF_SQUARES * squared
         terms.append(torch.stack([minimized, squared]))
     return terms
 

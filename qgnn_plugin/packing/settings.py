@@ -28,11 +28,10 @@ from .weights import PackedWeight
 
 __all__ = ["Difference", "ModuleSettings", "first_difference", "settings_of"]
 
+SPECS = "_packed_specs"  # attribute of a packed model: the description of every converted layer, in order
 # What changes initial values, training or speed, and nothing else.
 IRRELEVANT = {"training", "inplace", "cached", "explain", "momentum", "decomposed_layers", "fuse"}
-IRRELEVANT |= {"weight_initializer", "bias_initializer", *CONSTRAINT_ATTRIBUTES}
-SPECS = "_packed_specs"  # attribute of a packed model: the description of every converted layer, in order
-IRRELEVANT |= {SPECS}
+IRRELEVANT |= {"weight_initializer", "bias_initializer", *CONSTRAINT_ATTRIBUTES, SPECS}
 DROPOUT = "dropout"  # in the name of an attribute: a rate, which eval mode does not know
 
 FRAMEWORKS = {"torch", "torch_geometric", "pytorch_lightning", "lightning", "torchmetrics"}
