@@ -192,7 +192,7 @@ class GraphPlan:
             torch._check(per_edge.size(0) == self.num_edges)
         elif per_edge.size(0) != self.num_edges:
             raise ValueError(f"Expected one value per edge, {self.num_edges} (got {per_edge.size(0)})")
-        return per_edge if self.perm is None else per_edge[self.perm]
+        return per_edge if self.perm is None else per_edge.index_select(0, self.perm)
 
     def unsort(self, per_edge: Tensor) -> Tensor:
         """Bring a per-edge tensor ``[E, ...]`` from CSR order back into the caller's order."""

@@ -5,12 +5,21 @@ from __future__ import annotations
 import dis
 from collections.abc import Callable, Iterator
 from functools import cache
+from operator import is_
 from types import CodeType, FunctionType
 from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["NotTraceable", "expect_no_side_effects", "fingerprint", "named_tensors", "shadow_of", "written"]
+__all__ = [
+    "NotTraceable",
+    "Snapshot",
+    "expect_no_side_effects",
+    "fingerprint",
+    "named_tensors",
+    "shadow_of",
+    "written",
+]
 
 _PLAIN = (bool, int, float, str, type(None))
 _LIBRARIES = ("torch.", "torch_geometric.", "builtins.", f"{__name__.partition('.')[0]}.")
@@ -141,6 +150,41 @@ def fingerprint(layer: nn.Module) -> tuple[Any, ...]:
         for held in (module._parameters, module._buffers):
             found += [(name, None if value is None else (value.shape, value.dtype)) for name, value in held.items()]
     return tuple(found)
+
+
+class Snapshot:
+    """What :func:`fingerprint` looks at, as objects: finds in a microsecond per module that nothing was replaced.
+
+    It holds what is inside the layer, and not the layer itself.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        children = list(layer.modules())[1:]
+        self.children = [(child, type(child), child.__dict__) for child in children]
+        self.cls, self.state = type(layer), layer.__dict__
+        states = [layer.__dict__, *(child.__dict__ for child in children)]
+        held = [state[name] for state in states for name in ("_parameters", "_buffers", "_modules")]
+        self.dicts = [(d, tuple(d), tuple(d.values())) for d in (*states, *held)]
+        self.numbers = [(names, name, names.get(name)) for names, name in _numbers_around(type(layer))]
+        values = [value for state in states for value in state.values()]
+        self.lists = [(value, tuple(value)) for value in values if type(value) is list]
+        tensors = [t for state in states for kind in ("_parameters", "_buffers") for t in state[kind].values()]
+        self.shapes = [(t, t.shape, t.dtype) for t in tensors if t is not None]
+
+    def holds(self, layer: nn.Module) -> bool:
+        """Whether :func:`fingerprint` would be what it was; where that takes a closer look, it says no."""
+        if type(layer) is not self.cls or layer.__dict__ is not self.state:
+            return False
+        if any(type(child) is not cls or child.__dict__ is not state for child, cls, state in self.children):
+            return False
+        for found, names, values in self.dicts:
+            if tuple(found) != names or not all(map(is_, found.values(), values)):
+                return False
+        if any(names.get(name) is not value for names, name, value in self.numbers):
+            return False
+        if any(len(value) != len(parts) or not all(map(is_, value, parts)) for value, parts in self.lists):
+            return False
+        return all(t.shape == shape and t.dtype == dtype for t, shape, dtype in self.shapes)
 
 
 def expect_no_side_effects(layer: nn.Module) -> None:

@@ -17,7 +17,7 @@ from ..packing.propagation_call import NotByRows
 from .build import Built, Leaf, PackedForm, build
 from .check import expect_agreement
 from .evaluate import Values
-from .shadow import NotTraceable, fingerprint
+from .shadow import NotTraceable, Snapshot, fingerprint
 from .spaces import Spaces
 from .trace import Input, Trace, trace
 
@@ -139,6 +139,13 @@ class TracedCalls:
     def __init__(self) -> None:
         self.traces: dict[Any, TracedMessage | None] = {}
         self.lock = Lock()
+        self.last: tuple[Snapshot, tuple[Any, ...]] | None = None
+
+    def _fingerprint(self, layer: Any) -> tuple[Any, ...]:
+        last = self.last
+        if last is None or not last[0].holds(layer):
+            self.last = last = (Snapshot(layer), fingerprint(layer))
+        return last[1]
 
     def find(self, call: Any) -> TracedMessage:
         """The trace for a call, checked against the layer's own functions where it is new.
@@ -146,8 +153,8 @@ class TracedCalls:
         Raises:
             NotTraceable, Unsupported: If there is none.
         """
-        key = (fingerprint(call.layer), _widths(call))
         with self.lock:
+            key = (self._fingerprint(call.layer), _widths(call))
             if key not in self.traces:
                 if len(self.traces) >= MOST_TRACES:
                     raise NotTraceable("its attributes change from call to call")

@@ -12,6 +12,7 @@ from torch_geometric.nn import AGNNConv, GENConv, GraphConv, MessagePassing, Sup
 import qgnn_plugin as qgnn
 from qgnn_plugin.kernels.backend import use_backend
 from qgnn_plugin.messages import traced
+from qgnn_plugin.messages.shadow import Snapshot, fingerprint
 from qgnn_plugin.packing.generic import PackedMessagePassing
 
 pytest.importorskip("numba")
@@ -347,3 +348,36 @@ def test_as_many_edges_as_nodes() -> None:
     qmodel, packed = packed_pair(lambda: GraphConv(WIDTH, WIDTH), X, edges, weight)
     agree(qmodel, packed, X, edges, weight)
     assert EDGES != NODES
+
+
+def test_a_snapshot_sees_what_a_fingerprint_sees():
+    """Whatever changes a fingerprint has been seen by the comparison of objects that stands before it."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.slope, self.sizes, self.lin, self.hook = 0.5, [1, 2], nn.Linear(3, 3), None
+
+    def replaced(layer: Any) -> None:
+        layer.lin = nn.Linear(3, 3)
+
+    changes: list[Callable[[Any], Any]] = [
+        lambda layer: setattr(layer, "slope", 0.25),
+        lambda layer: layer.sizes.append(3),
+        lambda layer: layer.sizes.__setitem__(0, 7),
+        lambda layer: setattr(layer.lin, "out_features", 5),
+        lambda layer: setattr(layer.lin, "bias", None),
+        lambda layer: setattr(layer.lin.weight, "data", torch.zeros(4, 3)),
+        lambda layer: setattr(layer, "extra", 1),
+        lambda layer: layer.eval(),
+        lambda layer: setattr(layer, "hook", torch.relu),
+        replaced,
+    ]
+    for change in changes:
+        layer = Layer()
+        snapshot, before = Snapshot(layer), fingerprint(layer)
+        assert snapshot.holds(layer)
+        assert fingerprint(layer) == before
+        change(layer)
+        assert not snapshot.holds(layer)
+    assert not Snapshot(Layer()).holds(Layer())
