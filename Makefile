@@ -49,6 +49,7 @@ test-floors:
 links:
 	rm -rf $(TYPING) && mkdir -p $(TYPING)
 	ln -s $(CURDIR)/qgnn_plugin/* $(CURDIR)/kernels $(CURDIR)/lightning_modules $(TYPING)
+	ln -sfn $(CURDIR)/tools build/typing/tools
 
 $(DOCS): $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
@@ -61,7 +62,7 @@ docs: $(DOCS) links
 lint: $(STAMP) links
 	$(BIN)/ruff check .
 	cd build/typing && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml \
-		--cache-dir $(CURDIR)/.mypy_cache -p qgnn_plugin
+		--cache-dir $(CURDIR)/.mypy_cache -p qgnn_plugin -p tools
 
 demo: $(STAMP)
 	$(BIN)/python -m examples.demo $(ARGS)

@@ -92,7 +92,7 @@ def launch_ms(launch: Any, binary: Any, lengths: Any, target: str) -> dict[str, 
     """One launch of a rehearsed model.
 
     Args:
-        launch: A :class:`qgnn_plugin.kernels.triton.rehearsal.Launch`.
+        launch: A :class:`tools.rehearsal.Launch`.
         binary: What its binary shows.
         lengths: Edges of the work items of the graph, in the order of programs.
         target: A key of :data:`CARDS`.
@@ -154,9 +154,9 @@ def model_rows(model: str, bits: int, nodes: int, edges: int, target: str) -> di
     from benchmarks.gpu.models import packed_model
     from benchmarks.stacks import WIDTHS, build_stack
     from qgnn_plugin.kernels.triton.autotune import power_law_plan
-    from qgnn_plugin.kernels.triton.rehearsal import rehearse
     from qgnn_plugin.kernels.triton.schedule import schedule_for
     from qgnn_plugin.packing import deferred
+    from tools.rehearsal import rehearse
 
     small, plan = power_law_plan(2048, 20_000, "cpu"), power_law_plan(nodes, edges, "cpu")
     packed = packed_model(build_stack(model, WIDTHS).eval(), torch.randn(2048, WIDTHS[0]), edge_index_of(small), bits)

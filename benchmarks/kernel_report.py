@@ -20,6 +20,7 @@ from benchmarks.environment import compact_json, environment, write_atomically
 from benchmarks.kernel_predictions import CARDS, CUBLAS, CUSPARSE, EFFICIENCY, GAP_MS, issue_ms, linear_ms, memory_ms
 
 RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]  # where the tools are
 TARGETS = ("sm_80", "sm_90", "gfx942")
 
 NODES, EDGES = 170_000, 2_000_000
@@ -33,8 +34,8 @@ def compiled(arguments: list[str]) -> list[dict[str, Any]]:
     variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "aot.json"
-        command = [sys.executable, "-m", "qgnn_plugin.kernels.triton.aot", "--json", str(file)]
-        subprocess.run([*command, *arguments], check=True, env=variables)
+        command = [sys.executable, "-m", "tools.aot", "--json", str(file)]
+        subprocess.run([*command, *arguments], check=True, env=variables, cwd=ROOT)
         return json.loads(file.read_text())
 
 

@@ -4,8 +4,8 @@
 backend       what runs                                                    devices
 ============= ============================================================ ==================
 ``torch``     the pure-torch reference beside each op                      all
-``cpu``       numba kernels, ``kernels/cpu/<op>.py``                       cpu
-``triton``    Triton kernels, ``kernels/triton/<op>.py``                   cuda
+``cpu``       numba kernels, ``kernels/<op>/cpu.py``                       cpu
+``triton``    Triton kernels, ``kernels/<op>/triton.py``                    cuda
 ``interpret`` the same Triton kernels under Triton's interpreter           all (for tests)
 ``auto``      the fastest of the above for the device                      all
 ============= ============================================================ ==================
@@ -48,7 +48,7 @@ _ENV = "QGNN_BACKEND"
 # The variables of the environment past their decoding, which takes longer than some kernels do.
 _variables: Any = getattr(os.environ, "_data", os.environ)
 _KEY: Any = getattr(os.environ, "encodekey", str)(_ENV)
-_FOLDER = {"cpu": "cpu", "triton": "triton", "interpret": "triton"}
+_MODULE = {"cpu": "cpu", "triton": "triton", "interpret": "triton"}
 _CPU = torch.device("cpu")
 _requested: ContextVar[str | None] = ContextVar("qgnn_backend", default=None)
 _rehearsing: ContextVar[bool] = ContextVar("qgnn_rehearsing", default=False)
@@ -155,7 +155,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 @contextmanager
 def rehearsing() -> Iterator[None]:
-    """Let the Triton backend take tensors of any device in this context (:mod:`.triton.rehearsal`)."""
+    """Let the Triton backend take tensors of any device in this context (``tools/rehearsal.py``)."""
     token = _rehearsing.set(True)
     try:
         yield
@@ -166,14 +166,13 @@ def rehearsing() -> Iterator[None]:
 @cache
 def implementation(op: str, backend: str) -> Callable[..., Any]:
     """The function that executes ``op`` on ``backend``; modules are imported on first use."""
-    package = __package__
+    folder = f"{__package__}.{_HOME.get(op, op)}"
     if backend == "torch":
-        return getattr(importlib.import_module(f"{package}.{_HOME.get(op, op)}"), f"{op}_reference")
-    module = importlib.import_module(f"{package}.{_FOLDER[backend]}.{_HOME.get(op, op)}")
-    return getattr(module, op)
+        return getattr(importlib.import_module(folder), f"{op}_reference")
+    return getattr(importlib.import_module(f"{folder}.{_MODULE[backend]}"), op)
 
 
-# Ops that live in the module of another one.
+# Ops that live in the folder of another one.
 _HOME = {"fake_quantize_backward": "fake_quantize", "edge_dots": "float_sum", "segment_largest": "float_sum"}
 
 

@@ -199,7 +199,7 @@ def test_launchers_are_built_along_with_kernels_where_they_can_be(
 ) -> None:
     from triton.backends.nvidia import driver
 
-    from qgnn_plugin.kernels.triton.rehearsal import _Driver
+    from tools.rehearsal import _Driver
 
     def launcher(source: Any, metadata: Any) -> None:
         if broken:

@@ -13,6 +13,7 @@ __all__ = ["MAPPED", "environment_for", "lay_out", "lay_out_kernels", "missing",
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "qgnn_plugin"
 MAPPED = ("kernels", "lightning_modules")  # as in pyproject.toml
+ROOTED = ("benchmarks", "tools")
 NEEDED = ("torch_geometric", "safetensors", "numba")  # by the package beyond PyTorch; the kernels need none of them
 
 
@@ -25,11 +26,11 @@ def _link(folder: Path, targets: list[Path]) -> None:
 
 
 def lay_out(scratch: Path, root: Path = ROOT) -> Path:
-    """A folder from which ``qgnn_plugin`` and ``benchmarks`` are imported as if they were installed."""
+    """A folder from which ``qgnn_plugin``, ``benchmarks`` and ``tools`` are imported as if they were installed."""
     site = scratch / "site"
     modules = [path for path in sorted((root / PACKAGE).iterdir()) if path.name != "__pycache__"]
     _link(site / PACKAGE, modules + [root / name for name in MAPPED])
-    _link(site, [root / "benchmarks"])
+    _link(site, [root / name for name in ROOTED])
     return site
 
 
@@ -38,7 +39,7 @@ def lay_out_kernels(scratch: Path, root: Path = ROOT) -> Path:
     site = scratch / "kernels-only"
     _link(site / PACKAGE, [root / "kernels"])
     (site / PACKAGE / "__init__.py").touch()
-    _link(site, [root / "benchmarks"])
+    _link(site, [root / name for name in ROOTED])
     return site
 
 

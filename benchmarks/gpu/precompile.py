@@ -146,7 +146,7 @@ def launchers(made: list[str]) -> Iterator[None]:
 
     ``made`` gets the kernels' names; where the driver's library is missing, or later Tritons need no module, none.
     """
-    from qgnn_plugin.kernels.triton.rehearsal import _Driver
+    from tools.rehearsal import _Driver
 
     rehearsed = _Driver.launcher_cls
 
@@ -168,7 +168,7 @@ def launchers(made: list[str]) -> Iterator[None]:
 def compile_task(name: str, target: str, make: str, **options: Any) -> Row:
     """Compile one task in this process; what failed to compile is told, the rest of the task goes on."""
     from qgnn_plugin.kernels.triton.launch import rehearsed_for
-    from qgnn_plugin.kernels.triton.rehearsal import rehearse
+    from tools.rehearsal import rehearse
 
     torch.set_num_threads(1)
     started, log, problems = time.perf_counter(), listen(), []

@@ -22,9 +22,9 @@ listen()
 
 def _fingerprint() -> str:
     """A digest of every source that compiled code can depend on."""
-    folder = Path(__file__).parent
+    kernels = Path(__file__).parent.parent
     digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.py"), folder.parent / "layout.py"]):
+    for path in sorted([*kernels.glob("cpu/*.py"), *kernels.glob("*/cpu*.py"), kernels / "layout.py"]):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -29,8 +29,8 @@ def _cpu_kernel(program: Program) -> Any:
 
 @lru_cache(maxsize=256)
 def _triton_kernel(program: Program) -> Any:
-    from .gpu import write_triton
     from .store import load_kernel
+    from .triton import write_triton
 
     return load_kernel(write_triton(program))
 

@@ -1,15 +1,15 @@
-"""Triton kernels of the ops, one module per op; imported on first use, by the dispatcher only.
+"""What the Triton kernels of the ops share; imported on first use, by the dispatcher only.
 
 ========================= ==========================================================================
-``bits``                  what kernels share: fields of a word, ranges, the epilogue
+``bits``                  fields of a word, ranges, the epilogue
 ``schedule``              row order and hub split of a graph
 ``launch``                launch configurations, argument checks, the debug flag
-one module per op         kernel and host launcher, named like the op
 ``gather``                the inner loops over a row's edges
-``aot``, ``sass``         compilation without a GPU and what the binaries show
 ``autotune``              rewrites the launch configurations on the user's own card
 ``replay``                times of calls as replayed CUDA graphs
 ========================= ==========================================================================
+
+Kernels and launchers themselves: ``triton.py`` in the folder of each op.  ``tools/aot.py`` compiles them without a GPU.
 """
 
 try:

@@ -241,7 +241,7 @@ def warp_size() -> int:
 
 @contextmanager
 def rehearsed_for(arch: str) -> Iterator[None]:
-    """Configure launches in this context for an architecture that need not be there (:mod:`.rehearsal`)."""
+    """Configure launches in this context for an architecture that need not be there (``tools/rehearsal.py``)."""
     token = _rehearsed.set(arch)
     try:
         yield

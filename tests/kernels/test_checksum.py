@@ -24,7 +24,7 @@ def test_values_count_and_strides_do_not() -> None:
 
 
 def test_threads_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    from qgnn_plugin.kernels.cpu import checksum as compiled
+    from qgnn_plugin.kernels.checksum import cpu as compiled
 
     tensor = torch.randint(1 << 40, (3 * compiled.CHUNK + 17,))
     alone = checksum(tensor)

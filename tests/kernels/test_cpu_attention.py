@@ -164,7 +164,7 @@ def test_smp_step_by_blocks(multiplier: float, monkeypatch: pytest.MonkeyPatch) 
     for messages in ({}, span):
         results = []
         for floats in (1 << 20, 64 * width):
-            monkeypatch.setattr("qgnn_plugin.kernels.cpu.smp_step.CACHED_FLOATS", floats)
+            monkeypatch.setattr("qgnn_plugin.kernels.smp_step.cpu.CACHED_FLOATS", floats)
             with use_backend("cpu"):
                 results.append(
                     smp_step(h, x0, plan, norm, eta=0.1, mu=4.0, multiplier=multiplier, **messages, **packed)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qgnn_plugin.kernels.aggregate import aggregate
+from qgnn_plugin.kernels.aggregate.cpu_thresholds import BLOCK, TALLEST, applies, find_thresholds
 from qgnn_plugin.kernels.cpu.epilogue import Closed, epilogue, opened
-from qgnn_plugin.kernels.cpu.thresholds import BLOCK, TALLEST, applies, find_thresholds
 from qgnn_plugin.kernels.layout import unpack_codes
 from qgnn_plugin.kernels.plan import GraphPlan
 

@@ -16,7 +16,7 @@ from cpu_support import plan_of, random_words, threads
 
 from qgnn_plugin.kernels.aggregate import aggregate
 from qgnn_plugin.kernels.cpu import jit, memory, parallel
-from qgnn_plugin.kernels.cpu import quantize_pack as cpu_quantize_pack
+from qgnn_plugin.kernels.quantize_pack import cpu as cpu_quantize_pack
 from qgnn_plugin.kernels.quantize_pack import quantize_pack
 
 FLOAT = torch.float32

@@ -16,7 +16,7 @@ from benchmarks.stacks import STACKS, build_stack
 from qgnn_plugin.kernels.plan import GraphPlan
 from qgnn_plugin.kernels.triton.autotune import power_law_plan
 from qgnn_plugin.kernels.triton.launch import architecture
-from qgnn_plugin.kernels.triton.rehearsal import Launch, rehearse
+from tools.rehearsal import Launch, rehearse
 
 FEATURES, HEADS = 64, 4
 WIDTHS = (64, 128, 128, 40)

@@ -6,11 +6,11 @@ from graphs import star
 from triton_support import SMALL, assert_same, plan_of, ranges
 
 from qgnn_plugin.kernels.aggregate import aggregate
+from qgnn_plugin.kernels.aggregate.triton import aggregate as triton_aggregate
 from qgnn_plugin.kernels.backend import use_backend
 from qgnn_plugin.kernels.layout import pack_codes
 from qgnn_plugin.kernels.plan import GraphPlan
 from qgnn_plugin.kernels.smp_step import smp_step
-from qgnn_plugin.kernels.triton.aggregate import aggregate as triton_aggregate
 from qgnn_plugin.kernels.triton.launch import Config, check_devices, debug_checks, override
 from qgnn_plugin.kernels.triton.schedule import ROW_ALIGNMENT, build_schedule
 

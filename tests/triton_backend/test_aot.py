@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+ROOT = Path(__file__).parents[2]
 TARGETS = ("sm_80", "sm_90", "gfx942")
 INTEGER_INSTRUCTIONS_PER_CODE = {("sum", 2): 1.0, ("sum", 4): 1.0, ("max", 2): 1.0, ("max", 4): 2.0}  # at most
 # At most, of a row with whole vectors: a canonical epilogue with bias, ReLU and packing takes about 18.
@@ -46,8 +47,8 @@ def compile_grid(folder: Path, *arguments: str) -> list[dict[str, Any]]:
     file = folder / "aot.json"
     environment = {**os.environ, "TRITON_CACHE_DIR": str(folder / "cache")}
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-m", "qgnn_plugin.kernels.triton.aot", "--json", str(file), *arguments]
-    subprocess.run(command, check=True, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-m", "tools.aot", "--json", str(file), *arguments]
+    subprocess.run(command, check=True, env=environment, cwd=ROOT, capture_output=True, text=True)
     return json.loads(file.read_text())
 
 

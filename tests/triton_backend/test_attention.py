@@ -5,10 +5,10 @@ import torch
 from triton_support import SMALL, assert_same, plan_of, ranges
 
 from qgnn_plugin.kernels.attention_aggregate import attention_aggregate
+from qgnn_plugin.kernels.attention_aggregate.triton import attention_hub_kernel
 from qgnn_plugin.kernels.layout import pack_codes, row_words
 from qgnn_plugin.kernels.plan import GraphPlan
 from qgnn_plugin.kernels.triton import launch
-from qgnn_plugin.kernels.triton.attention_aggregate import attention_hub_kernel
 
 
 def inputs(plan: GraphPlan, features: int, heads: int, bits: int, kind: str = "column"):  # type: ignore[no-untyped-def]

@@ -10,15 +10,15 @@ from graphs import star
 from triton_support import SMALL, assert_same, plan_of, ranges
 
 from qgnn_plugin.kernels.aggregate import aggregate
+from qgnn_plugin.kernels.aggregate.triton import aggregate as launch_aggregate
 from qgnn_plugin.kernels.attention_aggregate import attention_aggregate
+from qgnn_plugin.kernels.attention_aggregate.triton import attention_aggregate as launch_attention
 from qgnn_plugin.kernels.backend import check_devices, use_backend
 from qgnn_plugin.kernels.layout import pack_codes, row_words
 from qgnn_plugin.kernels.plan import GraphPlan
 from qgnn_plugin.kernels.quantize_pack import quantize_pack
+from qgnn_plugin.kernels.quantize_pack.triton import quantize_pack as launch_pack
 from qgnn_plugin.kernels.triton import launch
-from qgnn_plugin.kernels.triton.aggregate import aggregate as launch_aggregate
-from qgnn_plugin.kernels.triton.attention_aggregate import attention_aggregate as launch_attention
-from qgnn_plugin.kernels.triton.quantize_pack import quantize_pack as launch_pack
 
 IMPORT_WITHOUT_TRITON = """
 import sys

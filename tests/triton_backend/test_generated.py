@@ -10,9 +10,9 @@ import torch
 from row_programs import PROGRAMS, arrays_for, load, node
 
 from qgnn_plugin.kernels.backend import use_backend
-from qgnn_plugin.kernels.generated.gpu import write_triton
 from qgnn_plugin.kernels.generated.program import Operand, Program, reference
 from qgnn_plugin.kernels.generated.run import row_program
+from qgnn_plugin.kernels.generated.triton import write_triton
 from qgnn_plugin.kernels.plan import GraphPlan
 
 SOURCES, TARGETS, EDGES = 9, 6, 30
@@ -71,7 +71,7 @@ COMPILED = ("64 features, 4 bits", "4 heads of 16", "3 heads of 5", "softmax of 
 SCRIPT = """
 import sys
 from qgnn_plugin.kernels.generated.store import load_kernel
-from qgnn_plugin.kernels.triton.aot import Case, compile_case
+from tools.aot import Case, compile_case
 for path in sys.argv[1:]:
     kernel = load_kernel(open(path).read())
     types = {name: "*fp32" for name in kernel.arg_names} | {"rowptr": "*i64", "col": "*i32", "edge": "*i64"}

@@ -7,8 +7,8 @@ from triton_support import assert_same, ranges
 from qgnn_plugin.kernels.fake_quantize import fake_quantize
 from qgnn_plugin.kernels.layout import PACKED_BITS, pack_codes
 from qgnn_plugin.kernels.linear import linear, linear_colterm
+from qgnn_plugin.kernels.linear.triton_prepared import prepare_weights
 from qgnn_plugin.kernels.quantize_pack import quantize_pack
-from qgnn_plugin.kernels.triton.prepared import prepare_weights
 from qgnn_plugin.kernels.unpack_dequantize import unpack_dequantize
 
 ROWS = 37

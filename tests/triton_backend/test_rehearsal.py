@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from qgnn_plugin.kernels.backend import available_backends
-from qgnn_plugin.kernels.triton.rehearsal import rehearse
+from tools.rehearsal import rehearse
 
 ROOT = Path(__file__).parents[2]
 OPS = {

@@ -1,6 +1,6 @@
 """Reading binaries: which instructions belong to the inner loop."""
 
-from qgnn_plugin.kernels.triton.sass import Instruction, _parse_sass, inner_loop, load_bytes, longest_way, read_amdgcn
+from tools.sass import Instruction, _parse_sass, inner_loop, load_bytes, longest_way, read_amdgcn
 
 # The latch of the inner loop stands before its header and falls into it; an out-of-line block follows the loop.
 AMD = """

@@ -1,0 +1,429 @@
+r"""``attention_aggregate`` on Triton: softmax over neighbours and weighted sum of packed messages.
+
+Quantized softmax numerators depend on the row's peak logit and cannot be rescaled afterwards, so
+the peak comes first, in a pass of its own (which reads no messages for GAT); numerators, their sum
+and the weighted sum of codes follow in one pass over the edges.  Nothing of size ``E x H`` or ``E x
+F`` is written.  Numerators of 8 bits or fewer are integers and so are the sums: ``255 * (255 << 8)
+* 256 < 2^32`` keeps those of a segment exact.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..aggregate.triton import heads_aligned
+from ..arithmetic import LARGEST_MULTIPLIER, attention_thresholds
+from ..arithmetic import finish as finish_rows
+from ..layout import row_words, top_code
+from ..quantize_pack.triton import quantize_pack
+from ..triton.bits import (
+    COLUMN,
+    HEAD,
+    ROW,
+    field_floats,
+    finish,
+    isolate,
+    isolated_part,
+    load_range,
+    part_features,
+    part_sums,
+    power_of_two,
+    row_magic,
+    spread,
+    store_words,
+    sums_by_part,
+)
+from ..triton.gather import gather_words, heads_part, per_code, spread_heads, sum_slots
+from ..triton.launch import (
+    MAGIC_BITS,
+    SECOND_STAGE,
+    UNSPECIALIZED,
+    Config,
+    check_devices,
+    check_graph,
+    config_for,
+    fewer_codes,
+    launch,
+    launch_options,
+    next_power_of_two,
+    warp_size,
+    whole_row_tile,
+)
+from ..triton.ranges import range_kind
+from ..triton.schedule import MAX_SEGMENT, Schedule, schedule_for
+from . import attention_aggregate_reference
+from .triton_logits import gat_logits, load_heads, numerator, peaks, v2_inputs, v2_logits
+
+__all__ = ["attention_aggregate", "attention_hub_kernel", "attention_kernel"]
+
+FLOAT_BITS = 32
+
+
+@triton.jit
+def _normalize(  # type: ignore[no-untyped-def]
+    total, inverse, offsets, scale, offset, first, part: tl.constexpr,
+    F: tl.constexpr, W: tl.constexpr, WORDS: tl.constexpr, SCALE: tl.constexpr,
+    OFFSET: tl.constexpr, MULTIPLIED: tl.constexpr,
+):  # fmt: skip
+    """``(s total) inverse + l`` of a part tile, ``l`` times the mean multiplier where there are any; 0 where
+    ``inverse`` is 0.
+    """
+    feature, feature_ok = part_features(first, part, F, W, WORDS)
+    total = total.to(tl.float32)
+    if SCALE < ROW:
+        total = total * load_range(scale, SCALE, 0, True, feature, feature_ok)
+    if OFFSET >= ROW:
+        y = (total + offsets) * inverse
+    else:
+        start = load_range(offset, OFFSET, 0, True, feature, feature_ok)
+        if MULTIPLIED:
+            start = start * (offsets.to(tl.float32) * inverse)
+        y = total * inverse + start
+    return tl.where(inverse > 0, y, 0.0)
+
+
+@triton.jit
+def _inverse(share):
+    """``1 / share`` per head, correctly rounded; 0 for rows without edges."""
+    share = share.to(tl.float32)
+    return tl.where(share > 0, tl.div_rn(1.0, tl.where(share > 0, share, 1.0)), 0.0)
+
+
+@triton.jit
+def _load_source_heads(ptr, kind: tl.constexpr, source, ok, head, HEADS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A range per source row, or per row and head, for ``[ROWS, HEAD_TILE]``."""
+    if kind == HEAD:
+        value = load_heads(ptr, source, ok, head, HEADS)
+    else:
+        value = tl.load(ptr + source, mask=ok, other=0.0)[:, None]
+    return value
+
+
+@triton.jit
+def _sums(  # type: ignore[no-untyped-def]
+    words, col, row, begin, length, longest, word, scale, offset, alpha_src, alpha_dst, alpha_edge,
+    att, x_dst, peak, thresholds, multiplier, slope, magic,
+    F: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
+    UNROLL: tl.constexpr, HEADS: tl.constexpr, HEAD_TILE: tl.constexpr, ALIGNED: tl.constexpr,
+    TOP: tl.constexpr, V2: tl.constexpr, INTEGER: tl.constexpr, PAIRED: tl.constexpr,
+    SCALE: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
+    """Weighted sums of codes (``PAIRED``: in the form of ``sums_by_part``, else of ``isolate``), and
+    sums of numerators and of weighted offsets (with multipliers: of weights) per head.
+    """
+    kind: tl.constexpr = tl.uint32 if INTEGER else tl.float32
+    parts: tl.constexpr = 8 // BITS
+    head = tl.arange(0, HEAD_TILE)[None, :]
+    exists = length > 0
+    magic = row_magic(magic, length)
+    if PAIRED:
+        total = tl.zeros([ROWS, 2 * WORDS, parts], kind)
+    else:
+        total = tl.zeros([ROWS, WORDS, 4 * parts], kind)
+    share = tl.zeros([ROWS, HEAD_TILE], kind)
+    offsets = tl.zeros([ROWS, HEAD_TILE], kind if multiplier is not None else tl.float32)
+    if V2:
+        weights, target = v2_inputs(att, x_dst, row, exists, word, F, W, BITS)
+    else:
+        target = load_heads(alpha_dst, row, exists, head, HEADS)
+    highest = load_heads(peak, row, exists, head, HEADS)
+    for k in range(0, longest, UNROLL):
+        for u in tl.static_range(UNROLL):
+            ok = k + u < length
+            source = tl.load(col + begin + (k + u), mask=ok, other=0)
+            tile = gather_words(words, source, ok, word, W)
+            if V2:
+                e = v2_logits(
+                    isolate(tile, BITS, ROWS, WORDS), weights, target, scale, offset, source, ok, word, head,
+                    slope, magic, F, W, BITS, ROWS, WORDS, HEADS, HEAD_TILE, ALIGNED, SCALE, OFFSET,
+                )  # fmt: skip
+            else:
+                e = gat_logits(alpha_src, target, alpha_edge, source, begin + (k + u), ok, head, slope, HEADS)
+            factor = numerator(e - highest, ok[:, None] & (head < HEADS), thresholds, TOP).to(kind)
+            share += factor
+            if multiplier is not None:
+                factor = factor * tl.load(multiplier + source, mask=ok, other=0).to(tl.int32).to(kind)[:, None]
+                offsets += factor
+            elif OFFSET >= ROW:
+                offsets += factor * _load_source_heads(offset, OFFSET, source, ok, head, HEADS)
+            if SCALE >= ROW:
+                factor = factor * _load_source_heads(scale, SCALE, source, ok, head, HEADS)
+            factor = spread_heads(factor, word, F, W, BITS, ROWS, WORDS, HEADS, ALIGNED)
+            if PAIRED:
+                if factor.shape[1] > 1:  # both halves of a word
+                    factor = tl.broadcast_to(factor[:, :, None, :], [ROWS, WORDS, 2, parts])
+                    factor = tl.reshape(factor, [ROWS, 2 * WORDS, parts])
+                total += factor * sums_by_part(spread(tile, BITS, 16), BITS, ROWS, WORDS)
+            else:
+                fields = isolate(tile, BITS, ROWS, WORDS)
+                factor = per_code(factor, BITS, ROWS, WORDS)
+                if INTEGER:
+                    total += factor * fields
+                else:
+                    total = tl.fma(factor, field_floats(fields, magic), total)
+    return total, share, offsets
+
+
+@triton.jit
+def _part(  # type: ignore[no-untyped-def]
+    total, part: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
+    INTEGER: tl.constexpr, PAIRED: tl.constexpr,
+):  # fmt: skip
+    """One part of the weighted sums as a part tile of int32 or float32."""
+    if PAIRED:
+        tile = part_sums(total, part, BITS, ROWS, WORDS)
+    else:
+        fields, shift = isolated_part(total, part, BITS, ROWS, WORDS)
+        if INTEGER:
+            tile = (fields >> shift.to(tl.uint32)).to(tl.int32)
+        else:
+            tile = fields * power_of_two(-shift)  # exact
+    return tile
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def attention_kernel(  # type: ignore[no-untyped-def]
+    words, col, row_of, begin_of, length_of, slot_of, scale, offset, alpha_src, alpha_dst,
+    alpha_edge, att, x_dst, peak, thresholds, multiplier, bias, out_scale, out_offset, out, partial, slope,
+    num_items, num_partial, magic,
+    F: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
+    UNROLL: tl.constexpr, HEADS: tl.constexpr, HEAD_TILE: tl.constexpr, ALIGNED: tl.constexpr,
+    TOP: tl.constexpr, V2: tl.constexpr, INTEGER: tl.constexpr, PAIRED: tl.constexpr,
+    SCALE: tl.constexpr, OFFSET: tl.constexpr, RELU: tl.constexpr, PACK: tl.constexpr,
+    OUT_SCALE: tl.constexpr, OUT_OFFSET: tl.constexpr,
+):  # fmt: skip
+    r"""``y_i = (s sum_j k_ij c_j) / sum_j k_ij + l`` per head, ``k_ij m_j`` in place of ``k_ij`` in the sums of rows
+    with multipliers.  Segments of hubs leave their sums in
+    ``partial``: ``[slots, F]``, then those of numerators and of offsets or weights, ``[slots, HEADS]`` each.
+    """
+    item = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    item_ok = item < num_items
+    row = tl.load(row_of + item, mask=item_ok, other=0)
+    begin = tl.load(begin_of + item, mask=item_ok, other=0)
+    length = tl.load(length_of + item, mask=item_ok, other=0)
+    longest = tl.load(length_of + tl.program_id(0) * ROWS)
+    word = tl.arange(0, WORDS)
+    total, share, offsets = _sums(
+        words, col, row, begin, length, longest, word, scale, offset, alpha_src, alpha_dst, alpha_edge,
+        att, x_dst, peak, thresholds, multiplier, slope, magic, F, W, BITS, ROWS, WORDS, UNROLL, HEADS, HEAD_TILE,
+        ALIGNED, TOP, V2, INTEGER, PAIRED, SCALE, OFFSET,
+    )  # fmt: skip
+    parts: tl.constexpr = 8 // BITS
+    if tl.program_id(0) * ROWS < num_partial:
+        slot = tl.load(slot_of + item).to(tl.int64)
+        width: tl.constexpr = 4 * parts * W
+        byte = tl.arange(0, 4 * WORDS)
+        exists = (length > 0)[:, None]
+        for part in tl.static_range(parts):
+            target = partial + (slot * width)[:, None] + (part * 4 * W + byte)[None, :]
+            tile = _part(total, part, BITS, ROWS, WORDS, INTEGER, PAIRED)
+            tl.store(target, tile, mask=exists & (byte < 4 * W)[None, :])
+        head = tl.arange(0, HEAD_TILE)[None, :]
+        target = partial + tl.cast(num_partial, tl.int64) * width + (slot * HEADS)[:, None] + head
+        ok = exists & (head < HEADS)
+        tl.store(target, share.to(tl.int32) if INTEGER else share, mask=ok)
+        if multiplier is not None:
+            tl.store(target + tl.cast(num_partial, tl.int64) * HEADS, offsets.to(tl.int32), mask=ok)
+        elif OFFSET >= ROW:
+            tl.store(target + tl.cast(num_partial, tl.int64) * HEADS, offsets, mask=ok)
+    else:
+        inverses = spread_heads(_inverse(share), word, F, W, BITS, ROWS, WORDS, HEADS, ALIGNED)
+        starts = spread_heads(offsets, word, F, W, BITS, ROWS, WORDS, HEADS, ALIGNED)
+        packed = tl.zeros([ROWS, WORDS], tl.int32)
+        for part in tl.static_range(parts):
+            y = _normalize(
+                _part(total, part, BITS, ROWS, WORDS, INTEGER, PAIRED),
+                heads_part(inverses, part, BITS, ROWS, WORDS), heads_part(starts, part, BITS, ROWS, WORDS),
+                scale, offset, 0, part, F, W, WORDS, SCALE, OFFSET, multiplier is not None,
+            )  # fmt: skip
+            packed |= finish(
+                y, out, row, item_ok, 0, None, bias, out_scale, out_offset, part,
+                F, W, BITS, ROWS, WORDS, RELU, PACK, OUT_SCALE, OUT_OFFSET,
+            )  # fmt: skip
+        if PACK:
+            store_words(out, packed, row, item_ok, 0, W, WORDS)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def attention_hub_kernel(  # type: ignore[no-untyped-def]
+    partial, hub_row, hub_first, hub_count, scale, offset, bias, out_scale, out_offset, out,
+    num_partial,
+    F: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, SLOTS: tl.constexpr,
+    WORDS: tl.constexpr, HEADS: tl.constexpr, HEAD_TILE: tl.constexpr, ALIGNED: tl.constexpr,
+    INTEGER: tl.constexpr, MULTIPLIED: tl.constexpr, SCALE: tl.constexpr, OFFSET: tl.constexpr, RELU: tl.constexpr,
+    PACK: tl.constexpr, OUT_SCALE: tl.constexpr, OUT_OFFSET: tl.constexpr,
+):  # fmt: skip
+    """Second stage of hubs: add up the partial sums of one row in the order of their slots."""
+    hub = tl.program_id(0)
+    row = tl.load(hub_row + hub + tl.arange(0, 1))
+    count = tl.load(hub_count + hub)
+    first_slot = tl.load(hub_first + hub).to(tl.int64)
+    word = tl.arange(0, WORDS)
+    width: tl.constexpr = 32 // BITS * W
+    kind: tl.constexpr = tl.int64 if INTEGER else tl.float32  # 33,025 neighbours at 8 x 8 bits pass 2^31
+    slots = tl.cast(num_partial, tl.int64)
+    sums = partial + slots * width + first_slot * HEADS
+    share = sum_slots(sums, count, HEADS, kind, SLOTS, HEADS, HEAD_TILE)
+    offsets = tl.zeros([1, HEAD_TILE], kind if MULTIPLIED else tl.float32)
+    if MULTIPLIED or OFFSET >= ROW:
+        offsets = sum_slots(sums + slots * HEADS, count, HEADS, kind, SLOTS, HEADS, HEAD_TILE)
+    inverses = spread_heads(_inverse(share), word, F, W, BITS, 1, WORDS, HEADS, ALIGNED)
+    starts = spread_heads(offsets, word, F, W, BITS, 1, WORDS, HEADS, ALIGNED)
+    packed = tl.zeros([1, WORDS], tl.int32)
+    for part in tl.static_range(8 // BITS):
+        source = partial + first_slot * width + part * 4 * W
+        y = _normalize(
+            sum_slots(source, count, width, kind, SLOTS, 4 * W, 4 * WORDS),
+            heads_part(inverses, part, BITS, 1, WORDS), heads_part(starts, part, BITS, 1, WORDS),
+            scale, offset, 0, part, F, W, WORDS, SCALE, OFFSET, MULTIPLIED,
+        )  # fmt: skip
+        packed |= finish(
+            y, out, row, row >= 0, 0, None, bias, out_scale, out_offset, part,
+            F, W, BITS, 1, WORDS, RELU, PACK, OUT_SCALE, OUT_OFFSET,
+        )  # fmt: skip
+    if PACK:
+        store_words(out, packed, row, row >= 0, 0, W, WORDS)
+
+
+def fitted(config: Config, bits: int, v2: bool, scale_kind: int, offset_kind: int) -> Config:
+    """``config`` for what threads must hold: of GATv2 with ranges per column, those of their codes as well."""
+    return fewer_codes(config, bits) if v2 and COLUMN.value in (scale_kind, offset_kind) else config
+
+
+@cache
+def _thresholds(bits: int, device: torch.device) -> Tensor:
+    return attention_thresholds(bits).to(device)
+
+
+def multiplies(attention_bits: int) -> bool:
+    """Whether the sums of a segment stay below 2^32 with numerators times multipliers for weights."""
+    if attention_bits == FLOAT_BITS:
+        return False
+    return top_code(attention_bits) * LARGEST_MULTIPLIER * (255 << 8) * MAX_SEGMENT < 1 << 32
+
+
+def fits_pairs(attention_bits: int, bits: int) -> bool:
+    """Whether the weighted sums of a segment fit 16 bits, so that one product serves two codes."""
+    return top_code(attention_bits) * top_code(bits) * MAX_SEGMENT < 1 << 16
+
+
+def _launch(
+    device: torch.device, tensors: dict[str, Tensor | None], schedule: Schedule, out: Tensor,
+    slope: float, attention_bits: int, config: Config, meta: dict[str, Any], epilogue: dict[str, Any],
+) -> None:  # fmt: skip
+    quantized = attention_bits != FLOAT_BITS
+    per_row = (ROW.value, HEAD.value)
+    integer = quantized and meta["SCALE"] not in per_row and meta["OFFSET"] not in per_row
+    multiplier = tensors["multiplier"]
+    paired = integer and (meta["ALIGNED"] or meta["HEADS"] == 1) and multiplier is None
+    paired = paired and fits_pairs(attention_bits, meta["BITS"])
+    peak = peaks(device, tensors, schedule, out.size(0), slope, meta, config)
+    words, bits, heads = meta["W"], meta["BITS"], meta["HEADS"]
+    planes = 2 if meta["OFFSET"] in per_row or multiplier is not None else 1
+    partial = out.new_empty(
+        schedule.num_partial * (32 // bits * words + planes * heads),
+        dtype=torch.int32 if integer else torch.float32,
+    )
+    names = ("scale", "offset", "alpha_src", "alpha_dst", "alpha_edge", "att", "x_dst")
+    tail = [tensors[name] for name in ("bias", "out_scale", "out_offset")]
+    thresholds = _thresholds(attention_bits, device) if quantized else None
+    launch(
+        attention_kernel, (triton.cdiv(schedule.num_items, meta["ROWS"]),), device,
+        tensors["words"], tensors["col"], schedule.row, schedule.begin, schedule.length,
+        schedule.slot, *(tensors[name] for name in names), peak, thresholds, multiplier, *tail, out, partial,
+        slope, schedule.num_items, schedule.num_partial, MAGIC_BITS, UNROLL=config.unroll,
+        TOP=top_code(attention_bits) if quantized else 0, INTEGER=integer, PAIRED=paired,
+        **launch_options(config), **meta, **epilogue,
+    )  # fmt: skip
+    hub = {k: v for k, v in meta.items() if k not in ("ROWS", "V2")}
+    launch(
+        attention_hub_kernel, (schedule.num_hubs,), device,
+        partial, schedule.hub_row, schedule.hub_first, schedule.hub_count, tensors["scale"],
+        tensors["offset"], *tail, out, schedule.num_partial, SLOTS=4, INTEGER=integer,
+        MULTIPLIED=multiplier is not None,
+        **launch_options(SECOND_STAGE), **hub, **epilogue,
+    )  # fmt: skip
+
+
+def attention_aggregate(
+    words: Tensor,
+    rowptr: Tensor,
+    col: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    num_features: int,
+    bits: int,
+    heads: int,
+    attention_bits: int,
+    negative_slope: float,
+    alpha_src: Tensor | None = None,
+    alpha_dst: Tensor | None = None,
+    alpha_edge: Tensor | None = None,
+    att: Tensor | None = None,
+    x_dst: Tensor | None = None,
+    concat: bool = True,
+    bias: Tensor | None = None,
+    relu: bool = False,
+    out_scale: Tensor | None = None,
+    out_offset: Tensor | None = None,
+    out_bits: int = 0,
+    schedule: Tensor | None = None,
+    multiplier: Tensor | None = None,
+    out_unit: Tensor | None = None,
+) -> Any:
+    if multiplier is not None and (att is not None or not multiplies(attention_bits)):
+        return attention_aggregate_reference(
+            words, rowptr, col, scale, offset, num_features, bits, heads, attention_bits, negative_slope, alpha_src,
+            alpha_dst, alpha_edge, att, x_dst, concat, bias, relu, out_scale, out_offset, out_bits,
+            multiplier=multiplier, out_unit=out_unit,
+        )  # fmt: skip
+    if not concat or out_bits not in (0, bits) or out_unit is not None:
+        # The mean over heads, packing at another width and the peak of a row cross threads: a second pass.
+        y = attention_aggregate(
+            words, rowptr, col, scale, offset, num_features, bits, heads, attention_bits,
+            negative_slope, alpha_src, alpha_dst, alpha_edge, att, x_dst, multiplier=multiplier,
+        )  # fmt: skip
+        if not concat:
+            y = y.view(y.size(0), heads, -1).mean(1)
+        if out_unit is None:
+            return finish_rows(y, bias, relu, out_scale, out_offset, out_bits)
+        assert out_scale is not None
+        assert out_offset is not None
+        return quantize_pack(finish_rows(y, bias, relu), out_scale, out_offset, out_bits, out_unit)
+    tensors = {
+        "words": words, "col": col, "scale": scale, "offset": offset, "alpha_src": alpha_src,
+        "alpha_dst": alpha_dst, "alpha_edge": alpha_edge, "att": att, "x_dst": x_dst,
+        "bias": bias, "out_scale": out_scale, "out_offset": out_offset, "multiplier": multiplier,
+    }  # fmt: skip
+    device = check_devices(rowptr, *tensors.values())
+    check_graph(rowptr, col, words.size(0))
+    tensors = {name: None if t is None else t.contiguous() for name, t in tensors.items()}
+    num_words = row_words(num_features, bits)
+    out = words.new_empty(
+        (rowptr.numel() - 1, num_words if out_bits else num_features),
+        dtype=torch.int32 if out_bits else torch.float32,
+    )
+    config = config_for("attention" if att is None else "attention_v2", device, num_words)
+    config = fitted(config, bits, att is not None, range_kind(scale), range_kind(offset))
+    rows, tile = whole_row_tile(config, num_words, warp_size(), bits)  # heads are computed once per edge
+    meta = {
+        "F": num_features, "W": num_words, "BITS": bits, "ROWS": rows, "WORDS": tile,
+        "HEADS": heads, "HEAD_TILE": next_power_of_two(heads),
+        "ALIGNED": heads_aligned(num_features, heads, bits, tile), "V2": att is not None,
+        "SCALE": range_kind(scale), "OFFSET": range_kind(offset),
+    }  # fmt: skip
+    epilogue = {
+        "RELU": relu, "PACK": out_bits != 0, "OUT_SCALE": range_kind(out_scale),
+        "OUT_OFFSET": range_kind(out_offset),
+    }  # fmt: skip
+    _launch(
+        device, tensors, schedule_for(rowptr, config.segment), out, negative_slope, attention_bits,
+        config, meta, epilogue,
+    )  # fmt: skip
+    return out

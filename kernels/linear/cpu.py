@@ -1,0 +1,347 @@
+"""``linear`` on the CPU: packed rows times packed weights in byte dot products (VNNI).
+
+A block of rows is unpacked to bytes and multiplied while it is in the cache: each step takes four
+input features of a few rows, broadcasts them, and multiplies them with four features of ``LANES``
+output channels.  Weights are the unsigned operand; activations the signed one, so 8-bit codes enter
+as ``c - 128`` and the accumulators start at ``128 sum_k cw``.
+"""
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import weakref
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from ..checksum import checksum
+from ..checksum.cpu import whole_checksum
+from ..cpu import jit
+from ..cpu.epilogue import (
+    GROUP,
+    HAS_ADDEND,
+    HAS_BIAS,
+    HAS_DST,
+    HAS_ROW_SCALE,
+    HAS_TERM,
+    HAS_UNIT,
+    MULTIPLIED,
+    OFFSET,
+    RELU,
+    SCALE,
+    TERM,
+    address,
+    code_pitch,
+    epilogue,
+    finish_rows,
+    floats,
+    opened,
+)
+from ..cpu.parallel import even_chunks, run_chunks
+from ..cpu.simd import (
+    atomic_add,
+    keep,
+    peek,
+    raw,
+    raw_aligned,
+    raw_at,
+    vcast,
+    vdot,
+    vlanes,
+    vload,
+    vload_first,
+    vsplat,
+    vspread,
+    vstore,
+    vstore_parts,
+    vsum,
+    vview,
+)
+from ..layout import lane_mask, parts_per_byte, row_words, unpack_codes
+from ..plan import PlanCache
+
+__all__ = ["Prepared", "linear"]
+
+LANES = 64  # output channels per step
+MICRO_ROWS = 6  # rows per step: 6 x 4 accumulators, 4 weights, one broadcast
+BLOCK_ROWS = 8 * MICRO_ROWS  # rows unpacked at a time
+TILE = 16  # words unpacked at a time
+FEATURES = 4  # input features per byte dot product
+SIGN = 128  # what 8-bit codes lose to become signed bytes
+ONES = lane_mask(1)
+SIGNS = SIGN * ONES - (1 << 32)  # SIGN in each byte, as an int32
+
+
+def _weights(w_words: Tensor, in_features: int, bits: int, signed: bool) -> tuple[Any, ...]:
+    """Weights as ``[K / 4, ceil64(O)]`` words of four codes, the accumulators' start, column sums."""
+    codes = unpack_codes(w_words, in_features, bits)
+    channels, depth = codes.size(0), -(-in_features // FEATURES)
+    stretch = -(-channels // LANES) * LANES
+    padded = codes.new_zeros((stretch, depth * FEATURES))
+    padded[:channels, :in_features] = codes
+    words = padded.view(stretch, depth, FEATURES).transpose(0, 1).contiguous().view(torch.int32)
+    colsum = padded.sum(1, dtype=torch.int32)
+    start = SIGN * colsum if signed else torch.zeros_like(colsum)
+    return words, start, colsum[:channels].to(torch.float32)
+
+
+_prepared = PlanCache(64)  # by the memory of the words
+_latest: dict[tuple[int, int, int, bool], tuple[Any, ...]] = {}  # by the tensor itself
+LATEST = 1024  # tensors, before all are forgotten
+
+
+def weights_of(w_words: Tensor, in_features: int, bits: int, signed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`_weights` of the words, made once for as long as they hold what they held."""
+    key = (id(w_words), in_features, bits, signed)
+    latest = _latest.get(key)
+    if latest is not None:
+        tensor, address, contents, found = latest
+        if tensor() is w_words and w_words.data_ptr() == address and checksum(w_words) == contents:
+            return found
+    args = (in_features, bits, signed)
+    found = _prepared.get((w_words,), args, lambda: _weights(w_words, *args))
+    if len(_latest) >= LATEST:
+        _latest.clear()
+    _latest[key] = (weakref.ref(w_words), w_words.data_ptr(), checksum(w_words), found)
+    return found
+
+
+@njit(forceinline=True)
+def _tile(x, base, pitch, weight, channel, stretch, depth, start):
+    """Dot products of six rows of bytes with ``LANES`` channels from ``channel``."""
+    a = b = c = d = e = f = start
+    for k in range(depth):
+        w = vload(weight, channel + k * stretch, LANES)
+        at = base + k
+        a = vdot(a, w, vsplat(peek(x, at), LANES))
+        b = vdot(b, w, vsplat(peek(x, at + pitch), LANES))
+        c = vdot(c, w, vsplat(peek(x, at + 2 * pitch), LANES))
+        d = vdot(d, w, vsplat(peek(x, at + 3 * pitch), LANES))
+        e = vdot(e, w, vsplat(peek(x, at + 4 * pitch), LANES))
+        f = vdot(f, w, vsplat(peek(x, at + 5 * pitch), LANES))
+    return a, b, c, d, e, f
+
+
+@jit.kernel
+def multiply(x, pitch, rows, weight, stretch, depth, start, acc):
+    """``acc[r, o]``, float32 of pitch ``stretch``, for the rows of bytes ``x`` (pitch in words)."""
+    for o in range(0, stretch, LANES):
+        begin = vload(start, o, LANES)
+        for r in range(0, rows, MICRO_ROWS):
+            a, b, c, d, e, f = _tile(x, r * pitch, pitch, weight, o, stretch, depth, begin)
+            at = r * stretch + o
+            vstore(acc, at, vcast(a, "f32"))
+            vstore(acc, at + stretch, vcast(b, "f32"))
+            vstore(acc, at + 2 * stretch, vcast(c, "f32"))
+            vstore(acc, at + 3 * stretch, vcast(d, "f32"))
+            vstore(acc, at + 4 * stretch, vcast(e, "f32"))
+            vstore(acc, at + 5 * stretch, vcast(f, "f32"))
+
+
+@njit(forceinline=True)
+def _row_sum(x, at, depth):
+    """The sum of ``depth`` words of signed bytes."""
+    ones, total = vsplat(ONES, TILE), vsplat(0, TILE)
+    for k in range(0, depth, TILE):
+        total = vdot(total, ones, vload_first(x, at + k, TILE, depth - k))
+    return vsum(total)
+
+
+@njit
+def fill_terms(columns, colsum, features):
+    """``(colsum * w_scale) + (K * w_offset)``: what an input of ones would give."""
+    for o in range(colsum.size):
+        columns[TERM, o] = (colsum[o] * columns[SCALE, o]) + (features * columns[OFFSET, o])
+
+
+@cache
+def _kernel(bits: int):
+    parts = parts_per_byte(bits)
+    wide = parts * TILE  # words of a tile once unpacked
+    per_tile = 4 * wide
+    flip = SIGN if bits == 8 else 0
+
+    @jit.kernel
+    def kernel(
+        place, stride, weight_at, stretch, depth, start_at, colsum_at, features, closed, code_row, bounds, counter
+    ):  # fmt: skip
+        spec, words = opened(closed), raw_at(place, np.int32)
+        weight, start = raw_at(weight_at, np.int32), raw_at(start_at, np.int32)
+        fill_terms(spec.columns, floats(colsum_at, spec.width), np.float32(features))
+        pitch = 4 * (stride * parts + TILE)  # bytes of an unpacked row
+        codes = np.zeros(BLOCK_ROWS * pitch, np.uint8)
+        lanes = codes.view(np.int32)
+        acc_owner = np.empty(BLOCK_ROWS * stretch + GROUP, np.float32)
+        acc = raw_aligned(raw(acc_owner))
+        sums = np.empty(BLOCK_ROWS, np.float32)
+        unpacked = np.empty(code_row, np.uint8)
+        none, signs = vlanes("u8", per_tile), vsplat(SIGNS, wide)
+        while True:
+            chunk = atomic_add(counter, 0, 1)
+            if chunk >= bounds.size - 1:
+                break
+            for first in range(bounds[chunk], bounds[chunk + 1], BLOCK_ROWS):
+                count = min(BLOCK_ROWS, bounds[chunk + 1] - first)
+                for r in range(count):
+                    for tile in range(0, stride, TILE):
+                        live = stride - tile
+                        row = vload_first(words, (first + r) * stride + tile, TILE, live)
+                        row = vspread(row, none)
+                        if flip:
+                            row = vview(vview(row, "i32") ^ signs, "u8")
+                        vstore_parts(codes, r * pitch + 4 * tile, 4 * stride, row, parts, 4 * live)
+                    sums[r] = _row_sum(lanes, r * (pitch // 4), depth) + FEATURES * depth * flip
+                multiply(lanes, pitch // 4, count, weight, stretch, depth, start, acc)
+                finish_rows(acc, 0, stretch, raw(sums), first, count, spec, raw(unpacked))
+        keep(acc_owner)
+        keep(sums)
+        keep(unpacked)
+
+    return kernel
+
+
+def linear(
+    x_words: Tensor,
+    w_words: Tensor,
+    x_scale: Tensor,
+    x_offset: Tensor,
+    w_scale: Tensor,
+    w_offset: Tensor,
+    in_features: int,
+    x_bits: int,
+    w_bits: int,
+    bias: Tensor | None = None,
+    relu: bool = False,
+    out_scale: Tensor | None = None,
+    out_offset: Tensor | None = None,
+    out_bits: int = 0,
+    row_scale: Tensor | None = None,
+    addend: Tensor | None = None,
+    multiplier: Tensor | None = None,
+    out_unit: Tensor | None = None,
+) -> Any:
+    rows, channels = x_words.size(0), w_words.size(0)
+    weight, start, colsum = weights_of(w_words, in_features, w_bits, x_bits == 8)
+    out, closed, held = epilogue(
+        rows,
+        channels,
+        scale=w_scale,
+        offset=w_offset,
+        dst_scale=x_scale,
+        row_term=x_offset,
+        multiples=multiplier,
+        bias=bias,
+        relu=relu,
+        out_scale=out_scale,
+        out_offset=out_offset,
+        out_bits=out_bits,
+        row_scale=row_scale,
+        addend=addend,
+        out_unit=out_unit,
+    )
+    if rows and channels:
+        depth = -(-in_features // FEATURES)
+        run_chunks(
+            _kernel(x_bits), even_chunks(rows, 1 + in_features * channels // 512), address(x_words, held),
+            x_words.size(1), weight.data_ptr(), start.numel(), depth, start.data_ptr(), colsum.data_ptr(),
+            in_features, closed, code_pitch(channels, out_bits),
+        )  # fmt: skip
+    return out
+
+
+class Prepared:
+    """A product by one weight, its constants gathered once: :func:`linear` at a fraction of its time on few rows.
+
+    Arguments and results are those of :func:`linear`; shapes, dtypes and devices are taken to be as these say.
+    """
+
+    __slots__ = ("bias", "constants", "contents", "depth", "fixed", "offset", "options", "scale", "size", "words")
+
+    def __init__(
+        self,
+        words: Tensor,
+        scale: Tensor,
+        offset: Tensor,
+        in_features: int,
+        bits: int,
+        signed: bool,
+        bias: Tensor | None,
+    ) -> None:
+        self.words, self.scale, self.offset, self.bias = words, scale.contiguous(), offset.contiguous(), bias
+        self.options = (in_features, bits, signed)
+        self.size = words.numel() * words.element_size()
+        self.depth = -(-in_features // FEATURES)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        self.constants = weights_of(self.words, *self.options)
+        self.contents = checksum(self.words)
+        weight, start, colsum = self.constants
+        addresses = weight.data_ptr(), start.numel(), self.depth, start.data_ptr(), colsum.data_ptr()
+        self.fixed = (*addresses, self.options[0])
+
+    def __call__(
+        self,
+        x_words: Tensor,
+        x_scale: Tensor,
+        x_offset: Tensor,
+        x_bits: int,
+        multiplier: Tensor | None = None,
+        relu: bool = False,
+        out_scale: Tensor | None = None,
+        out_offset: Tensor | None = None,
+        out_bits: int = 0,
+        out_unit: Tensor | None = None,
+        row_scale: Tensor | None = None,
+        addend: Tensor | None = None,
+    ) -> Any:
+        words, scale, offset, bias = self.words, self.scale, self.offset, self.bias
+        rows, channels = x_words.size(0), words.size(0)
+        size = rows * channels
+        in_features = self.options[0]
+        if size == 0 or size > FEW_RESULTS or (out_bits and out_scale.dim() == 2):
+            return linear(
+                x_words, words, x_scale, x_offset, scale, offset, in_features, x_bits, self.options[1], bias,
+                relu, out_scale, out_offset, out_bits, row_scale, addend, multiplier, out_unit,
+            )  # fmt: skip
+        if whole_checksum(words.data_ptr(), self.size) != self.contents:
+            self._prepare()
+        held: list[Tensor] = []
+        flags = HAS_DST | HAS_TERM | (HAS_BIAS if bias is not None else 0) | (RELU if relu else 0)
+        multipliers, place, range_ = None, 0, NO_RANGE
+        if out_bits:
+            out = torch.empty((rows, row_words(channels, out_bits)), dtype=torch.int32)
+            range_ = (address(out_scale, held), out_scale.numel(), address(out_offset, held), out_offset.numel())
+            if out_unit is not None:
+                flags |= HAS_UNIT
+                multipliers = torch.empty(rows, dtype=torch.uint8)
+                place = multipliers.data_ptr()
+        else:
+            out = torch.empty((rows, channels), dtype=torch.float32)
+        if row_scale is not None:
+            flags |= HAS_ROW_SCALE
+        if addend is not None:
+            flags |= HAS_ADDEND
+        if multiplier is not None:
+            flags |= MULTIPLIED
+        closed = (
+            rows, channels, out_bits, flags, out.data_ptr(), place, 0 if out_unit is None else out_unit.data_ptr(),
+            scale.data_ptr(), scale.numel(), offset.data_ptr(), offset.numel(), 0,
+            0 if bias is None else bias.data_ptr(), *range_, 0,
+            address(x_scale, held), int(x_scale.numel() > 1), address(x_offset, held), int(x_offset.numel() > 1),
+            0 if row_scale is None else address(row_scale, held), 0 if addend is None else address(addend, held),
+            0 if multiplier is None else address(multiplier, held),
+        )  # fmt: skip
+        run_chunks(
+            _kernel(x_bits), even_chunks(rows, 1 + in_features * channels // 512), address(x_words, held),
+            x_words.size(1), *self.fixed, closed, code_pitch(channels, out_bits),
+        )  # fmt: skip
+        return out if multipliers is None else (out, multipliers)
+
+
+NO_RANGE = (0, 0, 0, 0)
+FEW_RESULTS = 1 << 18  # results: of more, memory is recycled, and gathering constants counts for nothing

@@ -1,0 +1,272 @@
+r"""``linear`` on Triton: packed times prepared weights through integer tensor cores.
+
+Weights are bytes (:mod:`.triton_prepared`), made once.  Where those of a column block fit, a program keeps them in
+shared memory and walks over the rows; activations are unpacked on the way to the product, never in memory
+(:mod:`.triton_unpack`).
+8-bit codes do not fit a signed byte and are shifted by :math:`z = 128` on either side; with shifted codes :math:`c'`
+
+.. math:: \sum_k c^x c^w = \sum c'^x c'^w + z_w \sum c^x + z_x \sum c'^w
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..arithmetic import multiplied
+from ..layout import parts_per_byte, row_bytes, row_words
+from ..quantize_pack.triton import quantize_pack
+from ..triton.bits import load_range, quantize, relu
+from ..triton.launch import (
+    UNSPECIALIZED,
+    Config,
+    check_devices,
+    config_for,
+    launch,
+    launch_options,
+    next_power_of_two,
+    on_hip,
+    processors,
+)
+from ..triton.ranges import range_kind
+from .triton_prepared import prepared_weights, zero_code
+from .triton_unpack import operand, word_sums
+
+__all__ = ["Tiles", "linear", "linear_kernel", "tiles_of", "unpacks_words"]
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def linear_kernel(  # type: ignore[no-untyped-def]
+    x, x_words, w, column_sum, column_term, x_scale, x_offset, w_scale, w_offset, bias, row_scale, addend, out,
+    out_scale, out_offset, num_rows, num_items, num_out,
+    X_BITS: tl.constexpr, X_BYTES: tl.constexpr, W_ZERO: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_B: tl.constexpr, CHUNKS: tl.constexpr, WHOLE: tl.constexpr, PTX: tl.constexpr, STAGES: tl.constexpr,
+    X_SCALE: tl.constexpr, X_OFFSET: tl.constexpr, W_SCALE: tl.constexpr, W_OFFSET: tl.constexpr,
+    RELU: tl.constexpr, OUT_BITS: tl.constexpr, OUT_BYTES: tl.constexpr,
+    OUT_SCALE: tl.constexpr, OUT_OFFSET: tl.constexpr,
+):  # fmt: skip
+    """``y = (((acc sw) + (rowsum lw)) sx) + (colterm lx)``, then the canonical epilogue.
+
+    A program has ``BLOCK_N`` output features, of packed output all parts of some bytes, and every so many blocks of
+    ``BLOCK_M`` rows, ``num_items`` of them in all.
+    """
+    out_parts: tl.constexpr = 8 // OUT_BITS if OUT_BITS > 0 else 1
+    width: tl.constexpr = BLOCK_N // out_parts
+    lane = tl.arange(0, BLOCK_N)
+    place = tl.program_id(1) * width + lane % width
+    column = place
+    if OUT_BITS > 0:
+        column = lane // width * OUT_BYTES + place
+    if WHOLE:
+        column_ok = column >= 0
+    elif OUT_BITS > 0:
+        column_ok = (place < OUT_BYTES) & (column < num_out)
+    else:
+        column_ok = column < num_out
+    positions: tl.constexpr = 8 // X_BITS * BLOCK_B
+    weights = w + column[:, None] * (CHUNKS * positions) + tl.arange(0, positions)[None, :]
+    if CHUNKS == 1:
+        kept = tl.trans(tl.load(weights, mask=column_ok[:, None], other=0))
+    for item in tl.range(tl.program_id(0), num_items, tl.num_programs(0), num_stages=STAGES):
+        row = item * BLOCK_M + tl.arange(0, BLOCK_M)
+        row_ok = row < num_rows
+        start = row.to(tl.int64)[:, None] * X_BYTES
+        if CHUNKS == 1:
+            tile, words = _input(x, x_words, start, 0, row_ok, X_BYTES, BLOCK_B)
+            acc = tl.dot(operand(tile, X_BITS, PTX, BLOCK_M, BLOCK_B), kept, out_dtype=tl.int32)
+            row_sum = tl.sum(word_sums(words, X_BITS), 1)
+        else:
+            acc = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
+            sums = tl.zeros([BLOCK_M, BLOCK_B // 4], tl.int32)
+            for chunk in range(CHUNKS):
+                tile, words = _input(x, x_words, start, chunk * BLOCK_B, row_ok, X_BYTES, BLOCK_B)
+                passing = tl.trans(tl.load(weights + chunk * positions, mask=column_ok[:, None], other=0))
+                acc = tl.dot(operand(tile, X_BITS, PTX, BLOCK_M, BLOCK_B), passing, acc, out_dtype=tl.int32)
+                sums += word_sums(words, X_BITS)
+            row_sum = tl.sum(sums, 1)
+        if W_ZERO != 0:
+            acc += (W_ZERO * row_sum)[:, None]
+        if X_BITS == 8:
+            acc += (128 * tl.load(column_sum + column, mask=column_ok, other=0))[None, :]
+        sw, lw = tl.load(w_scale), tl.load(w_offset)
+        if W_SCALE:
+            sw = tl.load(w_scale + column, mask=column_ok, other=1.0)[None, :]
+        if W_OFFSET:
+            lw = tl.load(w_offset + column, mask=column_ok, other=0.0)[None, :]
+        sx = tl.load(x_scale + row, mask=row_ok, other=1.0)[:, None] if X_SCALE else tl.load(x_scale)
+        lx = tl.load(x_offset + row, mask=row_ok, other=0.0)[:, None] if X_OFFSET else tl.load(x_offset)
+        y = acc.to(tl.float32) * sw + row_sum.to(tl.float32)[:, None] * lw
+        y = y * sx + tl.load(column_term + column, mask=column_ok, other=0.0)[None, :] * lx
+        _finish(
+            y, row, row_ok, column, column_ok, bias, row_scale, addend, out, out_scale, out_offset, num_out,
+            BLOCK_M, width, WHOLE, RELU, OUT_BITS, OUT_BYTES, OUT_SCALE, OUT_OFFSET,
+        )  # fmt: skip
+
+
+@triton.jit
+def _input(x, x_words, start, first, row_ok, X_BYTES: tl.constexpr, BLOCK_B: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The bytes ``first`` to ``first + BLOCK_B`` of the rows, as bytes and as words; 0 past a row's end."""
+    byte = first + tl.arange(0, BLOCK_B)
+    word = first // 4 + tl.arange(0, BLOCK_B // 4)
+    byte_ok = row_ok[:, None]
+    word_ok = byte_ok
+    if X_BYTES % BLOCK_B != 0 or X_BYTES == 0:
+        byte_ok = byte_ok & (byte < X_BYTES)[None, :]
+        word_ok = word_ok & (word < X_BYTES // 4)[None, :]
+    tile = tl.load(x + start + byte[None, :], mask=byte_ok, other=0)
+    words = tl.load(x_words + start // 4 + word[None, :], mask=word_ok, other=0)
+    return tile, words
+
+
+@triton.jit
+def _finish(  # type: ignore[no-untyped-def]
+    y, row, row_ok, column, column_ok, bias, row_scale, addend, out, out_scale, out_offset, num_out,
+    BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr, RELU: tl.constexpr, OUT_BITS: tl.constexpr,
+    OUT_BYTES: tl.constexpr, OUT_SCALE: tl.constexpr, OUT_OFFSET: tl.constexpr,
+):  # fmt: skip
+    """Bias, addend, ReLU, the row's factor and either floats or codes."""
+    if bias is not None:
+        y = y + tl.load(bias + column, mask=column_ok, other=0.0)[None, :]
+    ok = row_ok[:, None] & column_ok[None, :]
+    row64 = row.to(tl.int64)[:, None]
+    if addend is not None:
+        y = y + tl.load(addend + row64 * num_out + column[None, :], mask=ok, other=0.0)
+    if RELU:
+        y = relu(y)
+    if row_scale is not None:
+        y = y * tl.load(row_scale + row, mask=row_ok, other=0.0)[:, None]
+    if OUT_BITS == 0:
+        tl.store(out + row64 * num_out + column[None, :], y, mask=ok)
+    else:
+        parts: tl.constexpr = 8 // OUT_BITS
+        scale = load_range(out_scale, OUT_SCALE, row, row_ok, column, column_ok)
+        start = load_range(out_offset, OUT_OFFSET, row, row_ok, column, column_ok)
+        codes = quantize(y, scale, start, OUT_BITS)
+        if not WHOLE:
+            codes = tl.where(column_ok[None, :], codes, 0)
+        codes = tl.reshape(codes, [BLOCK_M, parts, WIDTH])
+        lanes = tl.sum(codes << (OUT_BITS * tl.arange(0, parts))[None, :, None], 1)
+        byte = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+        byte_ok = row_ok[:, None]
+        if not WHOLE:
+            byte_ok = byte_ok & (byte < OUT_BYTES)[None, :]
+        tl.store(out + row64 * OUT_BYTES + byte[None, :], lanes.to(tl.int8), mask=byte_ok)
+
+
+SMALLEST_K, SMALLEST_N = 32, 16  # of an int8 product
+STREAMED = 128  # positions of a chunk where a row's weights are not kept
+NARROW = 64  # features of a program that holds more: what is added, or the next chunk
+KEPT_ON_HIP = 32 << 10  # bytes of weights: half of the shared memory there is
+
+
+class Tiles(NamedTuple):
+    """How one product is cut.
+
+    Attributes:
+        block_n: Output features of a program.
+        block_b: Input bytes of a chunk.
+        chunks: Of a row; one where the weights are kept.
+        whole: Whether no program has features past the last one.
+        columns: Blocks of output features.
+    """
+
+    block_n: int
+    block_b: int
+    chunks: int
+    whole: bool
+    columns: int
+
+
+def tiles_of(
+    config: Config, in_features: int, num_out: int, x_bits: int, out_bits: int, added: bool = False
+) -> Tiles:
+    """The tiles of a product under ``config``: whole rows where they fit, narrower where something is ``added``."""
+    parts, width = parts_per_byte(x_bits), row_bytes(in_features, x_bits)
+    out_parts = parts_per_byte(out_bits) if out_bits else 1
+    places = row_bytes(num_out, out_bits) if out_bits else num_out  # each of them ``out_parts`` features
+    row = max(SMALLEST_K // parts, next_power_of_two(width))
+    kept = min(config.block_k, KEPT_ON_HIP // config.block_n) if on_hip() else config.block_k
+    streamed = parts * row > kept
+    block_b = min(kept, STREAMED) // parts if streamed else row
+    widest = min(config.block_n, NARROW) if added or streamed else config.block_n
+    block_n = max(SMALLEST_N, min(widest, out_parts * next_power_of_two(places)))
+    of_program = block_n // out_parts
+    whole = places % of_program == 0 and out_parts * places == num_out
+    return Tiles(block_n, block_b, max(1, -(-width // block_b)), whole, -(-places // of_program))
+
+
+def unpacks_words() -> bool:
+    """Whether inline PTX unpacks: not on AMD, and not under the interpreter."""
+    return not on_hip() and os.environ.get("TRITON_INTERPRET", "0") != "1"
+
+
+def linear(
+    x_words: Tensor,
+    w_words: Tensor,
+    x_scale: Tensor,
+    x_offset: Tensor,
+    w_scale: Tensor,
+    w_offset: Tensor,
+    in_features: int,
+    x_bits: int,
+    w_bits: int,
+    bias: Tensor | None = None,
+    relu: bool = False,
+    out_scale: Tensor | None = None,
+    out_offset: Tensor | None = None,
+    out_bits: int = 0,
+    row_scale: Tensor | None = None,
+    addend: Tensor | None = None,
+    multiplier: Tensor | None = None,
+    out_unit: Tensor | None = None,
+) -> Any:
+    if multiplier is not None:
+        x_scale, x_offset = multiplied(x_scale, x_offset, multiplier)
+    if out_unit is not None:
+        assert out_scale is not None
+        assert out_offset is not None
+        y = linear(
+            x_words, w_words, x_scale, x_offset, w_scale, w_offset, in_features, x_bits, w_bits, bias, relu,
+            row_scale=row_scale, addend=addend,
+        )  # fmt: skip
+        return quantize_pack(y, out_scale, out_offset, out_bits, out_unit)  # a row's peak crosses programs
+    device = check_devices(
+        x_words, w_words, x_scale, x_offset, w_scale, w_offset, bias, out_scale, out_offset, row_scale,
+        addend,
+    )  # fmt: skip
+    num_rows, num_out = x_words.size(0), w_words.size(0)
+    config = config_for("linear", device, row_words(in_features, x_bits))
+    tiles = tiles_of(config, in_features, num_out, x_bits, out_bits, addend is not None)
+    if tiles.chunks > 1:
+        config = replace(config, max_registers=0)
+    shape = (num_rows, row_words(num_out, out_bits) if out_bits else num_out)
+    out = x_words.new_empty(shape, dtype=torch.int32 if out_bits else torch.float32)
+    if out.numel() == 0:
+        return out
+    weights = prepared_weights(w_words, w_scale, w_offset, in_features, x_bits, w_bits, tiles.block_b)
+    x_words = x_words.contiguous()
+    rest = [None if t is None else t.contiguous() for t in (bias, row_scale, addend)]
+    ranges = [None if t is None else t.contiguous() for t in (out_scale, out_offset)]
+    num_items = triton.cdiv(num_rows, config.block_m)
+    programs = max(1, processors(device) * config.programs // tiles.columns)
+    launch(
+        linear_kernel, (min(num_items, programs) if tiles.chunks == 1 else num_items, tiles.columns), device,
+        x_words.view(torch.int8), x_words, weights.codes, weights.column_sum, weights.column_term,
+        x_scale.contiguous(), x_offset.contiguous(), w_scale.contiguous(), w_offset.contiguous(), *rest,
+        out.view(torch.int8) if out_bits else out, *ranges, num_rows, num_items, num_out,
+        X_BITS=x_bits, X_BYTES=row_bytes(in_features, x_bits), W_ZERO=zero_code(w_bits),
+        BLOCK_M=config.block_m, BLOCK_N=tiles.block_n, BLOCK_B=tiles.block_b, CHUNKS=tiles.chunks, WHOLE=tiles.whole,
+        PTX=unpacks_words(), STAGES=config.num_stages,
+        X_SCALE=x_scale.numel() > 1, X_OFFSET=x_offset.numel() > 1,
+        W_SCALE=w_scale.numel() > 1, W_OFFSET=w_offset.numel() > 1, RELU=relu,
+        OUT_BITS=out_bits, OUT_BYTES=row_bytes(num_out, out_bits) if out_bits else 0,
+        OUT_SCALE=range_kind(out_scale), OUT_OFFSET=range_kind(out_offset),
+        **launch_options(config), num_stages=config.num_stages,
+    )  # fmt: skip
+    return out

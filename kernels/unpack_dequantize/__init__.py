@@ -1,0 +1,63 @@
+"""``unpack_dequantize``: packed rows to float rows in one pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..arithmetic import check_multiplier, check_range, dequantize_codes, multiplied
+from ..backend import implementation, is_direct
+from ..layout import check_packed, unpack_codes
+from ..library import register
+
+__all__ = ["unpack_dequantize", "unpack_dequantize_reference"]
+
+SCHEMA = (
+    "(Tensor words, Tensor scale, Tensor offset, int num_features, int bits, Tensor? multiplier=None) -> Tensor"
+)
+
+
+def unpack_dequantize_reference(
+    words: Tensor, scale: Tensor, offset: Tensor, num_features: int, bits: int, multiplier: Tensor | None = None
+) -> Tensor:
+    if multiplier is not None:
+        scale, offset = multiplied(scale, offset, multiplier)
+    return dequantize_codes(unpack_codes(words, num_features, bits), scale, offset)
+
+
+def _fake(
+    words: Tensor, scale: Tensor, offset: Tensor, num_features: int, bits: int, multiplier: Tensor | None = None
+) -> Tensor:
+    return words.new_empty((words.size(0), num_features), dtype=torch.float32)
+
+
+def _check(
+    words: Tensor, scale: Tensor, offset: Tensor, num_features: int, bits: int, multiplier: Tensor | None = None
+) -> None:
+    check_packed(words, num_features, bits)
+    check_range(scale, offset, words.size(0), num_features)
+    check_multiplier(multiplier, scale, offset, words.size(0))
+
+
+register("unpack_dequantize", SCHEMA, _fake, _check)
+
+
+def unpack_dequantize(
+    words: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    num_features: int,
+    bits: int,
+    multiplier: Tensor | None = None,
+    *,
+    is_checked: bool = False,
+) -> Tensor:
+    r"""Unpack ``[N, row_words(F, bits)]`` words and dequantize, ``x^ = c s + l``, into ``[N, F]``
+    float32.
+
+    ``scale`` and ``offset`` have one element, ``[F]`` or ``[N, 1]``; with a ``multiplier`` ``[N]`` uint8 (not per row)
+    row ``i`` has the range ``(s m_i, l m_i)``.  Bitwise the same on every backend.
+    """
+    if is_checked and words.is_cpu and is_direct():
+        return implementation("unpack_dequantize", "cpu")(words, scale, offset, num_features, bits, multiplier)
+    return torch.ops.qgnn.unpack_dequantize.default(words, scale, offset, num_features, bits, multiplier)
