@@ -1,4 +1,4 @@
-"""aggregate and smp_step against their references, on every kind of graph."""
+"""``aggregate`` against its reference, on every kind of graph."""
 
 import pytest
 import torch
@@ -10,9 +10,7 @@ from qgnn_plugin.kernels.aggregate.triton import aggregate as triton_aggregate
 from qgnn_plugin.kernels.backend import use_backend
 from qgnn_plugin.kernels.layout import pack_codes
 from qgnn_plugin.kernels.plan import GraphPlan
-from qgnn_plugin.kernels.smp_step import smp_step
 from qgnn_plugin.kernels.triton.launch import Config, check_devices, debug_checks, override
-from qgnn_plugin.kernels.triton.schedule import ROW_ALIGNMENT, build_schedule
 
 
 def packed_rows(rows: int, features: int, bits: int) -> torch.Tensor:
@@ -103,35 +101,6 @@ def test_result_does_not_depend_on_the_configuration() -> None:
     ):
         with override(aggregate_sum=config):
             assert_same(lambda: aggregate(words, plan, scale, offset, 64, 2))
-
-
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("multiplier", [0.0, 0.5])
-def test_smp_step(packed: bool, multiplier: float) -> None:
-    plan = plan_of(SMALL["erdos_renyi"]())
-    nodes, features = plan.num_src, 33
-    h, x0, norm = torch.randn(nodes, features), torch.randn(nodes, features), torch.rand(nodes)
-    options: dict[str, object] = {"eta": 0.1, "mu": 9.0, "multiplier": multiplier}
-    if packed:
-        scale, offset = ranges("column", nodes, features)
-        options |= {
-            "words": packed_rows(nodes, features, 2), "scale": scale, "offset": offset, "bits": 2,
-            "measure": True, "out_bits": 4, "out_scale": torch.tensor(0.2),
-            "out_offset": torch.tensor(-1.0),
-        }  # fmt: skip
-    assert_same(lambda: smp_step(h, x0, plan, norm, **options), exact=False)
-
-
-def test_schedule_covers_every_edge_once() -> None:
-    plan = plan_of(SMALL["power_law"]())
-    schedule = build_schedule(plan.rowptr, 8)
-    covered = torch.zeros(plan.num_edges, dtype=torch.int)
-    for begin, length in zip(schedule.begin.tolist(), schedule.length.tolist(), strict=True):
-        covered[begin : begin + length] += 1
-    assert covered.eq(1).all()
-    assert schedule.num_partial % ROW_ALIGNMENT == 0
-    assert schedule.length.max() <= 8
-    assert torch.equal(schedule.slot.sort().values, torch.arange(schedule.num_partial).int())
 
 
 def test_debug_mode_finds_indices_out_of_range() -> None:
