@@ -1,4 +1,4 @@
-"""CPU benchmark, ``make bench-cpu``: kernels, inference, small graphs, batches, memory, files, growth and recall.
+"""CPU benchmark, ``make bench-cpu``: kernels, inference, small graphs, batches, memory, files, growth, recall, search.
 
 All sides of a comparison are interleaved in one run.  Each section is written to ``cpu.json`` and ``cpu.md`` when it is
 finished and kept by later runs with the same machine, versions, code and settings.  Real graphs are read from files:
@@ -20,7 +20,17 @@ from typing import Any
 import qgnn_plugin
 from qgnn_plugin import kernels
 
-from . import cpu_batches, cpu_files, cpu_growth, cpu_inference, cpu_kernels, cpu_memory, cpu_recall, cpu_small
+from . import (
+    cpu_batches,
+    cpu_files,
+    cpu_growth,
+    cpu_inference,
+    cpu_kernels,
+    cpu_memory,
+    cpu_recall,
+    cpu_search,
+    cpu_small,
+)
 from .cpu_report import target_table
 from .environment import compact_json, environment, write_atomically
 from .stacks import WIDTHS
@@ -39,6 +49,7 @@ SECTIONS: dict[str, ModuleType] = {
     "files": cpu_files,
     "growth": cpu_growth,
     "recall": cpu_recall,
+    "search": cpu_search,
 }
 
 
