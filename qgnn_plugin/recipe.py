@@ -51,6 +51,8 @@ class Stage:
         evaluate_every: Epochs between evaluations on the validation nodes.
         dropout: Whether to train in training mode.  Distillation on every node needs no dropout: it only blurs what
             few levels can say, and off, the student is trained as it will be used.
+        most_epochs: Go on after ``epochs`` while the best evaluation lies in the later half of what was trained, up to
+            so many: a model that has not converged trains until it has.  0: stop at ``epochs``.
     """
 
     epochs: int = 200
@@ -60,6 +62,7 @@ class Stage:
     patience: int = 0
     evaluate_every: int = 1
     dropout: bool = True
+    most_epochs: int = 0
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,9 @@ def _fit(
     optimizer = torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(1, stage.epochs))
     best, best_key, waited = None, (-math.inf, -math.inf), 0
-    for epoch in range(1, stage.epochs + 1):
+    for epoch in range(1, max(stage.epochs, stage.most_epochs) + 1):
+        if epoch > stage.epochs and best is not None and 2 * best[2] < epoch:
+            break
         model.train(stage.dropout)
         optimizer.zero_grad()
         loss(model(*args, **kwargs)).backward()
