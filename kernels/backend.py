@@ -10,7 +10,7 @@ backend       what runs                                                    devic
 ``auto``      the fastest of the above for the device                      all
 ============= ============================================================ ==================
 
-Each backend module defines a function named like the op with the op's own arguments.  All backends
+Each backend module defines a function named like the op, of those of the op's arguments that it needs.  All backends
 compute the canonical arithmetic of :mod:`qgnn_plugin.kernels.arithmetic`, so the choice never
 changes a result beyond the op's stated tolerance.
 """
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,8 +30,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .signature import selecting
+
 __all__ = [
     "BACKENDS",
+    "add_op",
     "available_backends",
     "backend_for",
     "check_devices",
@@ -118,9 +122,7 @@ def backend_for(device: torch.device | str) -> str:
         raise ValueError(f"Expected a backend out of {('auto', *BACKENDS)} (got {name!r})")
     if name not in found:
         hint = _HINTS.get(name, "")
-        raise RuntimeError(
-            f"Backend {name!r} is not available for device '{device}', available: {found}{hint}"
-        )
+        raise RuntimeError(f"Backend {name!r} is not available for device '{device}', available: {found}{hint}")
     return name
 
 
@@ -163,17 +165,26 @@ def rehearsing() -> Iterator[None]:
         _rehearsing.reset(token)
 
 
+def add_op(name: str, reference: Callable[..., Any]) -> None:
+    """Say what ``name`` computes; its backends are in the modules ``cpu``, ``triton``, ... beside the reference."""
+    _references[name] = reference
+
+
+_references: dict[str, Callable[..., Any]] = {}
+
+
 @cache
 def implementation(op: str, backend: str) -> Callable[..., Any]:
-    """The function that executes ``op`` on ``backend``; modules are imported on first use."""
-    folder = f"{__package__}.{_HOME.get(op, op)}"
+    """The function that executes ``op`` on ``backend``, of the op's own arguments; modules are imported on first use.
+
+    Raises:
+        TypeError: If it requires an argument that the op has not.
+    """
+    reference = _references[op]
     if backend == "torch":
-        return getattr(importlib.import_module(folder), f"{op}_reference")
-    return getattr(importlib.import_module(f"{folder}.{_MODULE[backend]}"), op)
-
-
-# Ops that live in the folder of another one.
-_HOME = {"fake_quantize_backward": "fake_quantize", "edge_dots": "float_sum", "segment_largest": "float_sum"}
+        return reference
+    function = getattr(importlib.import_module(f"{reference.__module__}.{_MODULE[backend]}"), op)
+    return selecting(function, inspect.signature(reference).parameters)
 
 
 def dispatch(op: str, device: torch.device) -> Callable[..., Any]:

@@ -1,4 +1,6 @@
-"""Registration of the ops with ``torch.library``, namespace ``qgnn``."""
+"""Registration of the ops with ``torch.library``, namespace ``qgnn``: an op is told once, by the signature of its
+reference.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from .backend import check_devices, dispatch
+from .backend import add_op, check_devices, dispatch
+from .signature import checked, selecting
 
 __all__ = ["register", "register_fake"]
 
@@ -28,33 +32,75 @@ def register_fake(op: str, fake: Callable[..., Any], library: torch.library.Libr
     torch.library.register_fake(f"qgnn::{op}", fake, lib=library)
 
 
-def register(op: str, schema: str, fake: Callable[..., Any], check: Callable[..., None]) -> None:
-    """Define ``qgnn::<op>`` with its fake (meta) implementation; devices dispatch through
-    :mod:`.backend`.  An overload, ``name.overload``, runs the implementation of its name.
+def register(
+    reference: Callable[..., Any], fake: Callable[..., Any], check: Callable[..., None], *, rows: str | None = None
+) -> Callable[..., None]:
+    """Define ``qgnn::<op>`` by its reference, ``<op>_reference``; devices dispatch through :mod:`.backend`.
 
-    ``check`` takes the op's arguments and raises on those with which a kernel would read or write out of bounds, or
-    answer something else than its reference.
+    Args:
+        reference: What the op computes, in torch.  Its annotated signature is the op's: the schema follows from it, and
+            functions of the op name what they need of it, by the same names in any order.
+        fake: Empty results of the shapes and dtypes of the op's.
+        check: Raises on arguments with which a kernel would read or write out of bounds, or answer something else than
+            the reference.
+        rows: The last parameter, where the op has an overload ``rows``: given, the result is a pair, packed words and
+            the multipliers of their rows, else one tensor.
+
+    Returns:
+        ``check`` as a function of all arguments in their order.
+
+    Raises:
+        TypeError: If ``fake`` or ``check`` names what the op has not.
     """
-    name = op.partition(".")[0]
-    _library.define(op + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    name = reference.__name__.removesuffix("_reference")
+    signature = inspect.signature(reference, eval_str=True)
+    parameters = signature.parameters
+    add_op(name, reference)
+    fake = selecting(fake, parameters)
+    on_cpu = checked(check, lambda: dispatch(name, _CPU), parameters)
+    check = selecting(check, parameters)
 
-    def device_of(args: Any, kwargs: Any) -> torch.device:
-        return check_devices(*(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)))
-
-    def run_fake(*args: Any, **kwargs: Any) -> Any:
-        device_of(args, kwargs)
-        return fake(*args, **kwargs)
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        device = device_of(args, kwargs)
+    def on_device(*args: Any, **kwargs: Any) -> Any:
+        device = _device_of(args, kwargs)
         check(*args, **kwargs)
         return dispatch(name, device)(*args, **kwargs)
 
-    def run_on_cpu(*args: Any, **kwargs: Any) -> Any:
-        # All tensors are on the CPU: of several devices torch takes the implementation of another one.
-        check(*args, **kwargs)
-        return dispatch(name, _CPU)(*args, **kwargs)
+    if rows is None:
+        _define(name + _schema(signature), fake, on_cpu, on_device)
+        return check
+    *others, last = parameters.values()
+    assert last.name == rows
+    one = signature.replace(parameters=others, return_annotation=Tensor)
+    # Behind parameters with defaults one that is required can be had by its name only.
+    has_defaults = any(parameter.default is not inspect.Parameter.empty for parameter in others)
+    kind = inspect.Parameter.KEYWORD_ONLY if has_defaults else last.kind
+    required = inspect.Parameter(rows, kind, annotation=Tensor)
+    pair = signature.replace(parameters=[*others, required], return_annotation=tuple[Tensor, Tensor])
+    _define(name + _schema(one), fake, on_cpu, on_device)
+    _define(f"{name}.rows" + _schema(pair), fake, on_cpu, on_device)
+    return check
 
-    _library.impl(op, run_on_cpu, "CPU")
-    _library.impl(op, run, "CUDA")
+
+def _device_of(args: Any, kwargs: Any) -> torch.device:
+    return check_devices(*(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
+
+
+def _schema(signature: inspect.Signature) -> str:
+    def prototype() -> None: ...
+
+    prototype.__signature__ = signature  # type: ignore[attr-defined]
+    # Numbers are constants of an op: widths, heads and sizes of a model, never those of a graph.
+    return torch.library.infer_schema(prototype, mutates_args=()).replace("SymInt", "int")
+
+
+def _define(schema: str, fake: Callable[..., Any], on_cpu: Callable[..., Any], on_device: Callable[..., Any]) -> None:
+    def run_fake(*args: Any, **kwargs: Any) -> Any:
+        _device_of(args, kwargs)
+        return fake(*args, **kwargs)
+
+    op = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    # On the CPU all tensors are there: of several devices torch takes the implementation of another one.
+    _library.impl(op, on_cpu, "CPU")
+    _library.impl(op, on_device, "CUDA")
     register_fake(op, run_fake, _library)

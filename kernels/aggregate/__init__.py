@@ -34,15 +34,6 @@ __all__ = ["REDUCTIONS", "aggregate", "aggregate_reference"]
 
 REDUCTIONS = ("sum", "mean", "max")
 
-_ARGUMENTS = (
-    "Tensor words, Tensor rowptr, Tensor col, Tensor scale, Tensor offset, int num_features, "
-    "int bits, str reduce='sum', Tensor? edge_weight=None, Tensor? dst_scale=None, Tensor? "
-    "bias=None, bool relu=False, Tensor? out_scale=None, Tensor? out_offset=None, int "
-    "out_bits=0, Tensor? schedule=None, Tensor? multiplier=None"
-)
-SCHEMA = f"({_ARGUMENTS}) -> Tensor"
-ROWS_SCHEMA = f"({_ARGUMENTS}, *, Tensor out_unit) -> (Tensor, Tensor)"
-
 MAX_PER_ROW = "Expected one range per tensor or column for reduce='max' (got one per row)"
 _REFERENCE_CHUNK = 1 << 24  # elements of the gathered block that the reference holds at a time
 
@@ -134,26 +125,7 @@ def aggregate_reference(
     return finish(y, bias, relu, out_scale, out_offset, out_bits, out_unit=out_unit)
 
 
-def _fake(
-    words: Tensor,
-    rowptr: Tensor,
-    col: Tensor,
-    scale: Tensor,
-    offset: Tensor,
-    num_features: int,
-    bits: int,
-    reduce: str = "sum",
-    edge_weight: Tensor | None = None,
-    dst_scale: Tensor | None = None,
-    bias: Tensor | None = None,
-    relu: bool = False,
-    out_scale: Tensor | None = None,
-    out_offset: Tensor | None = None,
-    out_bits: int = 0,
-    schedule: Tensor | None = None,
-    multiplier: Tensor | None = None,
-    out_unit: Tensor | None = None,
-) -> Any:
+def _fake(words: Tensor, rowptr: Tensor, num_features: int, out_bits: int, out_unit: Tensor | None) -> Any:
     return new_output(words, rowptr.size(0) - 1, num_features, out_bits, out_unit)
 
 
@@ -165,17 +137,15 @@ def _check(
     offset: Tensor,
     num_features: int,
     bits: int,
-    reduce: str = "sum",
-    edge_weight: Tensor | None = None,
-    dst_scale: Tensor | None = None,
-    bias: Tensor | None = None,
-    relu: bool = False,
-    out_scale: Tensor | None = None,
-    out_offset: Tensor | None = None,
-    out_bits: int = 0,
-    schedule: Tensor | None = None,
-    multiplier: Tensor | None = None,
-    out_unit: Tensor | None = None,
+    reduce: str,
+    edge_weight: Tensor | None,
+    dst_scale: Tensor | None,
+    bias: Tensor | None,
+    out_scale: Tensor | None,
+    out_offset: Tensor | None,
+    out_bits: int,
+    multiplier: Tensor | None,
+    out_unit: Tensor | None,
 ) -> None:
     check_packed(words, num_features, bits)
     check_csr(rowptr, col, words.size(0))
@@ -215,8 +185,7 @@ def _check_weight(edge_weight: Tensor, num_edges: int, num_features: int, reduce
         raise TypeError(f"Expected 'edge_weight' to be float32 (got {edge_weight.dtype})")
 
 
-register("aggregate", SCHEMA, _fake, _check)
-register("aggregate.rows", ROWS_SCHEMA, _fake, _check)
+register(aggregate_reference, _fake, _check, rows="out_unit")
 
 
 def new_output(like: Tensor, num_rows: int, num_features: int, out_bits: int, out_unit: Tensor | None = None) -> Any:

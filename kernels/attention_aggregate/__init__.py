@@ -48,16 +48,6 @@ __all__ = ["attention_aggregate", "attention_aggregate_reference"]
 
 FLOAT_BITS = 32
 
-_ARGUMENTS = (
-    "Tensor words, Tensor rowptr, Tensor col, Tensor scale, Tensor offset, int num_features, "
-    "int bits, int heads, int attention_bits, float negative_slope, Tensor? alpha_src=None, "
-    "Tensor? alpha_dst=None, Tensor? alpha_edge=None, Tensor? att=None, Tensor? x_dst=None, bool "
-    "concat=True, Tensor? bias=None, bool relu=False, Tensor? out_scale=None, Tensor? "
-    "out_offset=None, int out_bits=0, Tensor? schedule=None, Tensor? multiplier=None"
-)
-SCHEMA = f"({_ARGUMENTS}) -> Tensor"
-ROWS_SCHEMA = f"({_ARGUMENTS}, *, Tensor out_unit) -> (Tensor, Tensor)"
-
 
 def _logits(
     x: Tensor,
@@ -156,28 +146,11 @@ def attention_aggregate_reference(
 def _fake(
     words: Tensor,
     rowptr: Tensor,
-    col: Tensor,
-    scale: Tensor,
-    offset: Tensor,
     num_features: int,
-    bits: int,
     heads: int,
-    attention_bits: int,
-    negative_slope: float,
-    alpha_src: Tensor | None = None,
-    alpha_dst: Tensor | None = None,
-    alpha_edge: Tensor | None = None,
-    att: Tensor | None = None,
-    x_dst: Tensor | None = None,
-    concat: bool = True,
-    bias: Tensor | None = None,
-    relu: bool = False,
-    out_scale: Tensor | None = None,
-    out_offset: Tensor | None = None,
-    out_bits: int = 0,
-    schedule: Tensor | None = None,
-    multiplier: Tensor | None = None,
-    out_unit: Tensor | None = None,
+    concat: bool,
+    out_bits: int,
+    out_unit: Tensor | None,
 ) -> Any:
     width = num_features if concat else num_features // heads
     return new_output(words, rowptr.size(0) - 1, width, out_bits, out_unit)
@@ -193,21 +166,18 @@ def _check(
     bits: int,
     heads: int,
     attention_bits: int,
-    negative_slope: float,
-    alpha_src: Tensor | None = None,
-    alpha_dst: Tensor | None = None,
-    alpha_edge: Tensor | None = None,
-    att: Tensor | None = None,
-    x_dst: Tensor | None = None,
-    concat: bool = True,
-    bias: Tensor | None = None,
-    relu: bool = False,
-    out_scale: Tensor | None = None,
-    out_offset: Tensor | None = None,
-    out_bits: int = 0,
-    schedule: Tensor | None = None,
-    multiplier: Tensor | None = None,
-    out_unit: Tensor | None = None,
+    alpha_src: Tensor | None,
+    alpha_dst: Tensor | None,
+    alpha_edge: Tensor | None,
+    att: Tensor | None,
+    x_dst: Tensor | None,
+    concat: bool,
+    bias: Tensor | None,
+    out_scale: Tensor | None,
+    out_offset: Tensor | None,
+    out_bits: int,
+    multiplier: Tensor | None,
+    out_unit: Tensor | None,
 ) -> None:
     check_packed(words, num_features, bits)
     num_src, num_dst = words.size(0), rowptr.numel() - 1
@@ -239,8 +209,7 @@ def _check(
     check_output_range(out_scale, out_offset, out_bits, num_dst, width, out_unit)
 
 
-register("attention_aggregate", SCHEMA, _fake, _check)
-register("attention_aggregate.rows", ROWS_SCHEMA, _fake, _check)
+_check_all = register(attention_aggregate_reference, _fake, _check, rows="out_unit")
 
 
 def attention_aggregate(
@@ -307,7 +276,7 @@ def attention_aggregate(
     # What is no tensor where one belongs is left to the schema, which says so.
     ranges = all(v is None or isinstance(v, Tensor) for v in (scale, offset, out_scale, out_offset, out_unit))
     if on_cpu and ranges and is_direct():
-        _check(*args, out_unit)
+        _check_all(*args, out_unit)
         return implementation("attention_aggregate", "cpu")(*args, out_unit)
     if out_unit is None:
         return torch.ops.qgnn.attention_aggregate.default(*args)

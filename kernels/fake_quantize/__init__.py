@@ -23,11 +23,6 @@ from ..library import register
 
 __all__ = ["fake_quantize", "fake_quantize_backward_reference", "fake_quantize_reference"]
 
-SCHEMA = "(Tensor x, Tensor scale, Tensor offset, int bits) -> Tensor"
-BACKWARD_SCHEMA = (
-    "(Tensor grad, Tensor x, Tensor scale, Tensor offset, int bits) -> (Tensor, Tensor, Tensor)"
-)
-
 
 def fake_quantize_reference(x: Tensor, scale: Tensor, offset: Tensor, bits: int) -> Tensor:
     v = (x - offset) * scale.reciprocal()
@@ -58,13 +53,11 @@ def fake_quantize_backward_reference(
     )
 
 
-def _fake(x: Tensor, scale: Tensor, offset: Tensor, bits: int) -> Tensor:
+def _fake(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _fake_backward(
-    grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor, bits: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_backward(x: Tensor, scale: Tensor, offset: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format),
         torch.empty_like(scale),
@@ -83,8 +76,8 @@ def _check_backward(grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor, bits
     check_float(grad, "grad", tuple(x.shape))
 
 
-register("fake_quantize", SCHEMA, _fake, _check)
-register("fake_quantize_backward", BACKWARD_SCHEMA, _fake_backward, _check_backward)
+register(fake_quantize_reference, _fake, _check)
+register(fake_quantize_backward_reference, _fake_backward, _check_backward)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -6,8 +6,6 @@ r"""Sums of float rows over neighbours, products per edge and largest values per
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -17,13 +15,6 @@ from ..indices import check_csr, check_edge_rows, check_rowptr
 from ..library import register
 
 __all__ = ["edge_dots_reference", "float_sum_reference", "segment_largest_reference"]
-
-SUM_SCHEMA = (
-    "(Tensor x, Tensor rowptr, Tensor col, Tensor? dst_scale=None, Tensor? src_scale=None, Tensor? weight=None, "
-    "Tensor? edge=None) -> Tensor"
-)
-DOTS_SCHEMA = "(Tensor a, Tensor b, Tensor rowptr, Tensor col, int heads=1) -> Tensor"
-LARGEST_SCHEMA = "(Tensor values, Tensor rowptr, float fill=0.) -> Tensor"
 
 
 def float_sum_reference(
@@ -72,15 +63,15 @@ def segment_largest_reference(values: Tensor, rowptr: Tensor, fill: float = 0.0)
     return out.scatter_reduce_(0, index, values, "amax", include_self=False)
 
 
-def _fake_sum(x: Tensor, rowptr: Tensor, *others: Any, **options: Any) -> Tensor:
+def _fake_sum(x: Tensor, rowptr: Tensor) -> Tensor:
     return x.new_empty((rowptr.numel() - 1, x.size(1)))
 
 
-def _fake_dots(a: Tensor, b: Tensor, rowptr: Tensor, col: Tensor, heads: int = 1) -> Tensor:
+def _fake_dots(a: Tensor, col: Tensor, heads: int) -> Tensor:
     return a.new_empty((col.numel(), heads))
 
 
-def _fake_largest(values: Tensor, rowptr: Tensor, fill: float = 0.0) -> Tensor:
+def _fake_largest(values: Tensor, rowptr: Tensor) -> Tensor:
     return values.new_empty((rowptr.numel() - 1, values.size(1)))
 
 
@@ -91,10 +82,10 @@ def _check_sum(
     x: Tensor,
     rowptr: Tensor,
     col: Tensor,
-    dst_scale: Tensor | None = None,
-    src_scale: Tensor | None = None,
-    weight: Tensor | None = None,
-    edge: Tensor | None = None,
+    dst_scale: Tensor | None,
+    src_scale: Tensor | None,
+    weight: Tensor | None,
+    edge: Tensor | None,
 ) -> None:
     check_matrix(x, "x", *FLOATS)
     check_csr(rowptr, col, x.size(0))
@@ -114,7 +105,7 @@ def _check_sum(
         raise ValueError(f"Expected a row of 'weight' per edge, {col.numel()} (got {weight.size(0)})")
 
 
-def _check_dots(a: Tensor, b: Tensor, rowptr: Tensor, col: Tensor, heads: int = 1) -> None:
+def _check_dots(a: Tensor, b: Tensor, rowptr: Tensor, col: Tensor, heads: int) -> None:
     check_matrix(a, "a", *FLOATS)
     check_matrix(b, "b", a.dtype)
     check_csr(rowptr, col, b.size(0))
@@ -124,11 +115,11 @@ def _check_dots(a: Tensor, b: Tensor, rowptr: Tensor, col: Tensor, heads: int = 
         raise ValueError(f"Expected 'heads' to divide {a.size(1)} features (got {heads})")
 
 
-def _check_largest(values: Tensor, rowptr: Tensor, fill: float = 0.0) -> None:
+def _check_largest(values: Tensor, rowptr: Tensor) -> None:
     check_matrix(values, "values", *FLOATS)
     check_rowptr(rowptr, values.size(0))
 
 
-register("float_sum", SUM_SCHEMA, _fake_sum, _check_sum)
-register("edge_dots", DOTS_SCHEMA, _fake_dots, _check_dots)
-register("segment_largest", LARGEST_SCHEMA, _fake_largest, _check_largest)
+register(float_sum_reference, _fake_sum, _check_sum)
+register(edge_dots_reference, _fake_dots, _check_dots)
+register(segment_largest_reference, _fake_largest, _check_largest)

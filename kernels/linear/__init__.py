@@ -25,15 +25,6 @@ from ..library import register
 
 __all__ = ["few_rows_linear", "linear", "linear_reference", "prepared_linear"]
 
-_ARGUMENTS = (
-    "Tensor x_words, Tensor w_words, Tensor x_scale, Tensor x_offset, Tensor w_scale, Tensor "
-    "w_offset, int in_features, int x_bits, int w_bits, Tensor? bias=None, bool relu=False, "
-    "Tensor? out_scale=None, Tensor? out_offset=None, int out_bits=0, Tensor? row_scale=None, Tensor? "
-    "addend=None, Tensor? multiplier=None"
-)
-SCHEMA = f"({_ARGUMENTS}) -> Tensor"
-ROWS_SCHEMA = f"({_ARGUMENTS}, *, Tensor out_unit) -> (Tensor, Tensor)"
-
 
 def linear_reference(
     x_words: Tensor,
@@ -75,26 +66,7 @@ def linear_colterm(w_codes: Tensor, w_scale: Tensor, w_offset: Tensor) -> Tensor
     return (colsum * w_scale.reshape(-1)) + (float(w_codes.size(1)) * w_offset.reshape(-1))
 
 
-def _fake(
-    x_words: Tensor,
-    w_words: Tensor,
-    x_scale: Tensor,
-    x_offset: Tensor,
-    w_scale: Tensor,
-    w_offset: Tensor,
-    in_features: int,
-    x_bits: int,
-    w_bits: int,
-    bias: Tensor | None = None,
-    relu: bool = False,
-    out_scale: Tensor | None = None,
-    out_offset: Tensor | None = None,
-    out_bits: int = 0,
-    row_scale: Tensor | None = None,
-    addend: Tensor | None = None,
-    multiplier: Tensor | None = None,
-    out_unit: Tensor | None = None,
-) -> Any:
+def _fake(x_words: Tensor, w_words: Tensor, out_bits: int, out_unit: Tensor | None) -> Any:
     return new_output(x_words, x_words.size(0), w_words.size(0), out_bits, out_unit)
 
 
@@ -108,15 +80,14 @@ def _check(
     in_features: int,
     x_bits: int,
     w_bits: int,
-    bias: Tensor | None = None,
-    relu: bool = False,
-    out_scale: Tensor | None = None,
-    out_offset: Tensor | None = None,
-    out_bits: int = 0,
-    row_scale: Tensor | None = None,
-    addend: Tensor | None = None,
-    multiplier: Tensor | None = None,
-    out_unit: Tensor | None = None,
+    bias: Tensor | None,
+    out_scale: Tensor | None,
+    out_offset: Tensor | None,
+    out_bits: int,
+    row_scale: Tensor | None,
+    addend: Tensor | None,
+    multiplier: Tensor | None,
+    out_unit: Tensor | None,
 ) -> None:
     check_packed(x_words, in_features, x_bits, "x_words")
     check_packed(w_words, in_features, w_bits, "w_words")
@@ -143,8 +114,7 @@ def _check(
     check_output_range(out_scale, out_offset, out_bits, num_rows, num_out, out_unit)
 
 
-register("linear", SCHEMA, _fake, _check)
-register("linear.rows", ROWS_SCHEMA, _fake, _check)
+register(linear_reference, _fake, _check, rows="out_unit")
 
 
 def linear(

@@ -15,28 +15,24 @@ from ..library import register
 
 __all__ = ["quantize_pack", "quantize_pack_reference"]
 
-SCHEMA = "(Tensor x, Tensor scale, Tensor offset, int bits) -> Tensor"
-ROWS_SCHEMA = "(Tensor x, Tensor scale, Tensor offset, int bits, Tensor unit) -> (Tensor, Tensor)"
-
 
 def quantize_pack_reference(x: Tensor, scale: Tensor, offset: Tensor, bits: int, unit: Tensor | None = None) -> Any:
     return finish(x, None, out_scale=scale, out_offset=offset, out_bits=bits, out_unit=unit)
 
 
-def _fake(x: Tensor, scale: Tensor, offset: Tensor, bits: int, unit: Tensor | None = None) -> Any:
+def _fake(x: Tensor, bits: int, unit: Tensor | None) -> Any:
     words = x.new_empty((x.size(0), row_words(x.size(1), bits)), dtype=torch.int32)
     return words if unit is None else (words, x.new_empty(x.size(0), dtype=torch.uint8))
 
 
-def _check(x: Tensor, scale: Tensor, offset: Tensor, bits: int, unit: Tensor | None = None) -> None:
+def _check(x: Tensor, scale: Tensor, offset: Tensor, bits: int, unit: Tensor | None) -> None:
     check_bits(bits)
     check_matrix(x, "x")
     check_range(scale, offset, *x.shape)
     check_unit(unit, scale, offset, bits)
 
 
-register("quantize_pack", SCHEMA, _fake, _check)
-register("quantize_pack.rows", ROWS_SCHEMA, _fake, _check)
+register(quantize_pack_reference, _fake, _check, rows="unit")
 
 
 def quantize_pack(

@@ -27,13 +27,6 @@ from ..plan import GraphPlan
 
 __all__ = ["smp_step", "smp_step_reference"]
 
-SCHEMA = (
-    "(Tensor h, Tensor x0, Tensor rowptr, Tensor col, Tensor norm, float eta, float mu, float "
-    "multiplier, bool measure=False, Tensor? words=None, Tensor? scale=None, Tensor? "
-    "offset=None, int bits=0, Tensor? out_scale=None, Tensor? out_offset=None, int out_bits=0) "
-    "-> (Tensor, Tensor, Tensor)"
-)
-
 ROUNDING = 1e-12  # what float64 leaves of an exact zero
 
 
@@ -93,24 +86,7 @@ def smp_step_reference(
     return out, packed, torch.stack([constraint, energy]).to(torch.float32)
 
 
-def _fake(
-    h: Tensor,
-    x0: Tensor,
-    rowptr: Tensor,
-    col: Tensor,
-    norm: Tensor,
-    eta: float,
-    mu: float,
-    multiplier: float,
-    measure: bool = False,
-    words: Tensor | None = None,
-    scale: Tensor | None = None,
-    offset: Tensor | None = None,
-    bits: int = 0,
-    out_scale: Tensor | None = None,
-    out_offset: Tensor | None = None,
-    out_bits: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(h: Tensor, out_bits: int) -> tuple[Tensor, Tensor, Tensor]:
     shape = (h.size(0), row_words(h.size(1), out_bits)) if out_bits else (0, 0)
     out = torch.empty_like(h, memory_format=torch.contiguous_format)
     return out, h.new_empty(shape, dtype=torch.int32), h.new_empty((2,), dtype=torch.float32)
@@ -122,17 +98,13 @@ def _check(
     rowptr: Tensor,
     col: Tensor,
     norm: Tensor,
-    eta: float,
-    mu: float,
-    multiplier: float,
-    measure: bool = False,
-    words: Tensor | None = None,
-    scale: Tensor | None = None,
-    offset: Tensor | None = None,
-    bits: int = 0,
-    out_scale: Tensor | None = None,
-    out_offset: Tensor | None = None,
-    out_bits: int = 0,
+    words: Tensor | None,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    bits: int,
+    out_scale: Tensor | None,
+    out_offset: Tensor | None,
+    out_bits: int,
 ) -> None:
     check_matrix(h, "h")
     num_rows, num_features = h.shape
@@ -154,7 +126,7 @@ def _check(
     check_output_range(out_scale, out_offset, out_bits, num_rows, num_features)
 
 
-register("smp_step", SCHEMA, _fake, _check)
+register(smp_step_reference, _fake, _check)
 
 
 def smp_step(

@@ -12,10 +12,6 @@ from ..library import register
 
 __all__ = ["unpack_dequantize", "unpack_dequantize_reference"]
 
-SCHEMA = (
-    "(Tensor words, Tensor scale, Tensor offset, int num_features, int bits, Tensor? multiplier=None) -> Tensor"
-)
-
 
 def unpack_dequantize_reference(
     words: Tensor, scale: Tensor, offset: Tensor, num_features: int, bits: int, multiplier: Tensor | None = None
@@ -25,21 +21,19 @@ def unpack_dequantize_reference(
     return dequantize_codes(unpack_codes(words, num_features, bits), scale, offset)
 
 
-def _fake(
-    words: Tensor, scale: Tensor, offset: Tensor, num_features: int, bits: int, multiplier: Tensor | None = None
-) -> Tensor:
+def _fake(words: Tensor, num_features: int) -> Tensor:
     return words.new_empty((words.size(0), num_features), dtype=torch.float32)
 
 
 def _check(
-    words: Tensor, scale: Tensor, offset: Tensor, num_features: int, bits: int, multiplier: Tensor | None = None
+    words: Tensor, scale: Tensor, offset: Tensor, num_features: int, bits: int, multiplier: Tensor | None
 ) -> None:
     check_packed(words, num_features, bits)
     check_range(scale, offset, words.size(0), num_features)
     check_multiplier(multiplier, scale, offset, words.size(0))
 
 
-register("unpack_dequantize", SCHEMA, _fake, _check)
+register(unpack_dequantize_reference, _fake, _check)
 
 
 def unpack_dequantize(
