@@ -161,11 +161,12 @@ class Snapshot:
     def __init__(self, layer: nn.Module) -> None:
         children = list(layer.modules())[1:]
         self.children = [(child, type(child), child.__dict__) for child in children]
-        self.cls, self.state = type(layer), layer.__dict__
+        cls: Any = type(layer)
+        self.cls, self.state = cls, layer.__dict__
         states = [layer.__dict__, *(child.__dict__ for child in children)]
         held = [state[name] for state in states for name in ("_parameters", "_buffers", "_modules")]
         self.dicts = [(d, tuple(d), tuple(d.values())) for d in (*states, *held)]
-        self.numbers = [(names, name, names.get(name)) for names, name in _numbers_around(type(layer))]
+        self.numbers = [(names, name, names.get(name)) for names, name in _numbers_around(cls)]
         values = [value for state in states for value in state.values()]
         self.lists = [(value, tuple(value)) for value in values if type(value) is list]
         tensors = [t for state in states for kind in ("_parameters", "_buffers") for t in state[kind].values()]
