@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.utils._pytree import tree_map_only
 
 from ..kernels.backend import backend_for
@@ -453,6 +454,10 @@ def _deferring_class(inner: type[nn.Module]) -> type[nn.Module]:
             return _rebuild, (make, args), *rest
 
         namespace |= {"inner_class": inner, "forward": _scoped(inner), "_apply": apply, "__reduce_ex__": reduce_ex}
+        if hasattr(inner, "__deepcopy__"):
+            namespace["__deepcopy__"] = _deferring_copy(inner)
+        if issubclass(inner, GraphModule):
+            namespace["recompile"] = _recompiling(inner)
         _CLASSES[inner] = type(inner.__name__, (inner,), namespace)
     return _CLASSES[inner]
 
@@ -477,6 +482,34 @@ def _scoped(inner: Any) -> Callable[..., Any]:
             _scope.set(outer)
 
     return forward
+
+
+def _deferring_copy(inner: Any) -> Callable[..., Any]:
+    """The ``__deepcopy__`` of a class that has its own, which makes a model of a class that it knows."""
+
+    def deepcopy(self: Any, memo: dict[int, Any]) -> Any:
+        copied = inner.__deepcopy__(self, memo)
+        if isinstance(copied, nn.Module):
+            defer_inside(copied)
+        return copied
+
+    return deepcopy
+
+
+def _recompiling(inner: Any) -> Callable[..., Any]:
+    """The ``recompile`` of a traced model, which writes ``forward`` and ``__call__`` onto the class of its instance:
+    onto ``inner``, so that the scope stays around them.  Pickling recompiles too.
+    """
+
+    def recompile(self: Any) -> Any:
+        own = type(self)
+        self.__class__ = inner
+        try:
+            return inner.recompile(self)
+        finally:
+            self.__class__ = own
+
+    return recompile
 
 
 def _rebuild(make: Callable[..., Any], args: tuple[Any, ...]) -> Any:

@@ -154,3 +154,18 @@ def test_traced_models_are_copied() -> None:
     traced = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)))
     packed = qgnn.pack_model(qgnn.calibrate(qgnn.quantize_model(traced, bits=4), [(x,)]))
     assert torch.equal(copy.deepcopy(packed)(x), packed(x))
+
+
+def test_traced_models_defer_after_they_were_pickled_and_copied() -> None:
+    """Pickling one has it recompile, which writes ``forward`` and ``__call__`` onto its class."""
+    traced = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)))
+    x = torch.randn(5, 8)
+    packed = qgnn.pack_model(qgnn.calibrate(qgnn.quantize_model(traced, bits=4), [(x,)]))
+    expected = packed(x)
+    loaded = pickle.loads(pickle.dumps(packed))
+    for model in (packed, loaded, copy.deepcopy(packed), pickle.loads(pickle.dumps(loaded)), loaded):
+        scopes: list[bool] = []
+        handle = model.get_submodule("1").register_forward_hook(lambda *_, seen=scopes: seen.append(is_deferring()))
+        assert torch.equal(model(x), expected)
+        assert scopes == [True]
+        handle.remove()
