@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
@@ -16,6 +16,7 @@ from .coverage import counting_rows
 from .inputs import Forward, is_data, run_model, tensors_in
 from .kernels.plan import GraphPlan
 from .matching import LARGEST, match_outputs
+from .passed_by import Reached
 from .quantizers import QLRQuantizer, RangeKind
 
 __all__ = ["calibrate"]
@@ -66,8 +67,9 @@ def calibrate(
         ``qmodel``.
 
     Raises:
-        ValueError: If ``qmodel`` is plain, no batch came, or a site saw a NaN or an infinity (named); with
-            ``"outputs"`` also if there are no outputs to match.
+        ValueError: If ``qmodel`` is plain, no batch came or none came to a converted layer, a layer is passed by that
+            the float model calls, or a site saw a NaN or an infinity (named); with ``"outputs"`` also if there are no
+            outputs to match.
         TypeError: If a batch does not fit ``qmodel``.
     """
     expect_converted(qmodel)
@@ -81,20 +83,25 @@ def calibrate(
     batches = _batches(data_or_loader)
     matching = method == "outputs" or (method == "auto" and any(site.bits < FEW for site in sites.values()))
     kept = _Kept(steps if matching else 0)
-    inputs, before = _Inputs(), [_state(site) for site in sites.values()]
+    inputs, before, reached = _Inputs(), [_state(site) for site in sites.values()], Reached(qmodel)
     try:
         qmodel.eval()
         for site in sites.values():
             site.observe(inputs.holds)
-        count = 0
+        count, first = 0, None
         for batch in batches:
             inputs.tensors = list(tensors_in(batch))
-            with nullcontext() if count else counting_rows(qmodel):
+            with ExitStack() as stack:
+                if not count:
+                    first = batch
+                    stack.enter_context(counting_rows(qmodel))
+                    stack.enter_context(reached.watching())
                 run_model(qmodel, batch, forward)
             kept.add(batch, inputs.tensors)
             count += 1
         if not count:
             raise ValueError("Expected at least one batch to calibrate on (got none)")
+        reached.expect_all(first, forward)
         work = sum(site.values_seen for site in sites.values()) // count
         seen = [site for site in sites.values() if site.finish()]
         if method == "outputs":

@@ -22,6 +22,7 @@ from .layers.message_passing import QuantizedConv
 from .layers.normalized import still
 from .layers.own_weights import QuantizedOwnModule
 from .layers.registry import convert_layer, mixin_for
+from .passed_by import check_methods, warn_of_comparisons
 from .quantizers import QLRQuantizer
 from .saved import CONFIG_KEY, decode
 from .scripted import close_scripted, open_scripted
@@ -90,6 +91,7 @@ def quantize_model(
         config.check_overrides([name for name, _ in chosen])
         _check_materialized(chosen)
         _check_units(chosen)
+        check_methods(model, dict(chosen))
         places = _stack_places(chosen, config.for_layer)
         with still(model):
             _convert_or_undo(model, [name for name, _ in chosen], config.for_layer, places)
@@ -97,6 +99,7 @@ def quantize_model(
         close_scripted(model)
         raise
     open_checkpoints(model)
+    warn_of_comparisons(model, stacklevel=2)
     if include is None and exclude is None:
         with still(model):
             warn_of_float_parts(model, stacklevel=2)

@@ -12,26 +12,87 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["copy_model", "copying_memo"]
+__all__ = ["CopyingMemo", "copy_model", "copying_memo", "reachable"]
 
 # Copied by reference, or holding nothing that a model computes.
-ATOMIC = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, str, bytes, int, float, complex, bool)
+ATOMIC = (type, types.ModuleType, types.BuiltinFunctionType, str, bytes, int, float, complex, bool)
 
 
 def copy_model(model: nn.Module) -> nn.Module:
     """A deep copy of ``model``, also where :func:`copy.deepcopy` refuses or spoils it.
 
     A tensor that the model has computed and kept, such as its last embedding, is detached in the copy: it belongs to a
-    graph through the original's parameters.  The parameters of a copied ``torch.jit.ScriptModule`` are leaves.
+    graph through the original's parameters.  The parameters of a copied ``torch.jit.ScriptModule`` are leaves.  A
+    function that the model holds and that refers to a part of it, such as ``self.read = lambda x: self.head(x)``,
+    refers to that of the copy.
     """
-    return copy.deepcopy(model, copying_memo(model))
+    memo = copying_memo(model)
+    copied = copy.deepcopy(model, memo)
+    memo.complete()
+    return copied
 
 
-def copying_memo(model: nn.Module) -> dict[int, Any]:
-    """What :func:`copy.deepcopy` takes in place of the parts of ``model`` that :func:`copy_model` mends."""
-    memo: dict[int, Any] = {}
-    for value in _reachable(model):
-        if isinstance(value, torch.jit.ScriptModule):
+class CopyingMemo(dict[int, Any]):
+    """A memo of :func:`copy.deepcopy`, to be completed once the model is copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.functions: list[tuple[types.FunctionType, types.FunctionType]] = []
+        self.own: set[int] = set()  # parts of the model, by identity
+
+    def add_function(self, function: types.FunctionType) -> None:
+        """Have a copy of ``function`` take its place."""
+        cells = tuple(types.CellType() for _ in function.__closure__ or ())
+        copied = types.FunctionType(function.__code__, function.__globals__, function.__name__, None, cells or None)
+        functools.update_wrapper(copied, function, updated=())
+        vars(copied).pop("__wrapped__", None)
+        vars(copied).update(vars(function))
+        self[id(function)] = copied
+        self.functions.append((function, copied))
+
+    def complete(self) -> None:
+        """Have copied functions refer to the parts of the copy."""
+        for function, copied in self.functions:
+            for cell, target in zip(function.__closure__ or (), copied.__closure__ or (), strict=True):
+                if (content := _content(cell)) is not cell:
+                    target.cell_contents = self._taken(content)
+            if function.__defaults__ is not None:
+                copied.__defaults__ = tuple(map(self._taken, function.__defaults__))
+            if function.__kwdefaults__ is not None:
+                copied.__kwdefaults__ = {name: self._taken(value) for name, value in function.__kwdefaults__.items()}
+
+    def _taken(self, value: Any) -> Any:
+        return copy.deepcopy(value, self) if self.refers(value) else value
+
+    def refers(self, value: Any, depth: int = 4) -> bool:
+        """Whether ``value`` is a part of the model, or holds one where functions have them."""
+        if id(value) in self.own:
+            return True
+        if depth == 0 or isinstance(value, (Tensor, nn.Module, *ATOMIC)):
+            return False
+        if isinstance(value, types.FunctionType):
+            parts: list[Any] = _held(value)
+        elif isinstance(value, (types.MethodType, functools.partial, list, tuple, set, dict)):
+            parts = _parts(value)
+        else:
+            return False
+        return any(self.refers(part, depth - 1) for part in parts)
+
+
+def copying_memo(model: nn.Module) -> CopyingMemo:
+    """What :func:`copy.deepcopy` takes in place of the parts of ``model`` that :func:`copy_model` mends.
+
+    It is to be completed when everything is copied.
+    """
+    memo = CopyingMemo()
+    memo.own = {id(part) for part in (*model.modules(), *model.parameters(), *model.buffers())}
+    for value in reachable(model):
+        if isinstance(value, types.FunctionType):
+            if memo.refers(value):
+                memo.add_function(value)
+        elif isinstance(value, types.MethodType):
+            continue
+        elif isinstance(value, torch.jit.ScriptModule):
             memo[id(value)] = _copy_scripted(value)
         elif not value.is_leaf:
             memo[id(value)] = value.detach().clone()
@@ -59,8 +120,8 @@ def _copy_scripted(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
     return copied
 
 
-def _reachable(root: Any) -> Iterator[Any]:
-    """Every tensor and scripted module that a deep copy of ``root`` comes to."""
+def reachable(root: Any) -> Iterator[Any]:
+    """Every tensor, scripted module, function and method that a deep copy of ``root`` comes to."""
     seen: set[int] = set()
     held = []  # containers made on the way: an id is unique only while its object lives
     queue: deque[Any] = deque([root])
@@ -73,6 +134,8 @@ def _reachable(root: Any) -> Iterator[Any]:
         if isinstance(value, (Tensor, torch.jit.ScriptModule)):
             yield value
             continue
+        if isinstance(value, (types.FunctionType, types.MethodType)):
+            yield value
         queue.extend(_parts(value))
 
 
@@ -84,7 +147,9 @@ def _parts(value: Any) -> list[Any]:
     elif isinstance(value, functools.partial):
         parts = [value.func, *value.args, *value.keywords.values()]
     elif isinstance(value, types.MethodType):
-        parts = [value.__self__]
+        return [value.__self__]
+    elif isinstance(value, types.FunctionType):
+        return [part for part in _held(value) if isinstance(part, _CALLABLE)]
     else:
         parts = []
     parts += getattr(value, "__dict__", {}).values()
@@ -93,3 +158,20 @@ def _parts(value: Any) -> list[Any]:
         for name in (slots,) if isinstance(slots, str) else slots:
             parts.append(getattr(value, name, None))
     return parts
+
+
+_CALLABLE = (types.FunctionType, types.MethodType, functools.partial)
+
+
+def _held(function: types.FunctionType) -> list[Any]:
+    """What a function refers to besides globals."""
+    cells = (_content(cell) for cell in function.__closure__ or ())
+    return [*cells, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+
+
+def _content(cell: types.CellType) -> Any:
+    """What ``cell`` holds; the cell itself where it is empty."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return cell

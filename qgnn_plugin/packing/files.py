@@ -194,7 +194,9 @@ def _outline(model: nn.Module) -> nn.Module:
             if tensor.layout == torch.strided:
                 empty = torch.empty_like(tensor, device="cpu", requires_grad=False)
                 memo[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
-    return copy.deepcopy(model, memo)
+    outline = copy.deepcopy(model, memo)
+    memo.complete()
+    return outline
 
 
 def _compare(path: container.PathLike, saved: Description, model: nn.Module, ignore: Iterable[str]) -> None:

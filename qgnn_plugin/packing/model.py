@@ -108,6 +108,7 @@ def assemble(model: nn.Module, layers: Mapping[str, Any], specs: Iterable[LayerS
                 copied.freeze(layer, spec)
                 copied._packed.added = frozenset(attribute_names(copied.__dict__) - attribute_names(kept))
     packed = copy.deepcopy(model, memo)
+    memo.complete()
     for spec in specs:
         layer = packed.get_submodule(spec.name)
         if isinstance(layer, QuantizedMessagePassing):
