@@ -23,7 +23,7 @@ from torch import Tensor
 from .checksum import checksum
 from .streams import Built
 
-__all__ = ["Fingerprint", "PlanCache", "have_memory", "parts_of", "pinned_plans"]
+__all__ = ["Fingerprint", "PlanCache", "have_memory", "is_pinning", "parts_of", "pinned_plans"]
 
 LATEST = 4  # tensors for each entry, before all are forgotten
 
@@ -49,6 +49,11 @@ def pinned_plans() -> Iterator[list[Any]]:
         _pins.reset(token)
         if outer is not None:
             outer.extend(pins)
+
+
+def is_pinning() -> bool:
+    """Whether a context of :func:`pinned_plans` is open here."""
+    return _pins.get() is not None
 
 
 class Fingerprint:

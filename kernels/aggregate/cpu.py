@@ -13,14 +13,14 @@ from torch import Tensor
 from ..arithmetic import is_per_row
 from ..cpu import jit, multiplied, weighted
 from ..cpu.codesum import lane_capacity, neighbour_sum
-from ..cpu.epilogue import GROUP, code_pitch, epilogue, finish_rows, flat, opened
+from ..cpu.epilogue import GROUP, address, code_pitch, epilogue, finish_rows, flat, opened
+from ..cpu.multiplied import BLOCK_FLOATS
 from ..cpu.parallel import row_chunks, run_chunks
 from ..cpu.simd import atomic_add, keep, peek, poke, raw, raw_aligned, vcast, vlanes, vlive, vstore_parts
 from ..layout import parts_per_byte
 from . import MAX_PER_ROW
 from . import cpu_thresholds as thresholds
 
-BLOCK_FLOATS = 1 << 12  # accumulators of a block of rows: they stay in the first-level cache
 MAX_LANES = 32  # words per tile: more would not fit the registers
 
 
@@ -103,7 +103,7 @@ def aggregate(
 ) -> Any:
     """The op; and ``addend`` ``[num_dst, F]`` float32, which comes after the bias."""
     is_weighted = edge_weight is not None or is_per_row(scale) or is_per_row(offset)
-    out, closed, _held = epilogue(
+    out, closed, held = epilogue(
         rowptr.numel() - 1,
         num_features,
         scale=None if is_weighted else scale,
@@ -120,7 +120,7 @@ def aggregate(
     if rowptr.numel() == 1 or num_features == 0:
         return out
     stride = words.size(1)
-    pointers, sources = flat(rowptr), flat(col)
+    pointers = flat(rowptr)
     block = max(1, BLOCK_FLOATS // num_features)
     tail = (closed, block, code_pitch(num_features, out_bits))
     chunks = row_chunks(pointers)
@@ -129,12 +129,13 @@ def aggregate(
             raise ValueError(MAX_PER_ROW)
         args = _weighted_args(edge_weight, scale, offset, words.size(0), num_features, bits, multiplier)
         kernel = weighted.sum_kernel(bits)
-        run_chunks(kernel, chunks, flat(words), stride, pointers, sources, *args, *tail)
+        run_chunks(kernel, chunks, flat(words), stride, pointers, flat(col), *args, *tail)
         return out
     if multiplier is not None:
         lanes = multiplied.multiplied_lanes(stride, bits)
         kernel = multiplied.sum_kernel(bits, lanes, int(stride % lanes == 0))
-        run_chunks(kernel, chunks, flat(words), stride, pointers, sources, flat(multiplier), *tail)
+        places = address(words, held), stride, address(rowptr, held), address(col, held), col.numel() - 1
+        run_chunks(kernel, chunks, *places, address(multiplier, held), *tail)
         return out
     lanes = tile_lanes(stride)
     exact = int(stride % lanes == 0)
@@ -145,7 +146,7 @@ def aggregate(
         tail = (closed, code_pitch(num_features, out_bits))
     else:
         kernel = sum_kernel(bits, lanes, exact)
-    run_chunks(kernel, chunks, flat(words), stride, pointers, sources, *tail)
+    run_chunks(kernel, chunks, flat(words), stride, pointers, flat(col), *tail)
     return out
 
 

@@ -24,6 +24,7 @@ from .simd import (
     poke,
     raw,
     raw_aligned,
+    raw_at,
     vcast,
     vlanes,
     vlive,
@@ -33,8 +34,9 @@ from .simd import (
     vstore_parts,
 )
 
-__all__ = ["multiplied_lanes", "multiplied_sum", "sum_kernel"]
+__all__ = ["BLOCK_FLOATS", "multiplied_lanes", "multiplied_sum", "sum_kernel"]
 
+BLOCK_FLOATS = 1 << 12  # accumulators of a block of rows: they stay in the first-level cache
 TILE_CODES = 256  # codes of a tile: int32 sums of so many are half of the registers
 # Edges whose dot products stay below 2^31: 255 times the largest multiplier each.
 RUN = 1 << 18
@@ -97,13 +99,17 @@ def multiplied_sum(words, stride, tile, lanes, live, multiplier, col, final, beg
 
 @cache
 def sum_kernel(bits: int, lanes: int, exact: int):
-    """The kernel of unweighted sums; ``exact`` is 1 where ``lanes`` divides the words of a row."""
+    """The kernel of unweighted sums; ``exact`` is 1 where ``lanes`` divides the words of a row.
+
+    Arrays come by their addresses: ``words`` int32, ``rowptr`` int64, ``col`` int32, whose last edge is ``final``, and
+    ``multiplier`` uint8.
+    """
     parts = parts_per_byte(bits)
     codes = parts * 4 * lanes
 
     @jit.kernel
-    def kernel(words, stride, rowptr, col, multiplier, closed, block, code_row, bounds, counter):
-        spec = opened(closed)
+    def kernel(words_at, stride, rowptr_at, col_at, final, multiplier_at, closed, block, code_row, bounds, counter):
+        spec, rowptr = opened(closed), raw_at(rowptr_at, np.int64)
         pitch = 4 * stride * parts
         acc_owner = np.empty(block * pitch + 4 * lanes + GROUP, np.float32)
         mass_owner = np.empty(block, np.float32)
@@ -111,7 +117,7 @@ def sum_kernel(bits: int, lanes: int, exact: int):
         spill_owner = np.empty(codes, np.int32)
         acc, mass = raw_aligned(raw(acc_owner)), raw(mass_owner)
         unpacked, spill = raw(unpacked_owner), raw(spill_owner)
-        source, edges, final, factors = raw(words), raw(col), col.size - 1, raw(multiplier)
+        source, edges, factors = raw_at(words_at, np.int32), raw_at(col_at, np.int32), raw_at(multiplier_at, np.uint8)
         zero, none = vlanes("i32", lanes), vlanes("i32", codes)
         while True:
             chunk = atomic_add(counter, 0, 1)

@@ -9,9 +9,10 @@ from numba import carray, njit
 from ..cpu import jit
 from ..cpu.address import at
 
-__all__ = ["count_edges", "degree_factors", "place_edges"]
+__all__ = ["NO_FACTORS", "count_edges", "degree_factors", "few_edges", "few_edges_room", "place_edges"]
 
 LOW_SRC, HIGH_SRC, LOW_DST, HIGH_DST, IS_SORTED, LOOPS, LAST, DEGREE = range(8)  # what is found
+NO_FACTORS = -1  # in the place of ``is_root``
 
 
 @njit(forceinline=True)
@@ -92,3 +93,34 @@ def degree_factors(rowptr_at, num_rows, is_root, out_at):
             out[i] = np.float32(1) / np.sqrt(degree) if degree > 0 else np.float32(0)
         else:
             out[i] = np.float32(1) / max(degree, np.float32(1))
+
+
+@jit.kernel
+def few_edges_room(num_edges, num_nodes):
+    """Bytes of a graph that :func:`few_edges` writes, with a self-loop on each node or not."""
+    return 8 * (num_nodes + 1) + 4 * num_nodes + 4 * (num_edges + num_nodes)
+
+
+@jit.kernel
+def few_edges(edges_at, num_edges, num_nodes, flips, loops, is_root, out_at):
+    """The whole of a small square graph in one call: row pointers, a factor per node, and columns, one after the other.
+
+    ``edges`` is int64 ``[2, E]``: sources and destinations or, with ``flips``, the other way round.  With ``loops``
+    each node has one self-loop, whatever there is.  The factors are those of :func:`degree_factors`, for ``is_root`` of
+    0 or 1.  Returns the number of edges written; -1, and nothing of use, where there are nodes that do not exist.
+    """
+    first, second = edges_at, edges_at + 8 * num_edges
+    src, dst = (second, first) if flips else (first, second)
+    found = np.empty(8, np.int64)
+    count_edges(src, dst, num_edges, num_nodes, num_nodes, loops, loops, out_at, np.int64(found.ctypes.data))
+    exist = found[LOW_SRC] >= 0 and found[HIGH_SRC] < num_nodes and found[LOW_DST] >= 0 and found[HIGH_DST] < num_nodes
+    taken = num_edges - found[LOOPS]
+    if not exist:
+        return np.int64(-1)
+    factor_at = out_at + 8 * (num_nodes + 1)
+    nothing = np.int64(0)
+    added = num_nodes if loops else nothing
+    place_edges(src, dst, num_edges, num_nodes, loops, added, out_at, factor_at + 4 * num_nodes, nothing, nothing)
+    if is_root != NO_FACTORS:
+        degree_factors(out_at, num_nodes, is_root, factor_at)
+    return taken + added

@@ -23,7 +23,7 @@ from ..checks import check_float
 from ..layout import check_packed, top_code, unpack_codes
 from ..library import register
 
-__all__ = ["few_rows_linear", "linear", "linear_reference", "prepared_linear"]
+__all__ = ["linear", "linear_reference", "prepared_linear"]
 
 
 def linear_reference(
@@ -191,30 +191,3 @@ def prepared_linear(
     """
     module = importlib.import_module(f"{__package__}.cpu")
     return module.Prepared(w_words, w_scale, w_offset, in_features, w_bits, signed, bias)
-
-
-def few_rows_linear(
-    w_words: Tensor,
-    w_scale: Tensor,
-    w_lower: Tensor | float,
-    in_features: int,
-    bits: tuple[int, int],
-    x_scale: Tensor,
-    x_lower: Tensor | float,
-    x_unit: Tensor | None,
-    bias: Tensor | None,
-) -> Any:
-    """:func:`linear` of few float rows by one weight on the CPU, quantized before, in one call; past checks and
-    dispatcher.
-
-    Args:
-        w_lower: Lower end of the weight's range, or the code that stands for zero; as ``x_lower`` of the input's.
-        bits: Widths of the input's and of the weight's codes: 2, 4 or 8.
-        x_unit: What multipliers of the input's rows count; :obj:`None` where they have none.
-
-    Returns:
-        A function of the rows, contiguous float32, their number and the result's shape; it gives :obj:`None` for rows
-        that are not finite.  To be called where :func:`..backend.is_direct` holds.
-    """
-    module = importlib.import_module(f"{__package__}.cpu_few_rows")
-    return module.Dense(w_words, w_scale, w_lower, in_features, bits, x_scale, x_lower, x_unit, bias)

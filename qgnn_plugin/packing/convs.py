@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..config import OFF
 from ..layers.deep import DeepGCNConv
+from ..layers.errors import REFUSALS, name_layer
 from ..layers.gcn import QuantizedGCNConv
 from ..layers.gin import QuantizedGINConv, mean_with_self
 from ..layers.graph import NormalizedGraph, gcn_graph, graph_size, mean_graph, plain_graph
@@ -22,6 +23,7 @@ from ..smp.deep import DeepLayer
 from .base import Activation, LayerSpec, PackedConv, inference, packed_dense, register_packed
 from .deferred import DeferredTensor, Producer, added, computed, conclude, is_deferring, plain
 from .direct import FEW_RESULTS
+from .direct_convs import direct_gcn, direct_gin, direct_sage
 from .linear import PackedLinear
 from .ranges import PackedRange, PackedTensor
 
@@ -43,9 +45,13 @@ class PackedGCNConv(PackedConv):
     def refuses(cls, layer: Any) -> str | None:
         return _refusal(layer, layer.message_quantizer)
 
-    @inference
     def forward(self, x: Tensor, edge_index: Any, edge_weight: Tensor | None = None) -> Tensor:
         """``[N, in_channels]`` to ``[N, out_channels]``, as :class:`torch_geometric.nn.GCNConv`."""
+        few = direct_gcn(self, x, edge_index, edge_weight)
+        return self._convolved(x, edge_index, edge_weight) if few is None else few
+
+    @inference
+    def _convolved(self, x: Tensor, edge_index: Any, edge_weight: Tensor | None) -> Tensor:
         if isinstance(x, (tuple, list)):
             raise ValueError(f"Expected one feature matrix in '{self._qualified_name}', a GCNConv (got a pair)")
         samples = Samples.of(self, x)
@@ -154,9 +160,13 @@ class PackedSAGEConv(PackedConv):
             return "a maximum over ranges per node"
         return None
 
-    @inference
     def forward(self, x: Any, edge_index: Any, size: Any = None) -> Tensor:
         """As :class:`torch_geometric.nn.SAGEConv`; ``x`` may be a pair."""
+        few = direct_sage(self, x, edge_index, size)
+        return self._convolved(x, edge_index, size) if few is None else few
+
+    @inference
+    def _convolved(self, x: Any, edge_index: Any, size: Any) -> Tensor:
         x_src, x_dst = (x, x) if isinstance(x, Tensor) else x
         if self.project and self.lin is not None:
             x_src = self.lin(x_src).relu()
@@ -235,9 +245,23 @@ class PackedGINConv(PackedConv):
             return f"aggregation {layer.aggr!r}"
         return _refusal(layer, layer.message_quantizer)
 
-    @inference
     def forward(self, x: Any, edge_index: Any, size: Any = None) -> Tensor:
         """As :class:`torch_geometric.nn.GINConv`; ``x`` may be a pair."""
+        few = direct_gin(self, x, edge_index, size)
+        return self._convolved(x, edge_index, size) if few is None else self._through_network(few)
+
+    def _through_network(self, sums: Tensor) -> Tensor:
+        try:
+            if not torch.is_grad_enabled():
+                return self.nn(sums)
+            with torch.no_grad():
+                return self.nn(sums)
+        except REFUSALS as error:
+            name_layer(error, self._packed.spec.name)
+            raise
+
+    @inference
+    def _convolved(self, x: Any, edge_index: Any, size: Any) -> Tensor:
         samples, x_src, x_dst, num_src, num_dst = Pair.of(self, (x, x) if isinstance(x, Tensor) else x)
         sent = self.message_quantizer(x_src)
         if isinstance(sent, QuantizedTensor):

@@ -1,0 +1,63 @@
+"""Layers of few rows on the CPU, by compiled calls that take addresses, past checks and dispatcher.
+
+What these make is to be called where :func:`..backend.is_direct` holds and numba is there, with tensors that are of the
+CPU, contiguous, and of the shapes and dtypes described; see :mod:`.cpu` and :mod:`.cpu_neighbours`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+__all__ = ["Range", "few_rows_linear", "few_rows_packed", "neighbour_sums"]
+
+
+class Range(NamedTuple):
+    """A range of codes whose numbers are read in each call.
+
+    Args:
+        bits: Width of a code: 2, 4 or 8.
+        scale: The step, one element, float32.
+        lower: The lower end, one element; or the code that stands for zero.
+        unit: What row multipliers count, one element; :obj:`None` where rows have none.
+    """
+
+    bits: int
+    scale: Tensor
+    lower: Tensor | float
+    unit: Tensor | None
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.scale, self.lower if isinstance(self.lower, Tensor) else None, self.unit
+
+    @property
+    def zero(self) -> float:
+        return 0.0 if isinstance(self.lower, Tensor) else float(self.lower)
+
+
+def few_rows_linear(
+    words: Tensor,
+    scale: Tensor,
+    lower: Tensor | float,
+    num_in: int,
+    bits: int,
+    taken: Range,
+    bias: Tensor | None,
+    out: Range | None = None,
+) -> Any:
+    """A :class:`.cpu.Dense`: quantized, multiplied by a weight, and finished, as floats or as a message."""
+    module = importlib.import_module(f"{__package__}.cpu")
+    return module.Dense(words, scale, lower, num_in, bits, taken, bias, out)
+
+
+def few_rows_packed(width: int, out: Range, epsilon: Tensor | None = None) -> Any:
+    """A :class:`.cpu.Rows`: rows as a message."""
+    return importlib.import_module(f"{__package__}.cpu").Rows(width, out, epsilon)
+
+
+def neighbour_sums(width: int, bits: int) -> Any:
+    """A :class:`.cpu_neighbours.NeighbourSums`: messages summed over neighbours."""
+    return importlib.import_module(f"{__package__}.cpu_neighbours").NeighbourSums(width, bits)
