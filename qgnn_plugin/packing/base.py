@@ -232,6 +232,7 @@ class PackedLayer(SwappedLayer):
     training: bool
     _packed: PackedState
     _modules: dict[str, Any]
+    _parameters: dict[str, Any]
     _forward_hooks: dict[int, Any]
     _forward_pre_hooks: dict[int, Any]
 

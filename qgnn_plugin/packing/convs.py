@@ -22,7 +22,7 @@ from ..quantizers import QuantizedTensor
 from ..smp.deep import DeepLayer
 from .base import Activation, LayerSpec, PackedConv, inference, packed_dense, register_packed
 from .deferred import DeferredTensor, Producer, added, computed, conclude, is_deferring, plain
-from .direct import FEW_RESULTS
+from .direct import is_few
 from .direct_convs import direct_gcn, direct_gin, direct_sage
 from .linear import PackedLinear
 from .ranges import PackedRange, PackedTensor
@@ -281,7 +281,7 @@ class PackedGINConv(PackedConv):
             out = added(share, out) if out.adds else added(out, share)
         if self._smp is not None and x_dst is not None and same:
             return self.nn(samples.shaped(self._smoothed(sent.dequantize(), out(), graph)))
-        few = out.num_rows * out.num_features <= FEW_RESULTS  # of which floats go the short way through linear layers
+        few = is_few(out.num_rows * out.num_features)  # of which floats go the short way through linear layers
         return self.nn(samples.shaped(DeferredTensor(out) if is_deferring() and not few else out()))
 
     def _own(self, x: PackedTensor) -> Producer:

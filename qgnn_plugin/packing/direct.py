@@ -21,10 +21,10 @@ from ..quantizers.autocast import is_autocasting
 from .ranges import ONE_BIT, SiteSpec
 
 __all__ = [
-    "FEW_RESULTS",
     "Direct",
     "direct_product",
     "has_hooks",
+    "is_few",
     "is_plain_call",
     "is_shared",
     "prepared",
@@ -34,7 +34,7 @@ __all__ = [
     "sources_of_range",
 ]
 
-FEW_RESULTS = 1 << 16  # of more, codes that are handed on save more than the long way costs
+FEW_RESULTS = 1 << 19  # of more, codes that are handed on save more than the long way costs
 ROW_COST, ALONE = 1 << 9, 1 << 14  # products of a row and rows of that cost, from which on threads share the work
 
 Sources = tuple[Any, ...]
@@ -153,6 +153,11 @@ def has_hooks(*modules: Any) -> bool:
     return _has_any_global_hook()
 
 
+def is_few(results: int) -> bool:
+    """Whether so many floats, of a matrix that is read or written, go the short way."""
+    return results <= FEW_RESULTS
+
+
 def is_shared(cost: int) -> bool:
     """Whether threads share work that costs as much as ``cost`` rows."""
     return cost >= ALONE and torch.get_num_threads() > 1
@@ -176,7 +181,7 @@ def direct_product(layer: Any, x: Any) -> Tensor | None:
     if call is None or not shape or shape[-1] != num_in or not site.check or has_hooks(site):
         return None
     rows = x.numel() // num_in
-    if not 0 < rows * num_out <= FEW_RESULTS or is_shared(rows * (1 + num_in * num_out // ROW_COST)):
+    if rows == 0 or not is_few(rows * num_out) or is_shared(rows * (1 + num_in * num_out // ROW_COST)):
         return None
     out = torch.empty((rows, num_out) if len(shape) == 2 else (*shape[:-1], num_out), dtype=torch.float32)
     return out if call(x.data_ptr(), rows, out.data_ptr()) else None

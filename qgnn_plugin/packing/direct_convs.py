@@ -23,6 +23,7 @@ from ..layers.watched import is_watched
 from .direct import (
     ROW_COST,
     has_hooks,
+    is_few,
     is_plain,
     is_plain_call,
     is_shared,
@@ -36,7 +37,6 @@ from .direct import (
 __all__ = ["direct_gcn", "direct_gin", "direct_sage"]
 
 LINE = 64  # bytes of a cache line
-FEW_VALUES = 1 << 19  # of the input or the result: of more, codes that are handed on save more than this way does
 ROOT, INVERSE, NONE = 1, 0, -1  # factors of nodes (:func:`.few_edges`)
 SUMS = {"mean": INVERSE, "sum": NONE, "add": NONE}
 
@@ -51,14 +51,12 @@ def _rows(layer: Any, x: Any) -> int:
     masked = layer.__dict__.get("_edge_mask") is not None or layer._parameters.get("_edge_mask") is not None
     if masked and torch.is_grad_enabled():
         return 0
-    return shape[0] if 0 < x.numel() <= FEW_VALUES else 0
+    return shape[0] if x.numel() and is_few(x.numel()) else 0
 
 
 def _fits(rows: int, num_in: int, num_out: int, graph: FewEdges) -> bool:
     """Whether a map of ``rows`` rows and a sum over ``graph`` are few enough for one thread."""
-    if rows * num_out > FEW_VALUES:
-        return False
-    return not is_shared(rows * (1 + num_in * num_out // ROW_COST) + graph.num_edges)
+    return is_few(rows * num_out) and not is_shared(rows * (1 + num_in * num_out // ROW_COST) + graph.num_edges)
 
 
 class _Scratch(threading.local):
@@ -108,7 +106,7 @@ def direct_gcn(layer: Any, x: Any, edge_index: Any, edge_weight: Any) -> Tensor 
         return None
     modules, bias = layer._modules, layer._parameters.get("bias")
     lin, site = modules.get("lin"), modules["message_quantizer"]
-    entry = None if lin is None else lin._modules.get("input_quantizer")
+    entry: Any = None if lin is None else lin._modules.get("input_quantizer")
     sources = (*sources_of_map(lin), *sources_of_range(entry), *sources_of_range(site), bias)
     made = prepared(layer, sources, _make_gcn)
     if made is None or x.shape[1] != lin._num_in or not entry.check or has_hooks(lin, entry, site):

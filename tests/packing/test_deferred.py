@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,7 +22,7 @@ import qgnn_plugin
 from qgnn_plugin.kernels.backend import use_backend
 from qgnn_plugin.kernels.cpu.parallel import num_threads
 from qgnn_plugin.kernels.quantize_pack import quantize_pack
-from qgnn_plugin.packing import convs, deferred
+from qgnn_plugin.packing import deferred, direct
 from qgnn_plugin.packing.deferred import DeferredTensor, Producer, added, computed, is_deferring
 
 ROWS, WIDTH = 150, 7
@@ -219,12 +219,16 @@ CHAINS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def long_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs here are as large ones: of more than few rows."""
+    monkeypatch.setattr(direct, "FEW_RESULTS", 0)
+
+
 @pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Graphs here are as large ones: of many blocks, and of more than few rows."""
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And of many blocks."""
     monkeypatch.setattr(deferred, "BLOCK_FLOATS", 1)
-    monkeypatch.setattr(convs, "FEW_RESULTS", 0)
-    return
 
 
 def pair(model: nn.Module, nodes: int = 200, **config: Any) -> tuple[nn.Module, nn.Module, tuple[Any, ...]]:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import qgnn_plugin as qgnn
 from qgnn_plugin.kernels.backend import has_numba, use_backend
-from qgnn_plugin.packing.direct import direct_product
+from qgnn_plugin.packing.direct import FEW_RESULTS, direct_product
 
 pytestmark = pytest.mark.skipif(not has_numba(), reason="kernels of the CPU are compiled by numba")
 WIDTH, CHANNELS = 19, 35
@@ -134,7 +134,7 @@ GIVEN: dict[str, Callable[[Tensor], Any]] = {
     "a number": lambda x: x.sum(),
     "another device": lambda x: x.to("meta"),
     "no tensor": Tensor.numpy,
-    "many rows": lambda x: x.repeat(1000, 1),
+    "many rows": lambda x: x.repeat(FEW_RESULTS // (len(x) * CHANNELS) + 1, 1),
     "negated memory": torch._neg_view,
 }
 

@@ -23,7 +23,8 @@ import qgnn_plugin as qgnn
 from qgnn_plugin.kernels.backend import has_numba, use_backend
 from qgnn_plugin.kernels.edge_order import few as small
 from qgnn_plugin.kernels.plan import pinned_plans
-from qgnn_plugin.packing.direct_convs import FEW_VALUES, direct_gcn, direct_gin, direct_sage
+from qgnn_plugin.packing.direct import FEW_RESULTS
+from qgnn_plugin.packing.direct_convs import direct_gcn, direct_gin, direct_sage
 
 pytestmark = pytest.mark.skipif(not has_numba(), reason="kernels of the CPU are compiled by numba")
 WIDTH, CHANNELS, NODES = 19, 35, 23
@@ -180,7 +181,7 @@ FEATURES: dict[str, Callable[[Tensor], Any]] = {
     "samples": lambda x: x.expand(2, -1, -1).contiguous(),
     "another device": lambda x: x.to("meta"),
     "a pair": lambda x: (x, x),
-    "many rows": lambda x: x.repeat(FEW_VALUES // x.numel() + 1, 1),
+    "many rows": lambda x: x.repeat(FEW_RESULTS // x.numel() + 1, 1),
 }
 GRAPHS: dict[str, Callable[[Tensor], Any]] = {
     "an EdgeIndex": lambda e: EdgeIndex(e, sparse_size=(NODES, NODES)),
