@@ -10,6 +10,8 @@ backend       what runs                                                    devic
 ``auto``      the fastest of the above for the device                      all
 ============= ============================================================ ==================
 
+Others come from elsewhere (:func:`.library.register_backend`): a package with a module for each op.
+
 Each backend module defines a function named like the op, of those of the op's arguments that it needs.  All backends
 compute the canonical arithmetic of :mod:`qgnn_plugin.kernels.arithmetic`, so the choice never
 changes a result beyond the op's stated tolerance.
@@ -25,7 +27,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +36,7 @@ from .signature import selecting
 
 __all__ = [
     "BACKENDS",
+    "add_backend",
     "add_op",
     "available_backends",
     "backend_for",
@@ -53,6 +56,15 @@ _ENV = "QGNN_BACKEND"
 _variables: Any = getattr(os.environ, "_data", os.environ)
 _KEY: Any = getattr(os.environ, "encodekey", str)(_ENV)
 _MODULE = {"cpu": "cpu", "triton": "triton", "interpret": "triton"}
+
+
+class _Other(NamedTuple):
+    package: str
+    devices: tuple[str, ...]
+    is_available: Callable[[], bool]
+
+
+_others: dict[str, _Other] = {}
 _CPU = torch.device("cpu")
 _requested: ContextVar[str | None] = ContextVar("qgnn_backend", default=None)
 _rehearsing: ContextVar[bool] = ContextVar("qgnn_rehearsing", default=False)
@@ -86,6 +98,7 @@ def _available(kind: str, rehearsing: bool, interpreting: bool) -> tuple[str, ..
         found.append("triton")
     if kind == "cpu" and has_numba():
         found.append("cpu")
+    found += [name for name, other in _others.items() if kind in other.devices and other.is_available()]
     found.append("torch")
     if _installed("triton") and interpreting:
         found.append("interpret")
@@ -118,8 +131,7 @@ def backend_for(device: torch.device | str) -> str:
     found = available_backends(device)
     if name == "auto":
         return found[0]
-    if name not in BACKENDS:
-        raise ValueError(f"Expected a backend out of {('auto', *BACKENDS)} (got {name!r})")
+    _check_name(name)
     if name not in found:
         hint = _HINTS.get(name, "")
         raise RuntimeError(f"Backend {name!r} is not available for device '{device}', available: {found}{hint}")
@@ -141,13 +153,27 @@ def is_direct() -> bool:
     )
 
 
+def _check_name(name: str) -> None:
+    names = (*BACKENDS, *_others)
+    if name not in names:
+        raise ValueError(f"Expected a backend out of {('auto', *names)} (got {name!r})")
+
+
+def add_backend(name: str, package: str, devices: tuple[str, ...], is_available: Callable[[], bool]) -> None:
+    """See :func:`.library.register_backend`."""
+    if name in ("auto", *BACKENDS, *_others):
+        raise ValueError(f"Expected a name that no backend has (got {name!r})")
+    _others[name] = _Other(package, devices, is_available)
+    _available.cache_clear()
+
+
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Request a backend for the ops called in this context (``"auto"``, or one of
-    :data:`BACKENDS`).
+    """Request a backend for the ops called in this context (``"auto"``, one of :data:`BACKENDS`, or one
+    that was registered).
     """
-    if name not in ("auto", *BACKENDS):
-        raise ValueError(f"Expected a backend out of {('auto', *BACKENDS)} (got {name!r})")
+    if name != "auto":
+        _check_name(name)
     token = _requested.set(name)
     try:
         yield
@@ -183,7 +209,11 @@ def implementation(op: str, backend: str) -> Callable[..., Any]:
     reference = _references[op]
     if backend == "torch":
         return reference
-    function = getattr(importlib.import_module(f"{reference.__module__}.{_MODULE[backend]}"), op)
+    if backend in _others:
+        module = f"{_others[backend].package}.{reference.__module__.rpartition('.')[2]}"
+    else:
+        module = f"{reference.__module__}.{_MODULE[backend]}"
+    function = getattr(importlib.import_module(module), op)
     return selecting(function, inspect.signature(reference).parameters)
 
 

@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backend import add_op, check_devices, dispatch
+from .backend import add_backend, add_op, check_devices, dispatch
 from .signature import checked, selecting
 
-__all__ = ["register", "register_fake"]
+__all__ = ["register", "register_backend", "register_fake"]
 
 _CPU = torch.device("cpu")
 _library = torch.library.Library("qgnn", "DEF")
+_kinds = {"cuda"}  # of devices, beside the CPU
+_on_device: dict[str, Callable[..., Any]] = {}
 
 
 def register_fake(op: str, fake: Callable[..., Any], library: torch.library.Library) -> None:
@@ -85,6 +87,30 @@ def _device_of(args: Any, kwargs: Any) -> torch.device:
     return check_devices(*(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
 
 
+def register_backend(
+    name: str, package: str, devices: tuple[str, ...], is_available: Callable[[], bool] = lambda: True
+) -> None:
+    """Add a backend from elsewhere, for :func:`.backend.use_backend` and ``QGNN_BACKEND``.
+
+    Args:
+        name: What it is requested by.
+        package: A package with a module ``<op>`` for the folder of each op; an op's function has its name and takes
+            what it needs of the arguments of ``<op>_reference``, by their names.  It is imported on first use; an op
+            that is missing is an error, when it is run.
+        devices: Types of devices that it runs on, as of :class:`torch.device`.  There ``"auto"`` prefers it to the
+            references, not to the kernels of this package.
+        is_available: Whether it can run here; asked once.
+
+    Raises:
+        ValueError: If the name is taken.
+    """
+    add_backend(name, package, devices, is_available)
+    for kind in set(devices) - _kinds - {"cpu"}:
+        for op, on_device in _on_device.items():
+            _library.impl(op, on_device, kind.upper())
+        _kinds.add(kind)
+
+
 def _schema(signature: inspect.Signature) -> str:
     def prototype() -> None: ...
 
@@ -102,5 +128,7 @@ def _define(schema: str, fake: Callable[..., Any], on_cpu: Callable[..., Any], o
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     # On the CPU all tensors are there: of several devices torch takes the implementation of another one.
     _library.impl(op, on_cpu, "CPU")
-    _library.impl(op, on_device, "CUDA")
+    for kind in _kinds:
+        _library.impl(op, on_device, kind.upper())
+    _on_device[op] = on_device
     register_fake(op, run_fake, _library)

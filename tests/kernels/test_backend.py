@@ -1,16 +1,21 @@
 """The choice of backends, and recycled result memory."""
 
 import multiprocessing
+from pathlib import Path
 
 import pytest
 import torch
 from cpu_support import plan_of, random_words, threads
 from torch import Tensor
 
+from qgnn_plugin.kernels import backend
 from qgnn_plugin.kernels.aggregate import aggregate
 from qgnn_plugin.kernels.backend import available_backends, backend_for, use_backend
 from qgnn_plugin.kernels.cpu import memory
+from qgnn_plugin.kernels.library import register_backend
 from qgnn_plugin.kernels.plan import GraphPlan
+from qgnn_plugin.kernels.quantize_pack import quantize_pack
+from qgnn_plugin.kernels.unpack_dequantize import unpack_dequantize
 
 
 def test_choice() -> None:
@@ -31,6 +36,31 @@ def test_unavailable_choice_lists_what_exists(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("QGNN_BACKEND", "mkl")
     with pytest.raises(ValueError, match="Expected a backend out of"):
         backend_for("cpu")
+
+
+def test_a_backend_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One folder: ops are found in it by their names, and take what they need of their arguments."""
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    (folder / "quantize_pack.py").write_text(
+        "import torch\n\ndef quantize_pack(unit, bits, x):\n    return torch.full((1, 1), bits, dtype=torch.int32)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(backend, "_others", {})
+    try:
+        register_backend("elsewhere", "elsewhere", ("cpu",))
+        assert available_backends("cpu")[:3] == ("cpu", "elsewhere", "torch")
+        assert "elsewhere" not in available_backends("cuda")
+        one, x = torch.ones(1), torch.randn(3, 4)
+        with use_backend("elsewhere"):
+            assert quantize_pack(x, one, one, 4).tolist() == [[4]]
+            with pytest.raises(ModuleNotFoundError, match=r"elsewhere\.unpack_dequantize"):
+                unpack_dequantize(torch.zeros(1, 1, dtype=torch.int32), one, one, 4, 2)
+        with pytest.raises(ValueError, match="a name that no backend has"):
+            register_backend("elsewhere", "elsewhere", ("cpu",))
+    finally:
+        monkeypatch.undo()
+        backend._available.cache_clear()
 
 
 def test_memory_returns_only_when_nothing_refers_to_it() -> None:
