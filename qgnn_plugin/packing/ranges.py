@@ -19,8 +19,8 @@ from ..kernels.unpack_dequantize import unpack_dequantize
 from ..layers.fixed import is_exporting
 from ..quantizers import QLRQuantizer, QuantizedTensor, RangeKind, quantize_codes
 from ..quantizers.functional import shown_range
-from ..quantizers.qlr import _peak, _row_peaks, _split, largest
 from ..quantizers.rows import RowRange, multipliers
+from ..quantizers.values import largest, peak, row_peaks, split
 from .deferred import DeferredTensor, Pending, Producer, plain, row_blocks
 
 __all__ = ["LastProduct", "PackedRange", "PackedTensor", "SiteSpec", "check_finite", "joined"]
@@ -325,11 +325,11 @@ class PackedRange(nn.Module):
     def _range_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Scale and lower end that broadcast to ``x``, and the multiples ``[N, 1]`` that they are."""
         if self.bits == ONE_BIT:
-            scale = _row_peaks(x, None) if self.spec.granularity == "node" else _peak(x)
+            scale = row_peaks(x, None) if self.spec.granularity == "node" else peak(x)
             return scale, torch.zeros_like(scale), None
         assert self.scale is not None
         if self.spec.granularity == "node":
-            rows = _row_peaks(x, None)
+            rows = row_peaks(x, None)
             return self.scale * rows, self.lower * rows, None
         if self.spec.granularity == "row":
             assert self.unit is not None
@@ -458,7 +458,7 @@ class PackedRange(nn.Module):
         return PackedTensor(words, self.scale, self.lower, x.size(1), self.bits, unsigned, multiplier)
 
     def _quantize_sparse(self, x: Tensor) -> PackedTensor | QuantizedTensor:
-        values, pattern = _split(x)
+        values, pattern = split(x)
         assert pattern is not None
         self.expect_finite(values)
         if self.bits == OFF:
@@ -473,7 +473,7 @@ class PackedRange(nn.Module):
             rows = RowRange(multipliers(largest(values, pattern), self.unit), self.scale, self.lower)
             scale = self.scale * rows.multiplier
         else:
-            peaks = _row_peaks(values, pattern) if per_row else _peak(values)
+            peaks = row_peaks(values, pattern) if per_row else peak(values)
             scale = peaks if self.scale is None else (self.scale * peaks if per_row else self.scale)
         full = scale[pattern.dst, 0] if scale.dim() == 2 else scale
         top = top_code(self.bits)

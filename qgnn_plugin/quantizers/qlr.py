@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,35 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from ..config import BITS, GRANULARITIES, OFF, Granularity, Levels, Truncation, _one_of
-from ..kernels.plan import GraphPlan, plan_cache
-from ..kernels.spmm import segment_max
-from ..saved import REMEDY, encode, refusal, refuse
+from ..kernels.plan import GraphPlan
 from . import compressed
+from .fitting import FittedQuantizer, InputCheck
 from .functional import FINE_BITS, quantize_codes, shown_range
-from .functional import levels as max_code
-from .range_search import SMALLEST, Sample, search_range
-from .rows import SMALLEST_STEP, RowRange, RowSample, multipliers, search_rows
+from .range_search import Sample
+from .rows import RowRange, multipliers
+from .state import RangeKind
 from .tensor import QuantizedTensor
+from .values import largest, peak, row_peaks, split
 
 __all__ = ["QLRQuantizer", "RangeKind"]
 
 
-class RangeKind(enum.IntEnum):
-    """What the range of a quantizer is, the more general the smaller; saved in its ``kind`` buffer."""
-
-    UNSET = 0
-    FREE = 1
-    NONNEGATIVE = 2  # the data are non-negative: the lower end is fixed at zero
-    ONE_BIT_ROWS = 3  # each row is 0 or one value of its own: one bit and a scale per row are exact
-    ONE_BIT = 4  # the data are 0 or one common value: one bit is exact
-    ZEROS = 5  # the data were all zero: a default range with zero as a level, until training meets other data
-
-
-ONE_BIT_KINDS = (RangeKind.ONE_BIT_ROWS, RangeKind.ONE_BIT)
-InputCheck = Callable[[Tensor, GraphPlan | None], bool]
-
-
-class QLRQuantizer(nn.Module):
+class QLRQuantizer(FittedQuantizer):
     r"""Quantizer with a learnable range ``[l, u]``, ``s = exp(log_scale)`` and ``l = offset * s``.
 
     Args:
@@ -64,14 +47,6 @@ class QLRQuantizer(nn.Module):
         - **input:** ``[N, F]`` (any shape per tensor), or a ``torch.sparse_csr`` matrix of non-negative values
         - **output:** :class:`QuantizedTensor` of the same shape
     """
-
-    kind: Tensor
-    skew: Tensor | None
-    log_scale: Tensor
-    offset: Tensor | None
-    unit: Tensor | None  # p, fixed once the range is set
-    shift: Tensor | None  # of a weight: how far each code is from the nearest
-    row_dims: int = 1
 
     def __init__(
         self,
@@ -130,132 +105,6 @@ class QLRQuantizer(nn.Module):
             return ""
         return "one bit" if self.is_one_bit else shown_range(*self.range(), self.bits, self.granularity)
 
-    # State ############################################################################################################
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for name in ("unit", "shift"):  # which pickles of version 1 do not have
-            self._buffers.setdefault(name, None)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What decides, beside its numbers, what the quantizer computes."""
-        if self.bits == OFF:
-            return {"bits": OFF}
-        return {name: getattr(self, name) for name in ("bits", "levels", "granularity", "truncation")}
-
-    def get_extra_state(self) -> Tensor:
-        """:attr:`settings`, so that a state dict of others is refused."""
-        return encode(self.settings)
-
-    def set_extra_state(self, state: Any) -> None:
-        """Compare with :attr:`settings`.
-
-        Raises:
-            ValueError: If they differ.
-        """
-        message = refusal(self.site, self.settings, state)
-        if message is not None:
-            raise ValueError(message + REMEDY)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        key = f"{prefix}_extra_state"
-        message = refusal(self.site, self.settings, state_dict[key]) if key in state_dict else None
-        if message is not None:
-            refuse(error_msgs, message)
-            return
-        given = [name for name in ("log_scale", "unit") if f"{prefix}{name}" in state_dict]
-        if key not in state_dict and self.unit is not None and given == ["log_scale"]:
-            # Of version 1, whose default was one range per tensor; it knew no rows.
-            self.granularity, self.unit = "tensor", None
-        state_dict[key] = self.get_extra_state()  # which it did not have either
-        shift = state_dict.get(f"{prefix}shift")
-        self.shift = None if shift is None else torch.zeros_like(shift, device=self.log_scale.device)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-
-    @property
-    def range_kind(self) -> RangeKind:
-        """What the range is; :attr:`RangeKind.UNSET` before calibration.
-
-        A mirror on the host of the buffer ``kind``, read anew whenever that was written: by loading, by averaging
-        models, by a broadcast.
-        """
-        if not torch.compiler.is_compiling() and not self.kind.is_meta:
-            seen = (id(self.kind), 0 if self.kind.is_inference() else self.kind._version)
-            if seen != self._kind_seen:
-                self._range_kind, self._kind_seen = RangeKind(int(self.kind)), seen
-        return self._range_kind
-
-    @property
-    def is_set(self) -> bool:
-        return self.bits == OFF or self.range_kind != RangeKind.UNSET
-
-    @property
-    def is_one_bit(self) -> bool:
-        """Whether the data are 0 or one value (per row): stored in one bit, exactly."""
-        return self.range_kind in ONE_BIT_KINDS
-
-    @property
-    def qmax(self) -> int:
-        """The largest code: 1 for one-bit data, else ``2^bits - 1``."""
-        return 1 if self.is_one_bit else max_code(self.bits)
-
-    @property
-    def stored_bits(self) -> int:
-        """Bits per stored code."""
-        return 1 if self.is_one_bit else self.bits
-
-    def _set_kind(self, kind: RangeKind) -> None:
-        self.kind.fill_(int(kind))
-
-    def unset(self) -> None:
-        """Forget the range; the next training batch or calibration sets it anew."""
-        self._set_kind(RangeKind.UNSET)
-        self.shift = None
-
-    @property
-    def is_activation(self) -> bool:
-        """Whether what passes here differs from call to call, as a weight does not."""
-        return self.channel_dim == -1
-
-    # Ranges ###########################################################################################################
-
-    @property
-    def zero_code(self) -> float | None:
-        """The code that stands for zero, :obj:`None` where the lower end is free."""
-        return self._zero_code(self.range_kind)
-
-    def _zero_code(self, kind: RangeKind) -> float | None:
-        qmax = max_code(self.bits)
-        if kind in ONE_BIT_KINDS:
-            return 0.0
-        if kind == RangeKind.ZEROS and self.levels != "unsigned":
-            return (qmax + 1) / 2
-        fixed = {"unsigned": 0.0, "symmetric": (qmax + 1) / 2, "half": qmax / 2}.get(self.levels)
-        return 0.0 if fixed is None and kind == RangeKind.NONNEGATIVE else fixed
-
-    def range(self) -> tuple[Tensor, Tensor]:
-        """``scale`` and ``lower`` of the range itself: scalars, or one per channel (per node: relative to the row)."""
-        scale = self.log_scale.exp()
-        if self.levels == "affine":
-            assert self.offset is not None
-            kind = self.range_kind
-            steps = self.offset * float(kind == RangeKind.FREE)
-            return scale, scale * (steps - (self.zero_code or 0.0) if kind == RangeKind.ZEROS else steps)
-        assert self.zero_code is not None
-        return scale, scale * -self.zero_code
-
     def _shaped(self, per_channel: Tensor, x: Tensor) -> Tensor:
         if self.granularity != "channel" or self.channel_dim == -1:
             return per_channel
@@ -265,14 +114,14 @@ class QLRQuantizer(nn.Module):
         """Scale and lower end that broadcast to ``x``, and what they are multiples of."""
         kind = self.range_kind
         if self.is_one_bit:
-            rows = _row_peaks(x, pattern) if kind == RangeKind.ONE_BIT_ROWS else _peak(x)
+            rows = row_peaks(x, pattern) if kind == RangeKind.ONE_BIT_ROWS else peak(x)
             # A factor exp(0) = 1 keeps the parameters in the graph: DDP expects a gradient for each.
             unused = self.log_scale if self.offset is None else self.log_scale + self.offset
             scale = rows * (unused.reshape(-1)[0] * 0).exp()
             return scale, torch.zeros_like(scale), None
         scale, lower = self.range()
         if self.granularity == "node":
-            rows = _row_peaks(x, pattern)
+            rows = row_peaks(x, pattern)
             return scale * rows, lower * rows, None
         if self.unit is not None:
             multiplier = multipliers(largest(x, pattern, self.row_dims), self.unit)
@@ -282,182 +131,6 @@ class QLRQuantizer(nn.Module):
             multiples = RowRange(multiplier, scale, lower)
             return *(compressed.multiples(multiples) if compressed.compressing() else multiples.ends()), multiples
         return self._shaped(scale, x), self._shaped(lower, x), None
-
-    @torch.no_grad()
-    def set_range(self, x: Tensor, pattern: GraphPlan | None = None, *, may_be_one_bit: bool = True) -> None:
-        """Set the range by least mean-squared error on ``x`` (see :mod:`.range_search`).
-
-        Args:
-            x: The values, of a sparse matrix the stored ones.
-            pattern: Their positions in a sparse matrix.
-            may_be_one_bit: Whether 0/1 data may be taken to stay so.
-
-        Raises:
-            ValueError: If ``x`` is empty or holds a NaN or an infinity.
-        """
-        if self.bits != OFF:
-            self._fit(*self._kind_and_rows(x, pattern, lambda *_: may_be_one_bit))
-
-    def _kind_and_rows(
-        self, x: Tensor, pattern: GraphPlan | None, may_be_one_bit: InputCheck
-    ) -> tuple[RangeKind, Tensor]:
-        kind = self._kind_of(x, pattern)
-        if kind in ONE_BIT_KINDS and self.is_activation and not may_be_one_bit(x, pattern):
-            kind = RangeKind.NONNEGATIVE
-        if pattern is not None and (self.granularity == "channel" or not self._stays_sparse(kind)):
-            x, pattern = QuantizedTensor.identity(x, pattern).dequantize(), None
-        return kind, self._rows(x, pattern)
-
-    def _stays_sparse(self, kind: RangeKind) -> bool:
-        """Whether code 0 stands for zero in every column, so that only stored values need codes."""
-        per_column = self.granularity == "channel" and kind not in ONE_BIT_KINDS
-        return self._zero_code(kind) == 0 and not per_column
-
-    def _fit(self, kind: RangeKind, rows: Tensor) -> None:
-        """Set the range to ``kind`` and to the best fit of ``rows`` [ranges, samples] (see :meth:`_rows`)."""
-        self._set_kind(kind)
-        self.shift = None
-        if self.skew is not None:
-            values = rows if self.unit is None else rows[:1]
-            self.skew.copy_(_skewness(values).round() if self.truncation == "sbt" else torch.zeros(()))
-        if kind in ONE_BIT_KINDS:
-            return
-        if self.unit is not None:
-            unit, scale, lower = search_rows(rows, self.qmax, self.zero_code)
-            self.unit.copy_(unit)
-            rows = rows[:1]
-        else:
-            scale, lower = search_range(rows, self.qmax, self.zero_code)
-        zeros = (rows == 0).all(1)
-        if self.zero_code is None or self.zero_code.is_integer():
-            scale = torch.where(zeros, self._default_scale(scale.view(-1)[~zeros]), scale)
-        least = SMALLEST if self.unit is None else SMALLEST_STEP
-        smallest = max(least, torch.finfo(self.log_scale.dtype).tiny)
-        self.log_scale.copy_(scale.clamp_min(smallest).log().view_as(self.log_scale))
-        if self.offset is not None:
-            # In steps as they will be read: exp(log(s)) is a few ulp off, which many steps from zero is many steps.
-            steps = lower.view_as(self.offset) / self.log_scale.exp().to(lower.dtype)
-            middle = -(self.qmax + 1) / 2  # a whole number of steps: zero stays exact
-            self.offset.copy_(torch.where(zeros.view_as(steps), middle, steps))
-
-    def _default_scale(self, others: Tensor) -> Tensor:
-        """The step of a range that saw nothing but zeros: the largest of the other channels, or one that reaches 1."""
-        if others.numel():
-            return others.amax()
-        below_one = (self.qmax + 1) / 2 if self.zero_code is None else self.zero_code
-        return others.new_tensor(1 / (below_one or self.qmax))
-
-    def _kind_of(self, x: Tensor, pattern: GraphPlan | None) -> RangeKind:
-        if x.numel() == 0:
-            raise ValueError(f"Expected values to set the range of '{self.site}' from (got an empty tensor)")
-        self._check_finite(x, always=True)
-        low = float(x.amin())
-        if low == 0 == float(x.amax()):
-            return self._kind_of_zeros(pattern)
-        if low < 0 and self.levels == "unsigned":
-            raise ValueError(f"Expected non-negative values for the unsigned '{self.site}' (got {low:g})")
-        if low < 0 or self.levels in ("symmetric", "half"):
-            return RangeKind.FREE
-        return self._nonnegative_kind(x, pattern)
-
-    def _kind_of_zeros(self, pattern: GraphPlan | None) -> RangeKind:
-        # Of sparse features zero must be the code 0, so that they stay sparse.
-        return RangeKind.ZEROS if pattern is None or self.levels != "affine" else RangeKind.NONNEGATIVE
-
-    def _rows(self, x: Tensor, pattern: GraphPlan | None) -> Tensor:
-        """Arrange ``x`` as one row per range; with multipliers as values and largest magnitudes of their rows."""
-        if self.unit is not None:
-            peaks = largest(x, pattern, self.row_dims)
-            peaks = peaks.expand_as(x) if pattern is None else peaks[pattern.dst, 0]
-            return torch.stack([x.reshape(-1), peaks.reshape(-1)])
-        if self.granularity == "node":
-            peaks = _row_peaks(x, pattern)
-            return (x / (peaks if pattern is None else peaks[pattern.dst, 0])).reshape(1, -1)
-        if self.granularity == "channel" and pattern is None:
-            return x.movedim(self.channel_dim, 0).reshape(self.log_scale.numel(), -1)
-        return x.reshape(1, -1)
-
-    def _nonnegative_kind(self, x: Tensor, pattern: GraphPlan | None) -> RangeKind:
-        if x.dim() < 2 and pattern is None:
-            return RangeKind.NONNEGATIVE
-        if bool(((x == 0) | (x == _peak(x))).all()):
-            return RangeKind.ONE_BIT
-        peaks = _row_peaks(x, pattern)
-        if pattern is not None:
-            peaks, width = peaks[pattern.dst, 0], pattern.num_src
-        else:
-            width = x.size(-1)
-        # A float scale per row must not cost more than the bits it saves.
-        if width + 32 <= width * self.bits and bool(((x == 0) | (x == peaks)).all()):
-            return RangeKind.ONE_BIT_ROWS
-        return RangeKind.NONNEGATIVE
-
-    def _check_finite(self, x: Tensor, always: bool = False) -> None:
-        # One cheap pass decides in all but the overflowing case; on an accelerator it would force a synchronization.
-        if not always and (x.device.type != "cpu" or torch.compiler.is_compiling() or bool(x.sum().isfinite())):
-            return
-        bad = int((~x.isfinite()).sum())
-        if bad:
-            raise ValueError(
-                f"Expected finite values at '{self.site}' (got {bad} NaN or infinite of {x.numel()}); "
-                f"check the features, the learning rate and the layers before it"
-            )
-
-    # Calibration ######################################################################################################
-
-    @property
-    def is_observing(self) -> bool:
-        """Whether values pass through unquantized."""
-        return self._observed is not None
-
-    @property
-    def values_seen(self) -> int:
-        """How many, while observing."""
-        return 0 if self._observed is None else self._observed.count
-
-    def observe(self, is_input: InputCheck | None = None) -> None:
-        """Pass values through unquantized and remember a sample of them until :meth:`finish`.
-
-        Args:
-            is_input: Tells of 0/1 values (and their positions in a sparse matrix) whether they are an input of the
-                model, which stays 0/1; by default all are taken to be.
-        """
-        self._observed = Sample() if self.unit is None else RowSample()
-        self._observed_kind = RangeKind.ZEROS
-        self._is_input = is_input
-
-    def abort(self) -> None:
-        """Leave observation without touching the range."""
-        self._observed = self._is_input = None
-
-    @torch.no_grad()
-    def finish(self) -> bool:
-        """Set the range from what was observed; a site that saw nothing keeps its state.
-
-        Returns:
-            Whether the range was set.
-        """
-        observed = self._observed
-        self.abort()
-        if observed is None or not len(observed) or self.bits == OFF:
-            return False
-        self._fit(self._observed_kind, observed.rows())
-        return True
-
-    @torch.no_grad()
-    def _remember(self, x: Tensor, pattern: GraphPlan | None) -> None:
-        assert self._observed is not None
-        if x.numel():
-            kind, rows = self._kind_and_rows(x, pattern, self._is_input or (lambda *_: True))
-        elif pattern is not None and pattern.num_dst:  # a sparse matrix without entries
-            ranges = self.log_scale.numel() if self.unit is None else 2
-            kind, rows = self._kind_of_zeros(pattern), x.new_zeros(ranges, 1)
-        else:
-            return
-        self._observed_kind = min(kind, self._observed_kind)  # the smallest is the most general
-        self._observed.add(rows)
-
-    # Forward ##########################################################################################################
 
     def forward(self, x: Tensor, codes_kept: bool = False) -> QuantizedTensor:
         """Quantize ``x`` to codes; see :class:`QuantizedTensor`.
@@ -472,7 +145,7 @@ class QLRQuantizer(nn.Module):
                 f"Expected values on {self.log_scale.device}, where '{self.site}' has its range (got "
                 f"{x.device}); move the model and its inputs to one device with .to(device)"
             )
-        x, pattern = _split(x)
+        x, pattern = split(x)
         if self.bits == OFF:
             return QuantizedTensor.identity(x, pattern)
         if self.training and torch.compiler.is_exporting():
@@ -564,70 +237,3 @@ class QLRQuantizer(nn.Module):
 def _looks_like_input(x: Tensor) -> bool:
     """Whether 0/1 values may be an input of the model: more than a single value, which no parameter led to."""
     return x.grad_fn is None and int(x.count_nonzero()) > 1
-
-
-def _split(x: Tensor) -> tuple[Tensor, GraphPlan | None]:
-    """Values and positions of a sparse matrix; a dense one has no positions."""
-    if x.layout == torch.strided:
-        return x, None
-    x = _as_csr(x)
-    crow, col = x.crow_indices(), x.col_indices()
-    return x.values(), plan_cache.get((crow, col), ("features", x.size(1)), lambda: _pattern(crow, col, x.size(1)))
-
-
-def _as_csr(x: Tensor) -> Tensor:
-    """A sparse matrix of another layout as CSR, converted once; of a COO matrix, repeated entries are summed."""
-    if x.layout not in (torch.sparse_csr, torch.sparse_coo, torch.sparse_csc) or x.dim() != 2:
-        raise TypeError(
-            f"Expected dense features, or a sparse matrix in CSR, COO or CSC (got {x.layout}, {list(x.shape)})"
-        )
-    if x.layout == torch.sparse_csr:
-        return x
-    if x.requires_grad:
-        return x.to_sparse_csr()
-    return plan_cache.get((x,), ("features as CSR",), x.to_sparse_csr)
-
-
-def _pattern(crow: Tensor, col: Tensor, width: int) -> GraphPlan:
-    """The positions of a CSR matrix with ``width`` columns.
-
-    Raises:
-        TypeError, ValueError: If they are out of bounds, or a row has a column twice.
-    """
-    pattern = GraphPlan.from_csr(crow, col, width)
-    rises = (pattern.col[1:] > pattern.col[:-1]) | (pattern.dst[1:] > pattern.dst[:-1])
-    if not bool(rises.all()) and (pattern.dst * width + pattern.col).unique().numel() < pattern.num_edges:
-        raise ValueError("Expected each column once in a row of sparse features (got some twice); use .coalesce()")
-    return pattern
-
-
-def _peak(x: Tensor) -> Tensor:
-    """Largest magnitude, 1 where there is none: a scale must not be zero."""
-    if x.numel() == 0:
-        return x.new_ones(())
-    peak = x.detach().abs().amax()
-    return torch.where(peak > 0, peak, torch.ones_like(peak))
-
-
-def _row_peaks(x: Tensor, pattern: GraphPlan | None) -> Tensor:
-    """Largest magnitude per row, ``[N, 1]``, 1 for a row of zeros."""
-    peaks = largest(x, pattern)
-    return torch.where(peaks > 0, peaks, torch.ones_like(peaks))
-
-
-def largest(x: Tensor, pattern: GraphPlan | None = None, row_dims: int = 1) -> Tensor:
-    """Largest magnitude per row of the last ``row_dims`` dimensions, kept as 1; ``[N, 1]`` of a sparse matrix."""
-    if pattern is not None:
-        return segment_max(pattern, x.detach().abs()).unsqueeze(1)
-    dims = list(range(-row_dims, 0))
-    if any(x.size(dim) == 0 for dim in dims):
-        return x.new_zeros((*x.shape[:-row_dims], *([1] * row_dims)))
-    return x.detach().abs().amax(dims, keepdim=True)
-
-
-def _skewness(x: Tensor) -> Tensor:
-    """Sample skewness, the third standardized moment; 0 for constant data."""
-    centred = x.double().flatten()
-    centred = centred - centred.mean()
-    variance = centred.square().mean()
-    return torch.where(variance > 0, centred.pow(3).mean() / variance.clamp_min(1e-300).pow(1.5), 0.0)

@@ -1,0 +1,171 @@
+"""The state of a quantizer: what is saved of it, what kind of range that is, and the range itself."""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import OFF, Granularity, Levels, Truncation
+from ..saved import REMEDY, encode, refusal, refuse
+from .functional import levels as max_code
+
+__all__ = ["ONE_BIT_KINDS", "QuantizerState", "RangeKind"]
+
+
+class RangeKind(enum.IntEnum):
+    """What the range of a quantizer is, the more general the smaller; saved in its ``kind`` buffer."""
+
+    UNSET = 0
+    FREE = 1
+    NONNEGATIVE = 2  # the data are non-negative: the lower end is fixed at zero
+    ONE_BIT_ROWS = 3  # each row is 0 or one value of its own: one bit and a scale per row are exact
+    ONE_BIT = 4  # the data are 0 or one common value: one bit is exact
+    ZEROS = 5  # the data were all zero: a default range with zero as a level, until training meets other data
+
+
+ONE_BIT_KINDS = (RangeKind.ONE_BIT_ROWS, RangeKind.ONE_BIT)
+
+
+class QuantizerState(nn.Module):
+    """A quantizer's settings, buffers and learned range; see :class:`.qlr.QLRQuantizer`, which makes them."""
+
+    bits: int
+    levels: Levels
+    granularity: Granularity
+    truncation: Truncation | None
+    channel_dim: int
+    site: str
+    kind: Tensor
+    skew: Tensor | None
+    log_scale: Tensor
+    offset: Tensor | None
+    unit: Tensor | None  # p, fixed once the range is set
+    shift: Tensor | None  # of a weight: how far each code is from the nearest
+    row_dims: int = 1
+    _range_kind: RangeKind
+    _kind_seen: tuple[int, int] | None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for name in ("unit", "shift"):  # which pickles of version 1 do not have
+            self._buffers.setdefault(name, None)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides, beside its numbers, what the quantizer computes."""
+        if self.bits == OFF:
+            return {"bits": OFF}
+        return {name: getattr(self, name) for name in ("bits", "levels", "granularity", "truncation")}
+
+    def get_extra_state(self) -> Tensor:
+        """:attr:`settings`, so that a state dict of others is refused."""
+        return encode(self.settings)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Compare with :attr:`settings`.
+
+        Raises:
+            ValueError: If they differ.
+        """
+        message = refusal(self.site, self.settings, state)
+        if message is not None:
+            raise ValueError(message + REMEDY)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        key = f"{prefix}_extra_state"
+        message = refusal(self.site, self.settings, state_dict[key]) if key in state_dict else None
+        if message is not None:
+            refuse(error_msgs, message)
+            return
+        given = [name for name in ("log_scale", "unit") if f"{prefix}{name}" in state_dict]
+        if key not in state_dict and self.unit is not None and given == ["log_scale"]:
+            # Of version 1, whose default was one range per tensor; it knew no rows.
+            self.granularity, self.unit = "tensor", None
+        state_dict[key] = self.get_extra_state()  # which it did not have either
+        shift = state_dict.get(f"{prefix}shift")
+        self.shift = None if shift is None else torch.zeros_like(shift, device=self.log_scale.device)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    @property
+    def range_kind(self) -> RangeKind:
+        """What the range is; :attr:`RangeKind.UNSET` before calibration.
+
+        A mirror on the host of the buffer ``kind``, read anew whenever that was written: by loading, by averaging
+        models, by a broadcast.
+        """
+        if not torch.compiler.is_compiling() and not self.kind.is_meta:
+            seen = (id(self.kind), 0 if self.kind.is_inference() else self.kind._version)
+            if seen != self._kind_seen:
+                self._range_kind, self._kind_seen = RangeKind(int(self.kind)), seen
+        return self._range_kind
+
+    @property
+    def is_set(self) -> bool:
+        return self.bits == OFF or self.range_kind != RangeKind.UNSET
+
+    @property
+    def is_one_bit(self) -> bool:
+        """Whether the data are 0 or one value (per row): stored in one bit, exactly."""
+        return self.range_kind in ONE_BIT_KINDS
+
+    @property
+    def qmax(self) -> int:
+        """The largest code: 1 for one-bit data, else ``2^bits - 1``."""
+        return 1 if self.is_one_bit else max_code(self.bits)
+
+    @property
+    def stored_bits(self) -> int:
+        """Bits per stored code."""
+        return 1 if self.is_one_bit else self.bits
+
+    def _set_kind(self, kind: RangeKind) -> None:
+        self.kind.fill_(int(kind))
+
+    def unset(self) -> None:
+        """Forget the range; the next training batch or calibration sets it anew."""
+        self._set_kind(RangeKind.UNSET)
+        self.shift = None
+
+    @property
+    def is_activation(self) -> bool:
+        """Whether what passes here differs from call to call, as a weight does not."""
+        return self.channel_dim == -1
+
+    @property
+    def zero_code(self) -> float | None:
+        """The code that stands for zero, :obj:`None` where the lower end is free."""
+        return self._zero_code(self.range_kind)
+
+    def _zero_code(self, kind: RangeKind) -> float | None:
+        qmax = max_code(self.bits)
+        if kind in ONE_BIT_KINDS:
+            return 0.0
+        if kind == RangeKind.ZEROS and self.levels != "unsigned":
+            return (qmax + 1) / 2
+        fixed = {"unsigned": 0.0, "symmetric": (qmax + 1) / 2, "half": qmax / 2}.get(self.levels)
+        return 0.0 if fixed is None and kind == RangeKind.NONNEGATIVE else fixed
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        """``scale`` and ``lower`` of the range itself: scalars, or one per channel (per node: relative to the row)."""
+        scale = self.log_scale.exp()
+        if self.levels == "affine":
+            assert self.offset is not None
+            kind = self.range_kind
+            steps = self.offset * float(kind == RangeKind.FREE)
+            return scale, scale * (steps - (self.zero_code or 0.0) if kind == RangeKind.ZEROS else steps)
+        assert self.zero_code is not None
+        return scale, scale * -self.zero_code
