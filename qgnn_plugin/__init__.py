@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from . import training
 from .calibration import calibrate
 from .config import QuantConfig, SMPConfig
-from .conversion import is_quantized, quantize_like, quantize_model, quantizers, range_parameters, restore_model
+from .conversion import quantize_like, quantize_model, restore_model
+from .converted import is_quantized, quantizers, range_parameters
 from .layers import QuantizedLayer, register_layer
 from .layers.graph import fixed_graph
 from .packing import (

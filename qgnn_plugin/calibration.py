@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import _one_of
-from .conversion import expect_converted, quantizers
+from .converted import expect_converted, quantizers
 from .coverage import counting_rows
 from .inputs import Forward, is_data, run_model, tensors_in
 from .kernels.plan import GraphPlan

@@ -23,7 +23,8 @@ class ConvertsOnLoad:
     """
 
     def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
-        from .conversion import is_quantized, quantize_like  # which imports this module
+        from .conversion import quantize_like  # which imports this module
+        from .converted import is_quantized
 
         state = checkpoint.get("state_dict", {})
         converted = any(key.endswith(CONFIG_KEY) for key in state)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -13,6 +11,15 @@ from torch.nn.parameter import UninitializedParameter
 
 from .checkpoints import close_checkpoints, open_checkpoints
 from .config import OFF, QuantConfig
+from .converted import (
+    check_unconverted,
+    expect_converted,
+    is_quantized,
+    kind_of,
+    quantized_layers,
+    quantizers,
+    range_parameters,
+)
 from .copying import copy_model
 from .coverage import warn_of_float_parts
 from .layers.base import QuantizedLayer, SiteFactory, restore_class
@@ -20,12 +27,11 @@ from .layers.deep import conv_widths, deep_mixin
 from .layers.fast_paths import close_fast_paths, open_fast_paths
 from .layers.message_passing import QuantizedConv
 from .layers.normalized import still
-from .layers.own_weights import QuantizedOwnModule
 from .layers.registry import convert_layer, mixin_for
 from .passed_by import check_methods, warn_of_comparisons
-from .quantizers import QLRQuantizer
 from .saved import CONFIG_KEY, decode
 from .scripted import close_scripted, open_scripted
+from .selection import Selector, output_layer, select, selectors
 from .smp.deep import DeepLayer, StackPlace, close_scopes, connect_stacks, find_stacks
 
 __all__ = [
@@ -41,8 +47,6 @@ __all__ = [
 ]
 
 DEFAULT_BITS = 4
-
-Selector = str | type[nn.Module]
 
 
 def quantize_model(
@@ -81,13 +85,13 @@ def quantize_model(
     """
     config = _configuration(bits, config)
     if not isinstance(model, nn.Module):
-        raise TypeError(f"Expected a torch.nn.Module (got {_kind(model)})")
-    _check_unconverted(model)
+        raise TypeError(f"Expected a torch.nn.Module (got {kind_of(model)})")
+    check_unconverted(model)
     if inplace and isinstance(model, torch.jit.ScriptModule):
         raise ValueError(f"Expected a module that is not compiled with inplace=True (got a {type(model).__name__})")
     model = open_scripted(model if inplace else copy_model(model))
     try:
-        chosen = _select(model, _selectors(include), _selectors(exclude))
+        chosen = select(model, selectors(include), selectors(exclude))
         config.check_overrides([name for name, _ in chosen])
         _check_materialized(chosen)
         _check_units(chosen)
@@ -116,7 +120,7 @@ def convert_as(model: nn.Module, configs: Mapping[str, QuantConfig]) -> None:
     Raises:
         ValueError: If a layer is missing or cannot be converted, or as :func:`quantize_model`.
     """
-    _check_unconverted(model)
+    check_unconverted(model)
     layers = dict(model.named_modules())
     for name in configs:
         if name not in layers or mixin_for(layers[name]) is None:
@@ -151,7 +155,7 @@ def quantize_like(model: nn.Module, state_dict: Mapping[str, Any], *, inplace: b
             1), or does not fit ``model``.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"Expected a torch.nn.Module (got {_kind(model)})")
+        raise TypeError(f"Expected a torch.nn.Module (got {kind_of(model)})")
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"Expected a state dict (got {type(state_dict).__name__})")
     configs = _saved_configs(model, state_dict)
@@ -160,7 +164,7 @@ def quantize_like(model: nn.Module, state_dict: Mapping[str, Any], *, inplace: b
             f"Expected the state dict of a converted model (got one {_kind_of_state(state_dict)})"
         )
     if not inplace:
-        _check_unconverted(model)
+        check_unconverted(model)
         model = copy_model(model)
     convert_as(model, configs)
     open_checkpoints(model)
@@ -244,7 +248,7 @@ def _can_stack(conv: nn.Module, deep: bool) -> bool:
 def _convert(model: nn.Module, names: list[str], config_of: ConfigOf, places: dict[str, StackPlace]) -> None:
     layers = dict(model.named_modules())
     first = [True]
-    last = _output_layer(names, {name: mixin_for(layers[name]) or QuantizedLayer for name in names})
+    last = output_layer(names, {name: mixin_for(layers[name]) or QuantizedLayer for name in names})
     for name in names:
         layer = layers[name]
         if isinstance(layer, QuantizedLayer):
@@ -259,108 +263,6 @@ def _convert(model: nn.Module, names: list[str], config_of: ConfigOf, places: di
         convert_layer(layer, mixin, sites, output=output)
 
 
-def _is_around(name: str, names: list[str]) -> bool:
-    return any(other != name and _within(other, name) for other in names)
-
-
-def _output_layer(names: list[str], mixin_of: Mapping[str, type[QuantizedLayer]]) -> str:
-    """The last converted layer that is not inside another: its result is the model's output.
-
-    A module that is converted for weights that its own code reads is one around layers, not such a layer.
-    """
-    inner = [name for name in names if not (issubclass(mixin_of[name], QuantizedOwnModule) and _is_around(name, names))]
-    names = inner or names
-    return [name for name in names if not any(name != outer and _within(name, outer) for outer in names)][-1]
-
-
-def _selectors(value: Selector | Iterable[Selector] | None) -> list[Selector] | None:
-    if value is None:
-        return None
-    found = [value] if isinstance(value, (str, type)) else list(value) if isinstance(value, Iterable) else [value]
-    for selector in found:
-        if not isinstance(selector, (str, type)):
-            raise TypeError(f"Expected layer names, patterns or types to select by (got {selector!r})")
-    return found
-
-
-def _matches(name: str, module: nn.Module, selectors: list[Selector]) -> bool:
-    for selector in selectors:
-        if isinstance(selector, str):
-            if fnmatchcase(name, selector) or name.startswith(f"{selector}."):
-                return True
-        elif isinstance(module, selector):
-            return True
-    return False
-
-
-def _select(
-    model: nn.Module, include: list[Selector] | None, exclude: list[Selector] | None
-) -> list[tuple[str, nn.Module]]:
-    convertible = [(n, m) for n, m in model.named_modules() if mixin_for(m) is not None]
-    names = [name for name, _ in convertible]
-    for selector in (include or []) + (exclude or []):
-        if not any(_matches(name, module, [selector]) for name, module in convertible):
-            raise ValueError(f"{selector!r} matches no layer{_nearest(selector, names)}. {_candidates(model, names)}")
-    excluded = [n for n, m in convertible if exclude is not None and _matches(n, m, exclude)]
-    included = [n for n, m in convertible if include is None or _matches(n, m, include)]
-    chosen = [
-        (name, module)
-        for name, module in convertible
-        if not any(_within(name, outer) for outer in excluded) and any(_within(name, outer) for outer in included)
-    ]
-    taken = {name for name, _ in chosen}
-    chosen = [(name, module) for name, module in chosen if not _is_read_past(model, name, taken)]
-    if not chosen:
-        raise ValueError(f"Nothing to convert in {type(model).__name__}. {_candidates(model, names)}")
-    return chosen
-
-
-def _is_read_past(model: nn.Module, name: str, taken: set[str]) -> bool:
-    """Whether a layer is never called: a float attention multiplies the weight of its ``out_proj`` itself."""
-    around = name.rpartition(".")[0]
-    return name != "" and around not in taken and isinstance(model.get_submodule(around), nn.MultiheadAttention)
-
-
-def _within(name: str, outer: str) -> bool:
-    return name == outer or outer == "" or name.startswith(f"{outer}.")
-
-
-def _nearest(selector: Selector, names: list[str]) -> str:
-    close = difflib.get_close_matches(selector, names, n=1) if isinstance(selector, str) else []
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def _candidates(model: nn.Module, names: list[str]) -> str:
-    if names:
-        return f"Layers that can be converted: {', '.join(name or '(the model itself)' for name in names)}"
-    types = sorted({type(m).__name__ for m in model.modules()})
-    return (
-        f"It has no Linear, MultiheadAttention or MessagePassing layer, only {', '.join(types)}; "
-        f"register your own layer type with qgnn_plugin.register_layer"
-    )
-
-
-def _state(model: Any) -> str:
-    """``"plain"``, ``"converted"``, ``"packed"``, or empty for what is no module."""
-    from .packing.model import is_packed  # which imports this module
-
-    if not isinstance(model, nn.Module):
-        return ""
-    return "packed" if is_packed(model) else "converted" if is_quantized(model) else "plain"
-
-
-def _kind(model: Any) -> str:
-    """What ``model`` is, for errors."""
-    return " ".join(filter(None, ("a", _state(model), type(model).__name__)))
-
-
-_REMEDIES = {
-    "": "give the model itself",
-    "packed": "go on from the model that pack_model was given: packed weights are integers, made for inference only",
-    "plain": "convert it first: qgnn_plugin.quantize_model(model)",
-}
-
-
 def _kind_of_state(state: Mapping[str, Any]) -> str:
     if any(str(key).rpartition(".")[2] in ("words", "weight_scale") for key in state):
         return "of a packed model; save and load that by qgnn_plugin.save_packed and load_packed"
@@ -368,39 +270,6 @@ def _kind_of_state(state: Mapping[str, Any]) -> str:
         "that does not say how it was converted); convert with the configuration it was saved with: "
         "qgnn_plugin.quantize_model(model, config=..."
     )
-
-
-def expect_converted(model: Any) -> None:
-    """Raise unless ``model`` was made by :func:`quantize_model`.
-
-    Raises:
-        TypeError: If it is no module.
-        ValueError: If it is plain or packed.
-    """
-    state = _state(model)
-    if state == "converted":
-        return
-    error = ValueError if state else TypeError
-    raise error(f"Expected a model made by quantize_model (got {_kind(model)}); {_REMEDIES[state]}")
-
-
-def _expect_trainable(model: Any) -> None:
-    """Raise where ``model`` is packed, or no model."""
-    state = _state(model)
-    if state in ("", "packed"):
-        error = ValueError if state else TypeError
-        raise error(f"Expected a model to train (got {_kind(model)}); {_REMEDIES[state]}")
-
-
-def _check_unconverted(model: nn.Module) -> None:
-    if _state(model) == "packed":
-        raise ValueError(f"Expected a plain model (got {_kind(model)}); {_REMEDIES['packed']}")
-    converted = [name for name, m in model.named_modules() if isinstance(m, QuantizedLayer)]
-    if converted:
-        raise ValueError(
-            f"Expected a plain model (got one whose layers are already quantized: {', '.join(converted[:5])}"
-            f"{', ...' if len(converted) > 5 else ''}); call qgnn_plugin.restore_model(model) first"
-        )
 
 
 def _check_materialized(layers: list[tuple[str, nn.Module]]) -> None:
@@ -462,34 +331,3 @@ def unquantized(qmodel: nn.Module) -> nn.Module:
         return plain
     overrides = {name: {"smp": layer._deep_config} for name, layer in deep.items()}
     return quantize_model(plain, config=QuantConfig(bits=OFF, smp=None, overrides=overrides))
-
-
-def is_quantized(model: nn.Module) -> bool:
-    """Whether ``model`` holds a converted layer."""
-    return isinstance(model, nn.Module) and any(isinstance(module, QuantizedLayer) for module in model.modules())
-
-
-def quantized_layers(model: nn.Module) -> dict[str, Any]:
-    """Every converted layer, by qualified name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
-
-
-def quantizers(model: nn.Module) -> dict[str, QLRQuantizer]:
-    """Every quantizer, by qualified name; shared ones once.  None in a plain model.
-
-    Raises:
-        TypeError: If ``model`` is no module.
-        ValueError: If it is packed.
-    """
-    _expect_trainable(model)
-    return {name: module for name, module in model.named_modules() if isinstance(module, QLRQuantizer)}
-
-
-def range_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The learnable ranges (log scales and offsets), for an optimizer group of their own.  None in a plain model.
-
-    Raises:
-        TypeError: If ``model`` is no module.
-        ValueError: If it is packed.
-    """
-    return [p for q in quantizers(model).values() for p in q.parameters(recurse=False)]

@@ -15,7 +15,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_map
 
 from .atomic import PathLike, atomic_file, shown
-from .conversion import is_quantized
+from .converted import is_quantized
 from .layers.graph import has_fixed_graph
 from .packing import is_packed
 

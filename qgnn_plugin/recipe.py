@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from .calibration import calibrate
 from .config import OFF, QuantConfig
-from .conversion import is_quantized, quantize_model, restore_model
+from .conversion import quantize_model, restore_model
+from .converted import is_quantized
 from .inputs import model_inputs
 from .smp import differential_multiplier_step
 from .training import distillation_loss, parameter_groups

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .config import OFF
-from .conversion import expect_converted, is_quantized, quantized_layers
+from .converted import expect_converted, is_quantized, quantized_layers
 from .coverage import Coverage, coverage
 from .layers.normalized import still
 from .packing.model import is_packed, packed_bytes

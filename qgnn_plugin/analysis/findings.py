@@ -15,7 +15,8 @@ from torch_geometric.utils import degree
 
 from ..calibration import calibrate
 from ..config import OFF
-from ..conversion import quantize_model, quantized_layers, quantizers
+from ..conversion import quantize_model
+from ..converted import quantized_layers, quantizers
 from ..copying import copy_model
 from ..inputs import run_model
 from ..packing import packed_bytes

@@ -11,7 +11,8 @@ from torch import nn
 
 from .. import __version__
 from ..atomic import atomic_file
-from ..conversion import expect_converted, unquantized
+from ..conversion import unquantized
+from ..converted import expect_converted
 from ..copying import copy_model
 from ..coverage import Coverage, coverage
 from ..packing import pack_model

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..atomic import shown
 from ..config import OFF, QuantConfig, SMPConfig
-from ..conversion import convert_as, is_quantized, quantized_layers
+from ..conversion import convert_as
+from ..converted import is_quantized, quantized_layers
 from ..copying import copying_memo
 from ..layers.base import SiteFactory
 from ..layers.message_passing import SITES, QuantizedMessagePassing

@@ -12,7 +12,7 @@ from torch_geometric.nn.aggr import EquilibriumAggregation
 from torch_geometric.nn.models.rev_gnn import InvertibleModule
 
 from ..config import OFF
-from ..conversion import is_quantized, quantized_layers
+from ..converted import is_quantized, quantized_layers
 from ..copying import copying_memo
 from ..layers.base import QuantizedLayer, attribute_names, clashes, float_state, names_kept
 from ..layers.deep import deep_mixin

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.data.data import BaseData
 
-from ..conversion import expect_converted, quantized_layers, unquantized
+from ..conversion import unquantized
+from ..converted import expect_converted, quantized_layers
 from ..copying import copy_model
 from ..inputs import Forward, run_model
 from ..layers.graph import gcn_graph

@@ -22,7 +22,7 @@ from torch_geometric.typing import OptTensor
 
 import qgnn_plugin as qgnn
 from qgnn_plugin import QuantConfig, QuantizedLayer
-from qgnn_plugin.conversion import quantized_layers
+from qgnn_plugin.converted import quantized_layers
 from qgnn_plugin.layers import QuantizedMessagePassing, register_layer
 from qgnn_plugin.layers.linear import QuantizedLinear
 

@@ -19,7 +19,7 @@ from torch_geometric.nn import GAT, GCN, GIN, GATConv, GCNConv, GraphConv, Graph
 
 import qgnn_plugin as qgnn
 from qgnn_plugin import QuantConfig, SMPConfig
-from qgnn_plugin.conversion import quantized_layers
+from qgnn_plugin.converted import quantized_layers
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "GCN": lambda: GCN(WIDTH, 8, 2, OUT, norm="batch_norm"),

@@ -19,7 +19,7 @@ from torch_geometric.nn import GATConv, GCNConv, Linear, SAGEConv
 
 import qgnn_plugin as qgnn
 from qgnn_plugin import QuantConfig
-from qgnn_plugin.conversion import quantized_layers
+from qgnn_plugin.converted import quantized_layers
 from qgnn_plugin.layers import register_layer
 from qgnn_plugin.layers.linear import QuantizedLinear
 

@@ -1,0 +1,98 @@
+"""Which layers of a model are converted: by name, pattern or type."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from .layers.base import QuantizedLayer
+from .layers.own_weights import QuantizedOwnModule
+from .layers.registry import mixin_for
+
+__all__ = ["Selector", "output_layer", "select", "selectors"]
+
+Selector = str | type[nn.Module]
+
+
+def selectors(value: Selector | Iterable[Selector] | None) -> list[Selector] | None:
+    if value is None:
+        return None
+    found = [value] if isinstance(value, (str, type)) else list(value) if isinstance(value, Iterable) else [value]
+    for selector in found:
+        if not isinstance(selector, (str, type)):
+            raise TypeError(f"Expected layer names, patterns or types to select by (got {selector!r})")
+    return found
+
+
+def _matches(name: str, module: nn.Module, selectors: list[Selector]) -> bool:
+    for selector in selectors:
+        if isinstance(selector, str):
+            if fnmatchcase(name, selector) or name.startswith(f"{selector}."):
+                return True
+        elif isinstance(module, selector):
+            return True
+    return False
+
+
+def select(
+    model: nn.Module, include: list[Selector] | None, exclude: list[Selector] | None
+) -> list[tuple[str, nn.Module]]:
+    convertible = [(n, m) for n, m in model.named_modules() if mixin_for(m) is not None]
+    names = [name for name, _ in convertible]
+    for selector in (include or []) + (exclude or []):
+        if not any(_matches(name, module, [selector]) for name, module in convertible):
+            raise ValueError(f"{selector!r} matches no layer{_nearest(selector, names)}. {_candidates(model, names)}")
+    excluded = [n for n, m in convertible if exclude is not None and _matches(n, m, exclude)]
+    included = [n for n, m in convertible if include is None or _matches(n, m, include)]
+    chosen = [
+        (name, module)
+        for name, module in convertible
+        if not any(is_within(name, outer) for outer in excluded) and any(is_within(name, outer) for outer in included)
+    ]
+    taken = {name for name, _ in chosen}
+    chosen = [(name, module) for name, module in chosen if not _is_read_past(model, name, taken)]
+    if not chosen:
+        raise ValueError(f"Nothing to convert in {type(model).__name__}. {_candidates(model, names)}")
+    return chosen
+
+
+def _is_read_past(model: nn.Module, name: str, taken: set[str]) -> bool:
+    """Whether a layer is never called: a float attention multiplies the weight of its ``out_proj`` itself."""
+    around = name.rpartition(".")[0]
+    return name != "" and around not in taken and isinstance(model.get_submodule(around), nn.MultiheadAttention)
+
+
+def is_within(name: str, outer: str) -> bool:
+    return name == outer or outer == "" or name.startswith(f"{outer}.")
+
+
+def _nearest(selector: Selector, names: list[str]) -> str:
+    close = difflib.get_close_matches(selector, names, n=1) if isinstance(selector, str) else []
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _candidates(model: nn.Module, names: list[str]) -> str:
+    if names:
+        return f"Layers that can be converted: {', '.join(name or '(the model itself)' for name in names)}"
+    types = sorted({type(m).__name__ for m in model.modules()})
+    return (
+        f"It has no Linear, MultiheadAttention or MessagePassing layer, only {', '.join(types)}; "
+        f"register your own layer type with qgnn_plugin.register_layer"
+    )
+
+
+def _is_around(name: str, names: list[str]) -> bool:
+    return any(other != name and is_within(other, name) for other in names)
+
+
+def output_layer(names: list[str], mixin_of: Mapping[str, type[QuantizedLayer]]) -> str:
+    """The last converted layer that is not inside another: its result is the model's output.
+
+    A module that is converted for weights that its own code reads is one around layers, not such a layer.
+    """
+    inner = [name for name in names if not (issubclass(mixin_of[name], QuantizedOwnModule) and _is_around(name, names))]
+    names = inner or names
+    return [name for name in names if not any(name != outer and is_within(name, outer) for outer in names)][-1]
