@@ -1,22 +1,22 @@
-"""What every converted layer shares: class swapping that survives copying and pickling, and construction of sites."""
+"""What every converted layer shares: class swapping that survives copying and pickling."""
 
 from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from ..aliases import Alias, LayersOwn, public_names
-from ..config import OFF, Granularity, Levels, QuantConfig, Site
+from ..aliases import Alias, public_names
+from ..config import OFF, QuantConfig
 from ..quantizers import QLRQuantizer
 from ..smp.constraint import CONSTRAINT_ATTRIBUTES, SmoothLayer, constraint_names, reset_constraint
-from ..smp.deep import StackPlace
+from .naming import annotated, attribute_names, named_as, shown_bits
 from .saved import CarriesConfiguration
+from .sites import SiteFactory
 
 __all__ = [
     "QuantizedLayer",
@@ -67,53 +67,11 @@ class SwappedLayer:
     def __repr__(self) -> str:
         """That of the layer's own class, and what is quantized to which range."""
         ranges = (f"{site.removesuffix('_quantizer')}={text}" for site, text in self._shown_ranges() if text)
-        return annotated(repr(self.as_float()), _bits(self.own_sites()), *ranges, *self.notes)
+        return annotated(repr(self.as_float()), shown_bits(self.own_sites()), *ranges, *self.notes)
 
     def _shown_ranges(self) -> Iterable[tuple[str, str]]:
         """The range of each site, by name, as people read it; empty where there is none."""
         return ()
-
-
-def _bits(sites: Mapping[str, int]) -> str:
-    """``bits=4``, or the bits of every site where they differ; nothing where all are off."""
-    if all(bits == OFF for bits in sites.values()):
-        return ""
-    if len(set(sites.values())) == 1:
-        return f"bits={next(iter(sites.values()))}"
-    return "bits=" + "/".join(f"{bits} {site}" for site, bits in sites.items())
-
-
-def annotated(text: str, *notes: str) -> str:
-    """The ``repr`` of a module with further arguments."""
-    note = ", ".join(filter(None, notes))
-    if not note:
-        return text
-    head, opening, rest = text.partition("(")
-    if not opening or not text.endswith(")"):
-        return f"{text} ({note})"
-    if rest.startswith("\n"):  # of one with children: a line of its own
-        return f"{head}(\n  {note}{rest}"
-    return f"{head}({note})" if rest == ")" else f"{text[:-1]}, {note})"
-
-
-def named_as(float_class: type[nn.Module], own_names: tuple[str, ...] = ()) -> dict[str, Any]:
-    """What makes a subclass go by the name of ``float_class``, by which models look layers up.
-
-    ``own_names`` are aliases of the mixin's that mean what ``float_class`` or its instances have under these names.
-    """
-    return {
-        **{name: vars_of(float_class).get(name, LayersOwn(name)) for name in own_names},
-        "float_class": float_class,
-        "own_names": own_names,
-        "__module__": float_class.__module__,
-        "__qualname__": float_class.__qualname__,
-        "__doc__": float_class.__doc__,
-    }
-
-
-def vars_of(cls: type) -> dict[str, Any]:
-    """Every attribute of a class as it was defined, those of its bases included."""
-    return {name: value for base in reversed(cls.__mro__) for name, value in vars(base).items()}
 
 
 def names_kept(mixin: type, layer: nn.Module) -> tuple[str, ...]:
@@ -144,11 +102,6 @@ def clashes(mixin: type, layer: nn.Module) -> list[str]:
 
 
 _METHODS = (property, classmethod, staticmethod)
-
-
-def attribute_names(state: Mapping[str, Any]) -> set[str]:
-    """Every attribute that a layer's ``__dict__`` gives it."""
-    return {*state, *state["_parameters"], *state["_buffers"], *state["_modules"]}
 
 
 @dataclass(frozen=True)
@@ -392,77 +345,3 @@ def release_propagate(layer: Any) -> None:
             f"which conversion cannot reach); define it in a subclass"
         )
     layer.__dict__.pop("propagate", None)
-
-
-@dataclass
-class SiteFactory:
-    """Makes the quantizers of one layer after its configuration."""
-
-    name: str
-    config: QuantConfig
-    device: torch.device | None
-    dtype: torch.dtype | None
-    first: list[bool] = field(default_factory=lambda: [True])
-    configs: Callable[[str], QuantConfig] | None = None  # of inner layers, by name; default this layer's own
-    place: StackPlace | None = None  # in a deep stack
-
-    def make(
-        self,
-        site: Site,
-        label: str,
-        *,
-        levels: Levels = "affine",
-        granularity: Granularity | None = None,
-        channels: int | None = None,
-        channel_dim: int = -1,
-        row_dims: int = 1,
-    ) -> QLRQuantizer:
-        """A quantizer for ``site``; ``label`` names it in errors.
-
-        What the model returns has one range where rows would have multiples of one: it is read as one matrix.
-        """
-        granularity = granularity or self.config.granularity
-        if (granularity == "channel" and channels is None) or (granularity == "row" and site == "output"):
-            granularity = "tensor"
-        return QLRQuantizer(
-            self.config.bits_for(site),
-            levels=levels,
-            granularity=granularity,
-            channels=channels,
-            channel_dim=channel_dim,
-            truncation=self.config.truncation,
-            learn=self.config.learn_ranges and (site != "input" or self.config.learn_input_ranges),
-            row_dims=row_dims,
-            site=f"{self.name}.{label}" if self.name else label,
-            device=self.device,
-            dtype=self.dtype,
-        )
-
-    def features(
-        self, label: str, channels: int | None = None, *, granularity: Granularity | None = None
-    ) -> QLRQuantizer:
-        """A quantizer for a layer's input: the model's input for the first layer, an activation afterwards."""
-        site: Site = "input" if self.first[0] else "activation"
-        self.first[0] = False
-        return self.make(site, label, channels=channels, granularity=granularity)
-
-    def weight(self, label: str, weight: Tensor) -> QLRQuantizer:
-        """A quantizer for a ``[out, in]`` weight."""
-        return self.make(
-            "weight",
-            label,
-            levels=self.config.weight_levels,
-            granularity=self.config.weight_granularity,
-            channels=weight.size(0),
-            channel_dim=0,
-        )
-
-    def message(self, label: str, channels: int | None = None, *, row_dims: int = 1) -> QLRQuantizer:
-        """A quantizer for what neighbours send; ``row_dims`` as in :class:`QLRQuantizer`."""
-        return self.make("message", label, levels=self.config.message_levels, channels=channels, row_dims=row_dims)
-
-    def within(self, child: str) -> SiteFactory:
-        """The factory of a child layer."""
-        name = f"{self.name}.{child}" if self.name else child
-        config = self.config if self.configs is None else self.configs(name)
-        return replace(self, name=name, config=config, place=None)

@@ -1,190 +1,27 @@
-"""Quantization sites of a packed model: fixed ranges, and tensors held as packed words."""
+"""Quantization sites of a packed model: ranges that are fixed, and what passes there as packed words."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..config import OFF
-from ..kernels.aggregate import per_feature
 from ..kernels.checksum import checksum
 from ..kernels.finite import is_finite
-from ..kernels.layout import pack_codes, top_code, unpack_codes
+from ..kernels.layout import pack_codes, top_code
 from ..kernels.quantize_pack import quantize_pack
-from ..kernels.unpack_dequantize import unpack_dequantize
 from ..layers.fixed import is_exporting
-from ..quantizers import QLRQuantizer, QuantizedTensor, RangeKind, quantize_codes
+from ..quantizers import QLRQuantizer, QuantizedTensor, quantize_codes
 from ..quantizers.functional import shown_range
 from ..quantizers.rows import RowRange, multipliers
 from ..quantizers.values import largest, peak, row_peaks, split
 from .deferred import DeferredTensor, Pending, Producer, plain, row_blocks
+from .packed_tensor import PackedTensor, joined
+from .site_spec import ONE_BIT, UNSET, SiteSpec
 
 __all__ = ["LastProduct", "PackedRange", "PackedTensor", "SiteSpec", "check_finite", "joined"]
-
-UNSET = 0  # a site that saw no data: nothing may pass through it
-ONE_BIT = 1
-
-
-@dataclass(frozen=True)
-class SiteSpec:
-    """What a site does, apart from its numbers: plain values that go into a file's header.
-
-    Args:
-        bits: Width of a stored code: 1 (data of zero and one value), 2, 4, 8, or 32 for off; 0 for a
-            site whose range was never set because nothing reached it.
-        granularity: ``"tensor"``, ``"channel"``, ``"node"`` or ``"row"``.
-        zero_code: Code that stands for zero, :obj:`None` where the lower end is free.
-        truncated: Whether 8-bit codes are truncated (BT, BT*).
-        channels: Number of ranges, with ``"channel"``.
-    """
-
-    bits: int
-    granularity: str = "tensor"
-    zero_code: float | None = 0.0
-    truncated: bool = False
-    channels: int = 0
-
-    @classmethod
-    def of(cls, quantizer: QLRQuantizer) -> SiteSpec:
-        """The description of a quantizer whose range is set.
-
-        Raises:
-            ValueError: If it is not.
-        """
-        if quantizer.bits == OFF:
-            return cls(OFF)
-        if not quantizer.is_set:
-            raise ValueError(
-                f"Expected every range to be set (got none at '{quantizer.site}'): call "
-                f"qgnn_plugin.calibrate(model, data) or train before packing"
-            )
-        if quantizer.is_one_bit:
-            rows = quantizer.range_kind == RangeKind.ONE_BIT_ROWS
-            return cls(ONE_BIT, "node" if rows else "tensor")
-        channels = quantizer.log_scale.numel() if quantizer.granularity == "channel" else 0
-        truncated = quantizer.skew is not None
-        return cls(quantizer.bits, quantizer.granularity, quantizer.zero_code, truncated, channels)
-
-    @classmethod
-    def outline(cls, quantizer: QLRQuantizer) -> SiteSpec:
-        """The description of a quantizer that stays as it is, set or not."""
-        if quantizer.bits == OFF:
-            return cls(OFF)
-        return cls(quantizer.bits, quantizer.granularity, truncated=quantizer.skew is not None)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields that differ from their defaults."""
-        default = asdict(SiteSpec(self.bits))
-        return {k: v for k, v in asdict(self).items() if k == "bits" or v != default[k]}
-
-    @property
-    def is_fixed(self) -> bool:
-        """Whether what a row's range follows from is known before the data: a kernel's epilogue can quantize to it."""
-        known = self.bits not in (UNSET, ONE_BIT, OFF) and self.granularity != "node"
-        return known and not self.truncated
-
-    @property
-    def has_multipliers(self) -> bool:
-        """Whether rows have multiples of the range."""
-        return self.granularity == "row" and self.bits not in (UNSET, ONE_BIT, OFF)
-
-    @property
-    def is_row_local(self) -> bool:
-        """Whether a row's codes depend on that row alone: blocks of rows can be quantized one by one."""
-        return self.bits not in (UNSET, OFF) and (self.bits != ONE_BIT or self.granularity == "node")
-
-    @property
-    def stays_sparse(self) -> bool:
-        """Whether code 0 stands for zero in every column, so that only stored values need codes."""
-        return self.zero_code == 0 and self.granularity != "channel"
-
-
-@dataclass(frozen=True, eq=False)
-class PackedTensor:
-    """A matrix ``[N, F]`` as packed codes and an affine map.
-
-    Args:
-        words: ``[N, row_words(F, bits)]`` int32.
-        scale: One element, ``[F]``, ``[N, 1]`` or, for ``H`` heads with ranges of their own, ``[N, H]``, float32.
-        lower: Lower end of the range, of the same shape.
-        num_features: ``F``.
-        bits: Width of a code: 1, 2, 4 or 8.
-        unsigned: Whether ``lower`` is known to be zero.
-        multiplier: ``[N]`` uint8, where each row has a multiple of the range, of one element.
-    """
-
-    words: Tensor
-    scale: Tensor
-    lower: Tensor
-    num_features: int
-    bits: int
-    unsigned: bool
-    multiplier: Tensor | None = None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(N, F)``."""
-        return self.words.size(0), self.num_features
-
-    @property
-    def row_range(self) -> tuple[Tensor, Tensor]:
-        """Scale and lower end with the multiples that rows have of them, ``[N, 1]`` then."""
-        if self.multiplier is None:
-            return self.scale, self.lower
-        multiplier = self.multiplier.to(torch.float32).unsqueeze(1)
-        return self.scale * multiplier, self.lower * multiplier
-
-    def dequantize(self) -> Tensor:
-        """``[N, F]`` float32."""
-        if self.scale.numel() == 1:
-            options: dict[str, Any] = {"multiplier": self.multiplier, "is_checked": True}
-            return unpack_dequantize(self.words, self.scale, self.lower, self.num_features, self.bits, **options)
-        scale, lower = self.row_range
-        if scale.dim() == 2 and scale.size(1) > 1:
-            scale, lower = (per_feature(v, self.num_features) for v in (scale, lower))
-            return unpack_codes(self.words, self.num_features, self.bits) * scale + lower
-        return unpack_dequantize(self.words, scale, lower, self.num_features, self.bits)
-
-    def rows(self, start: int, stop: int) -> PackedTensor:
-        """The rows ``[start, stop)``."""
-        if (start, stop) == (0, self.words.size(0)):
-            return self
-        per_row = self.scale.dim() == 2
-        scale, lower = (v[start:stop] if per_row else v for v in (self.scale, self.lower))
-        multiplier = None if self.multiplier is None else self.multiplier[start:stop]
-        return replace(self, words=self.words[start:stop], scale=scale, lower=lower, multiplier=multiplier)
-
-    def take(self, rows: Tensor) -> PackedTensor:
-        """The rows numbered by ``rows`` ``[M]``, integers."""
-        per_row = self.scale.dim() == 2
-        scale, lower = (v.index_select(0, rows) if per_row else v for v in (self.scale, self.lower))
-        multiplier = None if self.multiplier is None else self.multiplier.index_select(0, rows)
-        words = self.words.index_select(0, rows)
-        return replace(self, words=words, scale=scale, lower=lower, multiplier=multiplier)
-
-    def quantized(self) -> QuantizedTensor:
-        """The same tensor with its codes as floats: what the arithmetic of converted layers takes."""
-        codes = unpack_codes(self.words, self.num_features, self.bits).to(torch.float32)
-        rows = None
-        if self.multiplier is not None:
-            rows = RowRange(self.multiplier.to(torch.float32).unsqueeze(1), self.scale, self.lower)
-        return QuantizedTensor(codes, *self.row_range, top_code(self.bits), self.unsigned, rows=rows)
-
-
-def joined(parts: Sequence[PackedTensor]) -> PackedTensor:
-    """Blocks of rows as one matrix."""
-    if len(parts) == 1:
-        return parts[0]
-    words, scale, lower = torch.cat([p.words for p in parts]), parts[0].scale, parts[0].lower
-    if scale.dim() == 2:
-        scale, lower = torch.cat([p.scale for p in parts]), torch.cat([p.lower for p in parts])
-    found = [p.multiplier for p in parts if p.multiplier is not None]
-    return replace(parts[0], words=words, scale=scale, lower=lower, multiplier=torch.cat(found) if found else None)
-
 
 NOT_FINITE = "Expected finite values at '{where}' (got {found}); check the features"
 
