@@ -137,7 +137,8 @@ class Reached:
     """Which converted layers are called, where nothing passes their sites either."""
 
     def __init__(self, qmodel: nn.Module) -> None:
-        self._layers = {name: m for name, m in qmodel.named_modules() if isinstance(m, QuantizedLayer) and not m.is_off}
+        named = qmodel.named_modules()
+        self._layers: dict[str, Any] = {n: m for n, m in named if isinstance(m, QuantizedLayer) and not m.is_off}
         self._model = qmodel
         self._idle = set(self._layers)
 
