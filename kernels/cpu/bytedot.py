@@ -13,11 +13,12 @@ from functools import cache
 from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features
 from numba.core import types
+from numba.core.typing.templates import signature
 from numba.extending import intrinsic
 
 from ..layout import lane_mask
-from .simd import (
-    Vector,
+from .simd import Vector
+from .simd.vectors import (
     _by_width,
     _call,
     _concatenate,
@@ -26,7 +27,6 @@ from .simd import (
     _pointer,
     _splat,
     _vector_pointer,
-    signature,
 )
 
 __all__ = ["ROWS", "vadd_heads", "vadd_mixed", "vmix", "vquads", "vunmix", "vunmix_heads"]

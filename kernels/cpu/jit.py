@@ -24,7 +24,7 @@ def _fingerprint() -> str:
     """A digest of every source that compiled code can depend on."""
     kernels = Path(__file__).parent.parent
     digest = hashlib.sha256()
-    for path in sorted([*kernels.glob("cpu/*.py"), *kernels.glob("*/cpu*.py"), kernels / "layout.py"]):
+    for path in sorted([*kernels.glob("cpu/**/*.py"), *kernels.glob("*/cpu*.py"), kernels / "layout.py"]):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

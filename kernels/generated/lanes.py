@@ -15,6 +15,14 @@ from numba.extending import intrinsic
 
 from ..cpu.simd import (
     Vector,
+    vcast,
+    vfma,
+    vmax,
+    vmin,
+    vsplat,
+    vview,
+)
+from ..cpu.simd.vectors import (
     _alignment,
     _call,
     _concatenate,
@@ -22,12 +30,6 @@ from ..cpu.simd import (
     _order,
     _suffix,
     _vector_pointer,
-    vcast,
-    vfma,
-    vmax,
-    vmin,
-    vsplat,
-    vview,
 )
 
 __all__ = [

@@ -1,0 +1,106 @@
+"""Explicit vectors inside numba kernels: a value type over LLVM vectors, with loads, stores,
+arithmetic and casts.
+
+A ``Vector(element, lanes)`` lives in registers.  LLVM legalizes any power-of-two number of lanes to
+what the machine has (AVX-512, AVX2, SSE, NEON), so a kernel is written once.  Integer lanes are
+unsigned where it matters (shifts, casts, ``vmax``). Float operations carry no fast-math flags: LLVM
+neither contracts nor reassociates them.
+
+``array`` arguments are C-contiguous, ``offset`` counts elements from the start of the array's data,
+and nothing is bounds-checked.
+"""
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+from .arithmetic import (
+    vabs,
+    vcast,
+    vdot,
+    vfirst,
+    vfma,
+    vfold_max,
+    vfold_sum,
+    vfull_adder,
+    vmax,
+    vmin,
+    vpositive,
+    vreach,
+    vround,
+    vsplat,
+    vstep,
+    vsum,
+    vtile,
+    vtop,
+    vview,
+    vwithin,
+)
+from .codes import (
+    vjoin,
+    vlanes,
+    vspread,
+    vstore_parts,
+)
+from .memory import (
+    atomic_add,
+    keep,
+    peek,
+    poke,
+    prefetch,
+    raw,
+    raw_aligned,
+    raw_at,
+    vheads,
+    vlive,
+    vload,
+    vload_first,
+    vstore,
+    vstore_first,
+    vstream,
+)
+from .vectors import (
+    Vector,
+)
+
+__all__ = [
+    "Vector",
+    "atomic_add",
+    "keep",
+    "peek",
+    "poke",
+    "prefetch",
+    "raw",
+    "raw_aligned",
+    "raw_at",
+    "vabs",
+    "vcast",
+    "vdot",
+    "vfirst",
+    "vfma",
+    "vfold_max",
+    "vfold_sum",
+    "vfull_adder",
+    "vheads",
+    "vjoin",
+    "vlanes",
+    "vlive",
+    "vload",
+    "vload_first",
+    "vmax",
+    "vmin",
+    "vpositive",
+    "vreach",
+    "vround",
+    "vsplat",
+    "vspread",
+    "vstep",
+    "vstore",
+    "vstore_first",
+    "vstore_parts",
+    "vstream",
+    "vsum",
+    "vtile",
+    "vtop",
+    "vview",
+    "vwithin",
+]
