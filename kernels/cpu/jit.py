@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,12 @@ def _fingerprint() -> str:
 
 
 _STAMP = _fingerprint()
+
+
+@cache
+def _stamp_of(file: str) -> str:
+    """What code compiled from ``file`` depends on: the kernels, and what is written there."""
+    return _STAMP + hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 class _CheckedFile(IndexDataCacheFile):
@@ -82,8 +88,9 @@ def kernel(function: Callable[..., Any] | None = None, *, reassociate: bool = Fa
         compiled = numba.njit(cache=True, **options)(function)
     except RuntimeError:  # no place on disk may be written
         return numba.njit(**options)(function)
-    cache = getattr(compiled, "_cache", None)
-    if hasattr(cache, "_cache_file"):
+    stored = getattr(compiled, "_cache", None)
+    if hasattr(stored, "_cache_file"):
         # numba looks at the age of the function's own file only; helpers in other files count as well.
-        cache._cache_file = _CheckedFile(cache._cache_path, cache._impl.filename_base, _STAMP)
+        stamp = _stamp_of(function.__code__.co_filename)
+        stored._cache_file = _CheckedFile(stored._cache_path, stored._impl.filename_base, stamp)
     return compiled

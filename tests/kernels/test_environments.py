@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -109,6 +110,22 @@ def test_compiled_code_of_classes_that_have_moved_is_compiled_anew(
     assert file.load("key") is None
     file.save("key", "code compiled anew")
     assert file.load("key") == "code compiled anew"
+
+
+def test_a_source_of_the_same_age_and_place_is_compiled_anew(tmp_path: Path) -> None:
+    """Kernels outside of the kernels' folder, too: numba tells sources apart by their age and size."""
+    file = tmp_path / "kernel_of_one_number.py"
+
+    def found(number: int) -> int:
+        file.write_text(
+            f"from qgnn_plugin.kernels.cpu.jit import kernel\n\n\n@kernel\ndef number():\n    return {number}\n"
+        )
+        os.utime(file, (1e9, 1e9))
+        jit._stamp_of.cache_clear()
+        namespace = runpy.run_path(str(file))
+        return namespace["number"]()
+
+    assert [found(1), found(1), found(2)] == [1, 1, 2]
 
 
 def test_kernels_use_these_files() -> None:
