@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qgnn_plugin.kernels.generated.program import Node, Operand, Program, Use
+from qgnn_plugin.kernels.generated.program import Node, Operand, Product, Program, Use
 from qgnn_plugin.kernels.layout import pack_codes
 from qgnn_plugin.kernels.plan import GraphPlan
 
@@ -81,6 +81,36 @@ def softmax_of_features(width: int, bits: int) -> Program:
     return Program((Operand("source", width, bits, "row"),), nodes, (10,))
 
 
+def mapped(width: int, few: int, bits: int, has_unit: bool, has_bias: bool) -> Program:
+    """Two linear maps of an edge with ReLU between them, beside one of few outputs with a softmax over these."""
+    heads = 4
+    nodes = (
+        load(0, width),
+        load(1, width),
+        load(2, few),
+        node("sub", 0, 1, width=width),
+        node("linear", 0, 3, 2, width=24, value=0),
+        node("relu", 4, width=24),
+        node("linear", 5, width=2 * width, value=1),
+        node("max", 6, width=2 * width, row=True),
+        node("linear", 3, width=heads, value=2),
+        node("top", 8, width=1),
+        node("sub", 8, Use(9, "repeat"), width=heads),
+        node("exp", 10, width=heads),
+        node("dot", 11, width=1),
+        node("div", 11, Use(12, "repeat"), width=heads),
+        node("join", 6, 2, 13, width=2 * width + few + heads),
+        node("sum", 14, width=2 * width + few + heads, row=True),
+    )
+    operands = (Operand("source", width, 4, "row"), Operand("target", width), Operand("edge", few))
+    products = (
+        Product(2 * width + few, 24, bits, 4, has_unit, has_bias),
+        Product(24, 2 * width, bits, 2, has_unit, not has_bias),
+        Product(width, heads, bits, 8, has_unit, False),
+    )
+    return Program(operands, nodes, (7, 15), products=products)
+
+
 def arrays_for(program: Program, plan: GraphPlan) -> list[tuple[Tensor, ...]]:
     rows = {"source": plan.num_src, "target": plan.num_dst, "edge": plan.num_edges, "constant": 1}
     out: list[tuple[Tensor, ...]] = []
@@ -92,7 +122,16 @@ def arrays_for(program: Program, plan: GraphPlan) -> list[tuple[Tensor, ...]]:
             out.append((pack_codes(codes, operand.bits), torch.rand(number) * 0.3 + 0.1, torch.randn(number)))
         else:
             out.append((torch.randn(count, operand.width),))
-    return out
+    return out + [product_arrays(product) for product in program.products]
+
+
+def product_arrays(product: Product) -> tuple[Tensor, ...]:
+    codes = torch.randint(2**product.w_bits, (product.num_out, product.num_in))
+    top, bias = 2**product.x_bits - 1, torch.randn(product.num_out if product.has_bias else 0)
+    return (
+        pack_codes(codes, product.w_bits), torch.rand(product.num_out) * 0.1 + 0.01, torch.randn(product.num_out) * 0.1,
+        bias, torch.tensor([1.0 / top]), torch.tensor([-0.4]), torch.full((int(product.has_unit),), 0.7),
+    )  # fmt: skip
 
 
 PROGRAMS = {
@@ -106,4 +145,7 @@ PROGRAMS = {
     "3 heads of 5": attention(3, 5, 8),
     "2 heads of 100": attention(2, 100, 4),
     "softmax of 33 features": softmax_of_features(33, 2),
+    "maps of 32 features, multipliers": mapped(32, 5, 4, True, True),
+    "maps of 13 features, 8 bits": mapped(13, 3, 8, False, False),
+    "maps of 70 features, 2 bits, multipliers": mapped(70, 9, 2, True, False),
 }

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from .kept import CALLS, NARROW, arrays_of, base_of, fills, is_filled, scalars
-from .program import REDUCTIONS, Program, Unsupported, Use
+from .program import KEPT, REDUCTIONS, Program, Unsupported, Use
 from .stage import TILE, Stage, Tiling, runs
 
 __all__ = ["write_source"]
@@ -36,6 +36,10 @@ from qgnn_plugin.kernels.generated.lanes import (
 
 AHEAD = 32
 '''
+BLOCK_EDGES = 48  # that a linear map takes at a time, cpu_products.BLOCK_ROWS
+PRODUCTS = """
+from qgnn_plugin.kernels.generated.cpu_products import open_product, run_product
+"""
 
 _START = {"sum": "0.0", "max": "-np.inf", "min": "np.inf"}
 _JOIN = {"sum": "{0} + {1}", "max": "vmax({0}, {1})", "min": "vmin({0}, {1})"}
@@ -70,7 +74,8 @@ class Writer:
     def write(self) -> str:
         operands = [name for k, o in enumerate(self.program.operands) for name in arrays_of(k, o)]
         outs = [f"out{k}" for k in range(len(self.program.outputs) + len(self.program.edge_outputs))]
-        args = ["rowptr", "col", "edge", "max_degree", *operands, *outs, "bounds", "counter"]
+        products = [f"c{k}" for k in range(len(self.program.products))] + ["bad"] * bool(self.program.products)
+        args = ["rowptr", "col", "edge", "max_degree", *operands, *products, *outs, "bounds", "counter"]
         body = Writer(self.program, depth=3)
         body.row()
         kept = self._allocate()
@@ -80,6 +85,9 @@ class Writer:
         for name, size in kept.items():
             self.put(f"{name}_owner = np.zeros({size}, np.float32)")
             self.put(f"{name} = raw({name}_owner)")
+        for index, node in enumerate(self.nodes):
+            if node.op == "linear":
+                self.put(f"p{index} = open_product(c{int(node.value)}, s{index}_owner, max_degree)")
         self.put("final = col.size - 1")
         self.put("while True:")
         self.put("    chunk = atomic_add(counter, 0, 1)")
@@ -90,7 +98,8 @@ class Writer:
         self.lines += body.lines
         for name in kept:
             self.put(f"keep({name}_owner)")
-        return HEADER + "\n".join(self.lines) + "\n"
+        header = HEADER + PRODUCTS * bool(self.program.products)
+        return header + "\n".join(self.lines) + "\n"
 
     def _allocate(self) -> dict[str, str]:
         """Scratch arrays of a thread, by name, and their sizes."""
@@ -98,8 +107,11 @@ class Writer:
         for index, node in enumerate(self.nodes):
             if node.is_row:
                 kept[f"row{index}"] = str(-(-node.width // LANES) * LANES + TILE)
-            elif index in self.scalar and node.op != "literal":
+            elif (index in self.scalar and node.op != "literal") or node.op in KEPT:
                 kept[f"s{index}"] = f"max_degree * {node.width} + {TILE}"
+            if node.op == "linear":
+                width = self.program.products[int(node.value)].num_in
+                kept[f"z{index}"] = str(BLOCK_EDGES * width + TILE)
         for index, position in fills(self.program, self.scalar):
             kept[f"f{index}_{position}"] = f"max_degree * {self.nodes[index].width} + {TILE}"
         return kept
@@ -114,6 +126,10 @@ class Writer:
                 continue
             if node.op == "dot":
                 self.dot(index)
+            elif node.op == "top":
+                self.top(index)
+            elif node.op in KEPT:
+                done |= self.kept(index)
             elif node.op in REDUCTIONS and node.args[0].node in self.scalar:
                 self.reduce_scalar(index)
             elif node.op in REDUCTIONS:
@@ -232,6 +248,51 @@ class Writer:
             seen |= {f // run for f in features if f >= 0}
             self.depth -= 1
 
+    def top(self, index: int) -> None:
+        """The largest of runs of few numbers, for every edge."""
+        node, arg = self.nodes[index], self.nodes[index].args[0].node
+        run, (array, at) = self.nodes[arg].width // node.width, self.place(arg)
+        self.put("for e in range(begin, end):")
+        self.put(f"    for h in range({node.width}):")
+        self.put(f"        total = peek({array}, {at} + h * {run})")
+        self.put(f"        for k in range(1, {run}):")
+        self.put(f"            total = max(total, peek({array}, {at} + h * {run} + k))")
+        self.put(f"        poke(s{index}, (e - begin) * {node.width} + h, total)")
+
+    def kept(self, index: int) -> set[int]:
+        """What is computed of several values of every edge, all of them at once; linear maps of the same together."""
+        node = self.nodes[index]
+        if node.op == "join":
+            self.side_by_side(node.args, f"s{index}", node.width, "begin", "end")
+            return {index}
+        same = [k for k, other in enumerate(self.nodes) if other.op == "linear" and other.args == node.args]
+        self.put(f"for block in range(begin, end, {BLOCK_EDGES}):")
+        self.depth += 1
+        self.put(f"until = min(block + {BLOCK_EDGES}, end)")
+        self.side_by_side(node.args, f"z{index}", self.program.products[int(node.value)].num_in, "block", "until")
+        for k in same:
+            self.put(f"if not run_product(p{k}, z{index}, until - block, block - begin):")
+            self.put(f"    bad[{int(self.nodes[k].value)}] = 1")
+        self.depth -= 1
+        return set(same)
+
+    def side_by_side(self, parts: tuple[Use, ...], array: str, pitch: int, first: str, last: str) -> None:
+        """Write values of the edges from ``first`` to ``last`` one behind the other into the rows of ``array``."""
+        offset = 0
+        for use in parts:
+            tiling = self.tiling([use.node])
+            stage = Stage(self, tiling)
+            for start in tiling.firsts:
+                stage.enter(start)
+                stage.value(use.node, invariant_only=True)
+                self.put(f"for e in range({first}, {last}):")
+                self.depth += 1
+                stage.start_edge()
+                at = f"(e - {first}) * {pitch} + {offset}"
+                self.put(f"vstore_tile({array}, {at}, {stage.value(use.node)}, {tiling.constants(start)})")
+                self.depth -= 1
+            offset += self.nodes[use.node].width
+
     def reduce_wide(self, index: int) -> set[int]:
         """Reductions of wide rows: this one, and those after it that need nothing more than it does."""
         group = [index]
@@ -276,7 +337,7 @@ class Writer:
                 continue
             seen.add(index)
             node = self.nodes[index]
-            staged = node.is_row or node.op == "dot" or (index in self.scalar and node.op != "load")
+            staged = node.is_row or node.op in ("dot", *KEPT) or (index in self.scalar and node.op != "load")
             if index >= first and staged and node.op != "literal":
                 return True
             stack += [use.node for use in node.args]
@@ -288,7 +349,7 @@ class Writer:
         while stack:
             index = stack.pop()
             node = self.nodes[index]
-            if index in seen or index in self.scalar or node.is_row:
+            if index in seen or index in self.scalar or node.is_row or node.op in KEPT:
                 continue
             seen.add(index)
             if node.op == "load" and self.program.operands[int(node.value)].bits:

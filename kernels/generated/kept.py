@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from .program import ELEMENTWISE, WITH_VALUE, Node, Operand, Program, Unsupported, Use
+from .program import ELEMENTWISE, KEPT, WITH_VALUE, Node, Operand, Program, Unsupported, Use
 
 __all__ = ["CALLS", "NARROW", "arrays_of", "base_of", "fills", "is_filled", "scalars"]
 
 NARROW = 64  # the most numbers per edge that are kept
+FEW = 16  # of linear maps: of more numbers, what is made of them is computed where it is reduced
+ALONE = ("dot", "top", *KEPT)  # operations that are no functions number by number
 
 CALLS = {
     "copy": "{0}", "neg": "vneg({0})", "abs": "vabs({0})", "relu": "vrelu({0})", "exp": "vexp({0})",
@@ -46,10 +48,13 @@ def scalars(program: Program) -> set[int]:
         by = [(k, program.nodes[k]) for k in readers.get(index, [])]
         narrow = any(
             (reader.width > node.width and reader.op in CALLS)
-            or (reader.width == node.width and (k in found or k in small_rows) and reader.op != "dot")
+            or (reader.width == node.width and (k in found or k in small_rows) and reader.op not in ALONE)
+            or reader.op == "top"
             for k, reader in by
         )
-        if not (narrow or node.op == "dot" or index in program.edge_outputs):
+        if node.op in KEPT and node.width > FEW and index not in program.edge_outputs:
+            continue  # kept whole, but not few
+        if not (narrow or node.op in ALONE or index in program.edge_outputs):
             continue
         (small_rows if node.is_row else found).add(index)
     for index in found:
@@ -63,7 +68,7 @@ def scalars(program: Program) -> set[int]:
     while changed:
         changed = False
         for index, node in enumerate(program.nodes):
-            kept = not node.is_row and node.op not in ("load", "literal", "dot") and index not in found
+            kept = not node.is_row and node.op not in ("load", "literal", *ALONE) and index not in found
             if kept and node.op in CALLS and node.width <= NARROW and _reads_kept(program, node, found):
                 found.add(index)
                 changed = True

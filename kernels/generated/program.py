@@ -19,13 +19,27 @@ import torch
 from torch import Tensor
 
 from ..layout import unpack_codes
+from ..linear import linear_reference
+from ..quantize_pack import quantize_pack_reference
 
-__all__ = ["ELEMENTWISE", "REDUCTIONS", "Node", "Operand", "Program", "Unsupported", "Use", "reference"]
+__all__ = [
+    "ELEMENTWISE",
+    "KEPT",
+    "REDUCTIONS",
+    "Node",
+    "Operand",
+    "Product",
+    "Program",
+    "Unsupported",
+    "Use",
+    "reference",
+]
 
 MAX_WIDTH = 2048  # kernels are unrolled over the features
 MAX_NODES = 200
 
 REDUCTIONS = ("sum", "max", "min")  # over the edges of a row; 0 where there are none
+KEPT = ("linear", "join")  # of edges, computed a row's edges at once
 SIDES = ("source", "target", "edge", "constant")
 
 
@@ -52,6 +66,29 @@ class Operand:
 
 
 @dataclass(frozen=True)
+class Product:
+    """A packed linear map of what an edge has.
+
+    Its arrays are the words of the weight ``[O, row_words(K, w_bits)]``, scale and lower end of its range (one element,
+    or one per output), the bias ``[O]``, and of the range of what is mapped the scale, the lower end and the unit of
+    its row multipliers, one element each; what there is none of is empty.
+
+    Args:
+        num_in, num_out: ``K`` and ``O``.
+        x_bits, w_bits: Widths of codes.
+        has_unit: Whether edges have multipliers.
+        has_bias: Whether there is a bias.
+    """
+
+    num_in: int
+    num_out: int
+    x_bits: int
+    w_bits: int
+    has_unit: bool
+    has_bias: bool
+
+
+@dataclass(frozen=True)
 class Use:
     """How a node reads another: ``"full"``, or broadcast by ``"repeat"`` or ``"tile"``."""
 
@@ -64,9 +101,11 @@ class Node:
     """One operation.
 
     Args:
-        op: ``"load"`` (of the operand ``value``), ``"literal"`` (``value``), ``"dot"`` (sums of consecutive features),
-            ``"map"`` (few numbers of an edge times a constant matrix, row after row; sums in any order), one of
-            :data:`REDUCTIONS` over the edges of a row, or one of :data:`ELEMENTWISE`.
+        op: ``"load"`` (of the operand ``value``), ``"literal"`` (``value``), ``"dot"`` and ``"top"`` (sums of
+            consecutive features, and the largest of few), ``"map"`` (few numbers of an edge times a constant matrix,
+            row after row; sums in any order), ``"linear"`` (the product ``value`` of what it reads, one behind the
+            other), ``"join"`` (what it reads, one behind the other), one of :data:`REDUCTIONS` over the edges of a row,
+            or one of :data:`ELEMENTWISE`.
         args: What it reads.
         width: Numbers per edge or row.
         value: An operand, or the parameter of an operation.
@@ -89,17 +128,19 @@ class Program:
         nodes: What it computes, in order.
         outputs: The reductions that are its results, ``[num_dst, width]`` float32 each.
         edge_outputs: Few numbers of edges that are results as well, ``[E, width]`` float32 in the caller's order.
+        products: The linear maps of edges.
     """
 
     operands: tuple[Operand, ...]
     nodes: tuple[Node, ...]
     outputs: tuple[int, ...]
     edge_outputs: tuple[int, ...] = ()
+    products: tuple[Product, ...] = ()
 
     @cached_property
     def key(self) -> str:
         """A digest of everything that a kernel is written from."""
-        told = repr((self.operands, self.nodes, self.outputs, self.edge_outputs))
+        told = repr((self.operands, self.nodes, self.outputs, self.edge_outputs, self.products))
         return hashlib.sha256(told.encode()).hexdigest()[:32]
 
     def check(self) -> Program:
@@ -182,7 +223,7 @@ def reference(
 
     Args:
         program: The expression.
-        arrays: The matrices of each operand.
+        arrays: The matrices of each operand, then of each product.
         rowptr: ``[num_dst + 1]``, first edge of each destination.
         col: ``[E]``, source of each edge.
         edge: ``[E]``, row of each edge in operands of edges.
@@ -207,13 +248,34 @@ def reference(
                 value = value[dst]
             elif node.is_row and node.op not in REDUCTIONS and arg.op == "load":  # of the row itself
                 value = operand_rows(program.operands[int(arg.value)], arrays[int(arg.value)], None)
-            args.append(value if node.op in ("dot", "map") else spread(value, use.mode, node.width))
+            alone = node.op in ("dot", "top", "map", *KEPT)
+            args.append(value if alone else spread(value, use.mode, node.width))
+        if node.op == "linear":
+            number = int(node.value)
+            args = [_product(program.products[number], arrays[len(program.operands) + number], torch.cat(args, 1))]
         values.append(_apply(node, args, dst, num_dst))
     of_edges = [torch.empty_like(values[index]).index_copy_(0, edge, values[index]) for index in program.edge_outputs]
     return [*(values[index] for index in program.outputs), *of_edges]
 
 
+def _product(product: Product, arrays: Sequence[Tensor], x: Tensor) -> Tensor:
+    """The linear map of ``x`` ``[E, K]``, quantized row by row."""
+    words, w_scale, w_lower, bias, scale, lower, unit = arrays
+    packed = quantize_pack_reference(x, scale.view(()), lower.view(()), product.x_bits, unit if unit.numel() else None)
+    codes, multiplier = packed if product.has_unit else (packed, None)
+    return linear_reference(
+        codes, words, scale, lower, w_scale, w_lower, product.num_in, product.x_bits, product.w_bits,
+        bias if product.has_bias else None, multiplier=multiplier,
+    )  # fmt: skip
+
+
 def _apply(node: Node, args: list[Tensor], dst: Tensor, num_dst: int) -> Tensor:
+    if node.op == "linear":
+        return args[0]
+    if node.op == "join":
+        return torch.cat(args, 1)
+    if node.op == "top":
+        return args[0].unflatten(1, (node.width, args[0].size(1) // node.width)).amax(-1)
     if node.op == "dot":
         return args[0].unflatten(1, (node.width, args[0].size(1) // node.width)).sum(-1)
     if node.op == "map":

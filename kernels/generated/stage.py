@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..layout import parts_per_byte, row_bytes
 from .kept import CALLS, NARROW, base_of
-from .program import Node, Operand, Unsupported, Use
+from .program import KEPT, Node, Operand, Unsupported, Use
 
 if TYPE_CHECKING:
     from .cpu import Writer
@@ -128,7 +128,7 @@ class Stage:
         elif not node.is_row and node.op != "literal":
             if index in writer.scalar:
                 return False
-            if node.op == "map":
+            if node.op == "map" or node.op in KEPT:
                 return False
             shared = [self._hoist(use.node) for use in node.args]
             whole = all(shared)
@@ -174,6 +174,8 @@ class Stage:
                 numbers[k] = numbers[k - 1] if number < 0 and k else max(0, number)
         if len(set(numbers)) == 1:
             return f"vsplat(peek({array}, {at} + {numbers[0]}), {len(numbers)})"
+        if numbers == list(range(numbers[0], numbers[0] + len(numbers))):
+            return f"vload({array}, {at} + {numbers[0]}, {len(numbers)})"
         if node.width > NARROW:
             raise Unsupported(f"{node.width} numbers per edge are spread over its features")
         return f"vpattern({array}, {at}, {node.width}, '{runs(numbers)}')"
@@ -194,6 +196,8 @@ class Stage:
             text = f"vload_tile(row{index}, 0, {self.tiling.constants(self.first)})"
         elif node.op == "map":
             text = self._map(node)
+        elif node.op in KEPT and index not in writer.scalar:
+            text = f"vload_tile(s{index}, (e - begin) * {node.width}, {self.tiling.constants(self.first)})"
         elif index in writer.scalar:
             text = self.used(Use(index), node.width)
         else:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from ..layout import parts_per_byte, row_bytes, row_words, top_code
 from .kept import arrays_of
-from .program import ELEMENTWISE, REDUCTIONS, WITH_VALUE, Node, Operand, Program, Unsupported, Use
+from .program import ELEMENTWISE, KEPT, REDUCTIONS, WITH_VALUE, Node, Operand, Program, Unsupported, Use
 
 __all__ = ["write_triton"]
 
@@ -218,4 +218,6 @@ def write_triton(program: Program) -> str:
     Raises:
         Unsupported: If there is no kernel of it.
     """
+    if any(node.op in (*KEPT, "top") for node in program.nodes):
+        raise Unsupported("linear maps of single edges on an accelerator")
     return _Writer(program.check()).write()

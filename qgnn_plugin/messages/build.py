@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from ..kernels.generated.program import Node, Operand, Program, Use
+from .edge_maps import fits_a_kernel, joined, linear_map, product_of, softmax, widens
 from .evaluate import Values
 from .marks import LINEAR
 from .operations import OPERATIONS, Handle
@@ -63,12 +64,14 @@ class Built:
         leaves: What its operands hold.
         results: The operations of the record that its outputs are, with what is left to do to them.
         indices: The node of the program that each of them comes from.
+        maps: The packed linear layers that edges are mapped by, the products of the program.
     """
 
     program: Program
     leaves: list[Leaf]
     results: list[tuple[fx.Node, Callable[[Tensor], Tensor]]]
     indices: list[int]
+    maps: list[Any]
 
 
 def build(record: Trace, spaces: Spaces, packed: dict[fx.Node, PackedForm]) -> Built:
@@ -89,9 +92,10 @@ def build(record: Trace, spaces: Spaces, packed: dict[fx.Node, PackedForm]) -> B
             builder.output(node)
     kept = [builder.edge(node) for node in spaces.written]
     program = Program(
-        tuple(builder.operands), tuple(builder.nodes), tuple(builder.outputs), tuple(handle.index for handle in kept)
-    )
-    return Built(program.check(), builder.leaves, builder.results, builder.indices)
+        tuple(builder.operands), tuple(builder.nodes), tuple(builder.outputs), tuple(handle.index for handle in kept),
+        tuple(product for lin in builder.maps if (product := product_of(lin)) is not None),
+    )  # fmt: skip
+    return Built(program.check(), builder.leaves, builder.results, builder.indices, builder.maps)
 
 
 @dataclass
@@ -105,6 +109,7 @@ class _Builder:
     outputs: list[int] = field(default_factory=list)
     results: list[tuple[fx.Node, Callable[[Tensor], Tensor]]] = field(default_factory=list)
     indices: list[int] = field(default_factory=list)
+    maps: list[Any] = field(default_factory=list)
     made: dict[Any, Handle] = field(default_factory=dict)
 
     # -- nodes of the program -------------------------------------------------------------------------------------
@@ -128,6 +133,15 @@ class _Builder:
             self.leaves.append(leaf)
             self.made[key] = Handle(self.add("load", (), width, len(self.operands) - 1), dims)
         return self.made[key]
+
+    def part(self, node: fx.Node, number: int) -> Handle:
+        """The part ``number`` of the dimension after the first of a value of sources, targets or edges."""
+
+        def value(values: Values) -> Tensor:
+            return values[node].select(1, number)
+
+        dims = self.record.shapes[node][2:]
+        return self.leaf(("part", node, number), _SIDE[self.spaces.of[node]], dims, Leaf(node, value=value))
 
     def apply(self, op: str, *args: Handle | float, value: float = 0.0, is_row: bool = False) -> Handle:
         """An operation number by number, with broadcasting."""
@@ -209,6 +223,8 @@ class _Builder:
             alone = len(node.users) == 1 and len(base.users) == 1
             if space == EDGE and base.target is LINEAR and alone and is_small(base, self.record):
                 return Handle(self._product(base).index, dims)
+            if space == EDGE and widens(self, node):
+                return self.operation(node)
             if not self.record.dtypes[node].is_floating_point:
                 raise NotTraceable("it computes with whole numbers of edges")
             return self.leaf(node, _SIDE[space], dims, Leaf(node))
@@ -305,9 +321,13 @@ class _Builder:
             assert isinstance(source, fx.Node)
             if math.prod(self.record.shapes[source]) == math.prod(self.record.shapes[node]):
                 return Handle(self.edge(source).index, dims)
-        joined: Any = node.args[0] if target in (aten.stack.default, aten.cat.default) else ()
-        if len(joined) == 1 and not is_row:
-            return Handle(self.edge(joined[0]).index, dims)
+        parts: Any = node.args[0] if target in (aten.stack.default, aten.cat.default) else ()
+        if len(parts) == 1 and not is_row:
+            return Handle(self.edge(parts[0]).index, dims)
+        if parts and not is_row:
+            return joined(self, node)
+        if target is aten._softmax.default and not is_row:
+            return softmax(self, node)
         if target in (aten.sum.dim_IntList, aten.mean.dim) and not is_row:
             return self._dot(node)
         if is_product(node) and not is_row:
@@ -328,10 +348,16 @@ class _Builder:
         return Handle(handle.index, dims)
 
     def _product(self, node: fx.Node) -> Handle:
-        """A linear map as the sum of its parts."""
+        """A linear map as the sum of its parts, or of every edge by itself."""
         dims: Dims = (math.prod(self.record.shapes[node][1:]),)
         total = row_sum = None
-        for part in parts_of(node, self.record, self.spaces):
+        try:
+            parts = parts_of(node, self.record, self.spaces)
+        except NotTraceable:
+            if not fits_a_kernel(node, self.record):
+                raise
+            return linear_map(self, node)
+        for part in parts:
             side, key = _SIDE[self.spaces.of[part.node]], (node, part.node, part.first)
             if part.codes is None or part.columns is None:
                 product = self.leaf(("product", *key), side, dims, Leaf(part.node, value=part.product))

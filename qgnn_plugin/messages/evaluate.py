@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -55,6 +56,22 @@ class Values:
         if callable(value) and not isinstance(value, Tensor):  # an input that is only unpacked where it is needed
             value = self.known[node] = value()
         return value
+
+    def last(self, node: fx.Node) -> Any:
+        """The value of ``node``, after which no other is asked for: each is let go of once nothing needs it."""
+        order = _needed(node, self.known, self._reads)
+        left = Counter(arg for later in order for arg in set(self._reads(later)))
+        left[node] += 1
+        self.found.clear()
+        for known in [known for known in self.known if not left[known]]:
+            del self.known[known]
+        for later in order:
+            self.known[later] = self._compute(later)
+            for arg in set(self._reads(later)):
+                left[arg] -= 1
+                if not left[arg]:
+                    del self.known[arg]
+        return self[node]
 
     def _reads(self, node: fx.Node) -> list[fx.Node]:
         if fill_value(node) is not None:

@@ -168,6 +168,9 @@ class Spaces:
             return
         if target in SHAPED:
             return
+        times = node.args[1] if target is aten.repeat.default else ()
+        if isinstance(times, (list, tuple)) and len(times) == len(self.record.shapes[edges[0]]) and times[0] == 1:
+            return
         if target in _CHOSEN | _SUMMED | _JOINED and self._leaves_rows(node, edges):
             return
         if target in _PRODUCTS and self._is_product_of_rows(node):

@@ -12,10 +12,12 @@ from torch import Tensor, fx
 from ..kernels.arithmetic import multiplied
 from ..kernels.backend import backend_for
 from ..kernels.generated.program import Unsupported
-from ..kernels.generated.run import can_run, row_program
+from ..kernels.generated.run import NotFinite, can_run, row_program
 from ..packing.propagation_call import NotByRows
+from ..packing.ranges import NOT_FINITE
 from .build import Built, Leaf, PackedForm, build
 from .check import expect_agreement
+from .edge_maps import product_arrays
 from .evaluate import Values
 from .shadow import NotTraceable, Snapshot, fingerprint
 from .spaces import Spaces
@@ -75,15 +77,21 @@ class TracedMessage:
         given = {node: _given(call, i) for node, i in self.inputs.items()}
         values = Values(self.record, self.spaces.of, given, counts, plan.degree)
         arrays = [self._arrays(call, values, leaf) for leaf in self.built.leaves]
+        arrays += [product_arrays(lin) for lin in self.built.maps]
         program = self.built.program
-        outs = row_program(program, plan, arrays)
+        try:
+            outs = row_program(program, plan, arrays)
+        except NotFinite as error:
+            where = self.built.maps[error.product].input_quantizer.site
+            raise ValueError(NOT_FINITE.format(where=where, found="NaN or infinity")) from None
         by_index = dict(zip(program.outputs, outs, strict=False))
         for (node, after), index in zip(self.built.results, self.built.indices, strict=True):
             values.put(node, after(by_index[index]))
         of_edges = outs[len(program.outputs) :]
         for name, node, value in zip(self.record.written, self.spaces.written, of_edges, strict=True):
             setattr(layer, name, value.view(-1, *self.record.shapes[node][1:]))
-        return values[self.spaces.output]
+        del arrays, outs, by_index, of_edges
+        return values.last(self.spaces.output)
 
     def _arrays(self, call: Any, values: Values, leaf: Leaf) -> tuple[Tensor, ...]:
         if leaf.is_packed:

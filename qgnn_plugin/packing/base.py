@@ -210,6 +210,7 @@ class LastUsed:
         self.lower = LastProduct()
         self.matrix: PackedMatrix | None = None
         self.direct: Direct | None = None
+        self.parts: tuple[tuple[Any, ...], list[Any]] | None = None
 
     def __reduce__(self) -> Any:
         return LastUsed, ()

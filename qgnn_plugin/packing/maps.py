@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.aggregate import aggregate
+from ..kernels.checksum import checksum
 from ..kernels.unpack_dequantize import unpack_dequantize
 from ..layers.bilinear import INPUT, QuantizedBilinear, QuantizedHeteroLinear, RunsBilinear, RunsHeteroLinear
 from ..layers.embedding import QuantizedEmbedding
@@ -101,7 +103,7 @@ class PackedHeteroLinear(RunsHeteroLinear, PackedWeights):
             return super()._by_type(x, type_vec)
         if type_vec.shape != x.shape[:1] or type_vec.dtype is not torch.int64 or x.size(0) == 0:
             return super()._by_type(x, type_vec)
-        taken, weight, width = self._taken(x, INPUT), self._weight("weight"), self.out_channels
+        taken, width, parts = self._taken(x, INPUT), self.out_channels, self._parts_by_type()
         if not isinstance(taken, PackedTensor):
             return super()._by_type(x, type_vec)
         firsts, order = _spans(type_vec), None
@@ -112,13 +114,32 @@ class PackedHeteroLinear(RunsHeteroLinear, PackedWeights):
         out = x.new_empty(x.size(0), width)
         kinds = type_vec[torch.tensor(firsts, device=x.device)].tolist()
         for kind, start, stop in zip(kinds, firsts, [*firsts[1:], x.size(0)], strict=True):
-            own = self._part(weight, kind * width, (kind + 1) * width)
-            y = self._times(taken.rows(start, stop), own, None if self.bias is None else self.bias[kind])
+            y = self._times(taken.rows(start, stop), *parts[kind])
             if order is None:
                 out[start:stop] = y
             else:
                 out.index_copy_(0, order[start:stop], y)
         return out
+
+
+    def _parts_by_type(self: Any) -> list[tuple[PackedMatrix | Tensor, Tensor | None]]:
+        """Weight and bias of each type, made once for as long as they are the same and hold the same scales."""
+        site, bias, width = self._modules["weight_quantizer"], self.bias, self.out_channels
+        held = [t for t in (site.scale, site.lower_end) if t is not None]
+        key = (site.words, site.values, bias, *(checksum(t) for t in held))
+        last = self._packed.last
+        if last.parts is None or any(map(_differ, last.parts[0], key)):
+            weight, parts = self._weight("weight"), []
+            for kind in range(self.num_types):
+                own = self._part(weight, kind * width, (kind + 1) * width)
+                own = replace(own, prepared={}) if isinstance(own, PackedMatrix) else own
+                parts.append((own, None if bias is None else bias[kind]))
+            last.parts = (key, parts)
+        return last.parts[1]
+
+
+def _differ(one: Any, other: Any) -> bool:
+    return one != other if isinstance(one, int) else one is not other
 
 
 def _spans(type_vec: Tensor) -> list[int]:

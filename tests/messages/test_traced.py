@@ -21,7 +21,7 @@ pytest.importorskip("numba")
 def packed_pair(make: Callable[[], nn.Module], *args: Any, bits: int = 4) -> tuple[nn.Module, nn.Module]:
     """A converted layer with its ranges set, and its packed form."""
     torch.manual_seed(0)
-    # Linear maps of what an edge sees are written into a kernel for one range per tensor only.
+    # Linear maps of concatenations are split for one range per tensor only; test_edge_maps has the others.
     config = qgnn.QuantConfig(bits=bits, granularity="tensor")
     qmodel = qgnn.quantize_model(make().eval(), config=config)
     qgnn.calibrate(qmodel, [args])

@@ -10,7 +10,7 @@ from row_programs import PROGRAMS, arrays_for, gathered, load, node
 
 from qgnn_plugin.kernels.backend import use_backend
 from qgnn_plugin.kernels.generated.program import Operand, Program, Unsupported, reference
-from qgnn_plugin.kernels.generated.run import can_run, row_program
+from qgnn_plugin.kernels.generated.run import NotFinite, can_run, row_program
 from qgnn_plugin.kernels.generated.store import CACHE_ENV, load_kernel
 from qgnn_plugin.kernels.plan import GraphPlan
 
@@ -48,6 +48,28 @@ def test_sums_and_products_are_those_of_torch_bit_for_bit() -> None:
         found = row_program(program, plan, arrays)
     for got, wanted in zip(found, expected, strict=True):
         assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("name", [name for name in PROGRAMS if name.startswith("maps")])
+def test_linear_maps_are_those_of_rows_bit_for_bit(name: str) -> None:
+    """Their largest results; the sum has exponentials in it."""
+    program, plan = PROGRAMS[name], graph(hub=200)
+    arrays = arrays_for(program, plan)
+    expected = reference(program, arrays, plan.rowptr, plan.col, plan.edge_ids)
+    with use_backend("cpu"):
+        found = row_program(program, plan, arrays)
+    assert torch.equal(found[0], expected[0])
+    first = program.nodes[program.outputs[0]].width
+    assert torch.equal(found[1][:, :first], expected[1][:, :first])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_linear_maps_of_what_is_not_finite_are_refused(value: float) -> None:
+    program, plan = PROGRAMS["maps of 32 features, multipliers"], graph()
+    arrays = arrays_for(program, plan)
+    arrays[2][0][17, 1] = value
+    with use_backend("cpu"), pytest.raises(NotFinite):
+        row_program(program, plan, arrays)
 
 
 def test_rows_are_the_same_whatever_the_number_of_threads() -> None:
