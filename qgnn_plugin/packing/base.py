@@ -229,6 +229,7 @@ class PackedLayer(SwappedLayer):
     packs: ClassVar[tuple[str, ...]] = ()  # float parameters that packed words take the place of
     adds: ClassVar[tuple[str, ...]] = ()  # what takes it
     _runs_own_forward: ClassVar[bool] = False  # whether ``forward`` is that of the layer's own class
+    compiles_unblocked: ClassVar[bool] = False  # whether ``torch.compile`` has its messages of all edges at once
     output_quantizer: PackedRange | None
     training: bool
     _packed: PackedState

@@ -83,6 +83,7 @@ class PackedMessagePassing(SentFeatures, PropagationChange, PackedConv):
     """Packed form of any ``MessagePassing``: its own functions on packed rows."""
 
     _runs_own_forward = True
+    compiles_unblocked = True
     argument_quantizers: Any
     float_arguments: dict[str, str]
     inspector: Any

@@ -17,6 +17,7 @@ from .weights import PackedWeight, PackedWeights
 
 __all__ = ["PackedLayerReport", "PackedSummary", "packed_summary"]
 
+MOST_NAMES = 6  # of layers, in a line
 HEADER = ("layer", "type", "runs", "bits", "float bytes", "packed bytes", "quantized")
 
 
@@ -33,6 +34,8 @@ class PackedLayerReport:
         deep_place: Where it stands in a deep stack, :obj:`None` outside of one.
         path: What computes a packed layer: ``"kernel"``, ``"generated kernel"``, ``"row blocks"``, or ``"unblocked"``
             with the reason; of layers without a kernel of their own, what calls up to now have taken.
+        compiles_unblocked: Whether compiled code computes its messages for all edges at once, in floats, whatever its
+            path is without ``torch.compile``.
     """
 
     name: str
@@ -42,6 +45,7 @@ class PackedLayerReport:
     bytes: PackedBytes
     deep_place: StackPlace | None = None
     path: str = "kernel"
+    compiles_unblocked: bool = False
 
     @property
     def runs(self) -> str:
@@ -61,7 +65,15 @@ class PackedSummary:
         size = self.bytes
         model = f"model: {size.float:,} bytes, packed {size.packed:,} ({size.ratio:.1f}x)"
         rows = [(*_cells(layer), self.coverage.cells(layer.name)[0]) for layer in self.layers]
-        return "\n".join([table(HEADER, rows), model, str(self.coverage)])
+        return "\n".join([table(HEADER, rows), model, str(self.coverage), *self._when_compiled()])
+
+    def _when_compiled(self) -> list[str]:
+        """What ``torch.compile`` does not run on packed rows."""
+        names = [layer.name or "(model)" for layer in self.layers if layer.compiles_unblocked]
+        if not names:
+            return []
+        more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+        return [f"under torch.compile, messages of all edges at once, in floats: {', '.join(names[:MOST_NAMES])}{more}"]
 
     __repr__ = __str__
 
@@ -100,4 +112,5 @@ def _report(spec: LayerSpec, layer: Any, packed: nn.Module) -> PackedLayerReport
         tensors += [*owner.parameters(), *owner.buffers()] if isinstance(owner, (PackedRange, PackedWeight)) else []
     size = sum(t.numel() * t.element_size() for t in tensors)
     sizes = PackedBytes(layer._packed.float_bytes, size)
-    return PackedLayerReport(spec.name, spec.type, None, bits, sizes, spec.deep_place, layer._path_taken())
+    path, compiled = layer._path_taken(), layer.compiles_unblocked
+    return PackedLayerReport(spec.name, spec.type, None, bits, sizes, spec.deep_place, path, compiled)

@@ -431,6 +431,9 @@ def test_models_of_several_types(tiny: list[int]) -> None:
         assert_same(packed(*args), qmodel(*args))
     layers = [layer for layer in qgnn.summary(packed).layers if layer.type == "GraphConv"]
     assert [layer.runs for layer in layers] == [ROWS] * len(kinds)
+    last = str(qgnn.summary(packed)).splitlines()[-1]
+    assert last.startswith("under torch.compile")
+    assert all(layer.name in last for layer in layers)
     assert len(tiny) > 10
 
 

@@ -72,3 +72,24 @@ def test_types_of_another_length_are_refused() -> None:
     packed = qgnn.pack_model(converted("row"))
     with pytest.raises(ValueError, match=r"Expected features \[N, F\] and types \[N\] at 'lin'"):
         packed(features(), ORDERS["mixed"][:-1])
+
+
+@torch.no_grad()
+def test_numbers_that_are_written_later_are_those_that_are_used() -> None:
+    """Parts of the weight are kept from call to call, as long as they hold what they held."""
+    qmodel, x, type_vec = converted("row"), features(), ORDERS["stretches"]
+    packed, fresh = qgnn.pack_model(qmodel), qgnn.pack_model(qmodel)
+    before = packed(x, type_vec)
+    state = {name: value.clone() for name, value in packed.state_dict().items()}
+    for name, value in state.items():
+        if name.endswith(("weight_quantizer.scale", "bias")):
+            value *= 3
+        elif name.endswith("words"):
+            value.copy_(value.flip(0))
+    for model in (packed, fresh):
+        model.load_state_dict(state)
+    after = packed(x, type_vec)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, fresh(x, type_vec))
+    packed.lin.bias.data += 1
+    torch.testing.assert_close(packed(x, type_vec), after + 1)
