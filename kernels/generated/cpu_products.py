@@ -1,6 +1,6 @@
 """Linear maps of single edges inside a generated kernel: rows quantized, multiplied and finished in a thread's scratch.
 
-Operations and their order are those of :mod:`..linear.cpu_few_rows`, and so of ``quantize_pack`` followed by ``linear``.
+Operations and their order are those of :mod:`..linear.cpu_few_rows`, and so of ``quantize_pack`` and then ``linear``.
 """
 # mypy: ignore-errors
 
