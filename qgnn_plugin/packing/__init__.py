@@ -1,6 +1,6 @@
 """Packed integer models for inference: packed layers, their files, and packed embeddings."""
 
-from . import attention, convs, generic, linear, maps, own_weights, propagation
+from . import attention, convs, generic, linear, maps, own_weights, propagation, sums
 from .base import PackedLayer, register_packed
 from .cuda_graph import CapturedModel, capture
 from .embeddings import PackedEmbeddings
@@ -30,4 +30,5 @@ __all__ = [
     "propagation",
     "register_packed",
     "save_packed",
+    "sums",
 ]

@@ -27,6 +27,7 @@ from ..kernels.quantize_pack import quantize_pack
 from .weight import refuse_dtype
 
 __all__ = [
+    "NOTES",
     "DeferredTensor",
     "Pending",
     "Producer",
@@ -305,10 +306,9 @@ class DeferredTensor(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is aten.stack.default:
-            stacked = Stacked.of(*args, **kwargs)
-            if stacked is not None:
-                return stacked
+        note = NOTES.get(func)
+        if note is not None and (noted := note(*args, **kwargs)) is not None:
+            return noted
         if args and isinstance(args[0], cls) and args[0].pending.value is None:
             noted = _note(args[0], func, args[1:], kwargs)
             if noted is not None:
@@ -352,71 +352,15 @@ class DeferredTensor(Tensor):
         return self.plain().__repr__(**kwargs)
 
 
-class Stacked(DeferredTensor):
-    """Matrices that are not computed yet, ``[M, N, F]``; their sum is computed by blocks of rows, without the stack."""
-
-    parts: tuple[DeferredTensor, ...]
-
-    @classmethod
-    def of(cls, tensors: Any, dim: int = 0) -> Stacked | None:
-        """The stack of ``tensors``; :obj:`None` where some are known, or stacked along another dimension."""
-        if dim != 0 or not all(type(t) is DeferredTensor and t.pending.value is None for t in tensors):
-            return None
-        first = tensors[0]
-        if any(t.shape != first.shape or t.device != first.device for t in tensors):
-            return None
-        made = Tensor._make_wrapper_subclass(
-            cls, (len(tensors), *first.shape), dtype=torch.float32, device=first.device
-        )
-        made.parts, made.pending = tuple(tensors), _StackedPending(tensors)
-        return made
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        x = args[0] if args else None
-        if func is aten.sum.dim_IntList and isinstance(x, cls) and list(args[1]) == [0] and not kwargs:
-            pending = [part.pending for part in x.parts]
-            waits = x.pending.value is None and all(p.value is None for p in pending)
-            if waits and not (len(args) > 2 and args[2]):
-                for p in pending:
-                    p.runs.add()
-                return _sum_of([p.composed() for p in pending])
-        return func(*plain(args), **plain(kwargs or {}))
-
-
-IN_ORDER = 4  # terms that torch adds one after another, wherever their results lie
-
-
-def _sum_of(terms: list[Producer]) -> Tensor:
-    """What ``torch.stack(terms).sum(0)`` gives, bit for bit, by blocks of rows."""
-    if len(terms) <= IN_ORDER:
-        return functools.reduce(added, terms)()
-    rows, features, device = terms[0].num_rows, terms[0].num_features, terms[0].device
-    blocks = row_blocks(rows, len(terms) * features, device)
-    return gathered(rows, ((b, torch.stack([t.run(b.start, b.stop) for t in terms]).sum(0)) for b in blocks))
-
-
-class _StackedPending:
-    """Of a stack, what :class:`Pending` is of a matrix."""
-
-    def __init__(self, parts: Any) -> None:
-        self.parts, self.value, self.steps = parts, None, ()
-
-    def materialize(self) -> Tensor:
-        if self.value is None:
-            self.value = torch.stack([part.plain() for part in self.parts])  # type: ignore[assignment]
-        assert self.value is not None
-        return self.value
-
-
 def plain(value: Any) -> Any:
     """Replace deferred tensors in nested tuples, lists and dictionaries by their values."""
     if isinstance(value, Tensor):
         return value.plain() if isinstance(value, DeferredTensor) else value
     return tree_map_only(DeferredTensor, DeferredTensor.plain, value)
 
+
+# What other modules note: the operation, and what gives its result or None.
+NOTES: dict[Any, Callable[..., Tensor | None]] = {}
 
 # Operations that treat every row alike and for itself, by their in-place form where there is one.
 ROW_WISE = {
@@ -444,31 +388,7 @@ def _note(x: DeferredTensor, func: Any, args: Any, kwargs: Any) -> Any:
         return DeferredTensor._of(pending)
     if func is aten.native_batch_norm.default:
         return _note_batch_norm(pending, *args, **kwargs)
-    if func is aten.add.Tensor and not kwargs:
-        return _note_sum(x, args[0])
     return None
-
-
-def _note_sum(x: DeferredTensor, other: Any) -> DeferredTensor | None:
-    """``x + other`` of two matrices that are not computed yet."""
-    if type(other) is not DeferredTensor or other.pending.value is not None or other.pending.steps:
-        return None
-    if type(x) is not DeferredTensor or other is x or other.shape != x.shape or x.device != other.device:
-        return None
-    pending = Pending(added(x.pending.composed(), other.pending.producer))
-    pending.runs = _BothRun(x.pending.runs, other.pending.runs)
-    return DeferredTensor._of(pending)
-
-
-class _BothRun:
-    """The runs of a sum are those of its terms."""
-
-    def __init__(self, *terms: Any) -> None:
-        self.terms = terms
-
-    def add(self) -> None:
-        for term in self.terms:
-            term.add()
 
 
 def _is_shape_of(x: Tensor, size: Any) -> bool:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch_geometric.nn import GraphConv, HeteroConv, SAGEConv
 
 import qgnn_plugin
-from qgnn_plugin.packing.deferred import DeferredTensor, Stacked
+from qgnn_plugin.packing.deferred import DeferredTensor
+from qgnn_plugin.packing.sums import Stacked
 
 TYPES = ["a", "b"]
 RELATIONS = [(one, f"{one}{other}{k}", other) for one in TYPES for other in TYPES for k in range(2)]

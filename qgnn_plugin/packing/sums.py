@@ -1,0 +1,99 @@
+"""Sums of results that are not computed yet: of two terms, and over a stack of relations without the stack."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .deferred import NOTES, DeferredTensor, Pending, Producer, added, gathered, plain, row_blocks
+
+__all__ = ["Stacked"]
+
+aten = torch.ops.aten
+
+
+def note_sum(x: Any, other: Any, **options: Any) -> DeferredTensor | None:
+    """``x + other`` of two matrices that are not computed yet."""
+    waits = not options and all(type(t) is DeferredTensor and t.pending.value is None for t in (x, other))
+    if not waits or other is x or other.pending.steps or other.shape != x.shape or x.device != other.device:
+        return None
+    pending = Pending(added(x.pending.composed(), other.pending.producer))
+    pending.runs = _BothRun(x.pending.runs, other.pending.runs)
+    return DeferredTensor._of(pending)
+
+
+class _BothRun:
+    """The runs of a sum are those of its terms."""
+
+    def __init__(self, *terms: Any) -> None:
+        self.terms = terms
+
+    def add(self) -> None:
+        for term in self.terms:
+            term.add()
+
+
+class Stacked(DeferredTensor):
+    """Matrices that are not computed yet, ``[M, N, F]``; their sum is computed by blocks of rows, without the stack."""
+
+    parts: tuple[DeferredTensor, ...]
+
+    @classmethod
+    def of(cls, tensors: Any, dim: int = 0) -> Stacked | None:
+        """The stack of ``tensors``; :obj:`None` where some are known, or stacked along another dimension."""
+        if dim != 0 or not all(type(t) is DeferredTensor and t.pending.value is None for t in tensors):
+            return None
+        first = tensors[0]
+        if any(t.shape != first.shape or t.device != first.device for t in tensors):
+            return None
+        made = Tensor._make_wrapper_subclass(
+            cls, (len(tensors), *first.shape), dtype=torch.float32, device=first.device
+        )
+        made.parts, made.pending = tuple(tensors), _StackedPending(tensors)
+        return made
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        x = args[0] if args else None
+        if func is aten.sum.dim_IntList and isinstance(x, cls) and list(args[1]) == [0] and not kwargs:
+            pending = [part.pending for part in x.parts]
+            waits = x.pending.value is None and all(p.value is None for p in pending)
+            if waits and not (len(args) > 2 and args[2]):
+                for p in pending:
+                    p.runs.add()
+                return _sum_of([p.composed() for p in pending])
+        return func(*plain(args), **plain(kwargs or {}))
+
+
+IN_ORDER = 4  # terms that torch adds one after another, wherever their results lie
+
+
+def _sum_of(terms: list[Producer]) -> Tensor:
+    """What ``torch.stack(terms).sum(0)`` gives, bit for bit, by blocks of rows."""
+    if len(terms) <= IN_ORDER:
+        return functools.reduce(added, terms)()
+    rows, features, device = terms[0].num_rows, terms[0].num_features, terms[0].device
+    blocks = row_blocks(rows, len(terms) * features, device)
+    return gathered(rows, ((b, torch.stack([t.run(b.start, b.stop) for t in terms]).sum(0)) for b in blocks))
+
+
+class _StackedPending:
+    """Of a stack, what :class:`Pending` is of a matrix."""
+
+    def __init__(self, parts: Any) -> None:
+        self.parts, self.value, self.steps = parts, None, ()
+
+    def materialize(self) -> Tensor:
+        if self.value is None:
+            self.value = torch.stack([part.plain() for part in self.parts])  # type: ignore[assignment]
+        assert self.value is not None
+        return self.value
+
+
+NOTES[aten.add.Tensor] = note_sum
+NOTES[aten.stack.default] = Stacked.of
