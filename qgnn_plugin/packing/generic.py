@@ -48,6 +48,7 @@ class _Paths:
     kernels: dict[Any, MessageKernel | None] = field(default_factory=dict)
     blocks: dict[Any, RowBlocks] = field(default_factory=dict)
     unblocked: dict[Any, str] = field(default_factory=dict)
+    has_form: bool = False  # whether a form of its whole forward has computed a call
 
 
 _paths: WeakKeyDictionary[Any, _Paths] = WeakKeyDictionary()
@@ -118,7 +119,10 @@ class PackedMessagePassing(SentFeatures, PropagationChange, PackedConv):
         form = None if self._looks_in() else own_form(forward)
         try:
             out = None if form is None else form(self, *args, **kwargs)
-            return forward(self, *args, **kwargs) if out is None else out
+            if out is None:
+                return forward(self, *args, **kwargs)
+            self._paths.has_form = True
+            return out
         finally:
             _sent.reset(token)
 
@@ -150,6 +154,8 @@ class PackedMessagePassing(SentFeatures, PropagationChange, PackedConv):
         """The ways that its calls have taken; row blocks where there was none yet."""
         found = self._paths
         names = {kernel.name for kernel in found.kernels.values() if kernel is not None}
+        if found.has_form and not names:
+            names.add("kernel")
         if found.blocks:
             names.add(ROW_BLOCKS)
         names |= {f"unblocked: {reason}" for reason in found.unblocked.values()}

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 import torch_geometric.typing
 from torch import Tensor
-from torch_geometric.nn import RGCNConv
+from torch_geometric.nn import FastRGCNConv, RGCNConv
 
+from ..kernels.aggregate import aggregate
 from .matrix import PackedMatrix
-from .plans import found_by_contents
+from .nodes import PackedNodes
+from .plans import found_by_contents, plan_of
 
 __all__ = ["own_form"]
 
@@ -44,31 +46,71 @@ def rgcn(layer: Any, x: Any, edge_index: Any, edge_type: Any = None) -> Tensor |
     if not (x_l.is_floating_point() and x_r.is_floating_point()) or torch_geometric.typing.WITH_SEGMM:
         return None
     terms = _Terms(layer)
-    if not terms.are_packed:
+    if terms.weight is None or not terms.are_packed:
         return None
     size = (x_l.size(0), x_r.size(0))
     for relation, edges in enumerate(edges_by_relation(edge_index, edge_type, layer.num_relations)):
         terms.add_relation(layer.propagate(edges, x=x_l, edge_type_ptr=None, size=size), relation)
-    if terms.root is not None:
-        terms.add(x_r, "root", terms.root)
-    out = terms.total
-    return out if layer.bias is None or out is None else out.add_(layer.bias)
+    return terms.finished(x_r)
+
+
+def fast_rgcn(layer: Any, x: Any, edge_index: Any, edge_type: Any = None) -> Tensor | None:
+    r"""FastRGCNConv: the same sum, where PyG multiplies every edge by a weight of its own.
+
+    Sums of a relation's packed sources are multiplied, so that there is one product per node and relation; its message
+    multiplies in floats, and so does this: results agree to float32 rounding.
+    """
+    x_l, x_r = x if isinstance(x, tuple) else (x, x)
+    tensors = (x_l, x_r, edge_index, edge_type)
+    if not all(isinstance(t, Tensor) and t.layout == torch.strided for t in tensors):
+        return None
+    if not (x_l.is_floating_point() and x_r.is_floating_point()) or layer.aggr not in ("mean", "add", "sum"):
+        return None
+    if layer._smp is not None and layer._is_smoothing:
+        return None
+    relations = edges_by_relation(edge_index, edge_type, layer.num_relations)
+    if sum(edges.size(1) for edges in relations) != edge_index.size(1):
+        return None  # relations that there are not, which its own code refuses
+    terms = _Terms(layer, in_floats=True)
+    sent = layer.quantized_arguments({"x": x_l})["x"] if terms.are_packed else None
+    if not isinstance(sent, PackedNodes) or layer.node_dim not in (0, -x_l.dim()):
+        return None
+    packed, size = sent.packed, (x_l.size(0), x_r.size(0))
+    for relation, edges in enumerate(relations):
+        plan = plan_of(edges, size, layer.flow)
+        share = plan.degree.clamp(min=1).reciprocal() if layer.aggr == "mean" else None
+        h = aggregate(
+            packed.words, plan, packed.scale, packed.lower, packed.num_features, packed.bits, dst_scale=share,
+            multiplier=packed.multiplier,
+        )  # fmt: skip
+        terms.add_relation(h, relation)
+    return terms.finished(x_r)
 
 
 class _Terms:
-    """The sum over relations."""
+    """The sum over relations; ``in_floats`` the features are as they are sent, not quantized before they are mapped."""
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: Any, in_floats: bool = False) -> None:
         self.layer = layer
         self.total: Tensor | None = None
-        self.weight = layer._weight("weight")
+        self.weight = layer._weight("weight") if "weight" in layer._shapes else None
         self.root = layer._weight("root") if "root" in layer._shapes else None
         self.composed: Tensor | None = None
         if layer.num_bases is not None:
-            weight = layer._dequantized("weight").view(layer.num_bases, -1)
+            weight = self._values().view(layer.num_bases, -1)
             self.composed = (layer.comp @ weight).view(layer.num_relations, layer.in_channels_l, layer.out_channels)
-        elif layer.num_blocks is not None:
-            self.composed = layer._dequantized("weight")
+        elif layer.num_blocks is not None or in_floats:
+            self.composed = self._values()
+
+    def _values(self) -> Tensor:
+        return self.layer.weight.detach() if self.weight is None else self.layer._dequantized("weight")
+
+    def finished(self, x: Tensor) -> Tensor | None:
+        """With the targets' own term and the bias."""
+        if self.root is not None:
+            self.add(x, "root", self.root)
+        bias = self.layer.bias
+        return self.total if bias is None or self.total is None else self.total.add_(bias)
 
     @property
     def are_packed(self) -> bool:
@@ -96,4 +138,4 @@ class _Terms:
         self.total = term if self.total is None else self.total.add_(term)
 
 
-_FORMS: dict[Callable[..., Any], Form] = {RGCNConv.forward: rgcn}
+_FORMS: dict[Callable[..., Any], Form] = {RGCNConv.forward: rgcn, FastRGCNConv.forward: fast_rgcn}

@@ -13,12 +13,12 @@ import torch
 import torch_geometric.nn.conv as pyg
 from packing.layers_of_pyg import GENERIC, KERNELS, NODES, OTHERS, OUT, SAME, TARGETS, WIDTH, graph, per_edge, x
 from torch import Tensor, nn
-from torch_geometric.nn import GraphConv, MessagePassing, RGCNConv, TransformerConv, to_hetero
+from torch_geometric.nn import FastRGCNConv, GraphConv, MessagePassing, RGCNConv, TransformerConv, to_hetero
 from torch_geometric.nn.aggr import LSTMAggregation
 from torch_geometric.utils import softmax
 
 import qgnn_plugin as qgnn
-from qgnn_plugin.packing import propagation_call, row_blocks
+from qgnn_plugin.packing import propagation_call, relations, row_blocks
 from qgnn_plugin.packing.plans import plan_of
 from qgnn_plugin.packing.relations import edges_by_relation
 
@@ -29,6 +29,7 @@ ROWS = "packed: row blocks"
 def blocks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without message kernels, so that blocks have everything to do."""
     monkeypatch.setattr(propagation_call, "_finders", [])
+    monkeypatch.delitem(relations._FORMS, FastRGCNConv.forward)
 
 
 @pytest.fixture
@@ -358,6 +359,29 @@ def test_features_are_packed_once_for_all_relations(monkeypatch: pytest.MonkeyPa
         features.mul_(2)
         packed(features, graph(), types)
     assert len(count) == 2
+
+
+@pytest.mark.parametrize("options", [{}, {"num_bases": 2}, {"num_blocks": 2}, {"aggr": "sum", "bias": False}])
+@pytest.mark.parametrize("granularity", ["row", "tensor", "node"])
+def test_products_of_nodes_in_the_place_of_those_of_edges(options: Any, granularity: Any) -> None:
+    """FastRGCNConv, whose float form multiplies every edge by a matrix; a relation without an edge among them."""
+    types = torch.randint(3, (graph().size(1),), generator=torch.Generator().manual_seed(3))
+    torch.manual_seed(0)
+    model = FastRGCNConv(WIDTH, 6, 4, **options).eval()
+    qmodel = qgnn.quantize_model(model, config=qgnn.QuantConfig(bits=4, granularity=granularity))
+    qgnn.calibrate(qmodel, [(x(), graph(), types)], method="ranges").eval()
+    packed = qgnn.pack_model(qmodel)
+    with torch.no_grad():
+        for edges, kinds in ((graph(), types), (graph()[:, :40], types[:40])):
+            assert_same(packed(x(), edges, kinds), qmodel(x(), edges, kinds))
+            targets = edges[1] % TARGETS
+            assert_same(
+                packed((x(), x()[:TARGETS]), torch.stack([edges[0], targets]), kinds),
+                qmodel((x(), x()[:TARGETS]), torch.stack([edges[0], targets]), kinds),
+            )
+        assert runs(packed) == {"packed: kernel"}
+        with pytest.raises((IndexError, RuntimeError)):
+            packed(x(), graph(), types + 4)
 
 
 def test_features_written_between_two_calls_are_packed_again() -> None:
