@@ -91,6 +91,7 @@ def _side_by_side(builder: Any, node: fx.Node, chosen: int | None = None) -> lis
     record, spaces = builder.record, builder.spaces
     shape, target = record.shapes[node], node.target
     source: Any = node.args[0] if node.args else None
+    number: Any = node.args[2] if len(node.args) > 2 else None
     if chosen == 0 and shape[1] == 1:
         return _side_by_side(builder, node)
     if target is aten.repeat.default and _repeats_one(node, record.shapes[source], chosen is not None):
@@ -99,7 +100,7 @@ def _side_by_side(builder: Any, node: fx.Node, chosen: int | None = None) -> lis
         if target is aten.cat.default and _is_behind(node, shape, 1 if chosen is None else 2):
             return [handle for part in source for handle in _side_by_side(builder, part, chosen)]
         if target is aten.select.int and chosen is None and node.args[1] == 1 and len(record.shapes[source]) == 3:
-            return _side_by_side(builder, source, node.args[2])
+            return _side_by_side(builder, source, number)
         if target in SHAPED and math.prod(record.shapes[source]) == math.prod(shape):
             same = len(record.shapes[source]) == len(shape)
             if chosen is None or (same and record.shapes[source][1] == shape[1]):

@@ -119,6 +119,7 @@ class _Terms:
     def add_relation(self, h: Tensor, relation: int) -> None:
         width = self.layer.out_channels
         if self.composed is None:
+            assert self.weight is not None
             return self.add(h, "weight", self.weight.rows(relation * width, (relation + 1) * width))
         if self.layer.num_blocks is None:
             return self._put(h @ self.composed[relation])

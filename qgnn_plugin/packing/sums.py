@@ -52,7 +52,7 @@ class Stacked(DeferredTensor):
         made = Tensor._make_wrapper_subclass(
             cls, (len(tensors), *first.shape), dtype=torch.float32, device=first.device
         )
-        made.parts, made.pending = tuple(tensors), _StackedPending(tensors)
+        made.parts, made.pending = tuple(tensors), _StackedPending(tensors)  # type: ignore[assignment]
         return made
 
     @classmethod
