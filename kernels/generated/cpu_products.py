@@ -1,6 +1,6 @@
 """Linear maps of single edges inside a generated kernel: rows quantized, multiplied and finished in a thread's scratch.
 
-Operations and their order are those of :mod:`..linear.cpu_few_rows`, and so of ``quantize_pack`` and then ``linear``.
+Operations and their order are those of :mod:`..few_rows.cpu`, and so of ``quantize_pack`` and then ``linear``.
 """
 # mypy: ignore-errors
 
@@ -16,8 +16,8 @@ from ..cpu import jit
 from ..cpu.epilogue import GROUP, HAS_BIAS, HAS_DST, HAS_TERM, MULTIPLIED, Epilogue, finish_rows, floats, opened
 from ..cpu.finish import row_multiplier
 from ..cpu.simd import poke, raw, raw_aligned, raw_at, vload, vload_first, vmax, vsplat, vtop, vview
+from ..few_rows.cpu import _quantize_row
 from ..linear.cpu import BLOCK_ROWS, FEATURES, SIGN, fill_terms, multiply, weights_of
-from ..linear.cpu_few_rows import _quantize_row
 from .program import Product
 
 __all__ = ["BLOCK_ROWS", "EdgeProduct", "constants_of", "open_product", "run_product"]

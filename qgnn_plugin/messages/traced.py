@@ -186,7 +186,7 @@ def _traced(call: Any) -> TracedMessage:
     try:
         found = TracedMessage.of(call)
         expect_agreement(call, found.run(call))
-    except (NotTraceable, Unsupported, NotByRows):
+    except (NotTraceable, Unsupported, NotByRows, ImportError):
         raise
     except Exception as error:  # of a record unlike those that are known here: the layer runs as it is
         raise NotTraceable(f"its record is not understood ({type(error).__name__}: {error})") from error
