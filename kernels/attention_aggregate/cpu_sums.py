@@ -52,6 +52,7 @@ EDGE_BLOCK = 256  # edges whose logits are held at a time
 PAD = 64  # lanes by which buffers are longer than their contents
 
 
+@cache
 def head_groups(num_features: int, bits: int, heads: int, lanes: int) -> tuple[np.ndarray, int | None]:
     """The table of :func:`..cpu.bytedot.vadd_heads` over all tiles of ``lanes`` words, and its ``lanewise``."""
     width, parts = row_bytes(num_features, bits), parts_per_byte(bits)
