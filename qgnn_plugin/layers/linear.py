@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ..config import OFF
 from ..quantizers import QLRQuantizer, QuantizedTensor
 from ..quantizers.autocast import full_precision
 from .arithmetic import linear
 from .base import QuantizedLayer, SiteFactory
 from .errors import names_layer
+from .factors import not_reading, readings
 from .normalized import compute_weight
 
 __all__ = ["QuantizedLinear"]
@@ -54,4 +57,20 @@ class QuantizedLinear(QuantizedLayer):
             quantized = self.input_quantizer(x, codes_kept=True)
         else:
             quantized = QuantizedTensor.identity(x)
-        return linear(quantized, self.weight_quantizer(self.weight), bias, exact=not self.training)
+        return linear(quantized, self.weight_quantizer(self._own_weight()), bias, exact=not self.training)
+
+    def _own_weight(self) -> Tensor:
+        """The weight as it is, also where others read it quantized."""
+        if torch.compiler.is_compiling() or readings(self) is None:
+            return self.weight
+        with not_reading(self):
+            return self.weight
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)  # type: ignore[misc]
+        found = None if name != "weight" or torch.compiler.is_compiling() else readings(self)
+        if found is None or self.weight_quantizer.bits == OFF:
+            return value
+        if name not in found:  # what stands in the packed layer
+            found[name] = self.weight_quantizer(value).dequantize()
+        return found[name]

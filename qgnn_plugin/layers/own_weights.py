@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch_geometric.nn import Linear as PyGLinear
 
 from ..config import OFF
 from ..quantizers.autocast import full_precision
 from .base import SiteFactory
 from .embedding import QuantizedEmbedding
 from .factors import Factor, UsedWeight, reading, readings
+from .linear import QuantizedLinear
 from .message_passing import QuantizedMessagePassing
 from .products import QuantizedWeights
 from .reads import reads_of
@@ -28,9 +30,16 @@ def own_weights(layer: nn.Module) -> dict[str, int]:
 
 
 def own_tables(layer: nn.Module) -> list[nn.Module]:
-    """The tables inside ``layer`` whose rows its code reads past them."""
-    children = (layer._modules.get(name) for name in sorted(reads_of(_float_class(layer)).tables))
-    return [child for child in children if isinstance(child, nn.Embedding)]
+    """The tables and linear maps inside ``layer`` whose weights its code reads past them."""
+    reads = reads_of(_float_class(layer))
+    if reads.deep:
+        return [inner for inner in layer.modules() if inner is not layer and isinstance(inner, (nn.Embedding, *LINEAR))]
+    children = ((name, layer._modules.get(name)) for name in sorted(reads.tables))
+    kinds = {name: (nn.Embedding, *LINEAR) if name in reads.maps else nn.Embedding for name in reads.tables}
+    return [child for name, child in children if child is not None and isinstance(child, kinds[name])]
+
+
+LINEAR = (nn.Linear, PyGLinear)
 
 
 def _float_class(layer: nn.Module) -> type:
@@ -138,12 +147,12 @@ def weight_of(rows: Tensor, shape: Any, summed: int) -> Tensor:
 def _reading_weights(method: Any) -> Any:
     @functools.wraps(method)
     def reads(self: Any, *args: Any, **kwargs: Any) -> Any:
-        tables = [child for child in own_tables(self) if isinstance(child, QuantizedEmbedding)]
+        tables = [child for child in own_tables(self) if isinstance(child, (QuantizedEmbedding, QuantizedLinear))]
         if all(layer.is_off for layer in (self, *tables)):
             return method(self, *args, **kwargs)
         return own(self, tables, *args, **kwargs)
 
-    def read(self: Any, tables: list[QuantizedEmbedding], *args: Any, **kwargs: Any) -> Any:
+    def read(self: Any, tables: list[Any], *args: Any, **kwargs: Any) -> Any:
         with reading(self, *tables):
             return method(self, *args, **kwargs)
 

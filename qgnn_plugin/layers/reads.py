@@ -6,7 +6,9 @@ import ast
 import inspect
 import textwrap
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 from torch_geometric.nn import MessagePassing
@@ -19,6 +21,11 @@ PRODUCTS = {"matmul", "mm", "bmm", "addmm", "baddbmm", "linear", "einsum", "segm
 TRANSPOSING = {"t", "T", "mT", "transpose", "swapaxes"}
 VIEWS = {*TRANSPOSING, "contiguous", "to", "type_as", "unbind", "chunk", "split", "unsqueeze", "squeeze"}
 RESHAPING = {"view", "reshape", "flatten"}
+# What is asked of a tensor without its values.
+ABOUT = {"dtype", "device", "shape", "layout", "ndim", "dim", "size", "numel", "stride", "grad", "requires_grad"}
+ABOUT |= {"is_cuda", "is_leaf", "is_floating_point", "element_size", "get_device", "data_ptr"}
+ABOUT |= {"requires_grad_", "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"}
+ITERATING = {"reversed", "zip", "enumerate", "list", "tuple", "iter", "next", "sorted", "getattr"}
 OUT_LAST, OUT_BEFORE = -2, -1  # the dimension that features meet: of ``x @ W``, and of ``linear(x, W)``
 
 
@@ -29,11 +36,15 @@ class Reads:
     Args:
         weights: Attributes that are factors of products, with the dimension that is summed over.
         tables: Attributes whose ``weight`` is read.
-        methods: The methods that do either.
+        maps: Those of them that are read by code of the user's, so that they may be linear maps as well.
+        deep: Whether such code reads the ``weight`` of layers inside of attributes.
+        methods: The methods that do any of these.
     """
 
     weights: dict[str, int] = field(default_factory=dict)
     tables: set[str] = field(default_factory=set)
+    maps: set[str] = field(default_factory=set)
+    deep: bool = False
     methods: set[str] = field(default_factory=set)
 
 
@@ -51,6 +62,25 @@ def _read(cls: type) -> Reads:
     found = Reads()
     if not issubclass(cls, nn.Module):
         return found
+    readers = list(_readers(cls))
+    # Code that writes to a weight has to find the parameter itself, wherever it is called from.
+    writes = any(reader.writes for _, _, reader in readers)
+    for owner, name, reader in readers:
+        is_users = not f"{owner.__module__}.".startswith("torch_geometric.")
+        tables = set() if writes else reader.tables
+        deep = reader.deep and is_users and not writes
+        if reader.weights or tables or deep:
+            found.methods.add(name)
+        for attribute, dim in reader.weights.items():
+            found.weights.setdefault(attribute, dim)
+        found.tables |= tables
+        found.maps |= tables if is_users else set()
+        found.deep |= deep
+    return found
+
+
+def _readers(cls: type) -> Iterator[tuple[type, str, _Reader]]:
+    """What reads each method of ``cls``, with the class that it is of and its name."""
     for owner in cls.__mro__:
         if owner in (nn.Module, MessagePassing, object) or f"{owner.__module__}.".startswith(FRAMEWORK):
             continue
@@ -63,12 +93,7 @@ def _read(cls: type) -> Reads:
                 reader.visit(ast.parse(textwrap.dedent(inspect.getsource(function))))
             except (OSError, SyntaxError, TypeError):
                 continue
-            if reader.weights or reader.tables:
-                found.methods.add(name)
-            for attribute, dim in reader.weights.items():
-                found.weights.setdefault(attribute, dim)
-            found.tables |= reader.tables
-    return found
+            yield owner, name, reader
 
 
 class _Reader(ast.NodeVisitor):
@@ -78,7 +103,9 @@ class _Reader(ast.NodeVisitor):
         self.owner = ""  # what the method calls its first argument
         self.weights: dict[str, int] = {}
         self.tables: set[str] = set()
+        self.deep = self.writes = False
         self.names: dict[str, tuple[str, bool]] = {}  # of locals: the attribute that they are, whether transposed
+        self.inside: set[str] = set()  # locals that may be layers inside of attributes
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
         if not self.owner:
@@ -87,6 +114,7 @@ class _Reader(ast.NodeVisitor):
 
     def visit_Assign(self, node: ast.Assign) -> None:
         self.generic_visit(node)
+        self._note_inside(node.value, *node.targets)
         origin = self._origin(node.value)
         for target in node.targets:
             if isinstance(target, ast.Name):
@@ -98,12 +126,60 @@ class _Reader(ast.NodeVisitor):
         origin = self._origin(node.iter)
         if origin is not None and isinstance(node.target, ast.Name):
             self.names[node.target.id] = origin
+        self._note_inside(node.iter, node.target)
         self.generic_visit(node)
 
-    def visit_Attribute(self, node: ast.Attribute) -> None:
-        if node.attr == "weight" and (table := self._attribute(node.value)) is not None:
-            self.tables.add(table)
+    def visit_comprehension(self, node: ast.comprehension) -> None:
+        self._note_inside(node.iter, node.target)
         self.generic_visit(node)
+
+    def _visit_comprehension(self, node: Any) -> None:
+        for generator in node.generators:  # before what they are of
+            self.visit(generator)
+        self.generic_visit(node)
+
+    visit_ListComp = visit_SetComp = visit_GeneratorExp = visit_DictComp = _visit_comprehension
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        if _is_weight(node.value) and node.attr in ABOUT:
+            return
+        if _is_weight(node.value) and (node.attr == "data" or (node.attr[-1] == "_" and node.attr[-2:] != "__")):
+            self.writes = True
+        if _is_weight(node):
+            self.writes |= not isinstance(node.ctx, ast.Load)
+            table = self._attribute(node.value)
+            if table is not None:
+                self.tables.add(table)
+            elif self._is_inside(node.value):
+                self.deep = True
+        self.generic_visit(node)
+
+    def visit_Subscript(self, node: ast.Subscript) -> None:
+        if _is_weight(node.value) and not isinstance(node.ctx, ast.Load):
+            self.writes = True
+        self.generic_visit(node)
+
+    def _note_inside(self, value: ast.expr, *targets: ast.expr) -> None:
+        """Note names that are given layers of ``value``."""
+        if self._is_inside(value):
+            names = (part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name))
+            self.inside |= set(names) - {self.owner}
+
+    def _is_inside(self, node: ast.expr) -> bool:
+        """Whether ``node`` may be a layer inside of an attribute of the layer itself, or hold such layers."""
+        while True:
+            if isinstance(node, (ast.Attribute, ast.Subscript)):
+                node = node.value
+            elif isinstance(node, ast.Call):
+                name = node.func
+                if isinstance(name, ast.Attribute):  # self.layers.values()
+                    node = name.value
+                elif node.args and isinstance(name, ast.Name) and name.id in ITERATING:  # reversed(self.layers)
+                    return any(self._is_inside(arg) for arg in node.args)
+                else:
+                    return False
+            else:
+                return isinstance(node, ast.Name) and node.id in {self.owner, *self.inside}
 
     def visit_BinOp(self, node: ast.BinOp) -> None:
         self.generic_visit(node)
@@ -116,6 +192,8 @@ class _Reader(ast.NodeVisitor):
         self.generic_visit(node)
         function = node.func
         name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+        if name.endswith("_") and any(_is_weight(arg) for arg in node.args):  # init.zeros_(W), F.normalize_(W)
+            self.writes = True
         if name not in PRODUCTS:
             return
         if isinstance(function, ast.Attribute) and self._origin(function.value) is not None:  # W.matmul(x)
@@ -174,6 +252,10 @@ class _Reader(ast.NodeVisitor):
                 return None
             transposed ^= name.attr in TRANSPOSING
             node = name.value
+
+
+def _is_weight(node: ast.expr) -> bool:
+    return isinstance(node, ast.Attribute) and node.attr == "weight"
 
 
 def _is_module(node: ast.expr) -> bool:

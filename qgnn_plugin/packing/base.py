@@ -187,12 +187,14 @@ class PackedState:
         float_bytes: Bytes of its float parameters and buffers.
         defers: Whether its result may be put off: until one was needed twice, then floats are written once.
         added: Names of the attributes that the float layer does not have.
+        is_read: Whether code around it reads its weight, in the converted form as values of codes too.
     """
 
     spec: LayerSpec
     float_bytes: int
     defers: bool = True
     added: frozenset[str] = frozenset()
+    is_read: bool = False
 
     def write_floats(self) -> None:
         self.defers = False

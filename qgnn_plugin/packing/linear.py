@@ -82,7 +82,8 @@ class PackedLinear(PackedLayer):
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return self._dequantized()
         shape = torch.Size((self._num_out, self._num_in))
-        return FrozenWeight(self._qualified_name, self._dequantized, shape, self._weight_device)
+        state = self._packed
+        return FrozenWeight(state.spec.name, self._dequantized, shape, self._weight_device, state.is_read)
 
     @property
     def _weight_device(self) -> torch.device:

@@ -18,6 +18,7 @@ from ..layers.base import QuantizedLayer, attribute_names, clashes, float_state,
 from ..layers.deep import deep_mixin
 from ..layers.message_passing import QuantizedMessagePassing
 from ..layers.normalized import still
+from ..layers.own_weights import own_tables
 from ..layers.registry import mixin_for
 from ..layers.sage import QuantizedSAGEConv
 from ..quantizers import QLRQuantizer
@@ -26,7 +27,7 @@ from ..smp.constraint import constraint_names
 from ..smp.deep import DeepLayer, StackPlace, connect_stacks
 from .base import NEVER_RAN, WEIGHT, LayerSpec, PackedLayer, frozen_class, packed_class
 from .deferred import defer_inside
-from .own_weights import PackedOwnModule
+from .own_weights import PackedOwnModule, PackedOwnWeights
 from .ranges import PackedRange
 from .settings import SPECS
 from .weights import PackedWeight
@@ -114,6 +115,9 @@ def assemble(model: nn.Module, layers: Mapping[str, Any], specs: Iterable[LayerS
         if isinstance(layer, QuantizedMessagePassing):
             layer.adopt(spec.sites)
     for module in packed.modules():
+        for read in own_tables(module) if isinstance(module, PackedOwnWeights) else ():
+            if isinstance(read, PackedLayer):
+                read._packed.is_read = True
         if isinstance(module, InvertibleModule):
             module.disable = True  # it frees its input for a backward pass to restore, and there is none
     for parameter in packed.parameters():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -46,19 +47,27 @@ class FrozenWeight(Tensor):
         value: The matrix, or what computes it.
         shape: Its shape, of a value yet to be computed.
         device: Its device, likewise.
+        is_same: Whether the converted model reads these values too; else whoever reads them while the packed model
+            runs is warned.
     """
 
     _layer: str
     _value: Tensor | Callable[[], Tensor]
+    _is_same: bool
 
     @staticmethod
     def __new__(
-        cls, layer: str, value: Tensor | Callable[[], Tensor], shape: torch.Size, device: torch.device
+        cls,
+        layer: str,
+        value: Tensor | Callable[[], Tensor],
+        shape: torch.Size,
+        device: torch.device,
+        is_same: bool = True,
     ) -> FrozenWeight:
         strides = value.stride() if isinstance(value, Tensor) else None
         dtype = value.dtype if isinstance(value, Tensor) else torch.float32
         weight = Tensor._make_wrapper_subclass(cls, shape, strides=strides, dtype=dtype, device=device)
-        weight._layer, weight._value = layer, value
+        weight._layer, weight._value, weight._is_same = layer, value, is_same
         return weight
 
     # Fast paths of torch.nn that would take the matrix past its layer leave tensors with a torch function alone.
@@ -76,10 +85,13 @@ class FrozenWeight(Tensor):
         if written is not None:
             raise read_only(written._layer, func.__name__)
         out = func(*_plain(args), **_plain(kwargs))
+        frozen = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, cls)]
         if all(value.alias_info is None for value in func._schema.returns):
+            if func.overloadpacket not in _MADE_LIKE:
+                _warn_of_others([weight._layer for weight in frozen if not weight._is_same])
             return out
-        layer = next(leaf._layer for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, cls))
-        return tree_map_only(Tensor, lambda view: cls(layer, view, view.shape, view.device), out)
+        layer, is_same = frozen[0]._layer, frozen[0]._is_same
+        return tree_map_only(Tensor, lambda view: cls(layer, view, view.shape, view.device, is_same), out)
 
     def plain(self) -> Tensor:
         """The matrix as an ordinary tensor."""
@@ -131,6 +143,28 @@ class FrozenWeight(Tensor):
 
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
         return self.plain().__repr__(**kwargs)
+
+
+aten = torch.ops.aten
+# What takes a tensor for its shape, dtype and device alone.
+_MADE_LIKE = {
+    *(aten.zeros_like, aten.ones_like, aten.empty_like, aten.full_like, aten.rand_like, aten.randn_like),
+    *(aten.new_zeros, aten.new_ones, aten.new_empty, aten.new_full, aten.new_empty_strided, aten.is_same_size),
+}
+
+
+def _warn_of_others(layers: list[str]) -> None:
+    """Warn where a packed model that runs reads weights that its converted form takes in floats."""
+    from .deferred import is_deferring  # which imports this module
+
+    if layers and is_deferring():
+        listed = ", ".join(f"'{name}'" for name in layers)
+        warnings.warn(
+            f"The values of the weight of {listed} are read past the packed layer, by the model's code or a hook: they "
+            f"are those of its codes, where the converted model has the float weight, so that results made of them "
+            f"differ; exclude {listed} from conversion",
+            stacklevel=3,
+        )
 
 
 def _plain(value: Any) -> Any:

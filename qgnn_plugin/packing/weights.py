@@ -162,7 +162,8 @@ class PackedWeights(MultipliesWeights, PackedLayer):
         site = self._modules[f"{name}_quantizer"]
         device = (site.values if site.words is None else site.words).device
         label = f"{self._qualified_name}.{name}"
-        return FrozenWeight(label, lambda: self._dequantized(name), self._shapes[name], device)
+        shape, is_read = self._shapes[name], self._packed.is_read
+        return FrozenWeight(label, lambda: self._dequantized(name), shape, device, is_read)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__.get("_shapes", {}):

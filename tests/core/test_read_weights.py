@@ -1,0 +1,163 @@
+"""Weights of layers that code around them reads: in converted and in packed models the values of their codes."""
+
+from __future__ import annotations
+
+import copy
+import io
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from core.support import WIDTH, features, graph
+from torch import Tensor, nn
+from torch_geometric.nn import GCNConv
+
+import qgnn_plugin as qgnn
+
+IDS = torch.arange(features().size(0))
+
+
+class Tied(nn.Module):
+    """Its decoder is its encoder, transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.conv = nn.Linear(WIDTH, 6), GCNConv(6, 6)
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        return F.linear(self.conv(self.encoder(x), edge_index), self.encoder.weight.t())
+
+
+class TiedStack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoders, self.conv = nn.ModuleList([nn.Linear(WIDTH, 8), nn.Linear(8, 6)]), GCNConv(6, 6)
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        for layer in self.encoders:
+            x = layer(x)
+        x = self.conv(x, edge_index)
+        for layer in reversed(self.encoders):
+            x = x @ layer.weight
+        return x
+
+
+class Tables(nn.Module):
+    """Tables by name, looked up and read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables = nn.ModuleDict({name: nn.Embedding(len(IDS), 6) for name in "ab"})
+        self.conv = GCNConv(6, 6)
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        rows = {name: table.weight for name, table in self.tables.items()}
+        return self.conv(rows["a"] + rows["b"], edge_index) + self.tables["a"](IDS)
+
+
+class Inside(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.conv = Tables(), GCNConv(6, 6)
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        return self.conv(self.inner(x, edge_index), edge_index) @ self.inner.tables["b"].weight.t()
+
+
+@pytest.mark.parametrize("cls", [Tied, TiedStack, Tables, Inside])
+@pytest.mark.parametrize("bits", [8, 2])
+def test_weights_read_elsewhere_are_the_same_in_packed_models(cls: type[nn.Module], bits: int) -> None:
+    x, edge_index = features(), graph()
+    model = cls()
+    expected = model(x, edge_index)
+    exact = qgnn.quantize_model(model, bits=32)
+    assert torch.equal(exact(x, edge_index), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        qmodel = qgnn.calibrate(qgnn.quantize_model(model, bits=bits), (x, edge_index), method="ranges").eval()
+        packed = qgnn.pack_model(qmodel)
+        with torch.no_grad():
+            found = qmodel(x, edge_index)
+            for again in (packed, copy.deepcopy(packed)):
+                torch.testing.assert_close(again(x, edge_index), found)
+    if bits == 8:
+        assert float((found - expected).norm() / expected.norm()) < 0.1
+    qmodel.train()(x, edge_index).square().sum().backward()
+    model(x, edge_index).square().sum().backward()
+    theirs = dict(model.named_parameters())
+    for name, parameter in qmodel.named_parameters():
+        if name in theirs:
+            assert (parameter.grad is None) == (theirs[name].grad is None)
+    assert torch.equal(qgnn.restore_model(qmodel)(x, edge_index), expected)
+
+
+def test_a_file_of_such_a_model() -> None:
+    x, edge_index = features(), graph()
+    model = Tied()
+    packed = qgnn.pack_model(qgnn.calibrate(qgnn.quantize_model(model, bits=4), (x, edge_index), method="ranges"))
+    file = io.BytesIO()
+    torch.save(packed, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False)(x, edge_index), packed(x, edge_index))
+
+
+class Hidden(Tied):
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        weight: Any = operator(self)
+        return F.linear(self.conv(self.encoder(x), edge_index), weight.t())
+
+
+def operator(model: Any) -> Tensor:
+    return model.encoder.weight
+
+
+def test_reads_that_conversion_does_not_see_are_told_by_the_packed_model() -> None:
+    x, edge_index = features(), graph()
+    packed = qgnn.pack_model(qgnn.calibrate(qgnn.quantize_model(Hidden(), bits=8), (x, edge_index)))
+    with pytest.warns(UserWarning, match=r"weight of 'encoder' are read past the packed layer"):
+        packed(x, edge_index)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        packed.encoder.weight.sum()  # while the model does not run
+
+
+class About(Tied):
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        weight = self.encoder.weight
+        x = x.to(self.encoder.weight.device, weight.dtype) + torch.zeros_like(weight).sum() + weight.new_zeros(1)
+        return self.conv(self.encoder(x), edge_index)
+
+
+def test_what_a_weight_is_apart_from_its_values() -> None:
+    x, edge_index = features(), graph()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        qmodel = qgnn.calibrate(qgnn.quantize_model(About(), bits=8), (x, edge_index)).eval()
+        torch.testing.assert_close(qgnn.pack_model(qmodel)(x, edge_index), qmodel(x, edge_index).detach())
+
+
+class Clipped(nn.Module):
+    """Writes to the weights that it reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(len(IDS), WIDTH), nn.Linear(WIDTH, 4)
+        self.conv = GCNConv(WIDTH, WIDTH)
+
+    def clip(self) -> None:
+        self.table.weight.data.clamp_(-0.125, 0.125)
+        with torch.no_grad():
+            nn.init.constant_(self.head.weight, 0.25)
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        self.clip()
+        return self.conv(self.table.weight, edge_index) @ self.head.weight.t()
+
+
+def test_writes_to_weights_act_on_the_parameters() -> None:
+    qmodel: Any = qgnn.quantize_model(Clipped(), bits=8).train()
+    qmodel(features(), graph())
+    assert float(qmodel.table.weight.detach().abs().max()) <= 0.125
+    assert bool((qmodel.head.weight == 0.25).all())
