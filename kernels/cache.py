@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .checksum import checksum
-from .streams import Built
+from .streams import Built, lasting
 
 __all__ = ["Fingerprint", "PlanCache", "have_memory", "is_pinning", "parts_of", "pinned_plans"]
 
@@ -180,7 +180,8 @@ class PlanCache:
         entry = self._entries.get(full_key)
         if entry is None or not entry.fingerprint.holds_for(parts):
             fingerprint = Fingerprint(parts)  # of what is read next
-            entry = _Entry(full_key, fingerprint, Built(build(), on_cpu=all(part.is_cpu for part in parts)), parts)
+            built = Built(lasting(build), on_cpu=all(part.is_cpu for part in parts))
+            entry = _Entry(full_key, fingerprint, built, parts)
             with self._lock:
                 self._entries[full_key] = entry
                 while len(self._entries) > self.capacity:

@@ -26,11 +26,26 @@ def _forward(plan: GraphPlan, x: Tensor, weight: Tensor | None, edge: Tensor | N
     return out.view(plan.num_dst, *x.shape[1:])
 
 
+def one_by_one(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """Let ``vmap`` run a function for each sample: :func:`torch.func.jacrev` has it map over backward passes."""
+
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+        def sample(index: int) -> Tensor:
+            taken = (a if dim is None else a.select(dim, index) for a, dim in zip(args, in_dims, strict=True))
+            return function.apply(*taken)
+
+        return torch.stack([sample(index) for index in range(info.batch_size)]), 0
+
+    function.vmap = staticmethod(vmap)  # type: ignore[method-assign]
+    return function
+
+
 def _differentiable() -> bool:
     """Whether a backward pass is to be differentiated in turn."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
+@one_by_one
 class _Spmm(torch.autograd.Function):
     @staticmethod
     def forward(plan: GraphPlan, x: Tensor, weight: Tensor | None) -> Tensor:
@@ -58,6 +73,7 @@ class _Spmm(torch.autograd.Function):
         return None, grad_x, grad_weight
 
 
+@one_by_one
 class _EdgeProducts(torch.autograd.Function):
     """:func:`edge_products`, differentiable: its gradients are sums with the gradient for weights."""
 
@@ -133,6 +149,7 @@ def _check_per_edge(plan: GraphPlan, per_edge: Tensor) -> None:
         raise ValueError(f"Expected one value per edge, {plan.num_edges} (got {found})")
 
 
+@one_by_one
 class _SegmentSum(torch.autograd.Function):
     @staticmethod
     def forward(plan: GraphPlan, per_edge: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar, overload
 import torch
 from torch import Tensor
 
-__all__ = ["Built", "derived", "tensors_of"]
+__all__ = ["Built", "derived", "lasting", "tensors_of"]
 
 T = TypeVar("T")
 
@@ -84,6 +84,14 @@ def _is_capturing(module: Any) -> bool:
     return capturing is not None and bool(capturing())
 
 
+def lasting(build: Callable[[], T]) -> T:
+    """What ``build()`` makes, to be kept: in inference mode too, tensors that may be saved for a backward pass."""
+    if not torch.is_inference_mode_enabled():
+        return build()
+    with torch.inference_mode(False), torch.no_grad():
+        return build()
+
+
 class derived(Generic[T]):
     """A property computed on first use and kept, in the instance's attributes on the CPU.
 
@@ -103,16 +111,16 @@ class derived(Generic[T]):
         if instance is None:
             return self
         if instance.device.type == "cpu":
-            value = self.function(instance)
-            if not torch.compiler.is_compiling():  # a trace may be inside of a function that changes nothing
-                instance.__dict__[self.name] = value  # found there from now on
+            if torch.compiler.is_compiling():  # a trace may be inside of a function that changes nothing
+                return self.function(instance)
+            value = instance.__dict__[self.name] = lasting(lambda: self.function(instance))  # found there from now on
             return value
         kept = instance.__dict__.setdefault("_derived", {})
         built = kept.get(self.name)
         if built is not None and torch.compiler.is_compiling():
             return built.value  # compiling waits for the device
         if built is None:
-            built = kept[self.name] = Built(self.function(instance))
+            built = kept[self.name] = Built(lasting(lambda: self.function(instance)))
         else:
             built.wait()
         return built.value

@@ -148,6 +148,8 @@ class QLRQuantizer(FittedQuantizer):
         x, pattern = split(x)
         if self.bits == OFF:
             return QuantizedTensor.identity(x, pattern)
+        if not torch.compiler.is_compiling():
+            x = self._outside_modes(x)
         if self.training and torch.compiler.is_exporting():
             raise ValueError(
                 f"Expected a model in eval mode for torch.export (got training mode at '{self.site}'): a program keeps "
@@ -169,6 +171,25 @@ class QLRQuantizer(FittedQuantizer):
         elif self._has_outgrown_zeros(x):
             self.set_range(x.detach(), pattern, may_be_one_bit=_looks_like_input(x))
         return self._quantize(x, pattern, codes_kept)
+
+    def _outside_modes(self, x: Tensor) -> Tensor:
+        """``x``, or a copy of it where it was made in inference mode and is to be kept for a backward pass.
+
+        Raises:
+            ValueError: Where it is a batch of :func:`torch.func.vmap`: whether its values are finite cannot be asked.
+        """
+        if torch._C._functorch.is_functorch_wrapped_tensor(x):
+            inner = x
+            while torch._C._functorch.is_functorch_wrapped_tensor(inner):
+                if torch._C._functorch.is_batchedtensor(inner):
+                    raise ValueError(
+                        f"Expected no torch.func.vmap over a quantized layer (got one at '{self.site}'): give samples "
+                        f"as a dimension before that of the nodes, or in a loop, or use restore_model(qmodel)"
+                    )
+                inner = torch._C._functorch.get_unwrapped(inner)
+        elif x.is_inference() and torch.is_grad_enabled():
+            return x.clone() if not torch.is_inference_mode_enabled() else x
+        return x
 
     def _has_outgrown_zeros(self, x: Tensor) -> bool:
         """Whether training brings the first data that say something about the range."""

@@ -339,3 +339,52 @@ def test_a_potential_trains_on_its_forces() -> None:
     forces = torch.autograd.grad(qmodel(z, where, edge_index), where, create_graph=True)[0]
     forces.square().mean().backward()
     assert qmodel.filter.weight.grad.abs().sum() > 0
+
+
+# Modes and transforms ################################################################################################
+
+
+@pytest.mark.parametrize("name", ["GCNConv", "SAGEConv", "GATConv", "GINConv", "APPNP", "SGConv", "TAGConv"])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_graphs_that_inference_mode_sees_first_are_trained_on(name: str, sparse: bool) -> None:
+    """As a validation loop does, before the graph is trained on."""
+    x, edge_index = features(), graph()
+    qmodel = quantized(CONVS[name](), x, edge_index)
+    edges: Any = edge_index.flip(0).clone()
+    if sparse:
+        edges = torch.sparse_coo_tensor(edges, torch.ones(edges.size(1)), (NODES, NODES)).coalesce().to_sparse_csr()
+    with torch.inference_mode():
+        expected = qmodel.eval()(x, edges)
+    where = x.clone().requires_grad_()
+    torch.testing.assert_close(qmodel(where, edges).detach(), expected.clone())
+    (gradient,) = torch.autograd.grad(qmodel.train()(where, edges).square().sum(), where)
+    (again,) = torch.autograd.grad(qmodel(where, edges.clone()).square().sum(), where)
+    assert torch.equal(gradient, again)
+
+
+@pytest.mark.parametrize("name", ["GCNConv", "SAGEConv", "GATConv", "GINConv", "APPNP"])
+def test_jacobians(name: str) -> None:
+    x, edge_index = features(), graph()
+    qmodel = quantized(CONVS[name](), x, edge_index).eval()
+    found = torch.func.jacrev(lambda v: qmodel(v, edge_index).sum(0))(x)
+    where = x.clone().requires_grad_()
+    rows = qmodel(where, edge_index).sum(0)
+    for row, out in zip(found, rows, strict=True):
+        torch.testing.assert_close(row, torch.autograd.grad(out, where, retain_graph=True)[0])
+
+
+def test_samples_of_vmap_are_refused() -> None:
+    x, edge_index = features(), graph()
+    qmodel = quantized(CONVS["GCNConv"](), x, edge_index).eval()
+    samples = torch.stack([x, 2 * x])
+    for call in (lambda v: qmodel(v, edge_index), torch.func.grad(lambda v: qmodel(v, edge_index).sum())):
+        with pytest.raises(ValueError, match=r"no torch\.func\.vmap over a quantized layer \(got one at 'lin.input'"):
+            torch.func.vmap(call)(samples)
+
+
+def test_features_made_in_inference_mode() -> None:
+    x, edge_index = features(), graph()
+    qmodel = quantized(LGConv(), x, edge_index).eval()
+    with torch.inference_mode():
+        made = x.clone()
+    assert torch.equal(qmodel(made, edge_index), qmodel(x, edge_index))
