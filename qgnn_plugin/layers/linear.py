@@ -66,10 +66,15 @@ class QuantizedLinear(QuantizedLayer):
         with not_reading(self):
             return self.weight
 
+    def _is_called(self) -> bool:
+        """Whether data have come to the layer itself; one whose weight is only read stays float, packed too."""
+        site = self.input_quantizer
+        return site is None or site.bits == OFF or site.is_set
+
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)  # type: ignore[misc]
         found = None if name != "weight" or torch.compiler.is_compiling() else readings(self)
-        if found is None or self.weight_quantizer.bits == OFF:
+        if found is None or self.weight_quantizer.bits == OFF or not self._is_called():
             return value
         if name not in found:  # what stands in the packed layer
             found[name] = self.weight_quantizer(value).dequantize()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -107,8 +108,8 @@ def parts_of(node: fx.Node, record: Any, spaces: Spaces) -> list[Part]:
     for piece in _pieces(source, record, spaces, linear=True):
 
         def value(values: Values, piece: _Piece = piece) -> Tensor:
-            rows = values[piece.node]
-            return rows.reshape(rows.size(0), -1) @ values[matrix][piece.first : piece.first + piece.width]
+            rows = values[piece.node].flatten(1) if values[piece.node].dim() > 1 else values[piece.node].view(-1, 1)
+            return rows @ values[matrix][piece.first : piece.first + piece.width]
 
         found.append(Part(piece.node, value, None, piece.sign, piece.first))
     return found
@@ -169,7 +170,7 @@ def _packed_part(lin: Any, site: Any, piece: _Piece, in_kernel: bool) -> Part:
 
 def _rows(values: Values, piece: _Piece) -> Tensor:
     rows = values[piece.node]
-    return rows.reshape(rows.size(0), -1).contiguous()
+    return rows.reshape(rows.size(0), math.prod(rows.shape[1:])).contiguous()
 
 
 def affine_of(node: fx.Node, record: Any) -> Affine:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any
@@ -101,7 +102,7 @@ class TracedMessage:
                 scale, lower = multiplied(scale, lower, packed.multiplier)
             return packed.words, scale.reshape(-1), lower.reshape(-1)
         rows = leaf.rows(values).to(torch.float32)
-        return (rows.reshape(rows.size(0), -1).contiguous(),)
+        return (rows.reshape(rows.size(0), math.prod(rows.shape[1:])).contiguous(),)
 
 
 def _given(call: Any, described: Input) -> Any:

@@ -88,7 +88,7 @@ def packed_nodes(site: PackedRange, x: Tensor, node_dim: int) -> PackedNodes | T
         site.expect_finite(x)
         packed = site.quantize_heads(rows.reshape(rows.size(0), middle, rows.size(-1)).contiguous())
     else:
-        packed = site(rows.reshape(rows.size(0), -1))
+        packed = site(rows.reshape(rows.size(0), math.prod(rows.shape[1:])))
     return PackedNodes(packed, shape, dim) if isinstance(packed, PackedTensor) else packed.dequantize().view(shape)
 
 

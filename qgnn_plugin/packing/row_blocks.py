@@ -11,6 +11,7 @@ blocks: :func:`check_rows` computes a few made-up rows together and apart, and c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -93,7 +94,7 @@ def widest(call: Propagation) -> int:
         elif isinstance(value, Tensor) and value.dim() and name[-2:] in ("_i", "_j"):
             most = max(most, value.numel() // max(1, value.size(call.layer.node_dim)))
         elif isinstance(value, Tensor) and call.is_per_edge(value):
-            most = max(most, value[0].numel())
+            most = max(most, math.prod(value.shape[1:]))
     return most
 
 

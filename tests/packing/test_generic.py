@@ -470,3 +470,18 @@ def test_relations_of_a_graph_are_cut_out_once() -> None:
         assert torch.equal(edges, graph()[:, types == relation])
     types[0] = (types[0] + 1) % 3
     assert edges_by_relation(graph(), types, 3)[0] is not found[0]
+
+
+@pytest.mark.parametrize("name", ["AGNNConv", "ARMAConv", "EdgeConv", "GENConv", "GraphConv", "TransformerConv"])
+@pytest.mark.parametrize(("nodes", "edges"), [(5, 0), (0, 0), (1, 0)])
+def test_graphs_of_nothing(name: str, nodes: int, edges: int) -> None:
+    made: dict[str, Callable[[], nn.Module]] = {
+        "AGNNConv": pyg.AGNNConv, "ARMAConv": lambda: pyg.ARMAConv(8, 4),
+        "EdgeConv": lambda: pyg.EdgeConv(nn.Linear(16, 4)), "GENConv": lambda: pyg.GENConv(8, 4),
+        "GraphConv": lambda: pyg.GraphConv(8, 4), "TransformerConv": lambda: pyg.TransformerConv(8, 4),
+    }  # fmt: skip
+    args = torch.randn(20, 8), torch.randint(0, 20, (2, 60))
+    qmodel, packed = pair(made[name], args, bits=8)
+    few = args[0][:nodes], args[1][:, :edges]
+    with torch.no_grad():
+        torch.testing.assert_close(packed(*few), qmodel(*few))
