@@ -15,6 +15,8 @@ correctly rounded:
 * attention: ``y = ((float(sum k c) * s) * (1 / sum k)) + l``, with one division per row and head;
 * integer product: ``y = (((acc * sw) + (rowsum * lw)) * sx) + (colterm * lx)`` with
   ``colterm_o = (float(sum_k cw_ok) * sw_o) + (float(K) * lw_o)``;
+* dot products of the heads of a row: lane ``f mod 16`` of a head's features adds up its products in ascending order,
+  then the upper half of the lanes is added to the lower one until one is left;
 * epilogue, in this order: ``* dst_scale``, ``+ bias``, ``+ addend``, ``max(y, 0)``, ``* row_scale``,
   then quantize and pack if packed output is asked for.
 
@@ -42,6 +44,7 @@ from torch import Tensor
 from .layout import pack_codes, top_code
 
 __all__ = [
+    "DOT_LANES",
     "LARGEST_MULTIPLIER",
     "attention_thresholds",
     "check_multiplier",
@@ -56,6 +59,7 @@ __all__ = [
 ]
 
 LARGEST_MULTIPLIER = 15
+DOT_LANES = 16
 
 
 def check_range(scale: Tensor, offset: Tensor, rows: int, features: int, what: str = "") -> None:

@@ -308,13 +308,13 @@ def attention_aggregate(
     if rowptr.numel() == 1 or width == 0:
         return out
     pointers = flat(rowptr)
-    ranges, exact = _ranges(scale, offset, words.size(0), num_features, heads, multiplier)
+    per_row = is_per_row(scale) or is_per_row(offset)
     quantized = attention_bits != FLOAT_BITS
     thresholds = _thresholds(attention_bits) if quantized else flat(None)
     edge_block = EDGE_BLOCK
     if multiplier is not None and quantized:
         edge_block = min(EDGE_BLOCK, EXACT // (LARGEST_MULTIPLIER * top_code(attention_bits) * top_code(bits)))
-    if exact and _as_bytes(bits, attention_bits, heads, att):
+    if not per_row and _as_bytes(bits, attention_bits, heads, att):
         lanes = multiplied_lanes(words.size(1), bits)
         table, lanewise = head_groups(num_features, bits, heads, lanes)
         if lanewise is None or permutes():
@@ -324,11 +324,13 @@ def attention_aggregate(
             run_chunks(
                 kernel, row_chunks(pointers), flat(words), words.size(1), pointers, flat(col), num_features, table,
                 lanewise, np.float32(negative_slope), (flat(alpha_src), flat(alpha_dst), flat(alpha_edge)),
-                np.empty(0, np.uint8) if multiplier is None else flat(multiplier), thresholds, *ranges[:2], concat,
-                closed, max(1, BLOCK_FLOATS // num_features), code_pitch(width, out_bits),
+                np.empty(0, np.uint8) if multiplier is None else flat(multiplier), thresholds,
+                *_per_feature(scale, offset, num_features), concat, closed, max(1, BLOCK_FLOATS // num_features),
+                code_pitch(width, out_bits),
             )  # fmt: skip
             return out
-    sums = np.empty(0, np.int64 if quantized and exact else np.float32)
+    ranges = _ranges(scale, offset, words.size(0), num_features, heads, multiplier)
+    sums = np.empty(0, np.int64 if quantized and not per_row else np.float32)
     run_chunks(
         _kernel(bits), row_chunks(pointers), flat(words), words.size(1), pointers, flat(col),
         num_features, heads, *head_table(num_features, bits, heads), np.float32(negative_slope),
@@ -349,19 +351,23 @@ def _thresholds(attention_bits: int) -> np.ndarray:
     return flat(attention_thresholds(attention_bits))
 
 
+def _per_feature(scale: Tensor, offset: Tensor, num_features: int) -> tuple[np.ndarray, np.ndarray]:
+    return flat(scale.reshape(-1).expand(num_features)), flat(offset.reshape(-1).expand(num_features))
+
+
 def _ranges(
     scale: Tensor, offset: Tensor, num_src: int, num_features: int, heads: int, multiplier: Tensor | None
-) -> tuple[tuple[np.ndarray, ...], bool]:
-    """Range per feature and per source row and head, one of them trivial; whether it is the former.
+) -> tuple[np.ndarray, ...]:
+    """Range per feature and per source row and head, one of them trivial.
 
     With row multipliers both are there.
     """
     if is_per_row(scale) or is_per_row(offset):
         ones = flat(torch.ones(num_features, dtype=torch.float32))
         per_row = flat(scale.expand(num_src, heads)), flat(offset.expand(num_src, heads))
-        return (ones, ones, *per_row), False
-    spread = (flat(value.reshape(-1).expand(num_features)) for value in (scale, offset))
+        return ones, ones, *per_row
+    spread = _per_feature(scale, offset, num_features)
     if multiplier is not None:
         factor = flat(multiplier.to(torch.float32).unsqueeze(1).expand(num_src, heads))
-        return (*spread, factor, factor), True
-    return (*spread, flat(None), flat(None)), True
+        return *spread, factor, factor
+    return *spread, flat(None), flat(None)

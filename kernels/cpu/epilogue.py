@@ -37,6 +37,7 @@ from .finish import (
     TERM,
     code_pitch,
     column_pitch,
+    dot_and_finish_rows,
     finish_rows,
     quantize_group,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "Epilogue",
     "address",
     "code_pitch",
+    "dot_and_finish_rows",
     "epilogue",
     "finish_rows",
     "opened",

@@ -15,6 +15,7 @@ from numba import njit
 
 from ..arithmetic import LARGEST_MULTIPLIER
 from . import jit
+from .dots import dot_row
 from .simd import (
     peek,
     poke,
@@ -34,7 +35,7 @@ from .simd import (
     vview,
 )
 
-__all__ = ["ALIGNMENT", "GROUP", "code_pitch", "finish_rows", "quantize_group", "row_multiplier"]
+__all__ = ["ALIGNMENT", "GROUP", "code_pitch", "dot_and_finish_rows", "finish_rows", "quantize_group", "row_multiplier"]
 
 GROUP = 16  # features per step
 ALIGNMENT = 64  # bytes of a cache line
@@ -182,6 +183,20 @@ def finish_rows(acc, base, pitch, coefficient, first, count, spec, codes):
     Row ``r`` of ``acc`` (float32) starts at ``base + r * pitch``; ``coefficient`` has one value per
     row; ``codes`` has :func:`code_pitch` bytes.  The three are :func:`.simd.raw`.
     """
+    _finish(acc, base, pitch, coefficient, first, count, spec, codes, None)
+
+
+@jit.kernel
+def dot_and_finish_rows(acc, base, pitch, coefficient, first, count, spec, codes, dots):
+    """:func:`finish_rows` into packed rows, and the dot products of the floats that these are made from.
+
+    ``dots`` are the vectors, their number, the number of heads, the results ``[vectors, rows, heads]`` and ``rows``.
+    """
+    _finish(acc, base, pitch, coefficient, first, count, spec, codes, dots)
+
+
+@njit(forceinline=True)
+def _finish(acc, base, pitch, coefficient, first, count, spec, codes, dots):
     width, bits, flags = spec.width, spec.bits, spec.flags
     columns, stretch = raw(spec.columns), spec.columns.shape[1]
     dst, row_term, multiples = raw(spec.dst), raw(spec.row_term), raw(spec.multiples)
@@ -229,6 +244,9 @@ def finish_rows(acc, base, pitch, coefficient, first, count, spec, codes):
                 peak = _row_for(acc, at, width, row, columns, stretch, addend, more, target, to, DENSE, use)
             else:
                 peak = _row_for(acc, at, width, row, columns, stretch, addend, more, target, to, ADDED, use)
+            if dots is not None:
+                vectors, number, heads, places, rows = dots
+                dot_row(target, to, width // heads, heads, vectors, number, places, i * heads, rows * heads)
             before = m
             if has_unit:
                 m = row_multiplier(vtop(peak), spec.unit_inverse)

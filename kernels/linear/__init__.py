@@ -23,7 +23,7 @@ from ..checks import check_float
 from ..layout import check_packed, top_code, unpack_codes
 from ..library import register
 
-__all__ = ["linear", "linear_reference", "prepared_linear"]
+__all__ = ["check_product", "linear", "linear_reference", "prepared_linear"]
 
 
 def linear_reference(
@@ -70,7 +70,7 @@ def _fake(x_words: Tensor, w_words: Tensor, out_bits: int, out_unit: Tensor | No
     return new_output(x_words, x_words.size(0), w_words.size(0), out_bits, out_unit)
 
 
-def _check(
+def check_product(
     x_words: Tensor,
     w_words: Tensor,
     x_scale: Tensor,
@@ -89,6 +89,7 @@ def _check(
     multiplier: Tensor | None,
     out_unit: Tensor | None,
 ) -> None:
+    """Raise on arguments of :func:`linear` that a kernel cannot take."""
     check_packed(x_words, in_features, x_bits, "x_words")
     check_packed(w_words, in_features, w_bits, "w_words")
     num_rows, num_out = x_words.size(0), w_words.size(0)
@@ -114,7 +115,7 @@ def _check(
     check_output_range(out_scale, out_offset, out_bits, num_rows, num_out, out_unit)
 
 
-register(linear_reference, _fake, _check, rows="out_unit")
+register(linear_reference, _fake, check_product, rows="out_unit")
 
 
 def linear(

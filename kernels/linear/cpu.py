@@ -36,6 +36,7 @@ from ..cpu.epilogue import (
     TERM,
     address,
     code_pitch,
+    dot_and_finish_rows,
     epilogue,
     finish_rows,
     floats,
@@ -64,12 +65,13 @@ from ..cpu.simd import (
 from ..layout import lane_mask, parts_per_byte, row_words, unpack_codes
 from ..plan import PlanCache
 
-__all__ = ["Prepared", "linear"]
+__all__ = ["Prepared", "linear", "linear_kernel"]
 
 LANES = 64  # output channels per step
 MICRO_ROWS = 6  # rows per step: 6 x 4 accumulators, 4 weights, one broadcast
 BLOCK_ROWS = 8 * MICRO_ROWS  # rows unpacked at a time
 TILE = 16  # words unpacked at a time
+FULL_BYTE = 8  # bits
 FEATURES = 4  # input features per byte dot product
 SIGN = 128  # what 8-bit codes lose to become signed bytes
 ONES = lane_mask(1)
@@ -159,7 +161,10 @@ def fill_terms(columns, colsum, features):
 
 
 @cache
-def _kernel(bits: int):
+def linear_kernel(bits: int, dotted: int = 0):
+    """The product of codes of ``bits`` bits; ``dotted`` is 1 where dot products of its rows are wanted as well, with
+    ``dots`` the addresses and numbers of :func:`.finish.dot_and_finish_rows`.
+    """
     parts = parts_per_byte(bits)
     wide = parts * TILE  # words of a tile once unpacked
     per_tile = 4 * wide
@@ -167,7 +172,8 @@ def _kernel(bits: int):
 
     @jit.kernel
     def kernel(
-        place, stride, weight_at, stretch, depth, start_at, colsum_at, features, closed, code_row, bounds, counter
+        place, stride, weight_at, stretch, depth, start_at, colsum_at, features, closed, code_row, dots, bounds,
+        counter,
     ):  # fmt: skip
         spec, words = opened(closed), raw_at(place, np.int32)
         weight, start = raw_at(weight_at, np.int32), raw_at(start_at, np.int32)
@@ -196,7 +202,12 @@ def _kernel(bits: int):
                         vstore_parts(codes, r * pitch + 4 * tile, 4 * stride, row, parts, 4 * live)
                     sums[r] = _row_sum(lanes, r * (pitch // 4), depth) + FEATURES * depth * flip
                 multiply(lanes, pitch // 4, count, weight, stretch, depth, start, acc)
-                finish_rows(acc, 0, stretch, raw(sums), first, count, spec, raw(unpacked))
+                if dotted == 1:
+                    vectors, number, heads, places, total = dots
+                    of_heads = (raw_at(vectors, np.float32), number, heads, raw_at(places, np.float32), total)
+                    dot_and_finish_rows(acc, 0, stretch, raw(sums), first, count, spec, raw(unpacked), of_heads)
+                else:
+                    finish_rows(acc, 0, stretch, raw(sums), first, count, spec, raw(unpacked))
         keep(acc_owner)
         keep(sums)
         keep(unpacked)
@@ -225,7 +236,7 @@ def linear(
     out_unit: Tensor | None = None,
 ) -> Any:
     rows, channels = x_words.size(0), w_words.size(0)
-    weight, start, colsum = weights_of(w_words, in_features, w_bits, x_bits == 8)
+    weight, start, colsum = weights_of(w_words, in_features, w_bits, x_bits == FULL_BYTE)
     out, closed, held = epilogue(
         rows,
         channels,
@@ -246,9 +257,9 @@ def linear(
     if rows and channels:
         depth = -(-in_features // FEATURES)
         run_chunks(
-            _kernel(x_bits), even_chunks(rows, 1 + in_features * channels // 512), address(x_words, held),
+            linear_kernel(x_bits), even_chunks(rows, 1 + in_features * channels // 512), address(x_words, held),
             x_words.size(1), weight.data_ptr(), start.numel(), depth, start.data_ptr(), colsum.data_ptr(),
-            in_features, closed, code_pitch(channels, out_bits),
+            in_features, closed, code_pitch(channels, out_bits), NO_DOTS,
         )  # fmt: skip
     return out
 
@@ -337,11 +348,12 @@ class Prepared:
             0 if multiplier is None else address(multiplier, held),
         )  # fmt: skip
         run_chunks(
-            _kernel(x_bits), even_chunks(rows, 1 + in_features * channels // 512), address(x_words, held),
-            x_words.size(1), *self.fixed, closed, code_pitch(channels, out_bits),
+            linear_kernel(x_bits), even_chunks(rows, 1 + in_features * channels // 512), address(x_words, held),
+            x_words.size(1), *self.fixed, closed, code_pitch(channels, out_bits), NO_DOTS,
         )  # fmt: skip
         return out if multipliers is None else (out, multipliers)
 
 
 NO_RANGE = (0, 0, 0, 0)
+NO_DOTS = (0, 0, 0, 0, 0)
 FEW_RESULTS = 1 << 18  # results: of more, memory is recycled, and gathering constants counts for nothing

@@ -27,6 +27,7 @@ from torch_geometric.utils.sparse import set_sparse_value
 
 from ..config import OFF
 from ..kernels.attention_aggregate import attention_aggregate
+from ..kernels.head_dots import head_dots
 from ..kernels.layout import pack_codes
 from ..kernels.plan import GraphPlan
 from ..kernels.spmm import segment_max, segment_sum, spmm
@@ -247,6 +248,15 @@ class _QuantizedAttention(WatchedAttention, QuantizedConv):
             plan = plain_graph(edge_index, size, self.flow).plan
         return AttentionGraph(plan, None if edge_attr is None else plan.sort(edge_attr), adjacency)
 
+    def _head_terms(self: Any, z: Tensor, vector: Tensor) -> Tensor:
+        """``<z_nh, a_h>`` ``[N, H]`` of ``z`` ``[N, H, C]`` and ``vector`` ``[1, H, C]``; the kernel's in eval mode."""
+        if self.training or z.dtype != torch.float32:
+            return compressed.head_products(z, vector)
+        value = head_dots(z.detach().flatten(1), vector.detach().flatten(1), self.heads, is_checked=True).squeeze(0)
+        if not torch.is_grad_enabled():
+            return value
+        return with_gradient_of(lambda: compressed.head_products(z, vector), value.clone())  # which it writes to
+
     def _edge_features(self: Any, edge_attr: Tensor) -> Tensor:
         edge_attr = edge_attr.view(-1, 1) if edge_attr.dim() == 1 else edge_attr
         return self.lin_edge(edge_attr).view(-1, self.heads, self.out_channels)
@@ -358,8 +368,8 @@ class QuantizedGATConv(_QuantizedAttention):
         graph = self._graph(edge_index, edge_attr, sizes, returned)
         plan, edge_attr = graph.plan, graph.edge_attr
         sent = self.message_quantizer(z_src, codes_kept=True)
-        alpha_src = compressed.head_products(z_src, self.att_src)
-        alpha_dst = None if z_dst is None else compressed.head_products(z_dst, self.att_dst)
+        alpha_src = self._head_terms(z_src, self.att_src)
+        alpha_dst = None if z_dst is None else self._head_terms(z_dst, self.att_dst)
         alpha_edge = None
         if edge_attr is not None and self.lin_edge is not None:
             alpha_edge = (self._edge_features(edge_attr) * self.att_edge).sum(-1)

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.arithmetic import LARGEST_MULTIPLIER, attention_thresholds, is_per_row, multiplied
+from ..kernels.head_dots import head_dots_reference
+from ..kernels.head_linear import with_multipliers
 from ..kernels.layout import parts_per_byte, row_bytes, top_code
 from ..kernels.smp_step import step_factors
 
@@ -218,6 +220,32 @@ def linear(
     return finish(y, bias, relu, out_scale, out_offset, out_bits, row_scale, addend, out_unit)
 
 
+def head_linear(
+    x_words: Tensor,
+    w_words: Tensor,
+    x_scale: Tensor,
+    x_offset: Tensor,
+    w_scale: Tensor,
+    w_offset: Tensor,
+    in_features: int,
+    x_bits: int,
+    w_bits: int,
+    vectors: Tensor,
+    heads: int,
+    out_scale: Tensor,
+    out_offset: Tensor,
+    out_bits: int,
+    bias: Tensor | None = None,
+    multiplier: Tensor | None = None,
+    out_unit: Tensor | None = None,
+) -> Any:
+    y = linear(
+        x_words, w_words, x_scale, x_offset, w_scale, w_offset, in_features, x_bits, w_bits, bias, multiplier=multiplier
+    )
+    packed = finish(y, None, False, out_scale, out_offset, out_bits, out_unit=out_unit)
+    return *with_multipliers(packed), head_dots_reference(y, vectors, heads)
+
+
 def _logits(
     x: Tensor,
     src: Tensor,
@@ -383,6 +411,8 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "unpack_dequantize": unpack_dequantize,
     "aggregate": aggregate,
     "linear": linear,
+    "head_dots": head_dots_reference,
+    "head_linear": head_linear,
     "attention_aggregate": attention_aggregate,
     "smp_step": smp_step,
     "float_sum": float_sum,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..config import OFF
 from ..kernels.attention_aggregate import attention_aggregate
+from ..kernels.head_dots import head_dots
 from ..kernels.plan import GraphPlan
 from ..layers.attention import (
     QuantizedGATConv,
@@ -175,26 +176,30 @@ class PackedGATConv(_PackedAttention):
         self, x_src: Tensor, x_dst: Tensor | None, square: bool
     ) -> tuple[PackedTensor, Tensor | None, Tensor, Tensor | None]:
         """What is sent, the floats it comes from where they are needed, and the logits' terms of both ends."""
-        product = None
         if square and self._smp is None and isinstance(self.lin, PackedLinear):
-            product = self.lin.fusible(self.lin.quantize(x_src), self.lin.bias, self.message_quantizer)
-        if product is not None:
-            return self._messages_by_blocks(product)
+            x, vectors = self.lin.quantize(x_src), torch.cat([self.att_src, self.att_dst]).flatten(1)
+            fused = self.lin.with_head_dots(x, self.message_quantizer, vectors, self.heads)
+            if fused is not None:
+                sent, (alpha_src, alpha_dst) = fused
+                return sent, None, alpha_src, alpha_dst
+            product = self.lin.fusible(x, self.lin.bias, self.message_quantizer)
+            if product is not None:
+                return self._messages_by_blocks(product, vectors)
         z_src, z_dst = QuantizedGATConv._transformed(self, x_src, x_dst)
         self._expect_finite(self.message_quantizer, self.lin or self.lin_src, z_src)
         self._expect_finite(self.message_quantizer, self.lin or self.lin_dst, z_dst)
-        alpha_dst = None if z_dst is None else (z_dst * self.att_dst).sum(-1)
-        return self.message_quantizer.quantize_heads(z_src), z_src, (z_src * self.att_src).sum(-1), alpha_dst
+        alpha_src = LAYER._head_terms(self, z_src, self.att_src)
+        alpha_dst = None if z_dst is None else LAYER._head_terms(self, z_dst, self.att_dst)
+        return self.message_quantizer.quantize_heads(z_src), z_src, alpha_src, alpha_dst
 
-    def _messages_by_blocks(self, product: Producer) -> tuple[PackedTensor, None, Tensor, Tensor]:
+    def _messages_by_blocks(self, product: Producer, vectors: Tensor) -> tuple[PackedTensor, None, Tensor, Tensor]:
         """The same without a float matrix of transformed features."""
-        sent, alpha_src, alpha_dst = [], [], []
+        sent, dots = [], []
         for _, rows in product.blocks():
-            z = rows.view(-1, self.heads, self.out_channels)
-            sent.append(self.message_quantizer.quantize_heads(z))
-            alpha_src.append((z * self.att_src).sum(-1))
-            alpha_dst.append((z * self.att_dst).sum(-1))
-        return joined(sent), None, torch.cat(alpha_src), torch.cat(alpha_dst)
+            sent.append(self.message_quantizer.quantize_heads(rows.view(-1, self.heads, self.out_channels)))
+            dots.append(head_dots(rows, vectors, self.heads, is_checked=True))
+        alpha_src, alpha_dst = dots[0] if len(dots) == 1 else torch.cat(dots, 1)
+        return joined(sent), None, alpha_src, alpha_dst
 
 
 class PackedGATv2Conv(WatchedPairs, _PackedAttention):

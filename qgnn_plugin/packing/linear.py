@@ -175,8 +175,23 @@ class PackedLinear(PackedLayer):
         self, x: Activation, bias: Tensor | None, target: PackedRange, row_scale: Tensor | None = None
     ) -> Producer | None:
         """The integer product of :meth:`packed_to`, :obj:`None` where there is none."""
-        asked_for = self.output_quantizer is not None or self._forward_hooks or self._forward_pre_hooks
-        return None if asked_for or not target.spec.is_row_local else self.product(x, bias, row_scale)
+        return None if self._is_seen or not target.spec.is_row_local else self.product(x, bias, row_scale)
+
+    def with_head_dots(
+        self, x: Activation, target: PackedRange, vectors: Tensor, heads: int
+    ) -> tuple[PackedTensor, Tensor] | None:
+        """The linear map quantized to ``target``, and what :func:`~qgnn_plugin.kernels.head_dots.head_dots` gives of
+        its floats; :obj:`None` where one kernel does not compute both.
+        """
+        self._expect_width(x)
+        if self._is_seen or self.words is None:
+            return None
+        return self._matrix.with_head_dots(x, self.bias, target, vectors, heads)
+
+    @property
+    def _is_seen(self) -> bool:
+        """Whether the result is asked for as floats, by a site or by hooks."""
+        return bool(self.output_quantizer is not None or self._forward_hooks or self._forward_pre_hooks)
 
     def product(self, x: Activation, bias: Tensor | None, row_scale: Tensor | None = None) -> Producer | None:
         """The linear map, by a factor ``[N]`` per row, as integer products; :obj:`None` where it is none.

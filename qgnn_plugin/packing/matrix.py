@@ -11,12 +11,13 @@ from torch import Tensor
 from ..kernels import linear as kernel
 from ..kernels.aggregate import aggregate
 from ..kernels.backend import has_numba, is_direct
+from ..kernels.head_linear import head_linear
 from ..kernels.layout import pack_codes, top_code, unpack_codes
 from ..kernels.plan import plan_cache
 from ..layers.arithmetic import EXACT_FLOAT32, linear
 from ..quantizers import QuantizedTensor
 from .deferred import Producer, conclude
-from .ranges import PackedTensor
+from .ranges import PackedRange, PackedTensor
 
 __all__ = ["Activation", "PackedMatrix"]
 
@@ -82,10 +83,8 @@ class PackedMatrix:
         """
         if isinstance(x, QuantizedTensor):
             return self._sparse_product(x, bias, row_scale)
-        limit = (2**31 - 1) // (top_code(x.bits) * top_code(self.bits))
-        if (x.scale.dim() == 1 and x.scale.numel() > 1) or self.num_in > limit:
+        if not self._factors_out(x):
             return None
-
         prepared = self._prepared(x.bits, bias)
 
         def run(start: int, stop: int, **out: Any) -> Tensor:
@@ -98,6 +97,26 @@ class PackedMatrix:
             )  # fmt: skip
 
         return Producer(x.words.size(0), self.num_out, x.words.device, run, adds=row_scale is None)
+
+    def with_head_dots(
+        self, x: Activation, bias: Tensor | None, target: PackedRange, vectors: Tensor, heads: int
+    ) -> tuple[PackedTensor, Tensor] | None:
+        """``y = x W^T + b`` quantized to ``target`` and dot products of its heads with ``vectors`` ``[V, O]``,
+        ``[V, N, H]``; :obj:`None` where these are not one kernel's.
+        """
+        if not isinstance(x, PackedTensor) or not target.spec.is_fixed or not self._factors_out(x):
+            return None
+        out = target.output_range()
+        words, times, dots = head_linear(
+            x.words, self.words, x.scale, x.lower, self.scale, self.lower, self.num_in, x.bits, self.bits, vectors,
+            heads, **out, bias=bias, multiplier=x.multiplier, is_checked=True,
+        )  # fmt: skip
+        return target.wrap((words, times) if target.has_multipliers else words, self.num_out), dots
+
+    def _factors_out(self, x: PackedTensor) -> bool:
+        """Whether ``x W^T`` is a product of integers, its range a factor, and these stay below ``2^31``."""
+        limit = (2**31 - 1) // (top_code(x.bits) * top_code(self.bits))
+        return (x.scale.dim() != 1 or x.scale.numel() <= 1) and self.num_in <= limit
 
     def _prepared(self, bits: int, bias: Tensor | None) -> Any:
         """The product of codes of ``bits`` bits as the CPU runs it on few rows; :obj:`None` where it does not."""

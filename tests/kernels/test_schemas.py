@@ -11,6 +11,8 @@ from qgnn_plugin.kernels import (  # noqa: F401
     fake_quantize,
     float_sum,
     guard,
+    head_dots,
+    head_linear,
     linear,
     plan_op,
     quantize_pack,
@@ -50,6 +52,12 @@ SCHEMAS = {
     "float_sum": (
         "(Tensor x, Tensor rowptr, Tensor col, Tensor? dst_scale=None, Tensor? src_scale=None, Tensor? weight=None, "
         "Tensor? edge=None) -> Tensor"
+    ),
+    "head_dots": "(Tensor x, Tensor vectors, int heads) -> Tensor",
+    "head_linear": (
+        "(Tensor x_words, Tensor w_words, Tensor x_scale, Tensor x_offset, Tensor w_scale, Tensor w_offset, "
+        "int in_features, int x_bits, int w_bits, Tensor vectors, int heads, Tensor out_scale, Tensor out_offset, "
+        "int out_bits, Tensor? bias=None, Tensor? multiplier=None, Tensor? out_unit=None) -> (Tensor, Tensor, Tensor)"
     ),
     "holds": "(Tensor[] tensors, str checksums, str message) -> Tensor",
     "inverse_root": "(Tensor degree) -> Tensor",

@@ -225,7 +225,7 @@ def _fold(name: str):
                 lanes //= 2
                 halves = [builder.shuffle_vector(value, value, _order(range(k, k + lanes))) for k in (0, lanes)]
                 if name == "vfold_sum":
-                    value = builder.add(*halves)
+                    value = (builder.fadd if v.is_float else builder.add)(*halves)
                 else:
                     value = builder.select(builder.fcmp_ordered(">", *halves), *halves)
             return value
@@ -237,7 +237,7 @@ def _fold(name: str):
 
 
 vfold_max = _fold("vfold_max")  # of float lanes that repeat with the period of ``like``
-vfold_sum = _fold("vfold_sum")  # the same of integers
+vfold_sum = _fold("vfold_sum")  # their sums, of floats by halves: lane ``k`` of the lower one plus ``k`` of the upper
 
 
 @intrinsic
