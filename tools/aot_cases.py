@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from qgnn_plugin.kernels.aggregate import triton as aggregate_module
-from qgnn_plugin.kernels.arithmetic import LARGEST_MULTIPLIER
+from qgnn_plugin.kernels.arithmetic import DOT_LANES, LARGEST_MULTIPLIER
 from qgnn_plugin.kernels.attention_aggregate import triton as attention_module
 from qgnn_plugin.kernels.attention_aggregate import triton_logits as logits_module
 from qgnn_plugin.kernels.fake_quantize import triton as fake_module
 from qgnn_plugin.kernels.float_sum import triton as float_module
-from qgnn_plugin.kernels.layout import parts_per_byte, row_bytes, row_words
+from qgnn_plugin.kernels.head_dots import triton as head_module
+from qgnn_plugin.kernels.layout import parts_per_byte, row_bytes, row_words, top_code
 from qgnn_plugin.kernels.linear import triton as linear_module
 from qgnn_plugin.kernels.linear.triton_prepared import zero_code
 from qgnn_plugin.kernels.quantize_pack import triton as quantize_module
@@ -182,6 +183,18 @@ def pack_cases(grid: str, target: str) -> Iterator[Case]:
         )  # fmt: skip
 
 
+def head_cases(grid: str, target: str) -> Iterator[Case]:
+    for features in WIDTHS[grid]:
+        heads = HEADS_OF.get(features, 4)
+        yield Case(
+            "head_dots", f"F={features} H={heads}", head_module.head_dots_kernel,
+            {"x": "*fp32", "vectors": "*fp32", "out": "*fp32", "num_rows": "i32"},
+            {"HEADS": heads, "WIDTH": features // heads, "VECTORS": 2, "ROWS": head_module.ROWS, "LANES": DOT_LANES},
+            head_module.NUM_WARPS, facts={"bits": 32, "features": features, "row_traffic": 4 * (features + 2 * heads)},
+        )  # fmt: skip
+
+
+HEADS_OF = {8: 1, 33: 1, 100: 1}  # of other numbers of features: 4
 ATTENTION_TYPES = {
     "words": "*i32", "col": "*i32", "row_of": "*i32", "begin_of": "*i64", "length_of": "*i32",
     "slot_of": "*i32", "scale": "*fp32", "offset": "*fp32", "out": "*fp32", "partial": "*fp32",
@@ -192,9 +205,8 @@ V2_TYPES = {"att": "*fp32", "x_dst": "*fp32"}
 
 
 def attention_cases(grid: str, target: str) -> Iterator[Case]:
-    heads_of = {8: 1, 33: 1, 100: 1}
     for bits, features in shapes(grid):
-        heads = heads_of.get(features, 4)
+        heads = HEADS_OF.get(features, 4)
         words = row_words(features, bits)
         for v2 in (False, True):
             config = _config("attention_v2" if v2 else "attention", words, target)
@@ -208,29 +220,41 @@ def attention_cases(grid: str, target: str) -> Iterator[Case]:
             types = ATTENTION_TYPES | (V2_TYPES if v2 else GAT_TYPES)
             name = f"{'v2' if v2 else 'gat'} int{bits} F={features} H={heads}"
             facts = {"bits": bits, "features": features, "row_bytes": 4 * words, "heads": heads}
+            peak = dict(constants)
             yield Case(
                 "attention_aggregate", name + " peak", logits_module.peak_kernel, types,
                 constants, config.num_warps, max_registers=config.max_registers, facts=facts,
             )  # fmt: skip
             constants |= {
                 "UNROLL": config.unroll,
-                "RELU": False, "PACK": False, "OUT_SCALE": ONE, "OUT_OFFSET": ONE,
+                "RELU": False, "PACK": False, "OUT_SCALE": ONE, "OUT_OFFSET": ONE, "LARGEST": LARGEST_MULTIPLIER,
             }  # fmt: skip
             for attention_bits in (4, 32):
                 yield _attention(name, types, constants, attention_bits, config, facts, target)
+            rows_types = types | {"multiplier": "*u8"}
+            config = attention_module.fitted(config, bits, v2, ONE, ONE, True)
+            rows, tile = whole_row_tile(config, words, WARP[target], bits)
+            constants |= {"ROWS": rows, "WORDS": tile}
+            yield _attention(name + " rows", rows_types, constants, 4, config, facts, target)
             if v2:
-                config = attention_module.fitted(config, bits, v2, COLUMN, COLUMN)
-                rows, tile = whole_row_tile(config, words, WARP[target], bits)
-                columns = constants | {"ROWS": rows, "WORDS": tile, "SCALE": COLUMN, "OFFSET": COLUMN}
+                yield Case(
+                    "attention_aggregate", name + " rows peak", logits_module.peak_kernel, rows_types,
+                    peak | {"ROWS": rows, "WORDS": tile}, config.num_warps, max_registers=config.max_registers,
+                    facts=facts,
+                )  # fmt: skip
+                columns = constants | {"SCALE": COLUMN, "OFFSET": COLUMN}
                 yield _attention(name + " columns", types, columns, 4, config, facts, target)
             if not v2:
-                rows_types = types | {"multiplier": "*u8"}
-                yield _attention(name + " rows", rows_types, constants, 4, config, facts, target)
+                yield _attention(name + " rows", rows_types, constants, 8, config, facts, target)
+                packed = rows_types | UNIT_TYPES
+                yield _attention(name + " packed rows", packed, constants | {"PACK": True}, 4, config, facts, target)
                 hub = _without(constants, "ROWS", "V2", "UNROLL") | {"SLOTS": 4, "INTEGER": True}
-                yield Case(
-                    "attention_aggregate", f"{name} hubs", attention_module.attention_hub_kernel,
-                    _without(HUB_TYPES, "rowptr", "dst_scale"), hub, **_second_stage(), facts=facts,
-                )  # fmt: skip
+                for label, more in (("", {}), (" packed rows", {"PACK": True, "MULTIPLIED": True})):
+                    hub_types = _without(HUB_TYPES, "rowptr", "dst_scale") | (UNIT_TYPES if more else {})
+                    yield Case(
+                        "attention_aggregate", f"{name}{label} hubs", attention_module.attention_hub_kernel,
+                        hub_types, hub | more, **_second_stage(), facts=facts,
+                    )  # fmt: skip
     for heads in (1, 4):
         yield Case(
             "attention_aggregate", f"H={heads} peaks of hubs", logits_module.hub_peak_kernel,
@@ -244,14 +268,15 @@ def _attention(
     facts: dict[str, Any], target: str,
 ) -> Case:  # fmt: skip
     quantized = attention_bits != 32
-    paired = quantized and attention_module.fits_pairs(4, constants["BITS"]) and "multiplier" not in types
+    paired = quantized and attention_module.fits_pairs(attention_bits, constants["BITS"]) and "multiplier" not in types
+    shifted = quantized and "multiplier" in types and not attention_module.stays_in_place(attention_bits)
     types = types | {"peak": "*fp32", "bias": "*fp32"}
     if quantized:
         types |= {"thresholds": "*fp32", "partial": "*i32"}
     return Case(
         "attention_aggregate", f"{name} att{attention_bits}", attention_module.attention_kernel, types,
         constants | {
-            "INTEGER": quantized, "TOP": 15 if quantized else 0,
+            "INTEGER": quantized, "TOP": top_code(attention_bits) if quantized else 0, "SHIFTED": shifted,
             "PAIRED": paired and (constants["ALIGNED"] or constants["HEADS"] == 1),
         },
         config.num_warps, max_registers=config.max_registers,
@@ -261,6 +286,7 @@ def _attention(
 
 
 LINEAR_OUTPUTS = 256
+ROW_TYPES = {"multiplier": "*u8", "out_unit": "*fp32", "out_multiplier": "*u8"}
 
 
 def linear_cases(grid: str, target: str) -> Iterator[Case]:
@@ -270,11 +296,14 @@ def linear_cases(grid: str, target: str) -> Iterator[Case]:
         for features in widths:
             name = f"int{x_bits} x int{w_bits} K={features}"
             traffic = row_bytes(LINEAR_OUTPUTS, x_bits) + 4
+            rows = ROW_TYPES | {"row_scale": "*fp32"}
             for label, out_bits, ranges, more, bytes_out in (
                 ("", 0, True, {}, 4 * LINEAR_OUTPUTS),
                 (" packed", x_bits, True, {"row_scale": "*fp32"}, traffic),
                 (" packed, one range", x_bits, False, {"row_scale": "*fp32"}, traffic),
                 (" packed, added", x_bits, True, dict.fromkeys(("row_scale", "addend"), "*fp32"), traffic + 4 * 256),
+                (" packed rows", x_bits, False, rows, traffic + 2),
+                (" packed rows, added", x_bits, False, rows | {"addend": "*fp32"}, traffic + 4 * 256 + 2),
             ):  # fmt: skip
                 yield _linear(name + label, features, x_bits, w_bits, out_bits, ranges, more, bytes_out, target)
 
@@ -285,16 +314,17 @@ def _linear(
 ) -> Case:  # fmt: skip
     """``ranges``: whether every output channel of the weight has a range of its own."""
     hip = TARGETS[target][0] == "hip"
-    config = _config("linear", row_words(features, x_bits), target)
+    rows = "out_unit" in more
+    config = _config("linear_rows" if rows else "linear", row_words(features, x_bits), target)
     with rehearsed_for(target):
-        tiles = linear_module.tiles_of(config, features, LINEAR_OUTPUTS, x_bits, out_bits, "addend" in more)
+        tiles = linear_module.tiles_of(config, features, LINEAR_OUTPUTS, x_bits, out_bits, "addend" in more, rows)
     constants = {
         "X_BITS": x_bits, "X_BYTES": row_bytes(features, x_bits), "W_ZERO": zero_code(w_bits),
-        "BLOCK_M": config.block_m, "BLOCK_N": tiles.block_n, "BLOCK_B": tiles.block_b, "CHUNKS": tiles.chunks,
+        "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_B": tiles.block_b, "CHUNKS": tiles.chunks,
         "WHOLE": tiles.whole, "PTX": not hip, "STAGES": config.num_stages,
         "X_SCALE": False, "X_OFFSET": False, "W_SCALE": ranges, "W_OFFSET": ranges, "RELU": True,
         "OUT_BITS": out_bits, "OUT_BYTES": row_bytes(LINEAR_OUTPUTS, out_bits) if out_bits else 0,
-        "OUT_SCALE": ONE, "OUT_OFFSET": ONE,
+        "OUT_SCALE": ONE, "OUT_OFFSET": ONE, "LARGEST": LARGEST_MULTIPLIER,
     }  # fmt: skip
     types = dict.fromkeys(("x", "w"), "*i8") | dict.fromkeys(("x_words", "column_sum"), "*i32")
     types |= dict.fromkeys(("num_rows", "num_items", "num_out"), "i32")
@@ -305,7 +335,7 @@ def _linear(
     positions = tiles.chunks * tiles.block_b * parts_per_byte(x_bits)
     facts = {
         "bits": x_bits, "features": features, "outputs": LINEAR_OUTPUTS,
-        "rows_per_item": config.block_m, "columns": tiles.columns, "turns": tiles.chunks,
+        "rows_per_item": tiles.block_m, "columns": tiles.columns, "turns": tiles.chunks,
         "kept": tiles.chunks == 1, "programs": config.programs, "weight_bytes": tiles.block_n * positions,
         "row_traffic": row_bytes(features, x_bits) + bytes_out,
     }  # fmt: skip
@@ -385,6 +415,7 @@ def smp_cases(grid: str, target: str) -> Iterator[Case]:
 BUILDERS: list[Callable[[str, str], Iterator[Case]]] = [
     aggregate_cases,
     attention_cases,
+    head_cases,
     linear_cases,
     pack_cases,
     training_cases,

@@ -4,7 +4,8 @@ Quantized softmax numerators depend on the row's peak logit and cannot be rescal
 the peak comes first, in a pass of its own (which reads no messages for GAT); numerators, their sum
 and the weighted sum of codes follow in one pass over the edges.  Nothing of size ``E x H`` or ``E x
 F`` is written.  Numerators of 8 bits or fewer are integers and so are the sums: ``255 * (255 << 8)
-* 256 < 2^32`` keeps those of a segment exact.
+* 256 < 2^32`` keeps those of a segment exact.  With multipliers, codes that 8-bit numerators weight leave
+their place in a word first (``SHIFTED``): ``255 * 15 * 255 * 256 < 2^31``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aggregate.triton import heads_aligned
-from ..arithmetic import LARGEST_MULTIPLIER, attention_thresholds
+from ..arithmetic import LARGEST_MULTIPLIER, attention_thresholds, multiplied
 from ..arithmetic import finish as finish_rows
 from ..layout import row_words, top_code
 from ..quantize_pack.triton import quantize_pack
@@ -26,15 +27,19 @@ from ..triton.bits import (
     COLUMN,
     HEAD,
     ROW,
+    conclude,
     field_floats,
+    field_shift,
     finish,
     isolate,
     isolated_part,
     load_range,
     part_features,
+    part_peak,
     part_sums,
     power_of_two,
     row_magic,
+    row_multipliers,
     spread,
     store_words,
     sums_by_part,
@@ -111,7 +116,7 @@ def _sums(  # type: ignore[no-untyped-def]
     att, x_dst, peak, thresholds, multiplier, slope, magic,
     F: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
     UNROLL: tl.constexpr, HEADS: tl.constexpr, HEAD_TILE: tl.constexpr, ALIGNED: tl.constexpr,
-    TOP: tl.constexpr, V2: tl.constexpr, INTEGER: tl.constexpr, PAIRED: tl.constexpr,
+    TOP: tl.constexpr, V2: tl.constexpr, INTEGER: tl.constexpr, PAIRED: tl.constexpr, SHIFTED: tl.constexpr,
     SCALE: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     """Weighted sums of codes (``PAIRED``: in the form of ``sums_by_part``, else of ``isolate``), and
@@ -140,8 +145,8 @@ def _sums(  # type: ignore[no-untyped-def]
             tile = gather_words(words, source, ok, word, W)
             if V2:
                 e = v2_logits(
-                    isolate(tile, BITS, ROWS, WORDS), weights, target, scale, offset, source, ok, word, head,
-                    slope, magic, F, W, BITS, ROWS, WORDS, HEADS, HEAD_TILE, ALIGNED, SCALE, OFFSET,
+                    isolate(tile, BITS, ROWS, WORDS), weights, target, scale, offset, multiplier, source, ok, word,
+                    head, slope, magic, F, W, BITS, ROWS, WORDS, HEADS, HEAD_TILE, ALIGNED, SCALE, OFFSET,
                 )  # fmt: skip
             else:
                 e = gat_logits(alpha_src, target, alpha_edge, source, begin + (k + u), ok, head, slope, HEADS)
@@ -162,6 +167,8 @@ def _sums(  # type: ignore[no-untyped-def]
                 total += factor * sums_by_part(spread(tile, BITS, 16), BITS, ROWS, WORDS)
             else:
                 fields = isolate(tile, BITS, ROWS, WORDS)
+                if SHIFTED:
+                    fields = fields >> field_shift(BITS).to(tl.uint32)
                 factor = per_code(factor, BITS, ROWS, WORDS)
                 if INTEGER:
                     total += factor * fields
@@ -173,14 +180,16 @@ def _sums(  # type: ignore[no-untyped-def]
 @triton.jit
 def _part(  # type: ignore[no-untyped-def]
     total, part: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
-    INTEGER: tl.constexpr, PAIRED: tl.constexpr,
+    INTEGER: tl.constexpr, PAIRED: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
     """One part of the weighted sums as a part tile of int32 or float32."""
     if PAIRED:
         tile = part_sums(total, part, BITS, ROWS, WORDS)
     else:
         fields, shift = isolated_part(total, part, BITS, ROWS, WORDS)
-        if INTEGER:
+        if SHIFTED:
+            tile = fields.to(tl.int32)
+        elif INTEGER:
             tile = (fields >> shift.to(tl.uint32)).to(tl.int32)
         else:
             tile = fields * power_of_two(-shift)  # exact
@@ -190,13 +199,13 @@ def _part(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_kernel(  # type: ignore[no-untyped-def]
     words, col, row_of, begin_of, length_of, slot_of, scale, offset, alpha_src, alpha_dst,
-    alpha_edge, att, x_dst, peak, thresholds, multiplier, bias, out_scale, out_offset, out, partial, slope,
-    num_items, num_partial, magic,
+    alpha_edge, att, x_dst, peak, thresholds, multiplier, bias, out_scale, out_offset, out_unit, out, out_multiplier,
+    partial, slope, num_items, num_partial, magic,
     F: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
     UNROLL: tl.constexpr, HEADS: tl.constexpr, HEAD_TILE: tl.constexpr, ALIGNED: tl.constexpr,
-    TOP: tl.constexpr, V2: tl.constexpr, INTEGER: tl.constexpr, PAIRED: tl.constexpr,
+    TOP: tl.constexpr, V2: tl.constexpr, INTEGER: tl.constexpr, PAIRED: tl.constexpr, SHIFTED: tl.constexpr,
     SCALE: tl.constexpr, OFFSET: tl.constexpr, RELU: tl.constexpr, PACK: tl.constexpr,
-    OUT_SCALE: tl.constexpr, OUT_OFFSET: tl.constexpr,
+    OUT_SCALE: tl.constexpr, OUT_OFFSET: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
     r"""``y_i = (s sum_j k_ij c_j) / sum_j k_ij + l`` per head, ``k_ij m_j`` in place of ``k_ij`` in the sums of rows
     with multipliers.  Segments of hubs leave their sums in
@@ -212,7 +221,7 @@ def attention_kernel(  # type: ignore[no-untyped-def]
     total, share, offsets = _sums(
         words, col, row, begin, length, longest, word, scale, offset, alpha_src, alpha_dst, alpha_edge,
         att, x_dst, peak, thresholds, multiplier, slope, magic, F, W, BITS, ROWS, WORDS, UNROLL, HEADS, HEAD_TILE,
-        ALIGNED, TOP, V2, INTEGER, PAIRED, SCALE, OFFSET,
+        ALIGNED, TOP, V2, INTEGER, PAIRED, SHIFTED, SCALE, OFFSET,
     )  # fmt: skip
     parts: tl.constexpr = 8 // BITS
     if tl.program_id(0) * ROWS < num_partial:
@@ -222,7 +231,7 @@ def attention_kernel(  # type: ignore[no-untyped-def]
         exists = (length > 0)[:, None]
         for part in tl.static_range(parts):
             target = partial + (slot * width)[:, None] + (part * 4 * W + byte)[None, :]
-            tile = _part(total, part, BITS, ROWS, WORDS, INTEGER, PAIRED)
+            tile = _part(total, part, BITS, ROWS, WORDS, INTEGER, PAIRED, SHIFTED)
             tl.store(target, tile, mask=exists & (byte < 4 * W)[None, :])
         head = tl.arange(0, HEAD_TILE)[None, :]
         target = partial + tl.cast(num_partial, tl.int64) * width + (slot * HEADS)[:, None] + head
@@ -235,16 +244,29 @@ def attention_kernel(  # type: ignore[no-untyped-def]
     else:
         inverses = spread_heads(_inverse(share), word, F, W, BITS, ROWS, WORDS, HEADS, ALIGNED)
         starts = spread_heads(offsets, word, F, W, BITS, ROWS, WORDS, HEADS, ALIGNED)
+        times = out_unit
+        if out_unit is not None:  # the peak of the whole row first, then the same values once more
+            largest = tl.zeros([ROWS], tl.float32)
+            for part in tl.static_range(parts):
+                y = _normalize(
+                    _part(total, part, BITS, ROWS, WORDS, INTEGER, PAIRED, SHIFTED),
+                    heads_part(inverses, part, BITS, ROWS, WORDS), heads_part(starts, part, BITS, ROWS, WORDS),
+                    scale, offset, 0, part, F, W, WORDS, SCALE, OFFSET, multiplier is not None,
+                )  # fmt: skip
+                feature, feature_ok = part_features(0, part, F, W, WORDS)
+                largest = tl.maximum(largest, part_peak(conclude(y, None, bias, feature, feature_ok, RELU), feature_ok))
+            times = row_multipliers(largest, out_unit, LARGEST)
+            tl.store(out_multiplier + row, times.to(tl.uint8), mask=item_ok)
         packed = tl.zeros([ROWS, WORDS], tl.int32)
         for part in tl.static_range(parts):
             y = _normalize(
-                _part(total, part, BITS, ROWS, WORDS, INTEGER, PAIRED),
+                _part(total, part, BITS, ROWS, WORDS, INTEGER, PAIRED, SHIFTED),
                 heads_part(inverses, part, BITS, ROWS, WORDS), heads_part(starts, part, BITS, ROWS, WORDS),
                 scale, offset, 0, part, F, W, WORDS, SCALE, OFFSET, multiplier is not None,
             )  # fmt: skip
             packed |= finish(
                 y, out, row, item_ok, 0, None, bias, out_scale, out_offset, part,
-                F, W, BITS, ROWS, WORDS, RELU, PACK, OUT_SCALE, OUT_OFFSET,
+                F, W, BITS, ROWS, WORDS, RELU, PACK, OUT_SCALE, OUT_OFFSET, times,
             )  # fmt: skip
         if PACK:
             store_words(out, packed, row, item_ok, 0, W, WORDS)
@@ -252,12 +274,12 @@ def attention_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_hub_kernel(  # type: ignore[no-untyped-def]
-    partial, hub_row, hub_first, hub_count, scale, offset, bias, out_scale, out_offset, out,
+    partial, hub_row, hub_first, hub_count, scale, offset, bias, out_scale, out_offset, out_unit, out, out_multiplier,
     num_partial,
     F: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, SLOTS: tl.constexpr,
     WORDS: tl.constexpr, HEADS: tl.constexpr, HEAD_TILE: tl.constexpr, ALIGNED: tl.constexpr,
     INTEGER: tl.constexpr, MULTIPLIED: tl.constexpr, SCALE: tl.constexpr, OFFSET: tl.constexpr, RELU: tl.constexpr,
-    PACK: tl.constexpr, OUT_SCALE: tl.constexpr, OUT_OFFSET: tl.constexpr,
+    PACK: tl.constexpr, OUT_SCALE: tl.constexpr, OUT_OFFSET: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
     """Second stage of hubs: add up the partial sums of one row in the order of their slots."""
     hub = tl.program_id(0)
@@ -275,25 +297,41 @@ def attention_hub_kernel(  # type: ignore[no-untyped-def]
         offsets = sum_slots(sums + slots * HEADS, count, HEADS, kind, SLOTS, HEADS, HEAD_TILE)
     inverses = spread_heads(_inverse(share), word, F, W, BITS, 1, WORDS, HEADS, ALIGNED)
     starts = spread_heads(offsets, word, F, W, BITS, 1, WORDS, HEADS, ALIGNED)
+    sums = partial + first_slot * width
+    times = out_unit
+    if out_unit is not None:
+        largest = tl.zeros([1], tl.float32)
+        for part in tl.static_range(8 // BITS):
+            y = _normalize(
+                sum_slots(sums + part * 4 * W, count, width, kind, SLOTS, 4 * W, 4 * WORDS),
+                heads_part(inverses, part, BITS, 1, WORDS), heads_part(starts, part, BITS, 1, WORDS),
+                scale, offset, 0, part, F, W, WORDS, SCALE, OFFSET, MULTIPLIED,
+            )  # fmt: skip
+            feature, feature_ok = part_features(0, part, F, W, WORDS)
+            largest = tl.maximum(largest, part_peak(conclude(y, None, bias, feature, feature_ok, RELU), feature_ok))
+        times = row_multipliers(largest, out_unit, LARGEST)
+        tl.store(out_multiplier + row, times.to(tl.uint8))
     packed = tl.zeros([1, WORDS], tl.int32)
     for part in tl.static_range(8 // BITS):
-        source = partial + first_slot * width + part * 4 * W
         y = _normalize(
-            sum_slots(source, count, width, kind, SLOTS, 4 * W, 4 * WORDS),
+            sum_slots(sums + part * 4 * W, count, width, kind, SLOTS, 4 * W, 4 * WORDS),
             heads_part(inverses, part, BITS, 1, WORDS), heads_part(starts, part, BITS, 1, WORDS),
             scale, offset, 0, part, F, W, WORDS, SCALE, OFFSET, MULTIPLIED,
         )  # fmt: skip
         packed |= finish(
             y, out, row, row >= 0, 0, None, bias, out_scale, out_offset, part,
-            F, W, BITS, 1, WORDS, RELU, PACK, OUT_SCALE, OUT_OFFSET,
+            F, W, BITS, 1, WORDS, RELU, PACK, OUT_SCALE, OUT_OFFSET, times,
         )  # fmt: skip
     if PACK:
         store_words(out, packed, row, row >= 0, 0, W, WORDS)
 
 
-def fitted(config: Config, bits: int, v2: bool, scale_kind: int, offset_kind: int) -> Config:
-    """``config`` for what threads must hold: of GATv2 with ranges per column, those of their codes as well."""
-    return fewer_codes(config, bits) if v2 and COLUMN.value in (scale_kind, offset_kind) else config
+def fitted(config: Config, bits: int, v2: bool, scale_kind: int, offset_kind: int, multiplied: bool = False) -> Config:
+    """``config`` for what threads must hold: of GATv2 with ranges per column those of their codes as well, or with
+    multipliers a start for every code.
+    """
+    more = v2 and (multiplied or COLUMN.value in (scale_kind, offset_kind))
+    return fewer_codes(config, bits) if more else config
 
 
 @cache
@@ -301,10 +339,10 @@ def _thresholds(bits: int, device: torch.device) -> Tensor:
     return attention_thresholds(bits).to(device)
 
 
-def multiplies(attention_bits: int) -> bool:
-    """Whether the sums of a segment stay below 2^32 with numerators times multipliers for weights."""
-    if attention_bits == FLOAT_BITS:
-        return False
+def stays_in_place(attention_bits: int) -> bool:
+    """Whether the sums of a segment stay below 2^32 with numerators times multipliers for weights, and codes where they
+    lie in a word.
+    """
     return top_code(attention_bits) * LARGEST_MULTIPLIER * (255 << 8) * MAX_SEGMENT < 1 << 32
 
 
@@ -323,6 +361,7 @@ def _launch(
     multiplier = tensors["multiplier"]
     paired = integer and (meta["ALIGNED"] or meta["HEADS"] == 1) and multiplier is None
     paired = paired and fits_pairs(attention_bits, meta["BITS"])
+    shifted = integer and multiplier is not None and not stays_in_place(attention_bits)
     peak = peaks(device, tensors, schedule, out.size(0), slope, meta, config)
     words, bits, heads = meta["W"], meta["BITS"], meta["HEADS"]
     planes = 2 if meta["OFFSET"] in per_row or multiplier is not None else 1
@@ -331,21 +370,22 @@ def _launch(
         dtype=torch.int32 if integer else torch.float32,
     )
     names = ("scale", "offset", "alpha_src", "alpha_dst", "alpha_edge", "att", "x_dst")
-    tail = [tensors[name] for name in ("bias", "out_scale", "out_offset")]
+    tail = [tensors[name] for name in ("bias", "out_scale", "out_offset", "out_unit")]
+    outputs = out, tensors["out_multiplier"]
     thresholds = _thresholds(attention_bits, device) if quantized else None
     launch(
         attention_kernel, (triton.cdiv(schedule.num_items, meta["ROWS"]),), device,
         tensors["words"], tensors["col"], schedule.row, schedule.begin, schedule.length,
-        schedule.slot, *(tensors[name] for name in names), peak, thresholds, multiplier, *tail, out, partial,
+        schedule.slot, *(tensors[name] for name in names), peak, thresholds, multiplier, *tail, *outputs, partial,
         slope, schedule.num_items, schedule.num_partial, MAGIC_BITS, UNROLL=config.unroll,
-        TOP=top_code(attention_bits) if quantized else 0, INTEGER=integer, PAIRED=paired,
+        TOP=top_code(attention_bits) if quantized else 0, INTEGER=integer, PAIRED=paired, SHIFTED=shifted,
         **launch_options(config), **meta, **epilogue,
     )  # fmt: skip
     hub = {k: v for k, v in meta.items() if k not in ("ROWS", "V2")}
     launch(
         attention_hub_kernel, (schedule.num_hubs,), device,
         partial, schedule.hub_row, schedule.hub_first, schedule.hub_count, tensors["scale"],
-        tensors["offset"], *tail, out, schedule.num_partial, SLOTS=4, INTEGER=integer,
+        tensors["offset"], *tail, *outputs, schedule.num_partial, SLOTS=4, INTEGER=integer,
         MULTIPLIED=multiplier is not None,
         **launch_options(SECOND_STAGE), **hub, **epilogue,
     )  # fmt: skip
@@ -377,14 +417,16 @@ def attention_aggregate(
     multiplier: Tensor | None = None,
     out_unit: Tensor | None = None,
 ) -> Any:
-    if multiplier is not None and (att is not None or not multiplies(attention_bits)):
-        return attention_aggregate_reference(
-            words, rowptr, col, scale, offset, num_features, bits, heads, attention_bits, negative_slope, alpha_src,
-            alpha_dst, alpha_edge, att, x_dst, concat, bias, relu, out_scale, out_offset, out_bits,
-            multiplier=multiplier, out_unit=out_unit,
-        )  # fmt: skip
-    if not concat or out_bits not in (0, bits) or out_unit is not None:
-        # The mean over heads, packing at another width and the peak of a row cross threads: a second pass.
+    if multiplier is not None and attention_bits == FLOAT_BITS:
+        if scale.numel() > 1 or offset.numel() > 1:  # no range tensor holds one per row and column
+            return attention_aggregate_reference(
+                words, rowptr, col, scale, offset, num_features, bits, heads, attention_bits, negative_slope, alpha_src,
+                alpha_dst, alpha_edge, att, x_dst, concat, bias, relu, out_scale, out_offset, out_bits,
+                multiplier=multiplier, out_unit=out_unit,
+            )  # fmt: skip
+        (scale, offset), multiplier = multiplied(scale, offset, multiplier), None
+    if not concat or out_bits not in (0, bits):
+        # The mean over heads and packing at another width cross threads: a second pass.
         y = attention_aggregate(
             words, rowptr, col, scale, offset, num_features, bits, heads, attention_bits,
             negative_slope, alpha_src, alpha_dst, alpha_edge, att, x_dst, multiplier=multiplier,
@@ -399,7 +441,8 @@ def attention_aggregate(
     tensors = {
         "words": words, "col": col, "scale": scale, "offset": offset, "alpha_src": alpha_src,
         "alpha_dst": alpha_dst, "alpha_edge": alpha_edge, "att": att, "x_dst": x_dst,
-        "bias": bias, "out_scale": out_scale, "out_offset": out_offset, "multiplier": multiplier,
+        "bias": bias, "out_scale": out_scale, "out_offset": out_offset, "multiplier": multiplier, "out_unit": out_unit,
+        "out_multiplier": None if out_unit is None else words.new_empty(rowptr.numel() - 1, dtype=torch.uint8),
     }  # fmt: skip
     device = check_devices(rowptr, *tensors.values())
     check_graph(rowptr, col, words.size(0))
@@ -410,7 +453,7 @@ def attention_aggregate(
         dtype=torch.int32 if out_bits else torch.float32,
     )
     config = config_for("attention" if att is None else "attention_v2", device, num_words)
-    config = fitted(config, bits, att is not None, range_kind(scale), range_kind(offset))
+    config = fitted(config, bits, att is not None, range_kind(scale), range_kind(offset), multiplier is not None)
     rows, tile = whole_row_tile(config, num_words, warp_size(), bits)  # heads are computed once per edge
     meta = {
         "F": num_features, "W": num_words, "BITS": bits, "ROWS": rows, "WORDS": tile,
@@ -420,10 +463,10 @@ def attention_aggregate(
     }  # fmt: skip
     epilogue = {
         "RELU": relu, "PACK": out_bits != 0, "OUT_SCALE": range_kind(out_scale),
-        "OUT_OFFSET": range_kind(out_offset),
+        "OUT_OFFSET": range_kind(out_offset), "LARGEST": LARGEST_MULTIPLIER,
     }  # fmt: skip
     _launch(
         device, tensors, schedule_for(rowptr, config.segment), out, negative_slope, attention_bits,
         config, meta, epilogue,
     )  # fmt: skip
-    return out
+    return out if out_unit is None else (out, tensors["out_multiplier"])

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton.bits import COLUMN, HEAD, ONE, field_codes, isolate, row_magic
+from ..triton.bits import COLUMN, HEAD, ONE, field_codes, field_shift, isolate, row_magic
 from ..triton.gather import entry_features, gather_words, per_code, spread_heads, sum_heads
 from ..triton.launch import MAGIC_BITS, UNSPECIALIZED, Config, launch, launch_options
 from ..triton.schedule import Schedule
@@ -81,7 +81,7 @@ def _source_range(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def v2_logits(  # type: ignore[no-untyped-def]
-    fields, weights, target, scale, offset, source, ok, word, head, slope, magic,
+    fields, weights, target, scale, offset, multiplier, source, ok, word, head, slope, magic,
     F: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
     HEADS: tl.constexpr, HEAD_TILE: tl.constexpr, ALIGNED: tl.constexpr, SCALE: tl.constexpr,
     OFFSET: tl.constexpr,
@@ -89,11 +89,12 @@ def v2_logits(  # type: ignore[no-untyped-def]
     """``<att, LeakyReLU(x^_j + x_dst[i])>`` per head, ``[ROWS, HEAD_TILE]``; ``fields`` as
     ``isolate`` gives them.
     """
-    entry = tl.arange(0, 32 // BITS)
-    shift = (entry // 4 * BITS + entry % 2 * 8)[None, None, :]
-    codes = field_codes(fields, shift, magic)
+    codes = field_codes(fields, field_shift(BITS), magic)
     s = _source_range(scale, SCALE, source, ok, word, head, F, W, BITS, ROWS, WORDS, HEADS, ALIGNED)
     start = _source_range(offset, OFFSET, source, ok, word, head, F, W, BITS, ROWS, WORDS, HEADS, ALIGNED)
+    if multiplier is not None:
+        times = tl.load(multiplier + source, mask=ok, other=0).to(tl.float32)[:, None, None]
+        s, start = s * times, start * times
     # What does not depend on the edge is added first, outside the loop; their order has no canon, as that of the sum.
     tile: tl.constexpr = codes.shape
     hidden = tl.fma(codes, tl.broadcast_to(s, tile), tl.broadcast_to(start + target, tile))
@@ -123,7 +124,7 @@ def numerator(e, ok, thresholds, TOP: tl.constexpr):  # type: ignore[no-untyped-
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def peak_kernel(  # type: ignore[no-untyped-def]
     words, col, row_of, begin_of, length_of, slot_of, scale, offset, alpha_src, alpha_dst,
-    alpha_edge, att, x_dst, out, partial, slope, num_items, num_partial, magic,
+    alpha_edge, att, x_dst, multiplier, out, partial, slope, num_items, num_partial, magic,
     F: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
     HEADS: tl.constexpr, HEAD_TILE: tl.constexpr, ALIGNED: tl.constexpr, V2: tl.constexpr,
     SCALE: tl.constexpr, OFFSET: tl.constexpr,
@@ -149,7 +150,7 @@ def peak_kernel(  # type: ignore[no-untyped-def]
         if V2:
             fields = isolate(gather_words(words, source, ok, word, W), BITS, ROWS, WORDS)
             e = v2_logits(
-                fields, weights, target, scale, offset, source, ok, word, head, slope, magic,
+                fields, weights, target, scale, offset, multiplier, source, ok, word, head, slope, magic,
                 F, W, BITS, ROWS, WORDS, HEADS, HEAD_TILE, ALIGNED, SCALE, OFFSET,
             )  # fmt: skip
         else:
@@ -193,13 +194,12 @@ def peaks(
     like = schedule.row
     out = like.new_empty((num_dst, heads), dtype=torch.float32)
     partial = like.new_empty((schedule.num_partial, heads), dtype=torch.float32)
-    names = (
-        "scale", "offset", "alpha_src", "alpha_dst", "alpha_edge", "att", "x_dst",
-    )  # fmt: skip
+    names = ("scale", "offset", "alpha_src", "alpha_dst", "alpha_edge", "att", "x_dst")
+    multiplier = tensors["multiplier"] if meta["V2"] else None
     launch(
         peak_kernel, (triton.cdiv(schedule.num_items, meta["ROWS"]),), device,
         tensors["words"], tensors["col"], schedule.row, schedule.begin, schedule.length,
-        schedule.slot, *(tensors[name] for name in names), out, partial, slope,
+        schedule.slot, *(tensors[name] for name in names), multiplier, out, partial, slope,
         schedule.num_items, schedule.num_partial, MAGIC_BITS, **launch_options(config), **meta,
     )  # fmt: skip
     launch(

@@ -19,10 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..arithmetic import multiplied
+from ..arithmetic import LARGEST_MULTIPLIER
 from ..layout import parts_per_byte, row_bytes, row_words
 from ..quantize_pack.triton import quantize_pack
-from ..triton.bits import load_range, quantize, relu
+from ..triton.bits import load_range, part_peak, quantize, relu, row_multipliers
 from ..triton.launch import (
     UNSPECIALIZED,
     Config,
@@ -43,18 +43,19 @@ __all__ = ["Tiles", "linear", "linear_kernel", "tiles_of", "unpacks_words"]
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def linear_kernel(  # type: ignore[no-untyped-def]
-    x, x_words, w, column_sum, column_term, x_scale, x_offset, w_scale, w_offset, bias, row_scale, addend, out,
-    out_scale, out_offset, num_rows, num_items, num_out,
+    x, x_words, w, column_sum, column_term, x_scale, x_offset, multiplier, w_scale, w_offset, bias, row_scale, addend,
+    out, out_scale, out_offset, out_unit, out_multiplier, num_rows, num_items, num_out,
     X_BITS: tl.constexpr, X_BYTES: tl.constexpr, W_ZERO: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_B: tl.constexpr, CHUNKS: tl.constexpr, WHOLE: tl.constexpr, PTX: tl.constexpr, STAGES: tl.constexpr,
     X_SCALE: tl.constexpr, X_OFFSET: tl.constexpr, W_SCALE: tl.constexpr, W_OFFSET: tl.constexpr,
     RELU: tl.constexpr, OUT_BITS: tl.constexpr, OUT_BYTES: tl.constexpr,
-    OUT_SCALE: tl.constexpr, OUT_OFFSET: tl.constexpr,
+    OUT_SCALE: tl.constexpr, OUT_OFFSET: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
     """``y = (((acc sw) + (rowsum lw)) sx) + (colterm lx)``, then the canonical epilogue.
 
     A program has ``BLOCK_N`` output features, of packed output all parts of some bytes, and every so many blocks of
-    ``BLOCK_M`` rows, ``num_items`` of them in all.
+    ``BLOCK_M`` rows, ``num_items`` of them in all.  With ``out_unit`` it has whole rows, and their ranges are multiples
+    of the output's.
     """
     out_parts: tl.constexpr = 8 // OUT_BITS if OUT_BITS > 0 else 1
     width: tl.constexpr = BLOCK_N // out_parts
@@ -101,11 +102,14 @@ def linear_kernel(  # type: ignore[no-untyped-def]
             lw = tl.load(w_offset + column, mask=column_ok, other=0.0)[None, :]
         sx = tl.load(x_scale + row, mask=row_ok, other=1.0)[:, None] if X_SCALE else tl.load(x_scale)
         lx = tl.load(x_offset + row, mask=row_ok, other=0.0)[:, None] if X_OFFSET else tl.load(x_offset)
+        if multiplier is not None:
+            times = tl.load(multiplier + row, mask=row_ok, other=0).to(tl.float32)[:, None]
+            sx, lx = sx * times, lx * times
         y = acc.to(tl.float32) * sw + row_sum.to(tl.float32)[:, None] * lw
         y = y * sx + tl.load(column_term + column, mask=column_ok, other=0.0)[None, :] * lx
         _finish(
-            y, row, row_ok, column, column_ok, bias, row_scale, addend, out, out_scale, out_offset, num_out,
-            BLOCK_M, width, WHOLE, RELU, OUT_BITS, OUT_BYTES, OUT_SCALE, OUT_OFFSET,
+            y, row, row_ok, column, column_ok, bias, row_scale, addend, out, out_scale, out_offset, out_unit,
+            out_multiplier, num_out, BLOCK_M, width, WHOLE, RELU, OUT_BITS, OUT_BYTES, OUT_SCALE, OUT_OFFSET, LARGEST,
         )  # fmt: skip
 
 
@@ -126,9 +130,10 @@ def _input(x, x_words, start, first, row_ok, X_BYTES: tl.constexpr, BLOCK_B: tl.
 
 @triton.jit
 def _finish(  # type: ignore[no-untyped-def]
-    y, row, row_ok, column, column_ok, bias, row_scale, addend, out, out_scale, out_offset, num_out,
-    BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr, RELU: tl.constexpr, OUT_BITS: tl.constexpr,
-    OUT_BYTES: tl.constexpr, OUT_SCALE: tl.constexpr, OUT_OFFSET: tl.constexpr,
+    y, row, row_ok, column, column_ok, bias, row_scale, addend, out, out_scale, out_offset, out_unit, out_multiplier,
+    num_out, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr, RELU: tl.constexpr,
+    OUT_BITS: tl.constexpr, OUT_BYTES: tl.constexpr, OUT_SCALE: tl.constexpr, OUT_OFFSET: tl.constexpr,
+    LARGEST: tl.constexpr,
 ):  # fmt: skip
     """Bias, addend, ReLU, the row's factor and either floats or codes."""
     if bias is not None:
@@ -147,6 +152,11 @@ def _finish(  # type: ignore[no-untyped-def]
         parts: tl.constexpr = 8 // OUT_BITS
         scale = load_range(out_scale, OUT_SCALE, row, row_ok, column, column_ok)
         start = load_range(out_offset, OUT_OFFSET, row, row_ok, column, column_ok)
+        if out_unit is not None:
+            peak = part_peak(y, column_ok)
+            times = row_multipliers(peak, out_unit, LARGEST)
+            tl.store(out_multiplier + row, times.to(tl.uint8), mask=row_ok)
+            scale, start = scale * times[:, None], start * times[:, None]
         codes = quantize(y, scale, start, OUT_BITS)
         if not WHOLE:
             codes = tl.where(column_ok[None, :], codes, 0)
@@ -163,12 +173,14 @@ SMALLEST_K, SMALLEST_N = 32, 16  # of an int8 product
 STREAMED = 128  # positions of a chunk where a row's weights are not kept
 NARROW = 64  # features of a program that holds more: what is added, or the next chunk
 KEPT_ON_HIP = 32 << 10  # bytes of weights: half of the shared memory there is
+WIDEST_ROW = 512  # features, with those that fill bytes up, of rows whose peak one program finds
 
 
 class Tiles(NamedTuple):
     """How one product is cut.
 
     Attributes:
+        block_m: Rows of a turn.
         block_n: Output features of a program.
         block_b: Input bytes of a chunk.
         chunks: Of a row; one where the weights are kept.
@@ -176,6 +188,7 @@ class Tiles(NamedTuple):
         columns: Blocks of output features.
     """
 
+    block_m: int
     block_n: int
     block_b: int
     chunks: int
@@ -183,22 +196,34 @@ class Tiles(NamedTuple):
     columns: int
 
 
+def row_width(num_out: int, out_bits: int) -> int:
+    """Output features of a program that has whole packed rows, those that fill up bytes and powers of two included."""
+    return max(SMALLEST_N, parts_per_byte(out_bits) * next_power_of_two(row_bytes(num_out, out_bits)))
+
+
 def tiles_of(
-    config: Config, in_features: int, num_out: int, x_bits: int, out_bits: int, added: bool = False
+    config: Config, in_features: int, num_out: int, x_bits: int, out_bits: int, added: bool = False, rows: bool = False
 ) -> Tiles:
-    """The tiles of a product under ``config``: whole rows where they fit, narrower where something is ``added``."""
+    """The tiles of a product under ``config``: whole rows of weights where they fit, narrower where something is
+    ``added``; with ``rows`` whole rows of output, of at most :data:`WIDEST_ROW` features, and fewer where these are
+    wider than ``config`` has them.
+    """
     parts, width = parts_per_byte(x_bits), row_bytes(in_features, x_bits)
+    if rows:
+        of_row = row_width(num_out, out_bits)
+        fewer = max(1, of_row // config.block_n)
+        config = replace(config, block_n=of_row, block_m=config.block_m // fewer, block_k=config.block_k // fewer)
     out_parts = parts_per_byte(out_bits) if out_bits else 1
     places = row_bytes(num_out, out_bits) if out_bits else num_out  # each of them ``out_parts`` features
     row = max(SMALLEST_K // parts, next_power_of_two(width))
     kept = min(config.block_k, KEPT_ON_HIP // config.block_n) if on_hip() else config.block_k
     streamed = parts * row > kept
     block_b = min(kept, STREAMED) // parts if streamed else row
-    widest = min(config.block_n, NARROW) if added or streamed else config.block_n
+    widest = min(config.block_n, NARROW) if (added or streamed) and not rows else config.block_n
     block_n = max(SMALLEST_N, min(widest, out_parts * next_power_of_two(places)))
     of_program = block_n // out_parts
     whole = places % of_program == 0 and out_parts * places == num_out
-    return Tiles(block_n, block_b, max(1, -(-width // block_b)), whole, -(-places // of_program))
+    return Tiles(config.block_m, block_n, block_b, max(1, -(-width // block_b)), whole, -(-places // of_program))
 
 
 def unpacks_words() -> bool:
@@ -226,47 +251,48 @@ def linear(
     multiplier: Tensor | None = None,
     out_unit: Tensor | None = None,
 ) -> Any:
-    if multiplier is not None:
-        x_scale, x_offset = multiplied(x_scale, x_offset, multiplier)
-    if out_unit is not None:
+    rows = out_unit is not None
+    if rows and row_width(w_words.size(0), out_bits) > WIDEST_ROW:
         assert out_scale is not None
         assert out_offset is not None
         y = linear(
             x_words, w_words, x_scale, x_offset, w_scale, w_offset, in_features, x_bits, w_bits, bias, relu,
-            row_scale=row_scale, addend=addend,
+            row_scale=row_scale, addend=addend, multiplier=multiplier,
         )  # fmt: skip
         return quantize_pack(y, out_scale, out_offset, out_bits, out_unit)  # a row's peak crosses programs
     device = check_devices(
         x_words, w_words, x_scale, x_offset, w_scale, w_offset, bias, out_scale, out_offset, row_scale,
-        addend,
+        addend, multiplier, out_unit,
     )  # fmt: skip
     num_rows, num_out = x_words.size(0), w_words.size(0)
-    config = config_for("linear", device, row_words(in_features, x_bits))
-    tiles = tiles_of(config, in_features, num_out, x_bits, out_bits, addend is not None)
+    config = config_for("linear_rows" if rows else "linear", device, row_words(in_features, x_bits))
+    tiles = tiles_of(config, in_features, num_out, x_bits, out_bits, addend is not None, rows)
     if tiles.chunks > 1:
         config = replace(config, max_registers=0)
     shape = (num_rows, row_words(num_out, out_bits) if out_bits else num_out)
     out = x_words.new_empty(shape, dtype=torch.int32 if out_bits else torch.float32)
+    times = x_words.new_empty(num_rows, dtype=torch.uint8) if rows else None
     if out.numel() == 0:
-        return out
+        return out if times is None else (out, times.fill_(1))
     weights = prepared_weights(w_words, w_scale, w_offset, in_features, x_bits, w_bits, tiles.block_b)
     x_words = x_words.contiguous()
     rest = [None if t is None else t.contiguous() for t in (bias, row_scale, addend)]
     ranges = [None if t is None else t.contiguous() for t in (out_scale, out_offset)]
-    num_items = triton.cdiv(num_rows, config.block_m)
+    num_items = triton.cdiv(num_rows, tiles.block_m)
     programs = max(1, processors(device) * config.programs // tiles.columns)
     launch(
         linear_kernel, (min(num_items, programs) if tiles.chunks == 1 else num_items, tiles.columns), device,
         x_words.view(torch.int8), x_words, weights.codes, weights.column_sum, weights.column_term,
-        x_scale.contiguous(), x_offset.contiguous(), w_scale.contiguous(), w_offset.contiguous(), *rest,
-        out.view(torch.int8) if out_bits else out, *ranges, num_rows, num_items, num_out,
+        x_scale.contiguous(), x_offset.contiguous(), None if multiplier is None else multiplier.contiguous(),
+        w_scale.contiguous(), w_offset.contiguous(), *rest,
+        out.view(torch.int8) if out_bits else out, *ranges, out_unit, times, num_rows, num_items, num_out,
         X_BITS=x_bits, X_BYTES=row_bytes(in_features, x_bits), W_ZERO=zero_code(w_bits),
-        BLOCK_M=config.block_m, BLOCK_N=tiles.block_n, BLOCK_B=tiles.block_b, CHUNKS=tiles.chunks, WHOLE=tiles.whole,
+        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_B=tiles.block_b, CHUNKS=tiles.chunks, WHOLE=tiles.whole,
         PTX=unpacks_words(), STAGES=config.num_stages,
         X_SCALE=x_scale.numel() > 1, X_OFFSET=x_offset.numel() > 1,
         W_SCALE=w_scale.numel() > 1, W_OFFSET=w_offset.numel() > 1, RELU=relu,
         OUT_BITS=out_bits, OUT_BYTES=row_bytes(num_out, out_bits) if out_bits else 0,
-        OUT_SCALE=range_kind(out_scale), OUT_OFFSET=range_kind(out_offset),
+        OUT_SCALE=range_kind(out_scale), OUT_OFFSET=range_kind(out_offset), LARGEST=LARGEST_MULTIPLIER,
         **launch_options(config), num_stages=config.num_stages,
     )  # fmt: skip
-    return out
+    return out if times is None else (out, times)

@@ -14,9 +14,9 @@ import triton.language as tl
 
 __all__ = [
     "COLUMN", "HEAD", "ONE", "ROW", "by_feature", "conclude", "feature_tile", "field_codes", "field_floats",
-    "field_max", "finish", "isolate", "isolated_part", "load_range", "load_words", "pack_features", "part_features",
-    "part_peak", "part_sums", "power_of_two", "quantize", "relu", "row_magic", "row_multipliers", "select_part",
-    "spread", "store_words", "sums_by_part",
+    "field_max", "field_shift", "finish", "isolate", "isolated_part", "load_range", "load_words", "pack_features",
+    "part_features", "part_peak", "part_sums", "power_of_two", "quantize", "relu", "row_magic", "row_multipliers",
+    "select_part", "spread", "store_words", "sums_by_part",
 ]  # fmt: skip
 
 # Kinds of range tensors: one element, one per column, one per row.
@@ -87,6 +87,13 @@ def isolate(x, bits: tl.constexpr, rows: tl.constexpr, words: tl.constexpr):  # 
     x = tl.join(x & 0xFFFF, x >> 16)
     x = tl.join(x & 0x00FF, x & 0xFF00)
     return tl.reshape(x, [rows, words, 32 // bits])
+
+
+@triton.jit
+def field_shift(bits: tl.constexpr):  # type: ignore[no-untyped-def]
+    """How far :func:`isolate` leaves the codes of a word from bit 0, ``[1, 1, 32 / bits]``."""
+    entry = tl.arange(0, 32 // bits)
+    return (entry // 4 * bits + entry % 2 * 8)[None, None, :]
 
 
 @triton.jit

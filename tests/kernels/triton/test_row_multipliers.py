@@ -110,12 +110,93 @@ def test_attention(features: int, heads: int, attention_bits: int) -> None:
             )
 
 
+@pytest.mark.parametrize("attention_bits", [2, 4, 8])
+def test_attention_packs_rows(attention_bits: int) -> None:
+    """The peak of a row, of a hub's as well, is found before the same values are packed."""
+    plan = plan_of(star(40))
+    m, words = multipliers(plan.num_src), words_of(plan.num_src, 20, 4)
+    options = {"heads": 2, "attention_bits": attention_bits, "bias": torch.randn(20), "relu": True}
+    options |= {"alpha_src": torch.randn(plan.num_src, 2), "alpha_dst": torch.randn(plan.num_dst, 2)}
+    ends = torch.tensor([0.3]), torch.tensor([-0.4])
+    for to in (output(4, 40.0), output(4, 40.0, 20), output(2, 40.0)):
+        for given in (m, None):
+            assert_same(
+                lambda to=to, g=given: attention_aggregate(  # type: ignore[misc]
+                    words, plan, *ends, 20, 4, multiplier=g, **options, **to
+                )
+            )
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+def test_eight_bit_numerators_of_a_whole_segment(bits: int) -> None:
+    """256 neighbours of the largest code, multiplier and numerator: their sums in place would pass 32 bits."""
+    plan = plan_of(star(256))
+    m = torch.full((plan.num_src,), LARGEST_MULTIPLIER, dtype=torch.uint8)
+    words = pack_codes(torch.full((plan.num_src, 4), top_code(bits)), bits)
+    alphas = {"alpha_src": torch.zeros(plan.num_src, 1), "alpha_dst": torch.zeros(plan.num_dst, 1)}
+    ends = torch.tensor([0.3]), torch.tensor([-0.4])
+    with override(attention=Config(segment=256)):
+        assert_same(lambda: attention_aggregate(words, plan, *ends, 4, bits, attention_bits=8, multiplier=m, **alphas))
+
+
+@pytest.mark.parametrize(("bits", "heads", "attention_bits"), [(2, 2, 4), (4, 3, 32), (8, 1, 8)])
+def test_gatv2(bits: int, heads: int, attention_bits: int) -> None:
+    """Logits are sums of floats, without a canonical order; ``att`` of powers of two and targets of zero leave one."""
+    plan = plan_of(SMALL["isolated_nodes"]())
+    m, words = multipliers(plan.num_src), words_of(plan.num_src, 24, bits)
+    v2 = {"att": torch.randn(heads, 24 // heads).sign() / 64, "x_dst": torch.zeros(plan.num_dst, 24), "heads": heads}
+    ends = torch.tensor([0.5]), torch.tensor([-1.0])
+    assert_same(
+        lambda: attention_aggregate(
+            words, plan, *ends, 24, bits, attention_bits=attention_bits, multiplier=m, negative_slope=0.25, **v2
+        ),
+        exact=attention_bits < 32, tolerance=1e-4,
+    )  # fmt: skip
+
+
+def test_float_numerators() -> None:
+    plan = plan_of(SMALL["erdos_renyi"]())
+    m, words = multipliers(plan.num_src), words_of(plan.num_src, 24, 4)
+    options = {"heads": 2, "alpha_src": torch.randn(plan.num_src, 2), "alpha_dst": torch.randn(plan.num_dst, 2)}
+    for columns in (1, 24):
+        ends = torch.rand(columns) + 0.1, torch.randn(columns)
+        assert_same(
+            lambda e=ends: attention_aggregate(  # type: ignore[misc]
+                words, plan, *e, 24, 4, attention_bits=32, multiplier=m, **options
+            ),
+            exact=False,
+        )
+
+
 @pytest.mark.parametrize("out_bits", [0, 2, 4])
-def test_linear(out_bits: int) -> None:
-    x, w, m = words_of(9, 40, 4), words_of(20, 40, 4), multipliers(9)
-    to = output(out_bits, 4000.0) if out_bits else {}
-    ends = torch.tensor([0.3]), torch.tensor([-2.0]), torch.rand(20), torch.randn(20)
-    assert_same(lambda: linear(x, w, *ends, 40, 4, 4, multiplier=m, bias=torch.arange(20.0), **to))
+@pytest.mark.parametrize("channels", [20, 64])
+def test_linear(channels: int, out_bits: int) -> None:
+    x, w, m = words_of(9, 40, 4), words_of(channels, 40, 4), multipliers(9)
+    ends = torch.tensor([0.3]), torch.tensor([-2.0]), torch.rand(channels), torch.randn(channels)
+    more = {"row_scale": torch.rand(9), "addend": torch.randn(9, channels), "relu": True}
+    for columns in (1, channels):
+        to = output(out_bits, 4000.0, columns) if out_bits else {}
+        for given in ({}, more):
+            assert_same(
+                lambda to=to, given=given: linear(  # type: ignore[misc]
+                    x, w, *ends, 40, 4, 4, multiplier=m, bias=torch.arange(float(channels)), **to, **given
+                )
+            )
+
+
+def test_linear_rows_in_several_chunks_or_too_wide() -> None:
+    """Rows of weights that are not kept, and rows of output that no program holds."""
+    m = multipliers(5)
+    with override(linear_rows=Config(block_m=16, block_n=64, block_k=64)):
+        for features, channels in ((200, 40), (16, 200), (16, 600)):
+            x, w = words_of(5, features, 2), words_of(channels, features, 2)
+            ends = torch.tensor([0.3]), torch.tensor([-0.4]), torch.rand(channels), torch.randn(channels)
+            to = output(2, 100.0)
+            assert_same(
+                lambda x=x, w=w, e=ends, f=features, to=to: linear(  # type: ignore[misc]
+                    x, w, *e, f, 2, 2, multiplier=m, **to
+                )
+            )
 
 
 def test_weighted() -> None:
