@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from qgnn_plugin.kernels.aggregate import aggregate
+from qgnn_plugin.kernels.arithmetic import LARGEST_MULTIPLIER
 from qgnn_plugin.kernels.attention_aggregate import attention_aggregate
 from qgnn_plugin.kernels.backend import use_backend
 from qgnn_plugin.kernels.fake_quantize import fake_quantize
+from qgnn_plugin.kernels.head_dots import head_dots
+from qgnn_plugin.kernels.head_linear import head_linear
 from qgnn_plugin.kernels.layout import pack_codes
 from qgnn_plugin.kernels.linear import linear
 from qgnn_plugin.kernels.plan import GraphPlan
@@ -69,6 +72,8 @@ def checks(plan: GraphPlan, features: int, heads: int, widths: tuple[int, ...] =
             yield f"{name} int{bits}", exact, run
         for name, exact, run in _over_edges(plan, features, heads, bits):
             yield f"{name} int{bits}", exact, run
+        for name, exact, run in _of_multiplied_rows(plan, features, heads, bits):
+            yield f"{name}, rows int{bits}", exact, run
 
 
 def _ranges(features: int, bits: int, device: torch.device) -> tuple[Any, Any, dict[str, Any]]:
@@ -118,6 +123,35 @@ def _over_edges(plan: GraphPlan, features: int, heads: int, bits: int) -> list[C
         ("attention float", False, lambda: attention_aggregate(*rows, **gat)),
         ("attention v2", False, lambda: attention_aggregate(*rows, **v2)),
         ("smp_step", False, lambda: smp_step(x, x_dst, plan, norm, **smp)),
+    ]
+
+
+def _of_multiplied_rows(plan: GraphPlan, features: int, heads: int, bits: int) -> list[Check]:
+    """What the default configuration runs: rows with integer multipliers, in and out."""
+    device, nodes = plan.device, plan.num_src
+    one, _, out = _ranges(features, bits, device)
+    to = out | {"out_unit": torch.tensor([0.7], device=device)}
+    m = torch.randint(1, LARGEST_MULTIPLIER + 1, (nodes,), dtype=torch.uint8, device=device)
+    words, w = _packed(nodes, features, bits, device), _packed(features, features, bits, device)
+    product, rows = (words, w, *one, *one, features, bits, bits), (words, plan, *one, features, bits)
+    x, x_dst = torch.randn(2, nodes, features, device=device)
+    source, target = torch.randn(2, nodes, heads, device=device)
+    gat = {"heads": heads, "alpha_src": source, "alpha_dst": target}
+    v2 = {"heads": heads, "att": torch.randn(heads, features // heads, device=device), "x_dst": x_dst}
+    vectors, weight = torch.randn(2, features, device=device), torch.rand(plan.num_edges, device=device)
+    return [
+        ("quantize_pack", True, lambda: quantize_pack(x, one[0], one[1], bits, to["out_unit"])),
+        ("unpack_dequantize", True, lambda: unpack_dequantize(words, *one, features, bits, m)),
+        ("linear", True, lambda: linear(*product, multiplier=m, **to)),
+        ("linear, added", True, lambda: linear(*product, multiplier=m, addend=x, relu=True, **to)),
+        ("head_linear", True, lambda: head_linear(*product, vectors, heads, **to, multiplier=m)),
+        ("head_dots", True, lambda: head_dots(x, vectors, heads)),
+        ("aggregate sum", True, lambda: aggregate(*rows, multiplier=m, **to)),
+        ("aggregate weighted", False, lambda: aggregate(*rows, multiplier=m, edge_weight=weight)),
+        ("attention 4 bits", True, lambda: attention_aggregate(*rows, attention_bits=4, multiplier=m, **gat, **to)),
+        ("attention 8 bits", True, lambda: attention_aggregate(*rows, attention_bits=8, multiplier=m, **gat, **to)),
+        ("attention float", False, lambda: attention_aggregate(*rows, multiplier=m, **gat)),
+        ("attention v2", False, lambda: attention_aggregate(*rows, multiplier=m, **v2)),
     ]
 
 

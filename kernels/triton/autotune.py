@@ -52,13 +52,14 @@ _EDGES: dict[str, tuple[int, ...]] = {
     "max_registers": (0, 64, 96, 128, 168),
 }  # fmt: skip
 _TILED = {**_EDGES, "tile_words": (4, 8, 16, 32, 64)}
+_PRODUCT: dict[str, tuple[int, ...]] = {
+    "num_warps": (4, 8), "block_m": (32, 64, 128), "block_n": (64, 128, 256), "block_k": (128, 256, 512),
+    "num_stages": (1, 2, 3), "max_registers": (0, 128, 168), "programs": (1, 2, 3, 4),
+}  # fmt: skip
 SEARCH: dict[str, dict[str, tuple[int, ...]]] = {
     **dict.fromkeys(("aggregate_sum", "aggregate_max", "aggregate_weighted", "float_sum"), _TILED),
     **dict.fromkeys(("attention", "attention_v2"), _EDGES),
-    "linear": {
-        "num_warps": (4, 8), "block_m": (32, 64, 128), "block_n": (64, 128, 256), "block_k": (128, 256, 512),
-        "num_stages": (1, 2, 3), "max_registers": (0, 128, 168), "programs": (1, 2, 3, 4),
-    },
+    **dict.fromkeys(("linear", "linear_rows"), _PRODUCT),
     "elementwise": {"num_warps": (2, 4, 8), "words_per_thread": (1, 2, 4), "tile_words": (16, 32, 64)},
 }  # fmt: skip
 
@@ -145,6 +146,8 @@ def _runs(plan: GraphPlan, words: int) -> Iterator[tuple[str, Callable[[], Any]]
     weights = _random_words(OUTPUTS, words, device)
     out: dict[str, Any] = {"out_scale": one, "out_offset": zero, "out_bits": bits}
     yield "linear", lambda: linear(packed, weights, one, zero, one, zero, features, bits, bits, **out)
+    to = {**out, "out_unit": one}
+    yield "linear_rows", lambda: linear(packed, weights, one, zero, one, zero, features, bits, bits, **to)
     yield "elementwise", lambda: quantize_pack(x_dst, one, zero, bits)
     values = x_dst[:, :words].contiguous()
     yield "float_sum", lambda: spmm(plan, values)

@@ -69,8 +69,8 @@ def test_a_hub_whose_sums_pass_32_bits() -> None:
     one, out = torch.ones(1, dtype=torch.int32), torch.empty(1, 4)
     launch.launch(
         attention_hub_kernel, (1,), device, torch.cat([slots.view(-1), shares.view(-1)]), 0 * one, 0 * one,
-        segments * one, torch.ones(1), torch.zeros(1), None, None, None, out, segments, F=4, W=width, BITS=8, SLOTS=4,
-        WORDS=width, HEADS=1, HEAD_TILE=1, ALIGNED=True, INTEGER=True, SCALE=0, OFFSET=0, RELU=False,
-        PACK=False, OUT_SCALE=0, OUT_OFFSET=0, MULTIPLIED=False,
+        segments * one, torch.ones(1), torch.zeros(1), None, None, None, None, out, None, segments, F=4, W=width,
+        BITS=8, SLOTS=4, WORDS=width, HEADS=1, HEAD_TILE=1, ALIGNED=True, INTEGER=True, SCALE=0, OFFSET=0, RELU=False,
+        PACK=False, OUT_SCALE=0, OUT_OFFSET=0, MULTIPLIED=False, LARGEST=15,
     )  # fmt: skip
     assert out.tolist() == [[255.0] * 4]
