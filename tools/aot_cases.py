@@ -246,8 +246,12 @@ def attention_cases(grid: str, target: str) -> Iterator[Case]:
                 yield _attention(name + " columns", types, columns, 4, config, facts, target)
             if not v2:
                 yield _attention(name + " rows", rows_types, constants, 8, config, facts, target)
-                packed = rows_types | UNIT_TYPES
-                yield _attention(name + " packed rows", packed, constants | {"PACK": True}, 4, config, facts, target)
+                fewer = attention_module.fitted(config, bits, v2, ONE, ONE, True, True)
+                rows, tile = whole_row_tile(fewer, words, WARP[target], bits)
+                packed = constants | {"ROWS": rows, "WORDS": tile, "PACK": True}
+                yield _attention(
+                    name + " packed rows", rows_types | UNIT_TYPES, packed, 4, fewer, facts, target
+                )  # fmt: skip
                 hub = _without(constants, "ROWS", "V2", "UNROLL") | {"SLOTS": 4, "INTEGER": True}
                 for label, more in (("", {}), (" packed rows", {"PACK": True, "MULTIPLIED": True})):
                     hub_types = _without(HUB_TYPES, "rowptr", "dst_scale") | (UNIT_TYPES if more else {})

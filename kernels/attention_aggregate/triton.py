@@ -326,11 +326,13 @@ def attention_hub_kernel(  # type: ignore[no-untyped-def]
         store_words(out, packed, row, row >= 0, 0, W, WORDS)
 
 
-def fitted(config: Config, bits: int, v2: bool, scale_kind: int, offset_kind: int, multiplied: bool = False) -> Config:
+def fitted(
+    config: Config, bits: int, v2: bool, scale_kind: int, offset_kind: int, multiplied: bool = False, rows: bool = False
+) -> Config:
     """``config`` for what threads must hold: of GATv2 with ranges per column those of their codes as well, or with
-    multipliers a start for every code.
+    multipliers a start for every code; where ``rows`` are packed with multipliers of their own, values beside sums.
     """
-    more = v2 and (multiplied or COLUMN.value in (scale_kind, offset_kind))
+    more = rows or (v2 and (multiplied or COLUMN.value in (scale_kind, offset_kind)))
     return fewer_codes(config, bits) if more else config
 
 
@@ -453,7 +455,8 @@ def attention_aggregate(
         dtype=torch.int32 if out_bits else torch.float32,
     )
     config = config_for("attention" if att is None else "attention_v2", device, num_words)
-    config = fitted(config, bits, att is not None, range_kind(scale), range_kind(offset), multiplier is not None)
+    kinds = range_kind(scale), range_kind(offset)
+    config = fitted(config, bits, att is not None, *kinds, multiplier is not None, out_unit is not None)
     rows, tile = whole_row_tile(config, num_words, warp_size(), bits)  # heads are computed once per edge
     meta = {
         "F": num_features, "W": num_words, "BITS": bits, "ROWS": rows, "WORDS": tile,
