@@ -15,7 +15,7 @@ from tools.rehearsal import rehearse
 ROOT = Path(__file__).parents[2]
 OPS = {
     "quantize_pack", "unpack_dequantize", "fake_quantize", "fake_quantize_backward", "linear", "aggregate", "hub",
-    "peak", "hub_peak", "attention", "attention_hub", "float_sum", "float_sum_hub", "update", "correct",
+    "peak", "hub_peak", "attention", "attention_hub", "float_sum", "float_sum_hub", "update", "correct", "head_dots",
 }  # fmt: skip
 REGISTERS = 65536  # of a processor
 
