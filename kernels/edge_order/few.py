@@ -48,6 +48,17 @@ class FewEdges(NamedTuple):
     bounds: Any
     memory: Tensor
 
+    @property
+    def rowptr(self) -> Tensor:
+        """``[num_dst + 1]`` int64."""
+        return self.memory[: 8 * (self.num_dst + 1)].view(torch.int64)
+
+    @property
+    def col(self) -> Tensor:
+        """``[num_edges]`` int32."""
+        start = 8 * (self.num_dst + 1) + 4 * self.num_dst
+        return self.memory[start : start + 4 * self.num_edges].view(torch.int32)
+
 
 _graphs: dict[tuple[Any, ...], tuple[int, FewEdges]] = {}  # checksums and graphs
 

@@ -12,6 +12,7 @@ in one place.
 from __future__ import annotations
 
 import numpy as np
+import torch
 from numba import carray, njit
 from torch import Tensor
 
@@ -299,6 +300,13 @@ class Rows(_Fixed):
     def _lay_out(self) -> None:
         self.places = self._places()
         self.fixed[[OUT_SCALE, OUT_LOWER, OUT_UNIT]] = self.places[:3]
+
+    def parts(self, message: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of a message in uint8 ``[room(rows)]``: the lower end of the range, the words ``[rows, row_words(width,
+        bits)]`` int32, and the multipliers ``[rows]`` uint8.
+        """
+        words = message[HEADER : HEADER + rows * (self.row_bytes - 1)].view(torch.int32).view(rows, -1)
+        return message[:4].view(torch.float32), words, message[HEADER + rows * (self.row_bytes - 1) :]
 
     def __call__(self, x_at: int, rows: int, out_at: int, own_at: int = 0) -> bool:
         """Write the message at ``out_at`` and, unless 0, what nodes add of their own at ``own_at``, float32 ``[rows,

@@ -28,6 +28,7 @@ from ..layers.watched import is_watched
 from ..quantizers import QuantizedTensor
 from .base import LayerSpec, PackedConv, inference, register_packed
 from .deferred import Producer, conclude
+from .direct_attention import direct_gat
 from .linear import PackedLinear
 from .ranges import PackedRange, PackedTensor, joined
 
@@ -132,7 +133,6 @@ class PackedGATConv(_PackedAttention):
     att_dst: Tensor
     att_edge: Tensor
 
-    @inference
     def forward(
         self,
         x: Any,
@@ -142,6 +142,12 @@ class PackedGATConv(_PackedAttention):
         return_attention_weights: Any = None,
     ) -> Any:
         """``[N, in_channels]`` to ``[N, H C]`` (``[N, C]`` without ``concat``); ``x`` may be a pair."""
+        args = (x, edge_index, edge_attr, size, return_attention_weights)
+        few = direct_gat(self, *args)
+        return self._convolved(*args) if few is None else few
+
+    @inference
+    def _convolved(self, x: Any, edge_index: Any, edge_attr: Any, size: Any, return_attention_weights: Any) -> Any:
         if is_watched(self):
             return type(self).float_class.forward(self, x, edge_index, edge_attr, size, return_attention_weights)
         x_src, x_dst = one_sample(self, x)

@@ -34,14 +34,14 @@ from .direct import (
     sources_of_range,
 )
 
-__all__ = ["direct_gcn", "direct_gin", "direct_sage"]
+__all__ = ["NONE", "direct_gcn", "direct_gin", "direct_sage", "fits", "rows_of"]
 
 LINE = 64  # bytes of a cache line
 ROOT, INVERSE, NONE = 1, 0, -1  # factors of nodes (:func:`.few_edges`)
 SUMS = {"mean": INVERSE, "sum": NONE, "add": NONE}
 
 
-def _rows(layer: Any, x: Any) -> int:
+def rows_of(layer: Any, x: Any) -> int:
     """How many rows of ``x`` a convolution takes the short way; 0 for the long one."""
     if not is_plain_call(layer, x) or layer.output_quantizer is not None or layer._smp is not None:
         return 0
@@ -54,7 +54,7 @@ def _rows(layer: Any, x: Any) -> int:
     return shape[0] if x.numel() and is_few(x.numel()) else 0
 
 
-def _fits(rows: int, num_in: int, num_out: int, graph: FewEdges) -> bool:
+def fits(rows: int, num_in: int, num_out: int, graph: FewEdges) -> bool:
     """Whether a map of ``rows`` rows and a sum over ``graph`` are few enough for one thread."""
     return is_few(rows * num_out) and not is_shared(rows * (1 + num_in * num_out // ROW_COST) + graph.num_edges)
 
@@ -101,7 +101,7 @@ def _make_gcn(layer: Any) -> Any:
 
 def direct_gcn(layer: Any, x: Any, edge_index: Any, edge_weight: Any) -> Tensor | None:
     """What the packed GCNConv ``layer`` gives, :obj:`None` where that is for the long way to say."""
-    rows = 0 if edge_weight is not None or layer.improved else _rows(layer, x)
+    rows = 0 if edge_weight is not None or layer.improved else rows_of(layer, x)
     if not rows:
         return None
     modules, bias = layer._modules, layer._parameters.get("bias")
@@ -115,7 +115,7 @@ def direct_gcn(layer: Any, x: Any, edge_index: Any, edge_weight: Any) -> Tensor 
     form = (layer.flow != "source_to_target", looped, ROOT if layer.normalize else NONE)
     graph = few_edges(edge_index, rows, form)
     width = lin._num_out
-    if graph is None or not _fits(rows, lin._num_in, width, graph):
+    if graph is None or not fits(rows, lin._num_in, width, graph):
         return None
     mapped, sums = made
     out, at, factor_at = _result(rows, width), _scratch.at(mapped.room(rows)), graph.factor_at
@@ -155,7 +155,7 @@ def direct_sage(layer: Any, x: Any, edge_index: Any, size: Any) -> Tensor | None
     """What the packed SAGEConv ``layer`` gives, :obj:`None` where that is for the long way to say."""
     if size is not None or layer.normalize or layer.project or layer.aggr not in SUMS:
         return None
-    rows, modules = _rows(layer, x), layer._modules
+    rows, modules = rows_of(layer, x), layer._modules
     left, right = modules["lin_l"], modules.get("lin_r")
     if not rows or layer.target_quantizer is not None or (right is None) is layer.root_weight:
         return None
@@ -169,7 +169,7 @@ def direct_sage(layer: Any, x: Any, edge_index: Any, size: Any) -> Tensor | None
     if made is None or x.shape[1] != left._num_in or not site.check or has_hooks(left, right, site, inner, sent):
         return None
     graph = few_edges(edge_index, rows, (layer.flow != "source_to_target", False, SUMS[layer.aggr]))
-    if graph is None or not _fits(rows, 2 * left._num_in, left._num_out, graph):
+    if graph is None or not fits(rows, 2 * left._num_in, left._num_out, graph):
         return None
     return _sage_maps_first(left, x, graph, made) if layer._maps_first else _sage_sums_first(left, x, graph, made)
 
@@ -218,7 +218,7 @@ def _make_gin(layer: Any) -> Any:
 
 def direct_gin(layer: Any, x: Any, edge_index: Any, size: Any) -> Tensor | None:
     """What the packed GINConv ``layer`` gives to its network, :obj:`None` where that is for the long way to say."""
-    rows = 0 if size is not None else _rows(layer, x)
+    rows = 0 if size is not None else rows_of(layer, x)
     if not rows:
         return None
     site, epsilon = layer._modules["message_quantizer"], layer.eps
@@ -227,7 +227,7 @@ def direct_gin(layer: Any, x: Any, edge_index: Any, size: Any) -> Tensor | None:
         return None
     graph = few_edges(edge_index, rows, (layer.flow != "source_to_target", False, NONE))
     width = x.shape[1]
-    if graph is None or not _fits(rows, 1, width, graph):
+    if graph is None or not fits(rows, 1, width, graph):
         return None
     known, range_, _ = made
     if width not in known:

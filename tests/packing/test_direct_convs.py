@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch_geometric import EdgeIndex
-from torch_geometric.nn import GCNConv, GINConv, SAGEConv
+from torch_geometric.nn import GATConv, GCNConv, GINConv, SAGEConv
 
 import qgnn_plugin as qgnn
 from qgnn_plugin.kernels.backend import has_numba, use_backend
 from qgnn_plugin.kernels.edge_order import few as small
 from qgnn_plugin.kernels.plan import pinned_plans
 from qgnn_plugin.packing.direct import FEW_RESULTS
+from qgnn_plugin.packing.direct_attention import direct_gat
 from qgnn_plugin.packing.direct_convs import direct_gcn, direct_gin, direct_sage
 
 pytestmark = pytest.mark.skipif(not has_numba(), reason="kernels of the CPU are compiled by numba")
@@ -57,8 +58,12 @@ LAYERS: dict[str, Layer] = {
     "GraphSAGE, sum": lambda i, o: SAGEConv(i, o, aggr="sum", flow="target_to_source"),
     "GraphSAGE alone": lambda i, o: SAGEConv(i, o, root_weight=False, bias=False),
     "GIN": lambda i, o: GINConv(network(i, o), eps=0.3, train_eps=True),
+    "GAT": lambda i, o: GATConv(i, o),
+    "GAT, three heads": lambda i, o: GATConv(i, o, heads=3, concat=False, bias=False, flow="target_to_source"),
+    "GAT without loops": lambda i, o: GATConv(i, o, add_self_loops=False),
     "GIN reversed": lambda i, o: GINConv(network(i, o), flow="target_to_source"),
 }
+KINDS = ("GCN", "GraphSAGE", "GAT", "GIN")
 WIDTHS = {"wider": (WIDTH, CHANNELS), "narrower": (CHANNELS, WIDTH)}
 
 
@@ -90,6 +95,8 @@ def fresh(name: str, widths: str = "wider", **config: Any) -> Any:
 
 def directly(layer: Any, x: Any, edge_index: Any, third: Any = None) -> Tensor | None:
     """The short way, :obj:`None` where it is not taken."""
+    if isinstance(layer, GATConv):
+        return direct_gat(layer, x, edge_index, None, third, None)
     short = {"GCNConv": direct_gcn, "SAGEConv": direct_sage, "GINConv": direct_gin}[type(layer).__name__]
     found = short(layer, x, edge_index, third)
     return layer.nn(found) if found is not None and short is direct_gin else found
@@ -190,7 +197,7 @@ GRAPHS: dict[str, Callable[[Tensor], Any]] = {
     "three rows": lambda e: e[[0, 1, 1]],
     "floats": Tensor.float,
     "bytes": Tensor.byte,
-    "a node too many": lambda e: e.index_fill(1, torch.tensor([0]), NODES),
+    "a node too many": lambda e: e.index_put((torch.tensor(0), torch.tensor(0)), torch.tensor(NODES)),
     "a node before the first": lambda e: e.index_fill(1, torch.tensor([0]), -1),
     "many edges": lambda e: e.repeat(1, small.MOST_EDGES // e.size(1) + 1),
     "another device": lambda e: e.to("meta"),
@@ -199,7 +206,7 @@ GRAPHS: dict[str, Callable[[Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("name", [*WATCHED, *FEATURES])
-@pytest.mark.parametrize("kind", ["GCN", "GraphSAGE", "GIN"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_long_way(kind: str, name: str) -> None:
     if (kind, name) == ("GIN", "another width"):
         pytest.skip("its own sums are of any width; its network tells")
@@ -211,14 +218,14 @@ def test_the_long_way(kind: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", GRAPHS)
-@pytest.mark.parametrize("kind", ["GCN", "GraphSAGE", "GIN"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_graphs_of_the_long_way(kind: str, name: str) -> None:
     layer, x, edge_index = forms(kind)[1], torch.randn(NODES, WIDTH), random_graph(NODES, 60)
     assert directly(layer, x, GRAPHS[name](edge_index)) is None
     assert directly(layer, x, edge_index, (NODES, NODES) if kind != "GCN" else torch.ones(75)) is None
 
 
-@pytest.mark.parametrize("kind", ["GCN", "GraphSAGE", "GIN"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_is_refused_is_refused_alike(kind: str) -> None:
     layer, x, edge_index = forms(kind)[1], torch.randn(NODES, WIDTH), random_graph(NODES, 60)
     wrong = [(FEATURES[name](x.clone()), edge_index) for name in ("NaN", "doubles", "another width")]
@@ -231,11 +238,16 @@ def test_what_is_refused_is_refused_alike(kind: str) -> None:
         assert str(short.value) == str(long.value)
 
 
-@pytest.mark.parametrize("kind", ["GCN", "GraphSAGE", "GIN"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_hooks_see_their_calls(kind: str) -> None:
     x, edge_index = torch.randn(NODES, WIDTH), random_graph(NODES, 60)
     expected = forms(kind)[1](x, edge_index)
-    inner = {"GCN": ("lin.input_quantizer",), "GraphSAGE": ("input_quantizer",), "GIN": ("message_quantizer",)}[kind]
+    inner = {
+        "GCN": ("lin.input_quantizer",),
+        "GAT": ("lin.input_quantizer",),
+        "GraphSAGE": ("input_quantizer",),
+        "GIN": ("message_quantizer",),
+    }[kind]
     for name in inner:
         layer, seen = fresh(kind), []
         layer.get_submodule(name).register_forward_hook(lambda *args, seen=seen: seen.append(args))
@@ -263,7 +275,7 @@ def test_hooks_see_their_calls(kind: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["GCN", "GraphSAGE", "GIN"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_graphs_are_read_anew(kind: str) -> None:
     layer, x, edge_index = forms(kind)[1], torch.randn(NODES, WIDTH), random_graph(NODES, 60)
     before = layer(x, edge_index)
@@ -285,7 +297,7 @@ def numbers(layer: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
 
 @torch.no_grad()
 @pytest.mark.parametrize("widths", WIDTHS)
-@pytest.mark.parametrize("kind", ["GCN", "GraphSAGE", "GIN"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_numbers_are_read_anew(kind: str, widths: str) -> None:
     layer = fresh(kind, widths)
     x, edge_index = torch.randn(NODES, WIDTHS[widths][0]), random_graph(NODES, 60)
@@ -307,7 +319,7 @@ def _like(value: Tensor, new: Tensor) -> Tensor:
     return nn.Parameter(new.clone(), requires_grad=False) if isinstance(value, nn.Parameter) else new.clone()
 
 
-@pytest.mark.parametrize("kind", ["GCN", "GraphSAGE", "GIN"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_copies_have_prepared_calls_of_their_own(kind: str) -> None:
     layer, x, edge_index = fresh(kind), torch.randn(NODES, WIDTH), random_graph(NODES, 60)
     expected = layer(x, edge_index)
@@ -320,7 +332,7 @@ def test_copies_have_prepared_calls_of_their_own(kind: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["GCN", "GraphSAGE", "GIN"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_threads_share_what_is_worth_it(kind: str) -> None:
     layer, x, edge_index = forms(kind)[1], torch.randn(9_000, WIDTH), random_graph(9_000, 20_000)
     alone = directly(layer, x, edge_index)
