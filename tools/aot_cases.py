@@ -242,6 +242,7 @@ def attention_cases(grid: str, target: str) -> Iterator[Case]:
                     peak | {"ROWS": rows, "WORDS": tile}, config.num_warps, max_registers=config.max_registers,
                     facts=facts,
                 )  # fmt: skip
+                config = attention_module.fitted(_config("attention_v2", words, target), bits, v2, COLUMN, COLUMN)
                 columns = constants | {"SCALE": COLUMN, "OFFSET": COLUMN}
                 yield _attention(name + " columns", types, columns, 4, config, facts, target)
             if not v2:

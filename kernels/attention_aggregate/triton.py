@@ -10,6 +10,7 @@ their place in a word first (``SHIFTED``): ``255 * 15 * 255 * 256 < 2^31``.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -47,6 +48,7 @@ from ..triton.bits import (
 from ..triton.gather import gather_words, heads_part, per_code, spread_heads, sum_slots
 from ..triton.launch import (
     MAGIC_BITS,
+    MOST_REGISTERS,
     SECOND_STAGE,
     UNSPECIALIZED,
     Config,
@@ -330,10 +332,14 @@ def fitted(
     config: Config, bits: int, v2: bool, scale_kind: int, offset_kind: int, multiplied: bool = False, rows: bool = False
 ) -> Config:
     """``config`` for what threads must hold: of GATv2 with ranges per column those of their codes as well, or with
-    multipliers a start for every code; where ``rows`` are packed with multipliers of their own, values beside sums.
+    multipliers or a range per row a start for every code; where ``rows`` are packed with multipliers of their own,
+    values beside sums.
     """
-    more = rows or (v2 and (multiplied or COLUMN.value in (scale_kind, offset_kind)))
-    return fewer_codes(config, bits) if more else config
+    most = rows or (v2 and (multiplied or ROW.value in (scale_kind, offset_kind)))
+    if not most and not (v2 and COLUMN.value in (scale_kind, offset_kind)):
+        return config
+    config = fewer_codes(config, bits)
+    return replace(config, max_registers=MOST_REGISTERS) if most else config
 
 
 @cache

@@ -25,6 +25,7 @@ from ..backend import check_devices
 __all__ = [
     "CONFIGS_ENV",
     "MAGIC_BITS",
+    "MOST_REGISTERS",
     "SECOND_STAGE",
     "UNSPECIALIZED",
     "Config",
