@@ -165,7 +165,8 @@ class Snapshot:
         self.cls, self.state = cls, layer.__dict__
         states = [layer.__dict__, *(child.__dict__ for child in children)]
         held = [state[name] for state in states for name in ("_parameters", "_buffers", "_modules")]
-        self.dicts = [(d, tuple(d), tuple(d.values())) for d in (*states, *held)]
+        # Not as iterables: those of scripted modules have keys and values, and no more of a dict.
+        self.dicts = [(d, tuple(d.keys()), tuple(d.values())) for d in (*states, *held)]
         self.numbers = [(names, name, names.get(name)) for names, name in _numbers_around(cls)]
         values = [value for state in states for value in state.values()]
         self.lists = [(value, tuple(value)) for value in values if type(value) is list]
@@ -179,7 +180,7 @@ class Snapshot:
         if any(type(child) is not cls or child.__dict__ is not state for child, cls, state in self.children):
             return False
         for found, names, values in self.dicts:
-            if tuple(found) != names or not all(map(is_, found.values(), values)):
+            if tuple(found.keys()) != names or not all(map(is_, found.values(), values)):
                 return False
         if any(names.get(name) is not value for names, name, value in self.numbers):
             return False

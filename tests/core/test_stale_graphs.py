@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch_geometric.nn import APPNP, GATConv, GATv2Conv, GCNConv, GINConv, SAGEConv, TAGConv
 
 import qgnn_plugin as qgnn
+from qgnn_plugin.kernels.edge_order import few
 from qgnn_plugin.kernels.plan import plan_cache
 
 NODES, EDGES, FEATURES = 40, 200, 12
@@ -198,14 +199,17 @@ def test_a_plan_holds_no_memory_of_the_callers() -> None:
         gcn_graph(edge_index, None, NODES, add_self_loops=False)
 
 
-def test_a_refilled_buffer_takes_one_place_in_the_cache() -> None:
+@pytest.mark.parametrize("form", ["converted", "packed"])
+def test_a_refilled_buffer_takes_one_place_in_the_cache(form: str) -> None:
     x, edge_index = torch.randn(NODES, FEATURES), edges(0)
-    model = models(GCNConv(FEATURES, 8), x, edge_index)["packed"]
+    model = models(GCNConv(FEATURES, 8), x, edge_index)[form]
     plan_cache.clear()
+    few._graphs.clear()
     for seed in range(5):
         through_numpy(edge_index, edges(seed))
-        model(x, edge_index)
-    assert len(plan_cache) == 1
+        with torch.no_grad():
+            model(x, edge_index)
+    assert len(plan_cache) + len(few._graphs) == 1
 
 
 def test_packed_words_written_without_a_trace_are_read_again() -> None:

@@ -55,7 +55,7 @@ def test_nodes_of_our_domain_have_the_arguments_of_the_ops(tmp_path: Path) -> No
     found, inputs = models("GAT")
     model = export(found["packed"], inputs(50, 300), tmp_path / "model.onnx")
     ours = [node for node in model.graph.node if node.domain == "qgnn"]
-    assert {node.op_type for node in ours} == {"plan", "quantize_pack_rows", "linear", "attention_aggregate"}
+    assert {node.op_type for node in ours} == {"plan", "quantize_pack_rows", "head_linear", "attention_aggregate"}
     assert [entry.version for entry in model.opset_import if entry.domain == "qgnn"] == [1]
     node = next(node for node in ours if node.op_type == "attention_aggregate")
     attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
