@@ -17,7 +17,7 @@ from ..quantizers import QLRQuantizer, search_range
 from . import container
 from .base import PackedLayer
 from .ranges import PackedRange, SiteSpec
-from .search import Rows, Weights, largest, nearest
+from .search import Rows, Weights, candidates, largest, nearest
 from .transform import Transform, transform_codes
 
 __all__ = ["PackedEmbeddings"]
@@ -255,7 +255,8 @@ class PackedEmbeddings:
             raise ValueError(f"Expected 'chunk' >= 1 (got {chunk!r})")
         single = isinstance(query, Tensor) and query.dim() == 1
         packed = self._packed_query(query)
-        queries = max(1, min(MOST_QUERIES, chunk // max(1, self.num_features)))
+        # Those of a block of the table, or of the candidates, are as many codes as are unpacked at a time.
+        queries = max(1, min(MOST_QUERIES, chunk // max(1, self.num_features), chunk // self._candidate_codes(k)))
         parts = [self._topk(packed[begin : begin + queries], k, chunk) for begin in range(0, len(packed), queries)]
         if not parts:
             parts = [self._empty(k)]
@@ -294,7 +295,7 @@ class PackedEmbeddings:
 
     def _topk(self, query: PackedEmbeddings | Tensor, k: int, chunk: int) -> tuple[Tensor, Tensor]:
         rows = self._search_rows()
-        if len(self) < SMALL or not rows.is_fast:
+        if len(self) < SMALL or not rows.is_fast or self._candidate_codes(k) > chunk:
             return self._topk_of_all(query, k, chunk)
         weights = self._query_weights(query)
         block = max(1, chunk // (2 * max(1, len(query), self.num_features)))
@@ -302,6 +303,10 @@ class PackedEmbeddings:
         if bool(unsure.any()):
             scores[unsure], index[unsure] = self._topk_of_all(query[unsure], k, chunk)
         return scores, index
+
+    def _candidate_codes(self, k: int) -> int:
+        """How many codes the candidates of one query have."""
+        return candidates(k) * max(1, self._num_codes)
 
     def _search_rows(self) -> Rows:
         if self.transform is None:

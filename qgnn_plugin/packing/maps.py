@@ -121,7 +121,6 @@ class PackedHeteroLinear(RunsHeteroLinear, PackedWeights):
                 out.index_copy_(0, order[start:stop], y)
         return out
 
-
     def _parts_by_type(self: Any) -> list[tuple[PackedMatrix | Tensor, Tensor | None]]:
         """Weight and bias of each type, made once for as long as they are the same and hold the same scales."""
         site, bias, width = self._modules["weight_quantizer"], self.bias, self.out_channels

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..kernels.layout import pack_codes, top_code
 from ..kernels.linear import linear
 
-__all__ = ["Rows", "Weights", "largest", "nearest"]
+__all__ = ["Rows", "Weights", "candidates", "largest", "nearest"]
 
 PLANE = 256  # values of a plane
 CACHED = 1 << 16  # products of planes at a time
@@ -56,6 +56,11 @@ class Weights:
     added: Tensor
 
 
+def candidates(k: int) -> int:
+    """Of how many rows a query's products are computed exactly, at most, to find the ``k`` largest."""
+    return 2 * k + SPARE
+
+
 def nearest(
     rows: Rows, weights: Weights, k: int, block: int, exact: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,7 +79,7 @@ def nearest(
     """
     planes = _Planes(weights)
     error = planes.error(rows)
-    count = min(len(rows), 2 * k + SPARE)
+    count = min(len(rows), candidates(k))
     found, index = _candidates(rows, planes, count, block)
     kth = found[:, k - 1].double()
     unsure = ~(error.isfinite() & found.isfinite().all(1))

@@ -87,3 +87,19 @@ def test_few_queries_take_all_products(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     table.topk(_table(seed=3)[:40], 10)
     assert not asked
+
+
+def test_many_neighbours_are_not_held_as_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory grows with the neighbours, and not with the codes of these: more than a chunk are never unpacked."""
+    table, unpacked = PackedEmbeddings.from_float(_table(), 4, granularity="node"), []
+    codes = PackedEmbeddings._codes
+    monkeypatch.setattr(
+        PackedEmbeddings, "_codes", lambda self, start, stop: unpacked.append(len(self)) or codes(self, start, stop)
+    )
+    query, chunk = _table(seed=4)[:40], 1 << 13
+    for k in (3, 90, 2000):
+        assert torch.equal(table.topk(query, k, chunk=chunk)[1], table.topk(query, k)[1])
+    unpacked.clear()
+    table.topk(query, 90, chunk=chunk)
+    assert unpacked
+    assert max(unpacked) * table.num_features <= chunk
