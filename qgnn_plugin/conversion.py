@@ -23,16 +23,15 @@ from .converted import (
 from .copying import copy_model
 from .coverage import warn_of_float_parts
 from .layers.base import QuantizedLayer, SiteFactory, restore_class
-from .layers.deep import conv_widths, deep_mixin
 from .layers.fast_paths import close_fast_paths, open_fast_paths
 from .layers.message_passing import QuantizedConv
 from .layers.normalized import still
-from .layers.registry import convert_layer, mixin_for
+from .layers.registry import convert_layer, deep_mixin, mixin_for
 from .passed_by import check_methods, warn_of_comparisons
 from .saved import CONFIG_KEY, decode
 from .scripted import close_scripted, open_scripted
 from .selection import Selector, output_layer, select, selectors
-from .smp.deep import DeepLayer, StackPlace, close_scopes, connect_stacks, find_stacks
+from .smp.deep import DeepLayer, StackPlace, close_scopes, connect_stacks, conv_widths, find_stacks
 
 __all__ = [
     "convert_as",

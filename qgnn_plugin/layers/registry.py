@@ -1,4 +1,4 @@
-"""Which mixin converts which layer type."""
+"""Which mixin converts which layer type; convolutions are entered where they are told (:mod:`qgnn_plugin.convs`)."""
 
 from __future__ import annotations
 
@@ -7,27 +7,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
-from torch_geometric.nn import (
-    APPNP,
-    GATConv,
-    GATv2Conv,
-    GCNConv,
-    GINConv,
-    HeteroLinear,
-    LGConv,
-    MessagePassing,
-    SAGEConv,
-    SGConv,
-    SSGConv,
-    TAGConv,
-)
+from torch_geometric.nn import HeteroLinear, MessagePassing, SAGEConv
 from torch_geometric.nn import Linear as PyGLinear
 from torch_geometric.nn.models.linkx import SparseLinear
 
 from ..smp.constraint import SmoothLayer
-from ..smp.propagation import SMPropagation
-from .appnp import QuantizedAPPNP, QuantizedSMPropagation
-from .attention import QuantizedGATConv, QuantizedGATv2Conv
 from .base import (
     Conversion,
     QuantizedLayer,
@@ -42,22 +26,20 @@ from .base import (
 from .behaviour import aggregates_as_named, bound_changes, changes, defined, strays
 from .bilinear import QuantizedBilinear, QuantizedHeteroLinear
 from .embedding import QuantizedEmbedding
-from .gcn import QuantizedGCNConv
-from .gin import QuantizedGINConv
 from .grid import QuantizedGridConv
-from .hops import QuantizedLGConv, QuantizedSGConv, QuantizedSSGConv, QuantizedTAGConv
 from .linear import QuantizedLinear
 from .message_passing import QuantizedConv, QuantizedMessagePassing
 from .multihead import QuantizedMultiheadAttention
 from .own_weights import QuantizedOwnConv, QuantizedOwnModule, own_tables, own_weights
 from .reads import reads_of
 from .recurrent import QuantizedCell, QuantizedRecurrent
-from .sage import QuantizedSAGEConv
 from .sparse_linear import QuantizedSparseLinear
 
-__all__ = ["convert_layer", "mixin_for", "register_layer"]
+__all__ = ["convert_layer", "deep_mixin", "mixin_for", "register_deep", "register_layer"]
 
 _REGISTRY: dict[type[nn.Module], type[QuantizedLayer]] = {}
+
+_DEEP: dict[type[QuantizedLayer], type[QuantizedLayer]] = {}
 
 _DEFINED: dict[type[nn.Module], dict[str, Any]] = {}  # what the classes in the registry define
 
@@ -101,6 +83,16 @@ def _generic_mixin(layer: nn.Module | type[nn.Module], cls: type[nn.Module]) -> 
     if issubclass(cls, MessagePassing):
         return QuantizedOwnConv if owns else QuantizedMessagePassing
     return QuantizedOwnModule if reads else None
+
+
+def register_deep(mixin: type[QuantizedLayer], deep: type[QuantizedLayer]) -> None:
+    """In a deep stack (see :mod:`qgnn_plugin.smp.deep`), convert by ``deep`` what ``mixin`` converts elsewhere."""
+    _DEEP[mixin] = deep
+
+
+def deep_mixin(mixin: type[QuantizedLayer] | None) -> type[QuantizedLayer] | None:
+    """The mixin of a layer in a deep stack that ``mixin`` converts outside of one; :obj:`None` where there is none."""
+    return None if mixin is None else _DEEP.get(mixin)
 
 
 def classes_of(mixin: type[QuantizedLayer]) -> list[type[nn.Module]]:
@@ -210,16 +202,5 @@ for _layer, _mixin in {
     nn.Embedding: QuantizedEmbedding,
     HeteroLinear: QuantizedHeteroLinear,
     SparseLinear: QuantizedSparseLinear,
-    GCNConv: QuantizedGCNConv,
-    GATConv: QuantizedGATConv,
-    GATv2Conv: QuantizedGATv2Conv,
-    SAGEConv: QuantizedSAGEConv,
-    GINConv: QuantizedGINConv,
-    APPNP: QuantizedAPPNP,
-    SGConv: QuantizedSGConv,
-    SSGConv: QuantizedSSGConv,
-    TAGConv: QuantizedTAGConv,
-    LGConv: QuantizedLGConv,
-    SMPropagation: QuantizedSMPropagation,
 }.items():
     register_layer(_layer, _mixin)

@@ -23,6 +23,7 @@ from torch_geometric.utils.sparse import is_torch_sparse_tensor, set_sparse_valu
 from ..config import OFF
 from ..quantizers import QuantizedTensor
 from .graph import NormalizedGraph, edges_of
+from .numerators import attention_codes
 from .samples import Samples
 
 __all__ = [
@@ -149,8 +150,6 @@ def quantized_attention(alpha: Tensor, edge_index: Any, num_nodes: int, layer: A
     """
     if layer.attention_bits == OFF:
         return alpha
-    from .attention import attention_codes  # which runs watched layers by this module
-
     with torch.no_grad():
         index = edges_of(edge_index, None, layer.flow).dst
         peak = scatter(alpha, index, 0, num_nodes, reduce="max")

@@ -11,10 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import OFF
-from ..kernels.attention_aggregate import attention_aggregate
-from ..kernels.head_dots import head_dots
-from ..kernels.plan import GraphPlan
-from ..layers.attention import (
+from ..convs.attention import (
     QuantizedGATConv,
     QuantizedGATv2Conv,
     WatchedAttention,
@@ -23,6 +20,9 @@ from ..layers.attention import (
     one_sample,
     refuse_features,
 )
+from ..kernels.attention_aggregate import attention_aggregate
+from ..kernels.head_dots import head_dots
+from ..kernels.plan import GraphPlan
 from ..layers.samples import layer_name
 from ..layers.watched import is_watched
 from ..quantizers import QuantizedTensor

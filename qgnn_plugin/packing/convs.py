@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import OFF
-from ..layers.deep import DeepGCNConv
+from ..convs.deep import DeepGCNConv
+from ..convs.gcn import QuantizedGCNConv
+from ..convs.gin import QuantizedGINConv, mean_with_self
+from ..convs.sage import SUMS, QuantizedSAGEConv, Sampled, _transforms_first
 from ..layers.errors import REFUSALS, name_layer
-from ..layers.gcn import QuantizedGCNConv
-from ..layers.gin import QuantizedGINConv, mean_with_self
 from ..layers.graph import NormalizedGraph, gcn_graph, graph_size, mean_graph, plain_graph
-from ..layers.sage import SUMS, QuantizedSAGEConv, Sampled, _transforms_first
 from ..layers.samples import Pair, Samples
 from ..layers.watched import is_watched, pair_of, through_pyg, values_mapped, watched_graph
 from ..quantizers import QuantizedTensor

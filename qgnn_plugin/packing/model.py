@@ -15,12 +15,10 @@ from ..config import OFF
 from ..converted import is_quantized, quantized_layers
 from ..copying import copying_memo
 from ..layers.base import QuantizedLayer, attribute_names, clashes, float_state, names_kept
-from ..layers.deep import deep_mixin
 from ..layers.message_passing import QuantizedMessagePassing
 from ..layers.normalized import still
 from ..layers.own_weights import own_tables
-from ..layers.registry import mixin_for
-from ..layers.sage import QuantizedSAGEConv
+from ..layers.registry import deep_mixin, mixin_for
 from ..quantizers import QLRQuantizer
 from ..saved import CONFIG_KEY
 from ..smp.constraint import constraint_names
@@ -176,10 +174,9 @@ def _describe(layers: Mapping[str, Any], differentiated: Iterable[str] = ()) -> 
             reason = f"it has attributes of its own named {', '.join(taken)}"
         else:
             reason = cls.refuses(layer)
-        if isinstance(layer, QuantizedSAGEConv):
-            # Its two maps take codes from it, not values: they are of its kind.
+        if type(layer).units:  # maps that take codes from it, not values: they are of its kind
             inner = reason if reason in (None, NEVER_RAN) else f"part of '{name}'"
-            maps = (getattr(layer, child, None) for child in ("lin_l", "lin_r"))
+            maps = (getattr(layer, child, None) for child in type(layer).units)
             decided |= {id(child): inner for child in maps if child is not None}
         specs.append(LayerSpec.of(name, layer, reason))
     return specs

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from ..config import SMPConfig
-from ..kernels.smp_step import smp_step, step_factors
-from ..layers.appnp import QuantizedAPPNP, QuantizedSMPropagation
-from ..layers.graph import NormalizedGraph, gcn_graph
-from ..layers.hops import (
+from ..convs.appnp import QuantizedAPPNP, QuantizedSMPropagation
+from ..convs.hops import (
     LGHops,
     QuantizedLGConv,
     QuantizedSGConv,
@@ -23,6 +21,8 @@ from ..layers.hops import (
     SSGHops,
     TAGHops,
 )
+from ..kernels.smp_step import smp_step, step_factors
+from ..layers.graph import NormalizedGraph, gcn_graph
 from ..layers.samples import Samples
 from ..layers.watched import is_watched, values_entering, watched_graph
 from ..smp.constraint import BUFFERS

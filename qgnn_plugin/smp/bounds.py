@@ -12,18 +12,18 @@ from torch import Tensor
 from torch_geometric.nn import ClusterGCNConv, GCN2Conv, GraphConv, MessagePassing, MFConv, SimpleConv
 
 from ..config import OFF
+from ..convs.appnp import QuantizedPropagation
+from ..convs.attention import QuantizedGATConv, QuantizedGATv2Conv
+from ..convs.deep import DeepConv, DeepGCNConv
+from ..convs.gcn import QuantizedGCNConv
+from ..convs.gin import QuantizedGINConv
+from ..convs.sage import QuantizedSAGEConv
 from ..kernels.plan import GraphPlan
 from ..kernels.spmm import spmm
-from ..layers.appnp import QuantizedPropagation
-from ..layers.attention import QuantizedGATConv, QuantizedGATv2Conv
 from ..layers.base import QuantizedLayer
-from ..layers.deep import DeepConv, DeepGCNConv
-from ..layers.gcn import QuantizedGCNConv
-from ..layers.gin import QuantizedGINConv
 from ..layers.graph import NormalizedGraph, edges_of, gcn_graph, mean_graph, plain_graph
 from ..layers.linear import QuantizedLinear
 from ..layers.message_passing import QuantizedMessagePassing
-from ..layers.sage import QuantizedSAGEConv
 from ..quantizers import QLRQuantizer
 from .constraint import corrected
 from .deep import DeepLayer

@@ -28,7 +28,16 @@ from torch_geometric.nn import MessagePassing
 from ..aliases import Alias
 from ..config import SMPConfig
 
-__all__ = ["DeepLayer", "DeepStack", "StackPlace", "StackScope", "close_scopes", "connect_stacks", "find_stacks"]
+__all__ = [
+    "DeepLayer",
+    "DeepStack",
+    "StackPlace",
+    "StackScope",
+    "close_scopes",
+    "connect_stacks",
+    "conv_widths",
+    "find_stacks",
+]
 
 SHORTEST = 2  # layers: the residual of a single one would be its own input
 
@@ -277,3 +286,15 @@ def _module_around(model: nn.Module, names: list[str]) -> nn.Module | None:
         if type(module).forward is not nn.Module.forward and not isinstance(module, MessagePassing):
             return module
     return None
+
+
+def conv_widths(conv: Any) -> tuple[int, int] | None:
+    """Input and output width of a convolution, :obj:`None` where it does not tell."""
+    if isinstance(inner := getattr(conv, "nn", None), nn.Module):
+        maps = [weight for m in inner.modules() if isinstance(weight := getattr(m, "weight", None), Tensor)]
+        maps = [weight for weight in maps if weight.dim() == 2]
+        return (maps[0].size(1), maps[-1].size(0)) if maps else None
+    width, out = getattr(conv, "in_channels", None), getattr(conv, "out_channels", None)
+    if not (isinstance(width, int) and isinstance(out, int)):
+        return None
+    return width, out * conv.heads if getattr(conv, "concat", False) else out

@@ -13,12 +13,13 @@ from torch_geometric.nn import APPNP, GCNConv, SAGEConv
 
 import qgnn_plugin as qgnn
 from qgnn_plugin import QLRQuantizer, QuantConfig
+from qgnn_plugin.convs.attention import attention_numerators
 from qgnn_plugin.kernels.aggregate import aggregate
 from qgnn_plugin.kernels.backend import use_backend
 from qgnn_plugin.kernels.layout import pack_codes
 from qgnn_plugin.kernels.plan import GraphPlan
 from qgnn_plugin.layers.arithmetic import aggregate_sum, exact_sum, linear
-from qgnn_plugin.layers.attention import attention_codes, attention_numerators, attention_thresholds
+from qgnn_plugin.layers.numerators import attention_codes, attention_thresholds
 from qgnn_plugin.quantizers import QuantizedTensor
 
 

@@ -23,9 +23,9 @@ from torch_geometric.nn import (
 
 import qgnn_plugin as qgnn
 from qgnn_plugin import QuantConfig
+from qgnn_plugin.convs.attention import attention_numerators
 from qgnn_plugin.kernels.plan import GraphPlan
 from qgnn_plugin.kernels.spmm import segment_sum, spmm
-from qgnn_plugin.layers.attention import attention_numerators
 from qgnn_plugin.quantizers.functional import quantize_codes
 
 # Second derivatives ##################################################################################

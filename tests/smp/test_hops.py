@@ -17,7 +17,7 @@ from torch_geometric.utils import to_undirected
 
 import qgnn_plugin as qgnn
 from qgnn_plugin import QuantConfig, SMPConfig
-from qgnn_plugin.layers.hops import QuantizedHops
+from qgnn_plugin.convs.hops import QuantizedHops
 
 STEPS = 3
 LAYERS: dict[str, Callable[..., MessagePassing]] = {

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..layers.base import SiteFactory
+from ..layers.errors import names_layer
+from ..layers.graph import gcn_graph
+from ..layers.message_passing import QuantizedConv, QuantizedMessagePassing, require_sum
+from ..layers.own_weights import QuantizedOwnConv
+from ..layers.registry import register_deep
+from ..layers.samples import Samples
+from ..layers.watched import is_watched, watched_graph
 from ..quantizers import QLRQuantizer
 from ..quantizers.autocast import full_precision
 from ..smp.constraint import attach_constraint
-from ..smp.deep import DeepLayer
+from ..smp.deep import DeepLayer, conv_widths
 from .attention import QuantizedGATConv, QuantizedGATv2Conv
-from .base import QuantizedLayer, SiteFactory
-from .errors import names_layer
 from .gcn import QuantizedGCNConv, propagate_codes
 from .gin import QuantizedGINConv
-from .graph import gcn_graph
 from .hops import QuantizedSGConv, QuantizedSSGConv, QuantizedTAGConv
-from .message_passing import QuantizedConv, QuantizedMessagePassing, require_sum
-from .own_weights import QuantizedOwnConv
 from .sage import QuantizedSAGEConv
-from .samples import Samples
-from .watched import is_watched, watched_graph
 
-__all__ = ["DeepConv", "DeepGCNConv", "conv_widths", "deep_mixin"]
+__all__ = ["DeepConv", "DeepGCNConv"]
 
 
 class DeepGCNConv(DeepLayer, QuantizedGCNConv):
@@ -122,7 +123,7 @@ class DeepMessagePassing(DeepConv, QuantizedMessagePassing):
     """Any other ``MessagePassing`` in a deep stack."""
 
 
-_DEEP: dict[type[QuantizedLayer], type[QuantizedLayer]] = {
+for _mixin, _deep in {
     QuantizedGCNConv: DeepGCNConv,
     QuantizedSAGEConv: DeepSAGEConv,
     QuantizedGINConv: DeepGINConv,
@@ -133,21 +134,5 @@ _DEEP: dict[type[QuantizedLayer], type[QuantizedLayer]] = {
     QuantizedTAGConv: DeepTAGConv,
     QuantizedMessagePassing: DeepMessagePassing,
     QuantizedOwnConv: DeepMessagePassing,
-}
-
-
-def deep_mixin(mixin: type[QuantizedLayer] | None) -> type[QuantizedLayer] | None:
-    """The mixin of a layer in a deep stack that ``mixin`` converts outside of one; :obj:`None` where there is none."""
-    return None if mixin is None else _DEEP.get(mixin)
-
-
-def conv_widths(conv: Any) -> tuple[int, int] | None:
-    """Input and output width of a convolution, :obj:`None` where it does not tell."""
-    if isinstance(inner := getattr(conv, "nn", None), nn.Module):
-        maps = [weight for m in inner.modules() if isinstance(weight := getattr(m, "weight", None), Tensor)]
-        maps = [weight for weight in maps if weight.dim() == 2]
-        return (maps[0].size(1), maps[-1].size(0)) if maps else None
-    width, out = getattr(conv, "in_channels", None), getattr(conv, "out_channels", None)
-    if not (isinstance(width, int) and isinstance(out, int)):
-        return None
-    return width, out * conv.heads if getattr(conv, "concat", False) else out
+}.items():
+    register_deep(_mixin, _deep)

@@ -7,19 +7,21 @@ from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
+from torch_geometric.nn import SAGEConv
 
 from ..config import Granularity
+from ..layers.arithmetic import aggregate_sum, own_copy
+from ..layers.base import SiteFactory
+from ..layers.errors import names_layer
+from ..layers.graph import NormalizedGraph, graph_size, is_sparse, mean_graph, plain_graph
+from ..layers.linear import QuantizedLinear
+from ..layers.message_passing import QuantizedConv
+from ..layers.registry import convert_layer, register_layer
+from ..layers.samples import Pair, Samples
+from ..layers.watched import is_watched, observed, pair_of, source_side, through_pyg, values_mapped
 from ..quantizers import QLRQuantizer, QuantizedTensor
 from ..quantizers.autocast import full_precision
 from ..smp.constraint import attach_constraint
-from .arithmetic import aggregate_sum, own_copy
-from .base import SiteFactory
-from .errors import names_layer
-from .graph import NormalizedGraph, graph_size, is_sparse, mean_graph, plain_graph
-from .linear import QuantizedLinear
-from .message_passing import QuantizedConv
-from .samples import Pair, Samples
-from .watched import is_watched, observed, pair_of, source_side, through_pyg, values_mapped
 
 __all__ = ["SUMS", "QuantizedSAGEConv"]
 
@@ -81,8 +83,6 @@ class QuantizedSAGEConv(QuantizedConv):
         layer.target_quantizer = None if shared else sites.make("activation", "target")
         inner = [("lin_l", not first), ("lin_r", False)] if layer.root_weight else [("lin_l", not first)]
         for child, own_input in inner:
-            from .registry import convert_layer  # the registry names this class
-
             convert_layer(getattr(layer, child), QuantizedLinear, sites.within(child), own_input=own_input)
         attach_constraint(layer, sites.config.smp, sites.device)
 
@@ -153,3 +153,6 @@ class QuantizedSAGEConv(QuantizedConv):
 def _transforms_first(layer: Any) -> bool:
     """Whether sending ``W_l x`` is exact and no wider than sending ``x``."""
     return layer.aggr in SUMS and layer.out_channels <= layer.lin_l.weight.size(1)
+
+
+register_layer(SAGEConv, QuantizedSAGEConv)

@@ -11,15 +11,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch_geometric.nn import LGConv, SGConv, SSGConv, TAGConv
 
+from ..layers.arithmetic import own_copy
+from ..layers.base import SiteFactory
+from ..layers.graph import NormalizedGraph, NormalizedOperator
+from ..layers.registry import register_layer
+from ..layers.samples import Samples
+from ..layers.watched import is_watched, observed, values_entering
 from ..smp.constraint import attach_constraint
 from ..smp.propagation import Descent, Step
 from .appnp import QuantizedPropagation
-from .arithmetic import own_copy
-from .base import SiteFactory
-from .graph import NormalizedGraph, NormalizedOperator
-from .samples import Samples
-from .watched import is_watched, observed, values_entering
 
 __all__ = [
     "Hops",
@@ -211,3 +213,9 @@ class QuantizedTAGConv(TAGHops, QuantizedHops):
 
 class QuantizedLGConv(LGHops, QuantizedHops):
     """Quantized :class:`torch_geometric.nn.LGConv`, the step of LightGCN."""
+
+
+register_layer(SGConv, QuantizedSGConv)
+register_layer(SSGConv, QuantizedSSGConv)
+register_layer(TAGConv, QuantizedTAGConv)
+register_layer(LGConv, QuantizedLGConv)

@@ -13,15 +13,14 @@ and means, wherever these run it, so that their order of float operations is the
 
 from __future__ import annotations
 
-import math
 from contextvars import ContextVar
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch_geometric import EdgeIndex
+from torch_geometric.nn import GATConv, GATv2Conv
 from torch_geometric.utils import add_self_loops, remove_self_loops, to_edge_index
 from torch_geometric.utils.sparse import set_sparse_value
 
@@ -31,34 +30,29 @@ from ..kernels.head_dots import head_dots
 from ..kernels.layout import pack_codes
 from ..kernels.plan import GraphPlan
 from ..kernels.spmm import segment_max, segment_sum, spmm
+from ..layers import compressed
+from ..layers.arithmetic import with_gradient_of
+from ..layers.base import SiteFactory
+from ..layers.dropout import dropout
+from ..layers.errors import names_layer
+from ..layers.graph import edges_of, graph_size, is_sparse, looped_plan, plain_graph
+from ..layers.message_passing import QuantizedConv
+from ..layers.numerators import attention_codes, attention_thresholds
+from ..layers.registry import register_layer
+from ..layers.samples import layer_name
+from ..layers.watched import is_watched, quantized_attention, source_side, through_pyg
 from ..quantizers import QLRQuantizer, QuantizedTensor
 from ..quantizers.autocast import full_precision
-from ..quantizers.functional import HALF, levels
+from ..quantizers.functional import HALF
 from ..smp.constraint import attach_constraint
-from . import compressed
-from .arithmetic import with_gradient_of
-from .base import SiteFactory
-from .dropout import dropout
-from .errors import names_layer
-from .graph import edges_of, graph_size, is_sparse, looped_plan, plain_graph
-from .message_passing import QuantizedConv
-from .samples import layer_name
-from .watched import is_watched, quantized_attention, source_side, through_pyg
 
-__all__ = ["QuantizedGATConv", "QuantizedGATv2Conv", "attention_codes", "attention_numerators"]
-
-
-@cache
-def attention_thresholds(bits: int) -> tuple[float, ...]:
-    """Ascending logit thresholds of the codes 1 .. Q."""
-    qmax = levels(bits)
-    return tuple(math.log((q - 0.5) / qmax) for q in range(1, qmax + 1))
-
-
-def attention_codes(shifted: Tensor, bits: int) -> Tensor:
-    """Codes of ``exp(shifted)``, ``shifted <= 0``; without gradient."""
-    table = torch.tensor(attention_thresholds(bits), dtype=shifted.dtype, device=shifted.device)
-    return torch.bucketize(shifted.detach(), table, right=True).to(shifted.dtype)
+__all__ = [
+    "QuantizedGATConv",
+    "QuantizedGATv2Conv",
+    "attention_codes",
+    "attention_numerators",
+    "attention_thresholds",
+]
 
 
 class _SoftmaxGradient(torch.autograd.Function):
@@ -455,3 +449,7 @@ class QuantizedGATv2Conv(WatchedPairs, _QuantizedAttention):
         hidden = sent.dequantize()[plan.col.long()] + target.dequantize()[plan.dst]
         hidden = hidden if edge is None else hidden + edge
         return (F.leaky_relu(hidden, self.negative_slope) * self.att).sum(-1)
+
+
+register_layer(GATConv, QuantizedGATConv)
+register_layer(GATv2Conv, QuantizedGATv2Conv)

@@ -8,20 +8,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch_geometric.nn import APPNP
 
 from ..config import OFF, SMPConfig
+from ..layers.arithmetic import own_copy
+from ..layers.base import QuantizerDict, SiteFactory
+from ..layers.errors import names_layer
+from ..layers.graph import NormalizedGraph, NormalizedOperator
+from ..layers.message_passing import QuantizedConv, require_sum
+from ..layers.registry import register_layer
+from ..layers.samples import Samples
+from ..layers.watched import is_watched, watched_graph
 from ..quantizers import QLRQuantizer
 from ..quantizers.autocast import full_precision
 from ..smp.constraint import attach_constraint
-from ..smp.propagation import Descent, Meter, PropagationLayer, StepOperator, Visit, dropped_edges
-from .arithmetic import own_copy
-from .base import QuantizerDict, SiteFactory
-from .errors import names_layer
+from ..smp.propagation import Descent, Meter, PropagationLayer, SMPropagation, StepOperator, Visit, dropped_edges
 from .gcn import propagate_codes
-from .graph import NormalizedGraph, NormalizedOperator
-from .message_passing import QuantizedConv, require_sum
-from .samples import Samples
-from .watched import is_watched, watched_graph
 
 __all__ = ["QuantizedAPPNP", "QuantizedPropagation", "QuantizedSMPropagation"]
 
@@ -195,3 +197,7 @@ class QuantizedSMPropagation(QuantizedPropagation):
     @classmethod
     def settings(cls, layer: Any, sites: SiteFactory) -> SMPConfig | None:
         return layer._smp
+
+
+register_layer(APPNP, QuantizedAPPNP)
+register_layer(SMPropagation, QuantizedSMPropagation)

@@ -5,18 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch_geometric.nn import GCNConv
 
+from ..layers import compressed
+from ..layers.arithmetic import aggregate_sum
+from ..layers.base import SiteFactory
+from ..layers.errors import names_layer
+from ..layers.graph import NormalizedGraph, gcn_graph
+from ..layers.message_passing import QuantizedConv, require_sum
+from ..layers.registry import register_layer
+from ..layers.samples import Samples
+from ..layers.watched import is_watched, watched_graph
 from ..quantizers import QLRQuantizer
 from ..quantizers.autocast import full_precision
 from ..smp.constraint import attach_constraint
-from . import compressed
-from .arithmetic import aggregate_sum
-from .base import SiteFactory
-from .errors import names_layer
-from .graph import NormalizedGraph, gcn_graph
-from .message_passing import QuantizedConv, require_sum
-from .samples import Samples
-from .watched import is_watched, watched_graph
 
 __all__ = ["QuantizedGCNConv", "propagate_codes"]
 
@@ -70,3 +72,6 @@ class QuantizedGCNConv(QuantizedConv):
             dtype=self.lin.weight.dtype,
             copies=copies,
         )
+
+
+register_layer(GCNConv, QuantizedGCNConv)

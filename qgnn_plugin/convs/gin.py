@@ -6,18 +6,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch_geometric.nn import GINConv
 
+from ..layers import compressed
+from ..layers.arithmetic import aggregate_sum, own_copy
+from ..layers.base import SiteFactory
+from ..layers.errors import names_layer
+from ..layers.graph import NormalizedGraph, graph_size, plain_graph
+from ..layers.message_passing import QuantizedConv
+from ..layers.registry import register_layer
+from ..layers.samples import Pair
+from ..layers.watched import is_watched, pair_of, through_pyg
 from ..quantizers import QLRQuantizer, QuantizedTensor
 from ..quantizers.autocast import full_precision
 from ..smp.constraint import Operator, attach_constraint
-from . import compressed
-from .arithmetic import aggregate_sum, own_copy
-from .base import SiteFactory
-from .errors import names_layer
-from .graph import NormalizedGraph, graph_size, plain_graph
-from .message_passing import QuantizedConv
-from .samples import Pair
-from .watched import is_watched, pair_of, through_pyg
 
 __all__ = ["QuantizedGINConv", "mean_with_self"]
 
@@ -75,3 +77,6 @@ class QuantizedGINConv(QuantizedConv):
 def _multiple(x: QuantizedTensor, factor: Tensor) -> Tensor:
     """``t x^`` of a scalar ``t``."""
     return factor * x.dequantize() if x.packed is None else compressed.multiple(x.codes, factor, x.packed)
+
+
+register_layer(GINConv, QuantizedGINConv)
