@@ -8,6 +8,7 @@ from typing import Any
 
 from .cpu_calls import Case, measure_cases, molecules, random_graph, section_markdown, targets_of
 from .cpu_report import Target
+from .peers import peer_settings
 
 CASES = (
     Case("128 molecules, new", molecules(128, 25), 32, 64, 3, is_new=True, rounds=140),
@@ -16,12 +17,12 @@ CASES = (
 
 NOTES = """\
 As in the section on small graphs: every call gets a graph that was not seen before, as from a loader, and what is
-derived from it is part of the call, for PyG's sparse paths as for packed models.
+derived from it is part of the call, for PyG's sparse paths and DGL as for packed models.
 """
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    return {"cases": [case.settings() for case in CASES], "rounds": args.rounds}
+    return {"cases": [case.settings() for case in CASES], "rounds": args.rounds, "peers": peer_settings()}
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Inference of three-layer models: PyG's paths, and the packed models at every width."""
+"""Inference of three-layer models: PyG's paths and other peers, and the packed models at every width."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from qgnn_plugin.kernels.plan import plan_cache
 from qgnn_plugin.packing.model import specs_of
 
 from .cpu_graphs import power_law
-from .cpu_paths import EDGE_INDEX, PACKED_GRAPH, edge_list, pyg_paths, quantized_stack
+from .cpu_paths import EDGE_INDEX, PACKED_GRAPH, edge_list, quantized_stack
 from .cpu_probe import Job, probe
 from .cpu_report import Target, per_threads, table
+from .peers import OVER_PEERS, OVER_PYG, family, is_compiled, is_pyg, peer_line, peer_settings, peers_of
 from .stacks import STACKS
 from .timing import interleaved, set_threads
 
@@ -28,17 +30,19 @@ COMPILED_BITS = 4  # the width whose compilation is timed
 ATTENTION = ("GAT",)
 LONG_CALL = 4.0  # seconds: a call that takes longer is not repeated to choose a path
 TARGETS = {  # model: (column, least by bits)
-    "GCN": (("over best PyG", {2: 8.0, 4: 6.5}), (f"over {EDGE_INDEX}", {2: 30.0, 4: 25.0})),
-    "GraphSAGE": (("over best PyG", {2: 5.11, 4: 4.70}),),
-    "GAT": (("over best PyG", {2: 5.11, 4: 4.70}),),
+    "GCN": ((OVER_PEERS, {2: 5.11, 4: 4.70}), (OVER_PYG, {2: 8.0, 4: 6.5}), (f"over {EDGE_INDEX}", {2: 30.0, 4: 25.0})),
+    "GraphSAGE": ((OVER_PEERS, {2: 5.11, 4: 4.70}), (OVER_PYG, {2: 6.0, 4: 5.5})),
+    "GAT": ((OVER_PEERS, {2: 5.11, 4: 4.70}), (OVER_PYG, {2: 15.0, 4: 12.0})),
 }
 
 NOTES = """\
-Whole forward passes on the generated graph.  `best PyG` is the fastest of all PyG paths of the model, each with
-everything computed beforehand that PyG lets one compute: all were tried once, the fastest other one and `edge_index`
-take part in the rounds.  Packed models are calibrated on the same graph, with the default configuration (row
-multipliers) and every layer packed; before timing, their outputs are compared with `qmodel.eval()`: `error` is the
-largest difference over the largest output, `agree` the share of equal predictions.
+Whole forward passes on the generated graph.  `best PyG` is the fastest of all PyG paths of the model, eager or under
+`torch.compile` (whose compilation is not counted), `best peer` that of these and of DGL's own layers.  Each has
+everything computed beforehand that it lets one compute.  All gave the same outputs and were tried once; `edge_index`
+and the fastest other one of each of PyG, PyG compiled, and DGL take part in the rounds.  Packed models are calibrated
+on the same graph, with the default configuration (row multipliers) and every layer packed; before timing, their outputs
+are compared with `qmodel.eval()`: `error` is the largest difference over the largest output, `agree` the share of equal
+predictions.
 """
 
 STAGE_NOTES = f"""\
@@ -54,7 +58,7 @@ class WrongResult(Exception):
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     names = ("nodes", "edges", "widths", "threads", "rounds", "slow_rounds")
-    return {name: getattr(args, name) for name in names}
+    return {name: getattr(args, name) for name in names} | {"peers": peer_settings()}
 
 
 def _seconds(run: Callable[[], Any]) -> float:
@@ -96,18 +100,33 @@ def compare(name: str, qmodel: nn.Module, packed: nn.Module, x: Tensor, edge_ind
     return {"error": error, "agree": agree}
 
 
-def _pyg_sides(
-    name: str, args: argparse.Namespace, x: Tensor, edge_index: Tensor
-) -> tuple[dict[str, Callable[[], Any]], dict[str, float], dict[str, float]]:
-    """The sides that take part, the seconds of all that were tried, and what converting the graph took."""
+@dataclass(frozen=True)
+class _Tried:
+    """What trying every peer of a model once found.
+
+    Args:
+        sides: Those that take part in the rounds.
+        seconds: Of one call, by label.
+        converting: Milliseconds that converting the graph for PyG's fastest path took.
+        absent: Peers that do not take part, and why.
+    """
+
+    sides: dict[str, Callable[[], Any]]
+    seconds: dict[str, float]
+    converting: float
+    absent: Mapping[str, str]
+
+
+def _try_peers(name: str, args: argparse.Namespace, x: Tensor, edge_index: Tensor) -> _Tried:
     expected = None
     calls: dict[str, Callable[[], Any]] = {}
     tried: dict[str, float] = {}
-    converted: dict[str, float] = {}
-    for label, path in pyg_paths(name, args.widths).items():
+    peers = peers_of(name, args.widths)
+    for label, path in peers.paths.items():
         graph = path.convert(edge_index, args.nodes)
-        converted[label] = _median_ms(lambda path=path: path.convert(edge_index, args.nodes))
         calls[label] = lambda path=path, graph=graph: path.model(x, graph)
+        if is_compiled(label):
+            calls[label]()
         begin = time.perf_counter()
         out = calls[label]()
         tried[label] = time.perf_counter() - begin
@@ -115,20 +134,28 @@ def _pyg_sides(
             tried[label] = min(tried[label], _seconds(calls[label]))
         expected = out if expected is None else expected
         torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
-    fastest = min((label for label in calls if label != EDGE_INDEX), key=lambda label: tried[label])
-    return {label: calls[label] for label in (EDGE_INDEX, fastest)}, tried, {"PyG": converted[fastest]}
+    fastest: dict[str, str] = {}
+    for label in sorted(tried, key=tried.__getitem__):
+        if label != EDGE_INDEX:
+            fastest.setdefault(family(label), label)
+    convert = peers.paths[fastest["PyG"]].convert
+    return _Tried(
+        {label: calls[label] for label in (EDGE_INDEX, *fastest.values())}, tried,
+        _median_ms(lambda: convert(edge_index, args.nodes)), peers.absent,
+    )  # fmt: skip
 
 
 def _rows(name: str, count: int, timings: Mapping[str, Any], checks: Mapping[str, Any]) -> list[dict[str, Any]]:
-    pyg = [side for side in timings if side not in checks]
-    best = min(pyg, key=lambda side: timings[side].median)
+    peers = sorted((side for side in timings if side not in checks), key=lambda side: timings[side].median)
+    best, best_pyg = peers[0], next(side for side in peers if is_pyg(side))
     return [
         {
             "model": name,
             "threads": count,
             "side": side,
             "ms": 1e3 * timing.median,
-            "over best PyG": timing.over(timings[best]),
+            OVER_PYG: timing.over(timings[best_pyg]),
+            OVER_PEERS: timing.over(timings[best]),
             f"over {EDGE_INDEX}": timing.over(timings[EDGE_INDEX]),
             "processor ms": 1e3 * timing.processor_median,
             "rounds": len(timing.wall),
@@ -140,10 +167,11 @@ def _rows(name: str, count: int, timings: Mapping[str, Any], checks: Mapping[str
 
 def _model_rows(name: str, args: argparse.Namespace, x: Tensor, edge_index: Tensor) -> dict[str, Any]:
     set_threads(max(args.threads))
-    sides, tried, converted = _pyg_sides(name, args, x, edge_index)
+    found = _try_peers(name, args, x, edge_index)
+    sides, tried = dict(found.sides), found.seconds
     slow = {side: min(args.slow_rounds, args.rounds) for side in sides if tried[side] > LONG_CALL}
     stages = {"model": name, "graph": _median_ms(_converting(name, edge_index, args.nodes))}
-    stages["graph, PyG"] = converted["PyG"]
+    stages["graph, PyG"] = found.converting
     checks, wrong = {}, []
     for bits in BITS:
         qmodel = quantized_stack(name, bits, args.widths, (x, edge_index))
@@ -158,8 +186,11 @@ def _model_rows(name: str, args: argparse.Namespace, x: Tensor, edge_index: Tens
     rows = []
     for count in args.threads:
         set_threads(count)
+        for side in filter(is_compiled, sides):  # again for another number of threads, and not while it is timed
+            sides[side]()
         rows += _rows(name, count, interleaved(sides, args.rounds, slow), checks)
-    return {"rows": rows, "tried": tried, "stages": stages | _compilation(name, args), "wrong": wrong}
+    stages |= _compilation(name, args)
+    return {"rows": rows, "tried": tried, "stages": stages, "wrong": wrong, "absent": dict(found.absent)}
 
 
 def _compilation(name: str, args: argparse.Namespace) -> dict[str, float]:
@@ -174,7 +205,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     edge_index = edge_list(power_law(args.nodes, args.edges))
     torch.manual_seed(0)
     x = torch.randn(args.nodes, args.widths[0])
-    data: dict[str, Any] = {"rows": [], "stages": [], "tried": {}, "wrong": []}
+    data: dict[str, Any] = {"rows": [], "stages": [], "tried": {}, "wrong": [], "absent": {}}
     with torch.no_grad():
         for name in STACKS:
             found = _model_rows(name, args, x, edge_index)
@@ -182,18 +213,20 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             data["stages"].append(found["stages"])
             data["wrong"] += found["wrong"]
             data["tried"][name] = found["tried"]
+            data["absent"] |= found["absent"]
     return data
 
 
 def markdown(section: Mapping[str, Any]) -> list[str]:
     data, used = section["data"], section["settings"]
     widths = "-".join(str(width) for width in used["widths"])
-    columns = ("model", "threads", "side", "ms", "over best PyG", f"over {EDGE_INDEX}", "processor ms", "rounds")
+    columns = ("model", "threads", "side", "ms", OVER_PEERS, OVER_PYG, f"over {EDGE_INDEX}", "processor ms", "rounds")
     stages = list(data["stages"][0])
     return [
         f"## Inference, {widths}, {used['nodes']:,} nodes, {used['edges']:,} edges",
         "",
         NOTES,
+        *peer_line(used.get("peers", {}), data.get("absent", {})),
         *table((*columns, "error", "agree"), data["rows"]),
         *(f"**Not timed**, {line}.\n" for line in data["wrong"]),
         "Tried once, in seconds: "

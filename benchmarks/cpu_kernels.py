@@ -1,4 +1,4 @@
-"""``aggregate`` against float32: ``torch.sparse`` CSR and the best kernel of our own tools."""
+"""``aggregate`` against float32: ``torch.sparse`` CSR, DGL, and the best kernel of our own tools."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ from qgnn_plugin.kernels.quantize_pack import quantize_pack
 
 from .cpu_graphs import graphs
 from .cpu_report import Target, number, per_threads, table
+from .dgl_paths import dgl_absence, dgl_graph, dgl_sum, dgl_version
+from .peers import OVER_PEERS, peer_line
 from .timing import copy_bandwidth, interleaved, set_threads
 
 __all__ = ["BASELINES", "OWN", "aggregate_rows", "markdown", "measure", "settings", "targets"]
@@ -38,6 +40,7 @@ __all__ = ["BASELINES", "OWN", "aggregate_rows", "markdown", "measure", "setting
 WIDTHS = (2, 4, 8)
 SCALE, OFFSET = 0.5, -1.0  # of the codes
 BASELINES = ("torch.sparse CSR, int64", "torch.sparse CSR, int32")
+DGL = "DGL"
 OWN = "own float32"
 LINE = 16  # floats per cache line
 FEATURES = 256
@@ -51,10 +54,11 @@ TARGETS = (  # side, column, least by bits
 
 NOTES = """\
 Medians over interleaved rounds; a ratio is the median of the rounds' own ratios.  `torch.sparse` is the faster of its
-CSR products with int64 and int32 indices, `own float32` the fastest of our vector kernels with prefetching and
-streaming stores.  `packed` has packed output, otherwise it is float32.  `GB/s` are the bytes that a side must move over
-its time, `of copy` that over the copy bandwidth: rows that stay in a cache are counted as often as they are read, so it
-can pass 1.
+CSR products with int64 and int32 indices, `DGL` its `copy_u_sum` (libxsmm) on a sorted graph with int32 indices, where
+it is installed, `best peer` the fastest of these, and `own float32` the fastest of our vector kernels with prefetching
+and streaming stores.  `packed` has packed output, otherwise it is float32.  `GB/s` are the bytes that a side must move
+over its time, `of copy` that over the copy bandwidth: rows that stay in a cache are counted as often as they are read,
+so it can pass 1.
 """
 
 
@@ -142,6 +146,9 @@ def _sides(plan: GraphPlan, inputs: _Inputs) -> dict[str, tuple[Callable[[], Any
         name: (partial(torch.matmul, _adjacency(plan, index), x), moved)
         for name, index in zip(BASELINES, (torch.int64, torch.int32), strict=True)
     }
+    if dgl_absence() is None:
+        graph = dgl_graph(torch.stack([plan.col.long(), plan.dst]), plan.num_src)
+        sides[DGL] = (partial(dgl_sum, graph, x), moved)
     sides[OWN] = (lambda: float_sum(plan, x, *own), moved)
     scale, offset = torch.tensor([SCALE]), torch.tensor([OFFSET])
     out = {"out_scale": inputs.step, "out_offset": inputs.offset}
@@ -157,10 +164,15 @@ def _sides(plan: GraphPlan, inputs: _Inputs) -> dict[str, tuple[Callable[[], Any
     return sides
 
 
+def _peers(sides: Mapping[str, Any]) -> list[str]:
+    """The float sides, our own kernel last."""
+    return [side for side in (*BASELINES, DGL, OWN) if side in sides]
+
+
 def _check(plan: GraphPlan, sides: dict[str, tuple[Callable[[], Any], int]], inputs: _Inputs) -> None:
     """No timing of a wrong result: integer-valued sums are exact on every side."""
     want = sides[BASELINES[0]][0]()
-    for name in (*BASELINES[1:], OWN):
+    for name in _peers(sides)[1:]:
         torch.testing.assert_close(sides[name][0](), want)
     shape = next(shape for shape in FLOAT_KERNELS if inputs.x.size(1) % shape[0] == 0)
     for bits in WIDTHS:
@@ -183,14 +195,17 @@ def aggregate_rows(
         _check(plan, sides, inputs)
         few = min(slow_rounds if plan.num_edges > LONG_EDGES else rounds, rounds)
         calls = {side: call for side, (call, _) in sides.items()}
-        timings = interleaved(calls, rounds, {side: few for side in (*BASELINES, OWN) if few < rounds})
+        peers = _peers(sides)
+        timings = interleaved(calls, rounds, {side: few for side in peers if few < rounds})
         baseline = min(BASELINES, key=lambda side: timings[side].median)
+        best = min(peers[:-1], key=lambda side: timings[side].median)
         rows += [
             {
                 "graph": name,
                 "threads": count,
                 "side": side,
                 "ms": 1e3 * timing.median,
+                OVER_PEERS: timing.over(timings[best]),
                 OVER_SPARSE: timing.over(timings[baseline]),
                 OVER_OWN: timing.over(timings[OWN]),
                 "GB/s": sides[side][1] / timing.median / 1e9,
@@ -205,6 +220,7 @@ def aggregate_rows(
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     names = ("nodes", "edges", "csr", "threads", "rounds", "slow_rounds", "features")
     used = {name: getattr(args, name) for name in names}
+    used["peers"] = {DGL: dgl_version()}
     used["csr"] = [file.split("=", 1)[0] for file in args.csr]
     return used
 
@@ -219,15 +235,18 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         rows += aggregate_rows(name, plan, args.features, args.threads, args.rounds, args.slow_rounds)
     for row in rows:
         row["of copy"] = row["GB/s"] / copy[str(row["threads"])]
-    return {"copy GB/s": copy, "rows": rows}
+    absent = dgl_absence()
+    return {"copy GB/s": copy, "rows": rows, "absent": {} if absent is None else {DGL: absent}}
 
 
 def markdown(section: Mapping[str, Any]) -> list[str]:
     data = section["data"]
     copy = ", ".join(f"{number(speed)} GB/s on {count} threads" for count, speed in data["copy GB/s"].items())
-    columns = ("graph", "threads", "side", "ms", OVER_SPARSE, OVER_OWN, "GB/s", "of copy", "processor ms", "rounds")
+    ratios = (OVER_PEERS, OVER_SPARSE, OVER_OWN)
+    columns = ("graph", "threads", "side", "ms", *ratios, "GB/s", "of copy", "processor ms", "rounds")
     title = f"## `aggregate`, {section['settings']['features']} features"
-    return [title, "", NOTES, f"Copy bandwidth: {copy}.", "", *table(columns, data["rows"])]
+    peers = peer_line(section["settings"].get("peers", {}), data.get("absent", {}), ["`torch.sparse`"])
+    return [title, "", NOTES, *peers, f"Copy bandwidth: {copy}.", "", *table(columns, data["rows"])]
 
 
 def targets(data: Mapping[str, Any]) -> list[Target]:

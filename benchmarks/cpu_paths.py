@@ -20,14 +20,14 @@ from qgnn_plugin.layers.graph import gcn_graph, looped_plan, mean_graph
 from .cpu_graphs import power_law
 from .stacks import WIDTHS, build_stack
 
-__all__ = ["EDGE_INDEX", "FAST_PATH", "PACKED_GRAPH", "PygPath", "edge_list", "pyg_paths", "quantized_stack"]
+__all__ = ["EDGE_INDEX", "FAST_PATH", "PACKED_GRAPH", "FloatPath", "edge_list", "pyg_paths", "quantized_stack"]
 
 EDGE_INDEX = "PyG edge_index"
 SAMPLE_NODES, SAMPLE_EDGES = 2_000, 24_000  # of the graph that ranges are set on where the data do not matter
 
 
 @dataclass(frozen=True)
-class PygPath:
+class FloatPath:
     """A float model, and what makes the graph argument of this path.
 
     Args:
@@ -85,7 +85,29 @@ def _as_it_is(edge_index: Tensor, num_nodes: int) -> Tensor:
     return edge_index
 
 
-def pyg_paths(name: str, widths: Sequence[int] = WIDTHS) -> dict[str, PygPath]:
+class _WeightedStack(nn.Module):
+    """A :func:`~benchmarks.stacks.build_stack` on edges with weights."""
+
+    def __init__(self, stack: Any) -> None:
+        super().__init__()
+        self.convs = stack.convs
+
+    def forward(self, x: Tensor, graph: tuple[Tensor, Tensor]) -> Tensor:
+        for i, conv in enumerate(self.convs):
+            x = conv(x, *graph)
+            if i + 1 < len(self.convs):
+                x = x.relu()
+        return x
+
+
+def _normalized(edge_index: Tensor, num_nodes: int) -> tuple[Tensor, Tensor]:
+    """The edges that GCNConv would make, sorted by target, and their weights."""
+    looped, weight = gcn_norm(edge_index, None, num_nodes)
+    order = looped[1].argsort(stable=True)
+    return looped[:, order], weight[order]
+
+
+def pyg_paths(name: str, widths: Sequence[int] = WIDTHS) -> dict[str, FloatPath]:
     """PyG's paths of a :func:`~benchmarks.stacks.build_stack` by label, all with the same weights.
 
     The other formats are given everything that can be computed beforehand: GCN's normalization, the mean's
@@ -98,21 +120,22 @@ def pyg_paths(name: str, widths: Sequence[int] = WIDTHS) -> dict[str, PygPath]:
         other.load_state_dict(model.state_dict())
         return other
 
-    paths = {EDGE_INDEX: PygPath(model, _as_it_is)}
+    paths = {EDGE_INDEX: FloatPath(model, _as_it_is)}
     if name == "GCN":
         plain = with_options(normalize=False)
-        paths["PyG CSR, int64"] = PygPath(plain, partial(_normalized_csr, index=torch.int64))
-        paths["PyG CSR, int32"] = PygPath(plain, partial(_normalized_csr, index=torch.int32))
+        paths["PyG normalized edge_index"] = FloatPath(_WeightedStack(plain), _normalized)
+        paths["PyG CSR, int64"] = FloatPath(plain, partial(_normalized_csr, index=torch.int64))
+        paths["PyG CSR, int32"] = FloatPath(plain, partial(_normalized_csr, index=torch.int32))
     elif name == "GraphSAGE":
-        paths["PyG CSR, mean"] = PygPath(model, _plain_csr)
-        paths["PyG CSR, weighted sum"] = PygPath(with_options(aggr="sum"), _mean_csr)
+        paths["PyG CSR, mean"] = FloatPath(model, _plain_csr)
+        paths["PyG CSR, weighted sum"] = FloatPath(with_options(aggr="sum"), _mean_csr)
     elif name == "GIN":
-        paths["PyG CSR"] = PygPath(model, _plain_csr)
+        paths["PyG CSR"] = FloatPath(model, _plain_csr)
     else:
         looped = with_options(add_self_loops=False)
-        paths["PyG sorted edge_index"] = PygPath(looped, _looped)
-        paths["PyG EdgeIndex"] = PygPath(looped, _looped_index)
-        paths["PyG CSR"] = PygPath(looped, _looped_csr)
+        paths["PyG sorted edge_index"] = FloatPath(looped, _looped)
+        paths["PyG EdgeIndex"] = FloatPath(looped, _looped_index)
+        paths["PyG CSR"] = FloatPath(looped, _looped_csr)
     return paths
 
 

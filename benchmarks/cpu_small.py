@@ -8,6 +8,7 @@ from typing import Any
 
 from .cpu_calls import Case, measure_cases, molecules, random_graph, section_markdown, targets_of
 from .cpu_report import Target
+from .peers import peer_settings
 
 CASES = (
     Case("one molecule, new", molecules(1, 25), 32, 64, 3, is_new=True, rounds=700),
@@ -16,14 +17,14 @@ CASES = (
 )
 
 NOTES = """\
-Calls of packed INT4 models in the default configuration and of PyG's float paths, in turn, on one thread: medians and
-99th percentiles of processor time.  A molecule is new in each call: its plan, or what PyG derives from it, is part of
-the call.  Elsewhere everything that PyG lets one compute beforehand was.
+Calls of packed INT4 models in the default configuration and of their peers in float32, in turn, on one thread: medians
+and 99th percentiles of processor time.  A molecule is new in each call: its plan, or what a peer derives from it, is
+part of the call.  Elsewhere everything that peers let one compute beforehand was, and compiling is not counted.
 """
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    return {"cases": [case.settings() for case in CASES], "rounds": args.rounds}
+    return {"cases": [case.settings() for case in CASES], "rounds": args.rounds, "peers": peer_settings()}
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -67,10 +68,12 @@ def interleaved(
 
 
 def set_threads(count: int) -> None:
-    """Threads of torch (and with it of our kernels, MKL and oneDNN), and of numba's own loops."""
+    """Threads of torch (and with it of our kernels, MKL and oneDNN), of numba's own loops, and of DGL once imported."""
     # numba first: its threading layer, launched by the first call, sets OpenMP's threads for torch as well.
     numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
     torch.set_num_threads(count)
+    if (dgl := sys.modules.get("dgl")) is not None:  # which has an OpenMP of its own
+        dgl.utils.set_num_threads(count)
 
 
 def copy_bandwidth(num_bytes: int = 1 << 28, rounds: int = 7) -> float:

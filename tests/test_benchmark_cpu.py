@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import cpu, cpu_batches, cpu_calls, cpu_inference, cpu_kernels, cpu_recall, cpu_small
+from benchmarks import cpu, cpu_batches, cpu_calls, cpu_inference, cpu_kernels, cpu_recall, cpu_small, dgl_paths, peers
 from benchmarks.cpu_graphs import power_law
 from benchmarks.cpu_growth import slope
 from benchmarks.cpu_inference import WrongResult, compare
@@ -64,17 +64,69 @@ def test_peak_memory_counts_every_allocator(allocate: str) -> None:
     assert peak_bytes(lambda: None) < size / 20
 
 
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``torch.compile`` takes tens of seconds a model, and no part in what these tests are of."""
+    monkeypatch.setattr(peers, "_compiler_absence", lambda: "no C++ compiler")
+
+
 @pytest.mark.parametrize("name", STACKS)
 def test_pyg_paths_compute_one_function(name: str) -> None:
     plan = power_law(120, 900)  # with duplicates and self-loops
     edge_index, x = edge_list(plan), torch.randn(120, WIDTHS[0])
     with torch.no_grad():
-        paths = pyg_paths(name, WIDTHS)
+        paths = pyg_paths(name, WIDTHS) | dgl_paths.dgl_paths(name, WIDTHS)  # the latter where DGL is installed
         outs = {label: path.model(x, path.convert(edge_index, 120)) for label, path in paths.items()}
     assert FAST_PATH[name] in outs
     assert len(outs) >= 3
     for label, out in outs.items():
         torch.testing.assert_close(out, outs[EDGE_INDEX], rtol=1e-4, atol=1e-5, msg=lambda m, k=label: f"{k}: {m}")
+
+
+@pytest.mark.slow
+def test_compiled_paths_compute_the_same_and_say_when_they_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = power_law(60, 300)
+    edge_index, x = edge_list(plan), torch.randn(60, 8)
+    eager = {EDGE_INDEX: pyg_paths("GraphSAGE", (8, 16, 5))[EDGE_INDEX]}
+    ((label, path),) = peers.compiled_paths(eager).items()
+    assert peers.is_compiled(label)
+    with torch.no_grad():
+        torch.testing.assert_close(path.model(x, edge_index), eager[EDGE_INDEX].model(x, edge_index))
+        monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+        with pytest.raises(Exception, match="recompile_limit"):  # never on without compiling
+            path.model(x[:50], edge_index[:, :10])
+
+
+def test_peers_that_are_absent_are_named(monkeypatch: pytest.MonkeyPatch, no_compiler: None) -> None:
+    monkeypatch.setattr(dgl_paths, "_imported", lambda: (None, "ModuleNotFoundError: No module named 'dgl'"))
+    found = peers.peers_of("GIN", (8, 16))
+    assert {peers.family(label) for label in found.paths} == {"PyG"}
+    line = peers.peer_line(peers.peer_settings(), found.absent)[0]
+    assert line == (
+        "Peers that took part: PyG.  Absent: torch.compile (no C++ compiler); "
+        "DGL (ModuleNotFoundError: No module named 'dgl')."
+    )
+    assert "another size" in peers.peers_of("GIN", (8, 16), is_new=True).absent["torch.compile"]
+    assert peers.peer_line({"DGL": "2.1.0"}, {})[0].endswith("PyG, PyG under `torch.compile`, DGL 2.1.0.")
+
+
+def test_ratios_are_over_the_best_peer_and_the_best_of_pyg() -> None:
+    times = {"PyG edge_index": 8.0, "PyG CSR": 4.0, "PyG edge_index, compiled": 3.0, "DGL": 2.0, "INT4": 1.0}
+    timings = {side: Timing({0: time}, {0: time}) for side, time in times.items()}
+    case = cpu_calls.Case("tiny", cpu_calls.molecules(2, 12), 8, 16, 2, is_new=False, rounds=1)
+    for packed in (
+        cpu_calls.rows_of("GCN", case, timings)[-1],
+        cpu_inference._rows("GCN", 1, timings, {"INT4": {}})[-1],
+    ):
+        assert (packed["over best peer"], packed["over best PyG"], packed["over PyG edge_index"]) == (2.0, 3.0, 8.0)
+    assert [peers.family(side) for side in list(times)[:4]] == ["PyG", "PyG", "PyG, compiled", "DGL"]
+
+
+def test_a_peer_that_computes_something_else_is_not_timed() -> None:
+    case = cpu_calls.Case("tiny", cpu_calls.molecules(2, 12), 8, 16, 2, is_new=False, rounds=1)
+    sides = {EDGE_INDEX: lambda: torch.ones(3), "DGL": lambda: torch.ones(3) + 0.1, "INT4": lambda: torch.zeros(3)}
+    with pytest.raises(AssertionError, match="not close"):
+        cpu_calls._check(sides, case)
 
 
 def test_a_wrong_packed_model_is_not_timed() -> None:
@@ -142,7 +194,7 @@ def test_a_failing_section_leaves_the_others(tmp_path: Path, monkeypatch: pytest
     assert list(document) == ["two"]
 
 
-def test_sections_at_a_tiny_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sections_at_a_tiny_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_compiler: None) -> None:
     def fake_probe(job: Job, variables: Any = None) -> dict[str, dict[str, float]]:
         float_side = {label: {"bytes": 80.0 * job.nodes, "ms": 1.0 * job.nodes, "first_ms": 5.0} for label in job.pyg}
         return float_side | {
@@ -161,11 +213,13 @@ def test_sections_at_a_tiny_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     text = (tmp_path / "cpu.md").read_text()
     kernels, inference = document["kernels"]["data"]["rows"], document["inference"]["data"]["rows"]
     assert {row["graph"] for row in kernels} == {"power-law 300/1.5k", "ring"}
-    assert len(kernels) == 2 * (3 + 2 * 3)
+    floats = [*cpu_kernels.BASELINES, cpu_kernels.OWN]
+    floats += [cpu_kernels.DGL] if dgl_paths.dgl_absence() is None else []
+    assert len(kernels) == 2 * (len(floats) + 2 * 3)
     assert {(row["model"], row["side"]) for row in inference if row["side"].startswith("INT")} == {
         (name, f"INT{bits}") for name in STACKS for bits in (2, 4, 8)
     }
-    for rows, column in ((kernels, "over torch.sparse"), (inference, "over best PyG")):
+    for rows, column in ((kernels, "over torch.sparse"), (kernels, "over best peer"), (inference, "over best PyG")):
         assert min(abs(row[column] - 1) for row in rows) == 0  # the baseline against itself
     slopes = document["growth"]["data"]["slopes"]
     assert all(abs(row["slope of time"] - 1) < 1e-9 and abs(row["slope of memory"] - 1) < 1e-9 for row in slopes)
@@ -227,7 +281,7 @@ def test_probe_in_a_process_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("section", [cpu_small, cpu_batches])
-def test_sections_of_single_calls(section: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sections_of_single_calls(section: Any, monkeypatch: pytest.MonkeyPatch, no_compiler: None) -> None:
     is_new = section is cpu_batches
     case = cpu_calls.Case("tiny", cpu_calls.molecules(2, 12), 8, 16, 2, is_new=is_new, rounds=3, least=0.0)
     monkeypatch.setattr(section, "CASES", (case,))
@@ -238,12 +292,14 @@ def test_sections_of_single_calls(section: Any, monkeypatch: pytest.MonkeyPatch)
     for row in data["rows"]:
         assert 0 < row["ms"] <= row["99 % ms"]
         same = [other for other in data["rows"] if other["model"] == row["model"] and other["side"] != cpu_calls.SIDE]
-        assert row["over best PyG"] == min(other["ms"] for other in same) / row["ms"]
+        assert row["over best peer"] == min(other["ms"] for other in same) / row["ms"]
+        assert row["over best PyG"] == min(o["ms"] for o in same if peers.is_pyg(o["side"])) / row["ms"]
     median, tail = section.targets(data)
     assert median.is_met
     assert set(tail.measured) == {row["model"] for row in packed}
     lines = section.markdown({"data": data, "settings": section.settings(args)})
-    assert sum("tiny" in line for line in lines) == len(data["rows"])
+    assert sum(line.startswith("| tiny") for line in lines) == len(data["rows"])
+    assert any(line.startswith("tiny: Peers that took part: PyG") for line in lines)
 
 
 def test_molecules_are_bonded_both_ways_and_side_by_side() -> None:
