@@ -70,7 +70,7 @@ def checkpointed_class(cls: type) -> type:
 def open_checkpoints(model: nn.Module) -> None:
     """Let ``type(module).load_from_checkpoint`` load what the LightningModules in a converted ``model`` save."""
     for module in model.modules():
-        if hasattr(module, "load_from_checkpoint") and hasattr(module, "on_load_checkpoint"):
+        if hasattr(type(module), "load_from_checkpoint") and hasattr(type(module), "on_load_checkpoint"):
             module.__class__ = checkpointed_class(type(module))
 
 

@@ -21,7 +21,7 @@ from .converted import (
     range_parameters,
 )
 from .copying import copy_model
-from .coverage import warn_of_float_parts
+from .coverage import warn_of_float_parts, warn_of_unregistered
 from .layers.base import QuantizedLayer, SiteFactory, restore_class
 from .layers.fast_paths import close_fast_paths, open_fast_paths
 from .layers.message_passing import QuantizedConv
@@ -103,6 +103,7 @@ def quantize_model(
         raise
     open_checkpoints(model)
     warn_of_comparisons(model, stacklevel=2)
+    warn_of_unregistered(model, stacklevel=2)
     if include is None and exclude is None:
         with still(model):
             warn_of_float_parts(model, stacklevel=2)

@@ -19,6 +19,7 @@ from .layers.base import QuantizedLayer, SwappedLayer
 from .layers.message_passing import SentFeatures
 from .layers.registry import mixin_for
 from .quantizers import QLRQuantizer
+from .unregistered import unregistered_layers
 
 __all__ = [
     "Coverage",
@@ -28,11 +29,13 @@ __all__ = [
     "counting_rows",
     "coverage",
     "warn_of_float_parts",
+    "warn_of_unregistered",
 ]
 
 ENOUGH = 0.5  # share of the weights below which conversion warns
 OFF_BY_CHOICE = "32 bits by its configuration"
 NEVER_RAN = "never ran while ranges were set"
+UNREGISTERED = "held where torch does not look for layers, so that it is in no modules()"
 
 OWN_FORWARD = "its forward is its own"
 REASONS: dict[type[nn.Module], str] = {
@@ -126,6 +129,7 @@ class Coverage:
         work: Multiply-adds with quantized weights for one batch, :obj:`None` before calibration.
         arguments: What layers without kernels of their own send in floats.
         layers: Of each module with weights, by its name; multiply-adds are zero before calibration.
+        unregistered: Layers with weights that are in no ``modules()``; they count nowhere else.
     """
 
     quantized: int
@@ -133,6 +137,7 @@ class Coverage:
     work: int | None = None
     arguments: tuple[FloatArgument, ...] = ()
     layers: Mapping[str, LayerShare] = field(default_factory=dict)
+    unregistered: tuple[FloatPart, ...] = ()
 
     @property
     def total(self) -> int:
@@ -163,7 +168,7 @@ class Coverage:
         work = self.work_share
         done = "" if work is None else f", {work:.0%} of the multiply-adds with weights"
         lines = [f"quantized: {self.quantized:,} of {self.total:,} weights ({self.share:.0%}){done}"]
-        return "\n".join([*lines, *(f"float: {part}" for part in (*self.parts, *self.arguments))])
+        return "\n".join([*lines, *(f"float: {part}" for part in (*self.parts, *self.arguments, *self.unregistered))])
 
 
 def coverage(model: nn.Module) -> Coverage:
@@ -172,7 +177,15 @@ def coverage(model: nn.Module) -> Coverage:
     for name, module in model.named_modules():
         finder.visit(name, module)
     work = finder.work if finder.knows_work else None
-    return Coverage(finder.quantized, tuple(finder.parts), work, tuple(_float_arguments(model)), finder.shares)
+    left = tuple(_unregistered_parts(model))
+    return Coverage(finder.quantized, tuple(finder.parts), work, tuple(_float_arguments(model)), finder.shares, left)
+
+
+def _unregistered_parts(model: nn.Module) -> Iterator[FloatPart]:
+    for where, layer in unregistered_layers(model).items():
+        weights = sum(p.numel() for p in layer.parameters() if _is_matrix(p))
+        if weights:
+            yield FloatPart(where, type(layer).__name__, weights, None, UNREGISTERED)
 
 
 def _float_arguments(model: nn.Module) -> Iterator[FloatArgument]:
@@ -190,7 +203,7 @@ class _Finder:
         self.knows_work = model in _rows
         self.shares: dict[str, LayerShare] = {}
         self._seen: set[int] = set()
-        self._reasons = {spec.name: spec.reason for spec in getattr(model, "_packed_specs", ())}
+        self._reasons = {spec.name: spec.reason for spec in vars(model).get("_packed_specs", ())}
         self._has_run = any(isinstance(m, QLRQuantizer) and m.bits != OFF and m.is_set for m in model.modules())
 
     def visit(self, name: str, module: nn.Module) -> None:
@@ -225,7 +238,7 @@ class _Finder:
 
     def _leave(self, name: str, module: Any, count: int, reason: str, chosen: bool = False) -> None:
         cls = module.float_class if isinstance(module, SwappedLayer) else type(module)
-        kind = getattr(module, "original_name", cls.__name__)
+        kind = module.original_name if isinstance(module, torch.jit.ScriptModule) else cls.__name__
         rows = 0 if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) else self._rows_of(name)
         self.parts.append(FloatPart(name, kind, count, count * rows if self.knows_work else None, reason, chosen))
         self._share(name, count, count * rows, False)
@@ -263,7 +276,7 @@ def _weights_of(module: Any) -> dict[str, tuple[Tensor | None, int, int]]:
 
 
 def _parametrized(module: Any) -> list[Tensor]:
-    inner = getattr(module, "parametrizations", None)
+    inner = module._modules.get("parametrizations")
     return list(inner.parameters()) if isinstance(inner, nn.Module) else []
 
 
@@ -299,6 +312,20 @@ def warn_of_float_parts(model: nn.Module, stacklevel: int) -> None:
         f"convert in 'include' if that is meant, and this warning does not come",
         stacklevel=stacklevel + 1,
     )
+
+
+def warn_of_unregistered(model: nn.Module, stacklevel: int) -> None:
+    """Warn of layers that stay float because they are in no ``modules()``."""
+    parts = list(_unregistered_parts(model))
+    if parts:
+        listed = ", ".join(f"'{part.name}' ({part.type}, {part.weights:,} weights)" for part in parts[:4])
+        more = f" and {len(parts) - 4} more" if len(parts) > 4 else ""
+        warnings.warn(
+            f"{type(model).__name__} holds layers that are not converted: {listed}{more} stand where torch does not "
+            f"look for layers, so that optimizers and state dicts do not have them either; put them into an "
+            f"nn.ModuleList or nn.ModuleDict, or make them attributes, unless that is meant",
+            stacklevel=stacklevel + 1,
+        )
 
 
 # Work #################################################################################################################

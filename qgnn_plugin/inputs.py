@@ -98,7 +98,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 def _unwrapped(model: nn.Module) -> nn.Module:
     """The model whose ``forward`` says what it takes, inside ``torch.compile`` and the wrappers of data parallelism."""
-    inner = getattr(model, "_orig_mod", None)
+    inner = model._modules.get("_orig_mod")  # not of what a wrapper passes attributes on from
     if inner is None and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         inner = model.module
     return _unwrapped(inner) if isinstance(inner, nn.Module) else model
@@ -122,7 +122,7 @@ def _remedy(call: str) -> str:
 
 
 def _parameters(model: nn.Module, forward: Any) -> list[Parameter]:
-    named = getattr(getattr(model, "signature", None), "param_dict", None)
+    named = getattr(vars(model).get("signature"), "param_dict", None)
     if named:  # torch_geometric.nn.Sequential, whose forward does not tell
         return [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in named]
     try:

@@ -42,7 +42,7 @@ def save_pretrained(packed: nn.Module, folder: PathLike, *, arguments: Mapping[s
     """
     specs = specs_of(packed)
     if arguments is None:
-        arguments = getattr(packed, ARGUMENTS, None)
+        arguments = vars(packed).get(ARGUMENTS)
     layers = {spec.name: spec.config.to_dict() for spec in specs}
     configs = list(layers.values())
     same = all(config == configs[0] for config in configs)

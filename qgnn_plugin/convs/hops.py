@@ -64,6 +64,8 @@ class Hops:
 class MappedHops(Hops):
     """Mixin of layers with one linear map, which comes first where that does not widen the messages."""
 
+    uncalled_maps = ("lin",)
+
     @staticmethod
     def maps_first(layer: Any) -> bool:
         return layer.out_channels <= layer.in_channels
@@ -128,7 +130,7 @@ class TAGHops(Hops):
 
         def add(step: Step) -> None:
             nonlocal out
-            out = out + next(maps)(step.state)
+            out = out + next(maps).forward(step.state)  # past its hooks, as PyG has it
 
         self.steps(x0, graph, add)
         return out if self.bias is None else out + self.bias

@@ -18,7 +18,7 @@ from ..layers.linear import QuantizedLinear
 from ..layers.message_passing import QuantizedConv
 from ..layers.registry import convert_layer, register_layer
 from ..layers.samples import Pair, Samples
-from ..layers.watched import is_watched, observed, pair_of, source_side, through_pyg, values_mapped
+from ..layers.watched import is_watched, mapped_by_call, observed, pair_of, source_side, through_pyg, values_mapped
 from ..quantizers import QLRQuantizer, QuantizedTensor
 from ..quantizers.autocast import full_precision
 from ..smp.constraint import attach_constraint
@@ -69,6 +69,7 @@ class QuantizedSAGEConv(QuantizedConv):
     """
 
     units = ("lin_l", "lin_r")
+    uncalled_maps = ("lin_l",)
     input_quantizer: QLRQuantizer
     message_quantizer: QLRQuantizer | None
 
@@ -111,7 +112,8 @@ class QuantizedSAGEConv(QuantizedConv):
             out = self.lin_l(self._aggregate(sent, graph))
         if self.root_weight and pair.own is not None:
             shared = pair.own is pair.sent and self.target_quantizer is None
-            out = out + self.lin_r(sent if shared else (self.target_quantizer or self.input_quantizer)(pair.own))
+            own = sent if shared else (self.target_quantizer or self.input_quantizer)(pair.own)
+            out = out + mapped_by_call(self.lin_r, own)
         return pair.samples.shaped(F.normalize(out, p=2.0, dim=-1) if self.normalize else out)
 
     def _graph(self: Any, graph: Sampled) -> NormalizedGraph:

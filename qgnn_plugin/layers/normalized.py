@@ -16,14 +16,14 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDictPreHook, SpectralNormStateDictHook
 from torch.nn.utils.weight_norm import WeightNorm
 
-__all__ = ["compute_weight", "effective_weight", "is_recomputed", "still", "without_sources"]
+__all__ = ["compute_weight", "effective_weight", "is_recomputed", "still", "weight_hooks", "without_sources"]
 
 NAME = "weight"
 SOURCES = ("orig", "g", "v", "u", "mask")  # of the tensors it is computed from, after its name
 _STATE_HOOKS = (SpectralNormLoadStateDictPreHook, SpectralNormStateDictHook)
 
 
-def _computing(layer: Any) -> list[Any]:
+def weight_hooks(layer: Any) -> list[Any]:
     """The hooks of ``layer`` that compute its weight."""
     return [hook for hook in layer._forward_pre_hooks.values() if _computes(hook)]
 
@@ -36,12 +36,12 @@ def _computes(hook: Any) -> bool:
 
 def is_recomputed(layer: Any) -> bool:
     """Whether more than one hook has a part in the weight, so that none tells what it is."""
-    return len(_computing(layer)) > 1
+    return len(weight_hooks(layer)) > 1
 
 
 def compute_weight(layer: Any) -> None:
     """What a call of ``layer`` begins with, for those who pass its ``__call__`` by."""
-    for hook in _computing(layer) if layer._forward_pre_hooks else ():
+    for hook in weight_hooks(layer) if layer._forward_pre_hooks else ():
         hook(layer, ())
 
 
@@ -62,7 +62,7 @@ def still(model: nn.Module) -> Iterator[None]:
 @torch.no_grad()
 def effective_weight(layer: Any) -> Tensor:
     """The weight of ``layer`` in eval mode, as its next call would find it."""
-    for hook in _computing(layer):
+    for hook in weight_hooks(layer):
         if isinstance(hook, SpectralNorm):
             return hook.compute_weight(layer, do_power_iteration=False)
         return hook.apply_mask(layer) if isinstance(hook, BasePruningMethod) else hook.compute_weight(layer)

@@ -1,5 +1,7 @@
 """Layers that somebody looks into: hooks of ``MessagePassing`` and masks of explanations act in PyG's ``propagate``.
 
+So do hooks of linear maps that conversion computes without calling them.
+
 Converted and packed layers then send the values that their codes stand for through the ``propagate`` of the layer's own
 class, in the caller's order of edges, with the arguments that PyG gives it.  What comes out is the result of the
 kernels up to float rounding; layers whose kernels map features before they send them (SAGEConv, SGConv, SSGConv) send
@@ -23,11 +25,14 @@ from torch_geometric.utils.sparse import is_torch_sparse_tensor, set_sparse_valu
 from ..config import OFF
 from ..quantizers import QuantizedTensor
 from .graph import NormalizedGraph, edges_of
+from .normalized import weight_hooks
 from .numerators import attention_codes
 from .samples import Samples
 
 __all__ = [
+    "is_hooked",
     "is_watched",
+    "mapped_by_call",
     "observed",
     "own_propagate",
     "pair_of",
@@ -45,7 +50,9 @@ _WATCHERS = ("_explain", *(f"_{stage}_forward_{when}" for stage in _STAGES for w
 
 
 def is_watched(layer: Any) -> bool:
-    """Whether ``layer`` is being explained, or has a hook in its message passing.
+    """Whether ``layer`` is being explained, or has a hook in its message passing or in a map that it does not call.
+
+    Its class names such maps in ``uncalled_maps``.
 
     Raises:
         NotImplementedError: If it is being explained and its own class does not call ``propagate``.
@@ -55,12 +62,26 @@ def is_watched(layer: Any) -> bool:
         if held(name):
             break
     else:
-        return False
+        return any(is_hooked(layer._modules.get(name)) for name in getattr(type(layer), "uncalled_maps", ()))
     if getattr(type(layer), "calls_propagate", True):
         return True
     if layer.explain:
         raise NotImplementedError(f"Expected a {type(layer).__name__} not to be in explain mode; explain APPNP instead")
     return False
+
+
+def is_hooked(lin: Any) -> bool:
+    """Whether somebody looks at calls of the linear map ``lin``, apart from what computes its weight."""
+    if lin is None:
+        return False
+    if lin._forward_hooks or lin._backward_hooks or lin._backward_pre_hooks:
+        return True
+    return bool(lin._forward_pre_hooks) and len(lin._forward_pre_hooks) > len(weight_hooks(lin))
+
+
+def mapped_by_call(lin: Any, x: QuantizedTensor) -> Any:
+    """``lin(x)``; of the values that the codes stand for where hooks are to see them."""
+    return lin(x.dequantize() if is_hooked(lin) else x)
 
 
 def own_propagate(layer: Any) -> Any:
@@ -130,6 +151,9 @@ def values_entering(lin: Any, x: Tensor) -> Tensor:
 
 def values_mapped(lin: Any, x: Tensor) -> Tensor:
     """The linear map ``lin``, packed or not, of values that it does not round, without its bias."""
+    if is_hooked(lin):
+        out = lin(x)
+        return out if lin.bias is None else out - lin.bias
     if hasattr(lin, "weight_quantizer"):
         return lin.apply_to(QuantizedTensor.identity(x), None)
     return F.linear(x, lin.weight)

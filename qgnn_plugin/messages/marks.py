@@ -52,9 +52,10 @@ def marked(child: Any, found: list[nn.Module]) -> nn.Module | None:
 
     Linear maps are added to ``found``.
     """
-    if hasattr(child, "_packed") and getattr(child, "has_others", False):
+    known = vars(child)  # what a wrapper passes attributes on from is marked itself
+    if "_packed" in known and getattr(child, "has_others", False):
         return _Unrecorded(type(child).__name__)
-    if not hasattr(child, "_packed") or not hasattr(child, "_num_out"):
+    if "_packed" not in known or "_num_out" not in known:
         return None
     if child._forward_hooks or child._forward_pre_hooks or child.output_quantizer is not None:
         return None

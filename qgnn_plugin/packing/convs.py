@@ -17,7 +17,7 @@ from ..convs.sage import SUMS, QuantizedSAGEConv, Sampled, _transforms_first
 from ..layers.errors import REFUSALS, name_layer
 from ..layers.graph import NormalizedGraph, gcn_graph, graph_size, mean_graph, plain_graph
 from ..layers.samples import Pair, Samples
-from ..layers.watched import is_watched, pair_of, through_pyg, values_mapped, watched_graph
+from ..layers.watched import is_hooked, is_watched, mapped_by_call, pair_of, through_pyg, values_mapped, watched_graph
 from ..quantizers import QuantizedTensor
 from ..smp.deep import DeepLayer
 from .base import Activation, LayerSpec, PackedConv, inference, packed_dense, register_packed
@@ -122,6 +122,7 @@ class PackedDeepGCNConv(DeepLayer, PackedGCNConv):
 class PackedSAGEConv(PackedConv):
     """Packed SAGEConv: one packed input feeds both linear maps, in the order the converted layer chose."""
 
+    uncalled_maps = ("lin_l",)
     input_quantizer: PackedRange
     message_quantizer: PackedRange
     target_quantizer: PackedRange | None
@@ -181,8 +182,7 @@ class PackedSAGEConv(PackedConv):
                 target = self.target_quantizer(pair.own)
             elif pair.own is not pair.sent:
                 target = self.input_quantizer(pair.own)
-            own = self.lin_r.product(target, self.lin_r.bias)
-            out = added(out, own or computed(self.lin_r.apply_to(target, self.lin_r.bias)))
+            out = added(out, _mapped(self.lin_r, target))
         if self.normalize:
             out = out.then(partial(F.normalize, p=2.0, dim=-1))
         return pair.samples.shaped(self.deferred(out))
@@ -203,7 +203,7 @@ class PackedSAGEConv(PackedConv):
             else:
                 options = {"reduce": "max"} if self.aggr == "max" else {}
                 largest = lin.input_quantizer.of(self.aggregation(sent, graph, **options))
-            return lin.product(largest, bias) or computed(lin.apply_to(largest, bias))
+            return _mapped(lin, largest)
         if self._smp is None or not smooth:
             messages: Activation | None = lin.packed_to(sent, self.message_quantizer)
             if messages is None:
@@ -216,8 +216,7 @@ class PackedSAGEConv(PackedConv):
         """The same, from what PyG's ``propagate`` has summed up."""
         lin, bias = self.lin_l, self.lin_l.bias
         if not self._maps_first:
-            mean = lin.quantize(out)
-            return lin.product(mean, bias) or computed(lin.apply_to(mean, bias))
+            return computed(lin(out)) if is_hooked(lin) else _mapped(lin, lin.quantize(out))
         out = values_mapped(lin, out)
         if self._smp is not None and smooth:
             return self._corrected(lin.apply_to(sent, None), out, sampled)
@@ -229,6 +228,13 @@ class PackedSAGEConv(PackedConv):
         smoother = mean_graph(sampled.edge_index, sampled.size, self.flow, copies=sampled.samples.copies)
         out = self._smooth(z, out, smoother.apply, graph.plan.num_edges)
         return computed(out if bias is None else out + bias)
+
+
+def _mapped(lin: PackedLinear, x: Activation) -> Producer:
+    """``lin(x)``, as a call where somebody looks at it."""
+    if is_hooked(lin):
+        return computed(plain(mapped_by_call(lin, x)))
+    return lin.product(x, lin.bias) or computed(lin.apply_to(x, lin.bias))
 
 
 class PackedGINConv(PackedConv):

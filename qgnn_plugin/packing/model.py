@@ -218,7 +218,7 @@ def is_packed(model: nn.Module) -> bool:
     """Whether ``model`` was made by :func:`pack_model` or :func:`qgnn_plugin.load_packed`."""
     if not isinstance(model, nn.Module):
         return False
-    return hasattr(model, SPECS) or any(isinstance(m, PackedLayer) for m in model.modules())
+    return SPECS in vars(model) or any(isinstance(m, PackedLayer) for m in model.modules())
 
 
 def packed_layers(model: nn.Module) -> dict[str, Any]:
@@ -232,7 +232,7 @@ def specs_of(model: nn.Module) -> list[LayerSpec]:
     Raises:
         ValueError: If ``model`` is not packed.
     """
-    specs = getattr(model, SPECS, None)
+    specs: list[LayerSpec] | None = vars(model).get(SPECS)  # not of what a wrapper passes attributes on from
     if specs is None:
         raise ValueError(
             f"Expected a model made by pack_model (got a {type(model).__name__}); "

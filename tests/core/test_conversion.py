@@ -1,6 +1,8 @@
 """quantize_model: what is converted, and what stays."""
 
 import inspect
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from core.support import (
     quantized,
     state,
 )
-from torch import nn
+from torch import Tensor, nn
 from torch_geometric.nn import GATConv, GCNConv, GraphConv, Linear, MessagePassing, SAGEConv
 from torch_geometric.typing import OptTensor
 
@@ -257,3 +259,55 @@ def test_subclasses_that_behave_differently_take_the_generic_path() -> None:
     for qconv in (different, same):
         expected = qgnn.restore_model(qconv)(x, edge_index)
         assert (qconv(x, edge_index) - expected).norm() < 0.03 * expected.norm()
+
+
+class Delegating(nn.Module):
+    """A wrapper whose attributes, but for its own, are those of what it wraps."""
+
+    def __init__(self, wrapped: nn.Module) -> None:
+        super().__init__()
+        self.wrapped = wrapped
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("wrapped"), name)
+
+    def forward(self, *args: Any) -> Any:
+        return 2 * self.wrapped(*args)
+
+
+class Named(nn.Module):
+    """A model whose layers stand in a dictionary and are attributes as well; others raise a KeyError."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict({"conv": Delegating(GCNConv(8, 8)), "head": Delegating(nn.Linear(8, 3))})
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__"):  # of copying
+                raise
+            return super().__getattr__("parts")[name]
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        return self.head(self.conv(x, edge_index)) * self.conv.out_channels
+
+
+def test_attributes_that_users_look_up_are_left_to_them(tmp_path: Path) -> None:
+    """What conversion asks of a module is its own, whatever its ``__getattr__`` says of other names."""
+    torch.manual_seed(0)
+    x, edge_index, model = torch.randn(20, 8), torch.randint(20, (2, 60)), Named().eval()
+    assert torch.equal(qgnn.quantize_model(model, 32)(x, edge_index), model(x, edge_index))
+    qmodel = qgnn.calibrate(qgnn.quantize_model(model, 8), (x, edge_index)).eval()
+    packed = qgnn.pack_model(qmodel)
+    assert type(packed.conv) is Delegating
+    assert "100%" in str(qgnn.summary(packed))
+    with torch.no_grad():
+        assert torch.equal(packed(x, edge_index), qmodel(x, edge_index))
+        qgnn.save_packed(packed, tmp_path / "m.safetensors")
+        assert torch.equal(qgnn.load_packed(tmp_path / "m.safetensors", model)(x, edge_index), packed(x, edge_index))
+    assert torch.equal(qgnn.restore_model(qmodel)(x, edge_index), model(x, edge_index))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -230,3 +231,44 @@ def test_gradients_of_every_parameter(name: str, bits: int) -> None:
     assert [*qgnn.range_parameters(layer)] == [p for q in qgnn.quantizers(layer).values() for p in q.parameters()]
     if bits == 32:
         assert qgnn.range_parameters(layer) == []
+
+
+class Holder:
+    """An object of the user's that is no module."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+
+
+HELD: dict[str, Any] = {
+    "[0]": lambda layer: [layer],
+    "['a']": lambda layer: {"a": layer},
+    ".layer": Holder,
+    "(...)": lambda layer: functools.partial(layer),
+    "[1][0]": lambda layer: (1, [layer]),
+}
+
+
+@pytest.mark.parametrize("where", HELD)
+def test_layers_that_torch_does_not_see_are_told(where: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4))
+    hidden = nn.Sequential(nn.Linear(4, 6), nn.ReLU())
+    model[0].held = HELD[where](hidden)
+    with pytest.warns(UserWarning, match="where torch does not look") as caught:
+        qmodel = qgnn.quantize_model(model)
+    assert any(f"'0.held{where}' (Sequential, 24 weights)" in str(w.message) for w in caught)
+    qgnn.calibrate(qmodel, [(torch.randn(9, 4),)], method="ranges").eval()
+    for told in (qmodel, qgnn.pack_model(qmodel)):
+        assert f"0.held{where} (Sequential, 24 weights)" in str(qgnn.summary(told))
+        assert "(100%)" in str(qgnn.summary(told))  # of what torch sees
+
+
+def test_layers_that_are_registered_as_well_are_not_told() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[0].order = [("again", model[1])]
+    model[0].call = lambda x, layer=model[1]: layer(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        qmodel = qgnn.quantize_model(model)
+    assert qmodel[0].order[0][1] is qmodel[1]

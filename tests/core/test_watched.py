@@ -9,7 +9,19 @@ from core.support import CONVS, OUT, WIDTH, adjacency, features, graph, quantize
 from torch import Tensor, nn
 from torch_geometric.explain import Explainer, GNNExplainer
 from torch_geometric.explain.algorithm.utils import clear_masks, set_masks
-from torch_geometric.nn import GCNConv, GraphConv, MessagePassing, TransformerConv
+from torch_geometric.nn import (
+    GATConv,
+    GATv2Conv,
+    GCNConv,
+    GINConv,
+    GraphConv,
+    MessagePassing,
+    SAGEConv,
+    SGConv,
+    SSGConv,
+    TAGConv,
+    TransformerConv,
+)
 
 import qgnn_plugin as qgnn
 from qgnn_plugin import QuantConfig, SMPConfig
@@ -175,3 +187,55 @@ def test_calibration_and_training_while_somebody_looks(name: str) -> None:
     for qconv in (calibrated, trained.eval()):
         qconv._message_forward_hooks.clear()
         assert relative(qconv(x, edge_index), conv(x, edge_index)) < 0.05
+
+
+INNER: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
+    "GCNConv": (lambda: GCNConv(WIDTH, OUT), ("lin",)),
+    "SAGEConv, narrow": (lambda: SAGEConv(WIDTH, OUT), ("lin_l", "lin_r")),
+    "SAGEConv, wide": (lambda: SAGEConv(WIDTH, 2 * WIDTH), ("lin_l", "lin_r")),
+    "SAGEConv, max": (lambda: SAGEConv(WIDTH, OUT, aggr="max"), ("lin_l", "lin_r")),
+    "GATConv": (lambda: GATConv(WIDTH, OUT, heads=2), ("lin",)),
+    "GATv2Conv": (lambda: GATv2Conv(WIDTH, OUT, heads=2), ("lin_l", "lin_r")),
+    "GINConv": (lambda: GINConv(nn.Linear(WIDTH, OUT)), ("nn",)),
+    "SGConv": (lambda: SGConv(WIDTH, OUT, K=2), ("lin",)),
+    "SSGConv": (lambda: SSGConv(WIDTH, OUT, alpha=0.1, K=2), ("lin",)),
+    "TAGConv": (lambda: TAGConv(WIDTH, OUT, K=2), ("lins.0", "lins.1")),  # PyG calls the forward of the latter itself
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "when"), [*((name, "before") for name in INNER), ("SAGEConv, narrow", "after"), ("SGConv", "after")]
+)
+def test_hooks_of_inner_maps_act(name: str, when: str) -> None:
+    """Those of linear maps that convolutions compute in an order of their own; before conversion and after it."""
+    x, edge_index = features(), graph()
+    make, children = INNER[name]
+    for child in children:
+        torch.manual_seed(0)
+        conv: Any = make().eval()
+        plain = conv(x, edge_index).detach()
+
+        def hooked(layer: Any, child: str = child) -> Any:
+            lin = layer.get_submodule(child)
+            lin.register_forward_pre_hook(lambda _, args: (2 * args[0],))
+            lin.register_forward_hook(lambda _, args, result: 1.5 * result + 0.2)
+            lin.register_full_backward_hook(lambda _, into, given: (None if into[0] is None else 3 * into[0],))
+            return layer
+
+        qconv = quantized(hooked(conv) if when == "before" else conv, x, edge_index)
+        packed = qgnn.pack_model(qconv)
+        if when == "after":
+            hooked(conv), hooked(qconv), hooked(packed)
+        entries = [x.clone().requires_grad_() for _ in range(2)]
+        expected, found = conv(entries[0], edge_index), qconv(entries[1], edge_index)
+        assert (relative(expected, plain) > 0.1) == (child != "lins.1"), child
+        if when == "before":  # otherwise values leave the ranges
+            assert relative(found, expected) < 0.05, child
+            assert relative(packed(x, edge_index), found) < 1e-3, child
+            for out in (expected, found):
+                out.sum().backward()
+            # Values that are clamped, and maxima that tie, have other gradients; without the hook it is 0.67.
+            assert relative(entries[1].grad, entries[0].grad) < 0.4, child  # type: ignore[arg-type]
+        else:
+            assert relative(found, expected) < relative(plain, expected) or child == "lins.1", child
+            assert relative(packed(x, edge_index), found) < 1e-3, child
