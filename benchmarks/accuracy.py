@@ -1,8 +1,8 @@
 """Accuracy at every width: ``make bench-accuracy``, resumable.
 
-For each data set, model and seed: the float model, the float model distilled from itself, and the converted model at
-8, 4 and 2 bits, all by the default :class:`qgnn_plugin.recipe.Recipe`.  Reported is the test accuracy of the epoch with
-the best validation accuracy.  A second table, of runs with ``--calibrated``, has the same float models after
+For each data set, model and seed: the float model, the float model distilled from itself, and the model converted from
+that at 8, 4 and 2 bits, all by the default :class:`qgnn_plugin.recipe.Recipe`.  Reported is the test accuracy of the
+epoch with the best validation accuracy.  A second table, of runs with ``--calibrated``, has the same float models after
 :func:`qgnn_plugin.calibrate` alone, by its default method.  Finished runs are kept one file each: an interrupted table
 goes on where it stopped.
 What is known about the rows, written by hand in ``accuracy-notes.md``, follows the table.
@@ -11,7 +11,6 @@ What is known about the rows, written by hand in ``accuracy-notes.md``, follows 
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
 import json
 import math
@@ -29,7 +28,7 @@ import torch
 from qgnn_plugin import QuantConfig, calibrate, quantize_model
 from qgnn_plugin.data import load_dataset, to_sparse_features
 from qgnn_plugin.inputs import run_model
-from qgnn_plugin.recipe import Recipe, StageResult, distil, fit_float, fit_quantized
+from qgnn_plugin.recipe import Recipe, StageResult, born_again, fit_float, fit_quantized
 
 from .environment import compact_json, environment, write_atomically
 from .jobs import run_jobs
@@ -103,15 +102,15 @@ def run_cell(dataset: str, model_name: str, seed: int, root: str) -> dict[str, A
 
     start = time.perf_counter()
     data, trained = _float_model(dataset, model_name, seed, root)
-    model = trained.model
     record("FP32", start, trained)
     torch.manual_seed(seed)
     start = time.perf_counter()
-    record("FP32 self-distilled", start, distil(copy.deepcopy(model), model, data))
+    distilled = born_again(trained, data)
+    record("FP32 self-distilled", start, distilled)
     for column, bits in BITS.items():
         torch.manual_seed(seed)
         start = time.perf_counter()
-        record(column, start, fit_quantized(model, data, bits))
+        record(column, start, fit_quantized(distilled.model, data, bits))
     return {"dataset": dataset, "model": model_name, "seed": seed, "results": results}
 
 

@@ -105,6 +105,7 @@ class Settings:
             quantized_stage=replace(
                 base.quantized_stage, epochs=self.quantized_epochs, evaluate_every=self.evaluate_every
             ),
+            matching_steps=0,
         )
 
     @property

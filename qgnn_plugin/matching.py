@@ -12,7 +12,8 @@ model, :math:`y`, of mean :math:`\bar y`, they minimize
 
 whose first term weighs what decides on classes and, as the second one, is zero where the outputs agree; single outputs
 take the second alone.  No label is read; the arithmetic is that of eval mode: no dropout, no statistics of batches.
-The weights of the model are not changed: what is found is kept beside them, as how far each code is from the nearest.
+:func:`match_outputs` leaves the weights of the model as they are: what is found is kept beside them, as how far each
+code is from the nearest.  :func:`match_weights` moves them: the place to train few levels from.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from .inputs import Forward, run_model, tensors_in
 from .layers.linear import QuantizedLinear
 from .quantizers import QLRQuantizer
 
-__all__ = ["LARGEST", "match_outputs"]
+__all__ = ["LARGEST", "match_outputs", "match_weights"]
 
 LR = 0.001  # peak, of weights while codes are looked for; it falls along a half cosine
 RANGE_LR = 0.005  # of log scales, and of offsets in steps
@@ -187,6 +188,15 @@ def match_outputs(qmodel: nn.Module, batches: Sequence[Any], forward: Forward | 
         _match(qmodel, _Runs(qmodel, batches, forward), steps)
 
 
+def match_weights(qmodel: nn.Module, batches: Sequence[Any], forward: Forward | None, steps: int) -> None:
+    """Move weights and ranges until the outputs come close to those of the float model (see the module).
+
+    Arguments and errors are those of :func:`match_outputs`; the model stays as it is where that is no improvement.
+    """
+    with torch.no_grad(), _undisturbed(qmodel):
+        _match(qmodel, _Runs(qmodel, batches, forward), steps, keep_weights=False)
+
+
 class _Target:
     """An output of the float model, and what of it every step needs."""
 
@@ -231,7 +241,7 @@ class _Runs:
         return float(total[0]), float(total[1])
 
 
-def _match(qmodel: nn.Module, runs: _Runs, steps: int) -> None:
+def _match(qmodel: nn.Module, runs: _Runs, steps: int, *, keep_weights: bool = True) -> None:
     sites = _sites(qmodel)
     ranges = [p for p in range_parameters(qmodel) if p.requires_grad]
     before = [p.detach().clone() for p in ranges]
@@ -240,8 +250,9 @@ def _match(qmodel: nn.Module, runs: _Runs, steps: int) -> None:
     try:
         with torch.enable_grad(), _learning_only(qmodel, learned), _short_sums(qmodel):
             _descend([site.weight for site in sites], ranges, runs.loss, steps)
-        for site in sites:
-            site.keep_codes()
+        if keep_weights:
+            for site in sites:
+                site.keep_codes()
         found, found_squares = runs.errors()
     except BaseException:
         _take_back(sites, ranges, before)

@@ -1,9 +1,11 @@
 """The recipe for accurate low-bit models on full-batch graphs, as a plain PyTorch loop.
 
-Train the float model, set ranges on it by least mean-squared error, then train the converted model from there with a
-cosine rate, on the float model's soft predictions for all nodes (and, with ``distillation`` below 1, on the training
-labels).  The best validation epoch is kept in both stages; test labels are never read.  Where labels are floats, they
-are numbers to predict: losses are mean squared errors, and what is called accuracy is minus that error.
+Train the float model; distil it from itself (born-again networks, Furlanello et al., 2018); set ranges on what came out
+by least mean-squared error and, of the fewest levels, move weights until the outputs match; then train the converted
+model from there with a cosine rate, on the float model's soft predictions for all nodes (and, with ``distillation``
+below 1, on the training labels).  The best validation epoch is kept in every stage; test labels are never read.  Where
+labels are floats, they are numbers to predict: losses are mean squared errors, and what is called accuracy is minus
+that error.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from .config import OFF, QuantConfig
 from .conversion import quantize_model, restore_model
 from .converted import is_quantized
 from .inputs import model_inputs
+from .matching import match_weights
 from .smp import differential_multiplier_step
 from .training import distillation_loss, parameter_groups
 
@@ -31,12 +34,15 @@ __all__ = [
     "RecipeResult",
     "Stage",
     "StageResult",
+    "born_again",
     "distil",
     "fit_float",
     "fit_quantized",
     "float_form",
     "run_recipe",
 ]
+
+FEWEST = 2  # bits of models whose weights are moved to matched outputs before they are trained
 
 
 @dataclass(frozen=True)
@@ -71,15 +77,20 @@ class Recipe:
     """Settings of the whole recipe; one default serves every data set.
 
     Args:
-        float_stage: Training of the float model.
-        quantized_stage: Training of the converted model from the float weights.
+        float_stage: Training of the float model, until it has converged.
+        quantized_stage: Training of the converted model from the float weights, and of the float model from itself.
+        generations: How often the float model is distilled from itself before it is converted.
+        matching_steps: By which a model of at most two bits comes close to the outputs of the float model before it is
+            trained (:func:`qgnn_plugin.matching.match_weights`); 0: none.
         range_lr: Rate of the learnable ranges.
         distillation: Weight of the float model's soft labels against the training labels, in [0, 1].
         temperature: Softening of both predictions.
     """
 
-    float_stage: Stage = field(default_factory=lambda: Stage(evaluate_every=4))
+    float_stage: Stage = field(default_factory=lambda: Stage(evaluate_every=4, most_epochs=2000))
     quantized_stage: Stage = field(default_factory=lambda: Stage(epochs=100, lr=0.003, cosine=True, evaluate_every=4))
+    generations: int = 1
+    matching_steps: int = 200
     range_lr: float = 0.005
     distillation: float = 1.0
     temperature: float = 1.0
@@ -230,6 +241,18 @@ def distil(
     return _fit(student, data, stage, loss, groups, on_epoch)
 
 
+def born_again(
+    trained: StageResult, data: Any, recipe: Recipe | None = None, *, on_epoch: OnEpoch | None = None
+) -> StageResult:
+    """``trained`` (untouched), a float model, distilled from itself as often as the recipe says.
+
+    ``on_epoch`` is that of :func:`fit_float`.
+    """
+    for _ in range((recipe or Recipe()).generations):
+        trained = distil(copy.deepcopy(trained.model), trained.model, data, recipe, on_epoch=on_epoch)
+    return trained
+
+
 def fit_quantized(
     float_model: nn.Module,
     data: Any,
@@ -239,7 +262,7 @@ def fit_quantized(
     recipe: Recipe | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> StageResult:
-    """Convert a trained ``float_model`` (untouched), set its ranges, and train it at low bit width.
+    """Convert a trained ``float_model`` (untouched), set its ranges, and train it at low bit width, by its predictions.
 
     The default ``config`` is ``QuantConfig(bits)``.  A float model whose deep stacks are rewritten, a converted
     one at 32 bits, is converted anew with the weights it has.
@@ -247,21 +270,26 @@ def fit_quantized(
     config = QuantConfig(bits=bits) if config is None else replace(config, bits=bits)
     plain = restore_model(float_model) if is_quantized(float_model) else float_model
     qmodel = calibrate(quantize_model(plain, config=config), data, method="ranges")
+    steps = (recipe or Recipe()).matching_steps
+    if config.bits <= FEWEST and steps:
+        match_weights(qmodel.eval(), [data], None, steps)
     return distil(qmodel, float_model, data, recipe, on_epoch=on_epoch)
 
 
 @dataclass(frozen=True)
 class RecipeResult:
-    """Both ends of the recipe: the float model and the quantized one trained from it."""
+    """The stages of the recipe: the float model, the quantized one, and between them the float one that it is distilled
+    from."""
 
     float_result: StageResult
     quantized_result: StageResult
+    distilled_result: StageResult
 
 
 def run_recipe(
     model: nn.Module, data: Any, bits: int = 4, *, config: QuantConfig | None = None, recipe: Recipe | None = None
 ) -> RecipeResult:
-    """The whole recipe in one call: train ``model`` (in place) in float, convert it, train it at low bit width.
+    """The whole recipe in one call: train ``model`` (in place) in float, distil it, convert it, train it at low width.
 
     Args:
         model: An untrained PyG model of nodes; where ``config`` rewrites deep stacks, a copy is trained.
@@ -272,7 +300,8 @@ def run_recipe(
         recipe: Settings of the training.
     """
     trained = fit_float(float_form(model, config), data, recipe)
-    return RecipeResult(trained, fit_quantized(trained.model, data, bits, config=config, recipe=recipe))
+    distilled = born_again(trained, data, recipe)
+    return RecipeResult(trained, fit_quantized(distilled.model, data, bits, config=config, recipe=recipe), distilled)
 
 
 def float_form(model: nn.Module, config: QuantConfig | None) -> nn.Module:

@@ -36,17 +36,31 @@ def _code_sums(x: QuantizedTensor, weight: QuantizedTensor, exact: bool) -> tupl
     wide = False
     if exact and x.qmax is not None and weight.qmax is not None:
         wide = cw.dtype == torch.float32 and cw.size(1) * x.qmax * weight.qmax >= EXACT_FLOAT32
-    if wide:
-        cx, cw = cx.double(), cw.double()
     if x.pattern is None:
+        if wide:
+            cx, cw = cx.double(), cw.double()
         acc = F.linear(cx, cw)
         rows = None if weight.unsigned else cx.sum(-1, keepdim=True)
-    else:
-        acc = spmm(x.pattern, cw.t().contiguous(), cx)
-        rows = None if weight.unsigned else segment_sum(x.pattern, cx).unsqueeze(1)
-    if wide:
         return acc.to(x.codes.dtype), None if rows is None else rows.to(x.codes.dtype)
-    return acc, rows
+    assert x.qmax is not None or not wide
+    acc = _wide_product(x.pattern, cw.t(), cx, x.qmax or 0) if wide else spmm(x.pattern, cw.t().contiguous(), cx)
+    rows = None if weight.unsigned else segment_sum(x.pattern, cx.double() if wide else cx).unsqueeze(1)
+    return acc, None if rows is None else rows.to(x.codes.dtype)
+
+
+def _wide_product(pattern: GraphPlan, codes: Tensor, values: Tensor, largest: int) -> Tensor:
+    """``spmm(pattern, codes, values)``, rounded once, of ``codes`` [K, O] and ``values`` up to ``largest``.
+
+    Two digits of the codes, whose sums are exact in float32, take a tenth of the time that float64 takes.
+    """
+    most = (EXACT_FLOAT32 - 1) // max(1, codes.size(0) * largest)
+    if most < 16:  # a code of 8 bits has more than two such digits
+        return spmm(pattern, codes.double().contiguous(), values.double()).to(values.dtype)
+    base = 1 << (most.bit_length() - 1)
+    high = (codes / base).floor().detach()
+    low = codes - base * high  # takes the gradient of both
+    sums = [spmm(pattern, digit.contiguous(), values).double() for digit in (high, low)]
+    return (base * sums[0] + sums[1]).to(values.dtype)
 
 
 def linear(x: QuantizedTensor, weight: QuantizedTensor, bias: Tensor | None, exact: bool) -> Tensor:
