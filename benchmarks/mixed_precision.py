@@ -21,16 +21,13 @@ from qgnn_plugin.analysis.comparison import score
 from qgnn_plugin.analysis.sensitivity import Budget, suggest_bits
 from qgnn_plugin.data import load_dataset, to_sparse_features
 from qgnn_plugin.inputs import run_model
-from qgnn_plugin.recipe import Recipe, Stage, fit_float, fit_quantized
+from qgnn_plugin.recipe import born_again, fit_float, fit_quantized
 
 from .environment import compact_json, write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 DATASETS = ("Cora", "PubMed", "Photo")
 HIDDEN = 64
-SHORT = Recipe(
-    float_stage=Stage(evaluate_every=4), quantized_stage=Stage(epochs=60, lr=0.003, cosine=True, evaluate_every=4)
-)
 LABELS = {
     "4": "4 bits",
     "mixed4": "mixed, at most the bytes of 4 bits",
@@ -65,8 +62,8 @@ def run(name: str, root: str | None, seed: int) -> dict[str, Any]:
     data = to_sparse_features(load_dataset(name, root, seed=seed))
     torch.manual_seed(seed)
     classes = int(data.y.max()) + 1
-    model = fit_float(GCN(data.num_features, HIDDEN, 2, classes, dropout=0.5), data, SHORT).model
-    base = qgnn.QuantConfig(granularity="node", message_levels="half", learn_input_ranges=False)
+    model = born_again(fit_float(GCN(data.num_features, HIDDEN, 2, classes, dropout=0.5), data), data).model
+    base = qgnn.QuantConfig()
     at4 = suggest_bits(model, data, budget=Budget(drop=1.0), config=base).uniform
     budgets = {"mixed4": at4[4].bytes, "mixed3": (at4[4].bytes + at4[2].bytes) // 2}
     found: dict[str, Any] = {"dataset": name, "seed": seed, "float": test(model, data), "choices": {}}
@@ -75,8 +72,8 @@ def run(name: str, root: str | None, seed: int) -> dict[str, Any]:
         suggestion = suggest_bits(model, data, budget=limit, config=base)
         configs[label] = (suggestion.config, suggestion.chosen.bytes, dict(suggestion.chosen.widths))
     for label, (config, size, widths) in configs.items():
-        untrained = qgnn.calibrate(qgnn.quantize_model(model, config=config), data, method="ranges")
-        trained = fit_quantized(model, data, config.bits, config=config, recipe=SHORT)
+        untrained = qgnn.calibrate(qgnn.quantize_model(model, config=config), data)
+        trained = fit_quantized(model, data, config.bits, config=config)
         found["choices"][label] = {
             "bytes": size,
             "widths": widths,
@@ -104,10 +101,10 @@ def report(rows: list[dict[str, Any]]) -> str:
         "percent, mean ± standard deviation over seeds of initial weights (and splits, where there is no public one).",
         "Bytes are those of all codes, of weights and of what passes the other sites in one forward pass. *Mixed* is",
         "what `suggest_bits` proposes from validation nodes within the bytes of 4 bits everywhere, or half way between",
-        "4 and 2 bits everywhere. *Untrained* is calibration alone; *trained* adds 60 epochs of distillation from the",
-        "float model. Ranges are per node, message levels half-integer. So few seeds show what to expect, and tell no",
-        "difference of tenths of a point. Times are no part of it: beyond rounding the figures do not depend on the",
-        "machine (AMD EPYC, one thread).",
+        "4 and 2 bits everywhere. *Float* is distilled from itself, *untrained* is calibration of it alone, *trained*",
+        "the recipe (`qgnn_plugin.recipe`). All else is the default configuration. So few seeds show what to expect",
+        "and tell no difference of tenths of a point. Times are no part of it: but for rounding the figures do not",
+        "depend on the machine (AMD EPYC, one thread).",
         "",
         "| | widths | bytes | untrained | trained |",
         "| --- | --- | --- | --- | --- |",

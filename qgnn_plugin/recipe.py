@@ -125,7 +125,7 @@ def _loss(outputs: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
 
 
 Loss = Callable[[Tensor], Tensor]
-OnEpoch = Callable[[nn.Module, int, int], None]  # model, epoch from 1 on, number of epochs
+OnEpoch = Callable[[nn.Module, int, int], None]  # model, epoch from 1 on, number of epochs (so far expected)
 
 
 def expect_labels(data: Any) -> None:
@@ -171,7 +171,7 @@ def _fit(
             schedule.step()
         differential_multiplier_step(model)
         if on_epoch is not None:
-            on_epoch(model, epoch, stage.epochs)
+            on_epoch(model, epoch, max(epoch, stage.epochs))
         if epoch % stage.evaluate_every and epoch != stage.epochs:
             continue
         model.eval()

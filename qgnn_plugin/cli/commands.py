@@ -18,7 +18,7 @@ from ..converted import is_quantized
 from ..denormals import flushed_denormals
 from ..inputs import run_model
 from ..packing import pack_model, packed_bytes, save_packed
-from ..recipe import Recipe, Stage, StageResult, fit_float, fit_quantized, float_form
+from ..recipe import Recipe, Stage, StageResult, born_again, fit_float, fit_quantized, float_form
 from ..summaries import model_bytes, summary
 from .building import Origin, origin_of
 from .loading import (
@@ -59,28 +59,32 @@ def train(options: Any) -> None:
         _write_text(out / "train.yaml", options.as_yaml)
     numbers = data.y.is_floating_point()
     unit = " -MSE" if numbers else " %"
-    print(f"{'bits':>4}  {'val' + unit:>9}  {'test' + unit:>9}  {'bytes':>10}  {'seconds':>7}", flush=True)
+    print(f"{'model':<9}  {'val' + unit:>9}  {'test' + unit:>9}  {'bytes':>10}  {'seconds':>7}", flush=True)
     start = time.perf_counter()
     with EpochBar("float") as bar:
         trained = fit_float(model, data, recipe, on_epoch=bar)
-    _show(32, trained, start, numbers)
+    _show("float", trained, start, numbers)
+    start = time.perf_counter()
+    with EpochBar("distilled") as bar:
+        result = distilled = born_again(trained, data, recipe, on_epoch=bar)
+    _show("distilled", distilled, start, numbers)
     if out is not None:
         for folder in (out / "checkpoints", out / "logs"):
             folder.mkdir(exist_ok=True)
-        save_checkpoint(trained.model, out / "checkpoints" / f"{kind}-float{CHECKPOINT}", origin)
-    result = trained
+        for name, stage in (("float", trained), ("distilled", distilled)):
+            save_checkpoint(stage.model, out / "checkpoints" / f"{kind}-{name}{CHECKPOINT}", origin)
     for bits in options.bits:
         start = time.perf_counter()
         with EpochBar(f"INT{bits}") as bar:
-            result = fit_quantized(trained.model, data, bits, config=options.quant, recipe=recipe, on_epoch=bar)
-        _show(bits, result, start, numbers)
+            result = fit_quantized(distilled.model, data, bits, config=options.quant, recipe=recipe, on_epoch=bar)
+        _show(f"INT{bits}", result, start, numbers)
         if out is not None:
             name = f"{kind}-{bits}bit"
             save_checkpoint(result.model, out / "checkpoints" / f"{name}{CHECKPOINT}", origin)
             save_packed(pack_model(result.model), out / f"{name}{PACKED}", origin=origin.to_dict())
             bar.history.save(out / "logs" / f"{name}.csv")
         if options.report:
-            _report(result.model, data, out / f"{name}.html", trained.model, bar.history)
+            _report(result.model, data, out / f"{name}.html", distilled.model, bar.history)
     print(f"\n{summary(result.model)}")
 
 
@@ -90,14 +94,15 @@ def _recipe(epochs: int | None) -> Recipe:
     return Recipe(
         float_stage=Stage(epochs=epochs, evaluate_every=2),
         quantized_stage=Stage(epochs=epochs, cosine=True, evaluate_every=2),
+        matching_steps=2 * epochs,
     )
 
 
-def _show(bits: int, result: StageResult, start: float, numbers: bool) -> None:
+def _show(name: str, result: StageResult, start: float, numbers: bool) -> None:
     seconds = time.perf_counter() - start
     found = (result.val_accuracy, result.test_accuracy)
     scores = "  ".join(f"{score:9.4g}" if numbers else f"{100 * score:9.1f}" for score in found)
-    print(f"{bits:>4}  {scores}  {model_bytes(result.model):>10,}  {seconds:7.1f}", flush=True)
+    print(f"{name:<9}  {scores}  {model_bytes(result.model):>10,}  {seconds:7.1f}", flush=True)
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -87,6 +87,25 @@ def test_linear_on_sparse_features(kind: str, weight_levels: str) -> None:
     assert torch.equal(linear(sparse, qw, None, True), linear(quantizer(x), qw, None, True))
 
 
+@pytest.mark.parametrize("num_in", [600, 5000, 70_000])  # two digits of the codes, and float64
+@pytest.mark.parametrize("weight_levels", ["affine", "symmetric", "half"])
+def test_wide_products_of_sparse_features(num_in: int, weight_levels: str) -> None:
+    """Sums of 8-bit codes may reach 2^24: rounded once, as those of dense features are, with the same gradients."""
+    x = torch.rand(5, num_in) * (torch.rand(5, num_in) < 0.8)
+    weight = torch.randn(3, num_in)
+    options = {"levels": weight_levels, "granularity": "channel", "channels": 3, "channel_dim": 0}
+    results = []
+    for features_ in (x.to_sparse_csr(), x):
+        quantizer, site = QLRQuantizer(8).train(), fitted(weight, 8, **options)
+        own = nn.Parameter(weight.clone())
+        out = linear(quantizer(features_), site(own), None, True)
+        out.square().sum().backward()
+        assert own.grad is not None
+        results.append((out.detach(), own.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert_near(results[0][1], results[1][1].double(), 1e-5)
+
+
 def test_sums_of_codes_are_exact_integers_in_eval() -> None:
     """4,096 products of 255 x 255 pass 2^24; the order of the features must still not matter."""
     x, weight = torch.rand(8, 4096), torch.rand(5, 4096)

@@ -13,6 +13,8 @@ from torch_geometric.nn import GAT, GCN, GIN, MLP, GraphSAGE, TransformerConv
 
 import qgnn_plugin as qgnn
 from qgnn_plugin import QuantConfig
+from qgnn_plugin.config import OFF
+from qgnn_plugin.matching import match_weights
 
 MODELS: dict[str, Any] = {
     "gcn": lambda: GCN(WIDTH, 16, 2, OUT),
@@ -47,6 +49,32 @@ def test_outputs_come_closer_and_weights_stay(name: str) -> None:
         assert torch.equal(restored.state_dict()[key], value), key
     with torch.no_grad():
         assert torch.equal(restored(*args), wanted)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_moved_weights_bring_outputs_closer_by_the_nearest_codes(name: str) -> None:
+    torch.manual_seed(1)
+    model, args = MODELS[name]().eval(), (features(), graph())
+    with torch.no_grad():
+        wanted = model(*args)
+    qmodel = calibrated(model, args, method="ranges")
+    before = relative_error(qmodel, wanted, args)
+    match_weights(qmodel, [args], None, steps=40)
+    assert relative_error(qmodel, wanted, args) < before
+    assert all(q.shift is None for q in qgnn.quantizers(qmodel).values())
+    assert all(p.grad is None and p.requires_grad for p in qmodel.parameters())
+
+
+def test_weights_stay_where_moving_them_is_no_improvement() -> None:
+    torch.manual_seed(1)
+    model, args = MODELS["gcn"]().eval(), (features(), graph())
+    qmodel = calibrated(model, args, method="ranges")
+    for site in qgnn.quantizers(qmodel).values():  # the outputs are those of the float model already
+        site.bits = OFF
+    state = copy.deepcopy(qmodel.state_dict())
+    with pytest.raises(ValueError, match="depend on a quantized weight"):
+        match_weights(qmodel, [args], None, steps=2)
+    assert_same_state(qmodel, state)
 
 
 @pytest.mark.parametrize("name", MODELS)
