@@ -1,4 +1,4 @@
-"""Graph neural networks of PyTorch Geometric in 2, 4 or 8 bits.
+"""Graph neural networks of PyTorch Geometric in 1, 2, 4 or 8 bits.
 
 One line converts a model, it trains as before, one more packs it::
 

@@ -9,10 +9,11 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-__all__ = ["BITS", "OFF", "QuantConfig", "SMPConfig", "Site"]
+__all__ = ["BITS", "MULTILEVEL_BITS", "OFF", "QuantConfig", "SMPConfig", "Site", "check_levels", "shown_widths"]
 
 OFF = 32
-BITS = (2, 4, 8, OFF)
+BITS = (1, 2, 4, 8, OFF)
+MULTILEVEL_BITS = (2, 4, 8, OFF)  # of what two levels cannot hold: attention numerators, gap messages, states
 Granularity = Literal["tensor", "channel", "node", "row"]
 GRANULARITIES: tuple[Granularity, ...] = ("tensor", "channel", "node", "row")
 Levels = Literal["affine", "unsigned", "symmetric", "half"]
@@ -35,6 +36,20 @@ def _number(name: str, value: Any, *, positive: bool | None) -> None:
     if not number or (positive is not None and value < 0) or (positive and value == 0):
         bound = "" if positive is None else " > 0" if positive else " >= 0"
         raise ValueError(f"Expected {name!r}{bound}, a finite number (got {value!r})")
+
+
+def shown_widths(widths: tuple[int, ...] = BITS) -> str:
+    """Widths as errors name them."""
+    return f"{', '.join(map(str, widths[:-1]))} or {OFF} = off"
+
+
+def check_levels(name: str, levels: str, bits: int) -> None:
+    """Raise where ``levels`` are symmetric around zero as a level, and there are but two of them."""
+    if bits == 1 and levels == "symmetric":
+        raise ValueError(
+            f"Expected '{name}' other than 'symmetric' at 1 bit, whose two levels cannot lie around zero and hold it "
+            f"(got 'symmetric'); use 'half' for -1/2 and 1/2 steps, or 'affine'"
+        )
 
 
 def _did_you_mean(value: str, allowed: tuple[Any, ...] | list[str]) -> str:
@@ -83,7 +98,7 @@ class SMPConfig:
         algorithm: ``"smp"``, or ``"reference"``: the update of the authors' code, see :meth:`reference`.
         state_bits: Width of the state between two steps of a quantized propagation (its messages have their own).
         gap_bits: Width of the gap messages, the changes that neighbours exchange for the correction; default the
-            width of messages.
+            width of messages, and at least 2: zero is a level of theirs.
         initial_residual: Of deep stacks, in [0, 1): consecutive convolutions of equal width take this share of the
             stack's input instead of their own aggregation (``alpha`` of GCNII, which uses 0.1).
         identity_map: Of deep stacks, in (0, e - 1]: layer ``l`` blends its weights into the identity with strength
@@ -116,7 +131,7 @@ class SMPConfig:
         _one_of("correction", self.correction, ("proximal", "explicit"))
         _one_of("schedule", self.schedule, ("step", "inner"))
         _one_of("algorithm", self.algorithm, ("smp", "reference"))
-        for name, widths in (("state_bits", BITS), ("gap_bits", (None, *BITS))):
+        for name, widths in (("state_bits", MULTILEVEL_BITS), ("gap_bits", (None, *MULTILEVEL_BITS))):
             _one_of(name, getattr(self, name), widths)
             if type(getattr(self, name)) not in (int, type(None)):
                 raise ValueError(f"Expected {name!r} to be an integer (got {getattr(self, name)!r})")
@@ -228,12 +243,14 @@ class QuantConfig:
     r"""What to quantize, to how many bits, and how the ranges are laid out.
 
     Args:
-        bits: Width of every site that has no width of its own: 2, 4, 8, or 32 for "not quantized".
+        bits: Width of every site that has no width of its own: 1, 2, 4, 8, or 32 for "not quantized".  One bit is two
+            levels with a learned range, as in binary networks.
         input_bits: Features that enter the model (its first converted layer).
         weight_bits: Weights of linear maps.
         activation_bits: Inputs of every further layer.
         message_bits: What neighbours send: transformed, normalized node features.
-        attention_bits: Unnormalized attention coefficients.
+        attention_bits: Unnormalized attention coefficients; default ``bits``, and at least 2: of two levels, all
+            neighbours but those of the largest coefficients would be lost.
         output_bits: The model's outputs (off unless given).
         granularity: Of activations and messages, one range per ``"tensor"``, per feature ``"channel"``, per ``"node"``
             (a float factor for each) or per ``"row"``: a multiple of one range by an integer of 1 to 15 for each node.
@@ -279,12 +296,15 @@ class QuantConfig:
             value = getattr(self, name)
             if value is None and name != "bits":
                 continue
-            if type(value) is not int or value not in BITS:
-                raise ValueError(f"Expected '{name}' to be one of 2, 4, 8 or 32 = off (got {value!r})")
+            widths = MULTILEVEL_BITS if name == "attention_bits" else BITS
+            if type(value) is not int or value not in widths:
+                raise ValueError(f"Expected '{name}' to be one of {shown_widths(widths)} (got {value!r})")
         _one_of("granularity", self.granularity, GRANULARITIES)
         _one_of("weight_granularity", self.weight_granularity, ("tensor", "channel"))
         _one_of("message_levels", self.message_levels, ("affine", "unsigned", "symmetric", "half"))
         _one_of("weight_levels", self.weight_levels, ("affine", "unsigned", "symmetric", "half"))
+        for site in ("message", "weight"):
+            check_levels(f"{site}_levels", getattr(self, f"{site}_levels"), self.bits_for(site))
         _one_of("truncation", self.truncation, (None, "bt", "sbt"))
         for name in ("learn_ranges", "learn_input_ranges"):
             if type(getattr(self, name)) is not bool:
@@ -314,9 +334,11 @@ class QuantConfig:
         return cls(**{**chosen, **changes})
 
     def bits_for(self, site: Site) -> int:
-        """The width of a site; falls back to ``bits``."""
+        """The width of a site; falls back to ``bits``, that of attention to 2 at least."""
         value = getattr(self, f"{site}_bits")
-        return self.bits if value is None else value
+        if value is None:
+            return max(self.bits, MULTILEVEL_BITS[0]) if site == "attention" else self.bits
+        return value
 
     def for_layer(self, name: str) -> QuantConfig:
         """The configuration of one layer: every override whose pattern matches its qualified name, in order."""

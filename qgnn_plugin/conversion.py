@@ -68,7 +68,7 @@ def quantize_model(
 
     Args:
         model: Any module with ``Linear`` or ``MessagePassing`` layers; it is untouched unless ``inplace``.
-        bits: 2, 4, 8, or 32 = off, for every site; default 4.  A configuration is taken as ``config``.
+        bits: 1, 2, 4, 8, or 32 = off, for every site; default 4.  A configuration is taken as ``config``.
         config: The full configuration, in place of ``bits``.
         include: Layer names, patterns or types to convert; default all.
         exclude: Layer names, patterns or types to leave alone, together with what is inside them.

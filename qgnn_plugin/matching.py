@@ -83,7 +83,7 @@ def _sites(qmodel: nn.Module) -> list[_Site]:
 def _has_choice(quantizer: QLRQuantizer) -> bool:
     """Whether there are codes to choose: not of tables, whose rows are quantized as they are taken, nor of weights of
     one value, or that no batch has reached (now, or ever)."""
-    if quantizer.bits == OFF or quantizer.is_activation or quantizer.is_one_bit:
+    if quantizer.bits == OFF or quantizer.is_activation or quantizer.is_zero_one:
         return False
     return quantizer.is_set and quantizer.shift is None
 

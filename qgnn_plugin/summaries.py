@@ -175,7 +175,7 @@ def _weight_error(matrices: list[tuple[QLRQuantizer, torch.Tensor]]) -> float:
 @torch.no_grad()
 def _range(quantizer: QLRQuantizer) -> tuple[float, float] | None:
     kind = quantizer.range_kind
-    if quantizer.bits == OFF or kind == RangeKind.UNSET or quantizer.is_one_bit:
+    if quantizer.bits == OFF or kind == RangeKind.UNSET or quantizer.is_zero_one:
         return None
     if quantizer.log_scale.numel() != 1:
         return None

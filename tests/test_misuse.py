@@ -139,7 +139,7 @@ class Recorded:
             "state of a plain model": (
                 lambda: qgnn.quantize_like(plain, plain.state_dict()), ValueError, r"does not say how"
             ),
-            "another number of bits": (lambda: QuantConfig(bits=5), ValueError, r"2, 4, 8 or 32"),
+            "another number of bits": (lambda: QuantConfig(bits=5), ValueError, r"1, 2, 4, 8 or 32"),
             "a field that is none": (lambda: QuantConfig.from_dict({"bit": 4}), ValueError, r"[Dd]id you mean 'bits'"),
             "no fields": (lambda: QuantConfig.from_dict([4]), TypeError, r"as a mapping .got list"),
             "steps as text": (lambda: SMPConfig.for_steps("4"), TypeError, r"as an integer .got '4'"),

@@ -18,7 +18,7 @@ class Range(NamedTuple):
     """A range of codes whose numbers are read in each call.
 
     Args:
-        bits: Width of a code: 2, 4 or 8.
+        bits: Width of a code: 1, 2, 4 or 8.
         scale: The step, one element, float32.
         lower: The lower end, one element; or the code that stands for zero.
         unit: What row multipliers count, one element; :obj:`None` where rows have none.

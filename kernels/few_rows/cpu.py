@@ -328,7 +328,7 @@ class Dense(_Fixed):
         scale: One element or ``[O]``, float32.
         lower: Lower end of the weight's range, of the same shape; or the code that stands for zero.
         num_in: ``K``.
-        bits: Width of the weight's codes, 2, 4 or 8.
+        bits: Width of the weight's codes, 1, 2, 4 or 8.
         taken: Range of the input.
         bias: ``[O]`` float32.
         out: Range of the result, a message then; :obj:`None` for float rows.

@@ -136,7 +136,7 @@ def _values(name: str, site: QLRQuantizer, x: Tensor, out: QuantizedTensor) -> S
     error = float((rounded - values).norm() / values.norm().clamp_min(1e-30))
     levels = torch.arange(site.qmax + 1, dtype=torch.float32)
     unit = ""
-    if site.is_one_bit:
+    if site.is_zero_one:
         levels = levels * (float(values.max()) if values.numel() else 1.0)
     elif site.log_scale.numel() > 1:  # of every channel its own: all are shown on one axis
         values, unit = (values - lower) / scale, "code of the channel's range"

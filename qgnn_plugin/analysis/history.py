@@ -47,7 +47,7 @@ def quantization_series(model: nn.Module) -> dict[str, float]:
 
 
 def _ends(quantizer: QLRQuantizer) -> tuple[float, float] | None:
-    if quantizer.bits == OFF or not quantizer.is_set or quantizer.is_one_bit:
+    if quantizer.bits == OFF or not quantizer.is_set or quantizer.is_zero_one:
         return None
     scale, lower = quantizer.range()
     return float(lower.min()) + 0.0, float((lower + scale * quantizer.qmax).max())

@@ -273,7 +273,7 @@ def _sites(qmodel: nn.Module, data: Any) -> list[Site]:
     shapes: dict[str, tuple[int, int]] = {}
     with ExitStack() as stack, torch.no_grad():
         for name, quantizer in quantizers(qmodel).items():
-            if quantizer.bits == OFF or quantizer.is_one_bit or not quantizer.is_set:
+            if quantizer.bits == OFF or quantizer.is_zero_one or not quantizer.is_set:
                 continue
 
             def note(site: nn.Module, args: Any, out: Any, name: str = name) -> None:

@@ -83,7 +83,7 @@ def _ranges(spec: LayerSpec, own: Mapping[str, Tensor]) -> str:
     for site, described in spec.sites.items():
         prefix = f"{spec.name}.{site}" if spec.name else site
         scale, lower = own.get(f"{prefix}.scale"), own.get(f"{prefix}.lower_end")
-        if scale is None or described.bits in (0, 1, OFF):
+        if scale is None or not described.has_range:
             continue
         if lower is None:  # zero is a fixed code
             lower = -scale * (described.zero_code or 0.0)

@@ -19,7 +19,7 @@ __all__ = ["COMMANDS", "parse"]
 EPILOG = """Exit codes: 0 done; 1 data, model or file is not as expected; 2 wrong usage; 3 done, but the result misses
 what was asked for; 130 interrupted. Every command takes --config FILE.yaml and --print_config. Completion of the shell:
 eval "$(qgnn --print_completion shtab-bash)"."""
-Width = Literal[2, 4, 8]
+Width = Literal[1, 2, 4, 8]
 
 
 class Command(NamedTuple):
@@ -38,7 +38,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[str, Namespace]:
     """
     set_parsing_settings(add_print_completion_argument=True)
     parser = ArgumentParser(
-        prog="qgnn", description="Graph neural networks in 2, 4 or 8 bits.", version=__version__, epilog=EPILOG
+        prog="qgnn", description="Graph neural networks in 1, 2, 4 or 8 bits.", version=__version__, epilog=EPILOG
     )
     chosen = parser.add_subcommands(dest="command", required=True)
     parsers = {}

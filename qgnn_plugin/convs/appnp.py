@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch_geometric.nn import APPNP
 
-from ..config import OFF, SMPConfig
+from ..config import MULTILEVEL_BITS, OFF, SMPConfig
 from ..layers.arithmetic import own_copy
 from ..layers.base import QuantizerDict, SiteFactory
 from ..layers.errors import names_layer
@@ -149,7 +149,7 @@ class QuantizedPropagation(PropagationLayer, QuantizedConv):
 
 def _gap_site(sites: SiteFactory, smp: SMPConfig) -> QLRQuantizer:
     """Zero is a level, so no change stays no change; the range does not learn, as it may long be out of use."""
-    width = sites.config.bits_for("message") if smp.gap_bits is None else smp.gap_bits
+    width = max(sites.config.bits_for("message"), MULTILEVEL_BITS[0]) if smp.gap_bits is None else smp.gap_bits
     fixed = replace(sites, config=replace(sites.config, message_bits=width, learn_ranges=False, truncation=None))
     return fixed.make("message", "gap", levels="symmetric", granularity="node")
 

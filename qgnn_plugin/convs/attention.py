@@ -291,8 +291,7 @@ class _QuantizedAttention(WatchedAttention, QuantizedConv):
     @torch.no_grad()
     def _fused(self: Any, sent: QuantizedTensor, plan: GraphPlan, residual: Tensor | None, **logits: Any) -> Tensor:
         """The layer's result by the kernel that packed layers run; ``logits`` are its terms of them."""
-        assert sent.qmax is not None
-        codes, bits = sent.codes.flatten(1), sent.qmax.bit_length()
+        codes, bits = sent.codes.flatten(1), sent.bits
         multiplier = None
         if sent.rows is None:
             scale, lower = (v if v.numel() == 1 else v.squeeze(-1) for v in (sent.scale, sent.lower))

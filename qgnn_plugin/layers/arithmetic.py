@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import OFF
 from ..kernels.aggregate import aggregate
 from ..kernels.plan import GraphPlan
 from ..kernels.spmm import segment_sum, spmm
@@ -104,8 +103,7 @@ def linear(x: QuantizedTensor, weight: QuantizedTensor, bias: Tensor | None, exa
 
 def _compressed_linear(x: QuantizedTensor, packed: Packed, weight: QuantizedTensor, exact: bool) -> Tensor:
     """:func:`linear` without bias that keeps packed factors, from which it can be computed again."""
-    bits = OFF if weight.qmax is None else weight.qmax.bit_length()
-    packed_weight = Packed.of(weight.codes, weight.scale, weight.lower, bits, weight.unsigned)
+    packed_weight = Packed.of(weight.codes, weight.scale, weight.lower, weight.bits, weight.unsigned)
     values = weight.codes
     if weight.qmax is not None:
         values = compressed.weight_values(values, weight.scale, weight.lower, packed_weight)
@@ -250,8 +248,7 @@ def with_gradient_of(differentiable: Callable[[], Tensor], value: Tensor) -> Ten
 @torch.no_grad()
 def _kernel_sum(x: QuantizedTensor, plan: GraphPlan, weight: Tensor | None) -> Tensor:
     """:func:`aggregate_sum` of ``[num_src, F]`` by the kernel that packed layers run."""
-    assert x.qmax is not None
-    packed = x.packed or Packed.of(x.codes, x.scale, x.lower, x.qmax.bit_length())
+    packed = x.packed or Packed.of(x.codes, x.scale, x.lower, x.bits)
     scale, lower, multiplier = (*packed.kernel_range(), None)
     if x.rows is not None:
         scale, lower, multiplier = x.rows.scale, x.rows.lower, x.rows.integers()

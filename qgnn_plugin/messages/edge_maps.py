@@ -23,7 +23,6 @@ from .spaces import CONST, EDGE, MIXED, SHAPED
 __all__ = ["fits_a_kernel", "joined", "linear_map", "product_arrays", "product_of", "softmax", "widens"]
 
 aten = torch.ops.aten
-ONE_BIT = 1
 WIDE = 32  # outputs of a map of edges, from which on they are not written for all edges at once
 
 
@@ -33,7 +32,7 @@ def product_of(lin: Any) -> Product | None:
     if lin.words is None or site is None or not site.check or site._forward_hooks or site._forward_pre_hooks:
         return None
     spec, own = site.spec, lin._site
-    if not spec.is_fixed or spec.granularity not in ("tensor", "row") or own.bits == ONE_BIT:
+    if not spec.is_fixed or spec.granularity not in ("tensor", "row") or own.is_zero_one:
         return None
     if lin._num_in * top_code(spec.bits) * top_code(own.bits) >= 2**31:
         return None

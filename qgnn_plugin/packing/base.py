@@ -531,9 +531,7 @@ def _expect_finite_graph(graph: NormalizedGraph) -> None:
 
 def packed_dense(x: QuantizedTensor) -> PackedTensor:
     """Pack codes that are still unpacked, those of sparse features."""
-    assert x.qmax is not None
-    dense = x.dense()
-    bits = x.qmax.bit_length()
+    dense, bits = x.dense(), x.bits
     words = pack_codes(dense.codes, bits)
     if x.rows is not None:
         scale, lower, multiplier = x.rows.scale, x.rows.lower, x.rows.integers()

@@ -156,7 +156,7 @@ class PackedSAGEConv(PackedConv):
             return "its weights are not float32"
         if layer.aggr not in (*SUMS, "max"):
             return f"aggregation {layer.aggr!r}"
-        rows = layer.input_quantizer.granularity in ("node", "row") or layer.input_quantizer.is_one_bit
+        rows = layer.input_quantizer.granularity in ("node", "row") or layer.input_quantizer.is_zero_one
         if layer.aggr == "max" and (rows or layer.input_quantizer.bits == OFF):
             return "a maximum over ranges per node"
         return None

@@ -18,7 +18,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..kernels.backend import has_numba, is_direct
 from ..kernels.few_rows import Range, few_rows_linear
 from ..quantizers.autocast import is_autocasting
-from .ranges import ONE_BIT, SiteSpec
+from .ranges import SiteSpec
 
 __all__ = [
     "Direct",
@@ -105,7 +105,7 @@ def prepared_map(lin: Any, site: Any, bias: Tensor | None, target: Any = None) -
         return None
     _, words, scale, lower, _ = sources_of_map(lin)
     own = lin._site
-    if words is None or scale is None or "bias" not in lin._parameters or own.bits == ONE_BIT:
+    if words is None or scale is None or "bias" not in lin._parameters or own.is_zero_one:
         return None
     if lin._num_in * lin._num_out == 0 or lin._num_in > _widest(site.spec, own):
         return None

@@ -136,12 +136,12 @@ class PackedEmbeddings:
         x = x.detach().to(torch.float32)
         quantizer = QLRQuantizer(bits, site="embeddings", device=x.device)
         quantizer.set_range(x)
-        if not quantizer.is_one_bit and granularity in ("auto", "rotated"):
+        if not quantizer.is_zero_one and granularity in ("auto", "rotated"):
             rotated = cls._rotated(x, bits)
             ranged = x.size(0) * (4 * row_words(x.size(1), bits) + 8)
             if granularity == "rotated" or rotated.nbytes <= MOST_BYTES * ranged:
                 return rotated
-        if not quantizer.is_one_bit and granularity != "tensor":
+        if not quantizer.is_zero_one and granularity != "tensor":
             return cls(*_quantized_rows(x, bits), x.size(1), bits)
         site = PackedRange(SiteSpec.of(quantizer), "embeddings", device=x.device)
         site.fill(quantizer)

@@ -19,7 +19,7 @@ from ..quantizers.rows import RowRange, multipliers
 from ..quantizers.values import largest, peak, row_peaks, split
 from .deferred import DeferredTensor, Pending, Producer, plain, row_blocks
 from .packed_tensor import PackedTensor, joined
-from .site_spec import ONE_BIT, UNSET, SiteSpec
+from .site_spec import UNSET, SiteSpec
 
 __all__ = ["LastProduct", "PackedRange", "PackedTensor", "SiteSpec", "check_finite", "joined"]
 
@@ -80,7 +80,7 @@ class PackedRange(nn.Module):
         super().__init__()
         self.spec, self.site, self.check = spec, site, check
         shape = (spec.channels,) if spec.granularity == "channel" else ()
-        ranged = spec.bits not in (UNSET, ONE_BIT, OFF)
+        ranged = spec.has_range
         free = ranged and spec.zero_code is None
         options: dict[str, Any] = {"dtype": torch.float32, "device": device}
         self.register_buffer("scale", torch.ones(shape, **options) if ranged else None)
@@ -113,7 +113,7 @@ class PackedRange(nn.Module):
     def shown_range(self) -> str:
         """The lowest and the highest value of the codes; empty where there is no one range."""
         if self.scale is None:
-            return "one bit" if self.spec.bits == ONE_BIT else ""
+            return "0/1" if self.spec.is_zero_one else ""
         return shown_range(self.scale, self.lower, self.spec.bits, self.spec.granularity)
 
     @property
@@ -161,7 +161,7 @@ class PackedRange(nn.Module):
 
     def _range_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Scale and lower end that broadcast to ``x``, and the multiples ``[N, 1]`` that they are."""
-        if self.bits == ONE_BIT:
+        if self.spec.is_zero_one:
             scale = row_peaks(x, None) if self.spec.granularity == "node" else peak(x)
             return scale, torch.zeros_like(scale), None
         assert self.scale is not None
@@ -187,7 +187,7 @@ class PackedRange(nn.Module):
 
         Raises:
             TypeError: If ``x`` is no float32 tensor.
-            ValueError: If it is on another device, one-bit data are no longer 0 or one value, or (with ``check``)
+            ValueError: If it is on another device, 0/1 data are no longer 0 or one value, or (with ``check``)
                 not finite.
         """
         if type(x) is DeferredTensor and self.spec.is_fixed:
@@ -269,8 +269,8 @@ class PackedRange(nn.Module):
             # The kernel's range is per row: bring values into steps first, the same operations in the same order.
             steps, one = (x - lower) * (1 / scale), torch.ones((), dtype=x.dtype, device=x.device)
             words = quantize_pack(steps.flatten(1), one, torch.zeros_like(one), self.bits)
-        if self.bits == ONE_BIT:
-            self._check_one_bit(((x == 0) | (x == scale)).all())
+        if self.spec.is_zero_one:
+            self._check_zero_one(((x == 0) | (x == scale)).all())
         unsigned = self.spec.zero_code == 0
         return PackedTensor(words, scale.squeeze(-1), lower.squeeze(-1), x.size(1) * x.size(2), self.bits, unsigned)
 
@@ -286,8 +286,8 @@ class PackedRange(nn.Module):
             words = pack_codes(codes, self.bits)
         else:
             words = quantize_pack(x, scale, lower, self.bits, is_checked=True)
-        if self.bits == ONE_BIT:
-            self._check_one_bit(((x == 0) | (x == scale)).all())
+        if self.spec.is_zero_one:
+            self._check_zero_one(((x == 0) | (x == scale)).all())
         if rows is None:
             return PackedTensor(words, scale, lower, x.size(1), self.bits, unsigned)
         assert self.scale is not None
@@ -315,11 +315,11 @@ class PackedRange(nn.Module):
         full = scale[pattern.dst, 0] if scale.dim() == 2 else scale
         top = top_code(self.bits)
         codes = quantize_codes(values, full, torch.zeros_like(full), top, self.skew)
-        if self.bits == ONE_BIT:
-            self._check_one_bit((codes * full == values).all())
+        if self.spec.is_zero_one:
+            self._check_zero_one((codes * full == values).all())
         return QuantizedTensor(codes, scale, torch.zeros_like(scale), top, True, pattern, rows=rows)
 
-    def _check_one_bit(self, holds: Tensor) -> None:
+    def _check_zero_one(self, holds: Tensor) -> None:
         message = (
             f"Expected '{self.site}' to be zero or one value, as when its range was set (got other values); calibrate "
             f"on data like these and pack again"

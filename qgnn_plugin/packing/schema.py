@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn
 
-from ..config import BITS, GRANULARITIES, QuantConfig
+from ..config import BITS, GRANULARITIES, MULTILEVEL_BITS, OFF, QuantConfig
 from ..quantizers import QLRQuantizer, RangeKind
 from ..smp.deep import StackPlace
 from . import container
 from .base import LayerSpec
-from .ranges import ONE_BIT, UNSET, SiteSpec
+from .ranges import SiteSpec
 from .settings import ModuleSettings
+from .site_spec import UNSET, ZERO_ONE, ZERO_ONE_ROWS
 
 __all__ = ["Description", "fits", "read_description"]
 
@@ -121,7 +123,7 @@ def _layer(refuse: Refuse, field: str, value: Any, configs: list[QuantConfig]) -
         _text(refuse, f"{field}.reason", values["reason"], LONGEST_REASON)
     for name in ("smooth", "output", "check"):
         _one_of(refuse, f"{field}.{name}", values.get(name, False), (False, True))
-    _one_of(refuse, f"{field}.attention_bits", values.get("attention_bits", BITS[-1]), BITS)
+    _one_of(refuse, f"{field}.attention_bits", values.get("attention_bits", OFF), MULTILEVEL_BITS)
     if not isinstance(values["sites"], dict):
         refuse(f"{field}.sites", "a mapping of sites", values["sites"])
     values["sites"] = {k: _site(refuse, f"{field}.sites.{k}", site) for k, site in values["sites"].items()}
@@ -131,10 +133,11 @@ def _layer(refuse: Refuse, field: str, value: Any, configs: list[QuantConfig]) -
 
 
 def _site(refuse: Refuse, field: str, value: Any) -> SiteSpec:
-    _mapping(refuse, field, value, {"bits"}, {"granularity", "zero_code", "truncated", "channels"})
-    _one_of(refuse, f"{field}.bits", value["bits"], (UNSET, ONE_BIT, *BITS))
+    _mapping(refuse, field, value, {"bits"}, {"granularity", "zero_code", "truncated", "channels", "two_levels"})
+    _one_of(refuse, f"{field}.bits", value["bits"], (UNSET, *BITS))
     _one_of(refuse, f"{field}.granularity", value.get("granularity", "tensor"), GRANULARITIES)
     _one_of(refuse, f"{field}.truncated", value.get("truncated", False), (False, True))
+    _one_of(refuse, f"{field}.two_levels", value.get("two_levels", False), (False, value["bits"] == 1))
     _integer(refuse, f"{field}.channels", value.get("channels", 0), 0, 2**31 - 1)
     zero = value.get("zero_code", 0.0)
     if zero is not None and (type(zero) not in (int, float) or not 0 <= zero <= HIGHEST_CODE):
@@ -210,13 +213,13 @@ def fits(site: SiteSpec, quantizer: QLRQuantizer, *, packed: bool) -> bool:
         packed: Whether the layer is packed.
     """
     outline = SiteSpec.outline(quantizer)
-    if not packed or outline.bits not in (2, 4, 8):
+    if not packed or outline.bits == OFF:
         return site == outline
     if site.bits == UNSET:
         return site == SiteSpec(UNSET)
-    if site.bits == ONE_BIT:
-        return site in (SiteSpec(ONE_BIT), SiteSpec(ONE_BIT, "node"))
+    if site.is_zero_one:
+        return site in (ZERO_ONE, ZERO_ONE_ROWS)
     channels = quantizer.log_scale.numel() if quantizer.granularity == "channel" else 0
     codes = [quantizer._zero_code(kind) for kind in (RangeKind.FREE, RangeKind.NONNEGATIVE, RangeKind.ZEROS)]
-    known = (SiteSpec(outline.bits, outline.granularity, code, outline.truncated, channels) for code in codes)
+    known = (replace(outline, zero_code=code, channels=channels) for code in codes)
     return site in known

@@ -9,7 +9,8 @@ gradients of docs/quantizer.md itself.  What it keeps for that depends on where 
   value was below, inside (and on which side of its level) or above the range;
 - anything else: these four states themselves, two bits per value.
 
-From states the gradients of ``x`` are the same; those of the range take 1/4, its mean, for ``|c - v|`` inside.
+From states the gradients of ``x`` are the same; those of the range take 1/4, its mean, for ``|c - v|`` inside.  Of two
+levels, where the gradient takes ``v = 1/2`` inside (see :mod:`.functional`), states tell the codes, and all is exact.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from .autocast import backward_without_autocast
 from .first_order import first_order
+from .functional import passed
 from .masks import OneBitMasks
 from .packed import Packed, pack, unpack
 from .rows import RowRange
@@ -42,7 +44,7 @@ __all__ = [
 ]
 
 STATE_BITS = 2
-BELOW, ABOVE = 0, 3  # inside: 1 where v < c, 2 where v >= c
+BELOW, ABOVE = 0, 3  # inside: 1 where v < c, 2 where v >= c; of two levels 1 and 2 for the codes 0 and 1
 MEAN_ROUNDING = 0.25  # mean of |c - v| inside the range
 
 Recipe = Callable[[], Tensor]
@@ -122,6 +124,12 @@ def _steps(x: Tensor, scale: Tensor, lower: Tensor) -> Tensor:
     return (x - lower) * (1 / scale)
 
 
+def _outside(v: Tensor, qmax: int) -> Tensor:
+    """Where no gradient passes."""
+    least, most = passed(qmax)
+    return (v < least) | (v > most)
+
+
 def _gradients(ctx: Any, grad: Tensor, outside: Tensor, slope: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of ``x``, scale and lower end, the first three inputs; ``slope`` is ``dx^/ds``."""
     scale_shape, lower_shape = ctx.range_shapes
@@ -146,8 +154,9 @@ class _QuantizeAgain(torch.autograd.Function):
     @backward_without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         v = _steps(ctx.recipe(), *ctx.saved_tensors)
-        outside = (v < 0) | (v > ctx.qmax)
+        outside = _outside(v, ctx.qmax)
         codes = (v + 0.5).floor_().clamp_(0, ctx.qmax)
+        v = v.fill_(0.5) if ctx.qmax == 1 else v
         return _gradients(ctx, grad, outside, codes - v.masked_fill_(outside, 0))
 
 
@@ -157,7 +166,9 @@ class _QuantizeState(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, lower: Tensor, codes: Tensor, qmax: int) -> Tensor:
         v = _steps(x, scale, lower)
-        state = (v >= codes).to(x.dtype).add_(1).masked_fill_(v < 0, BELOW).masked_fill_(v > qmax, ABOVE)
+        inside = codes if qmax == 1 else (v >= codes).to(x.dtype)
+        least, most = passed(qmax)
+        state = (inside + 1).masked_fill_(v < least, BELOW).masked_fill_(v > most, ABOVE)
         ctx.save_for_backward(pack(state, STATE_BITS))
         ctx.qmax, ctx.range_shapes = qmax, (scale.shape, lower.shape)
         return codes.view_as(codes)
@@ -168,18 +179,21 @@ class _QuantizeState(torch.autograd.Function):
         (words,) = ctx.saved_tensors
         state = unpack(words, grad.shape, STATE_BITS)
         outside = (state == BELOW) | (state == ABOVE)
-        # c - v inside, c outside: 0, 1/4, -1/4, Q for the states 0 to 3.
-        slope = ((1.5 - state) * (2 * MEAN_ROUNDING)).masked_fill_(outside, 0).masked_fill_(state == ABOVE, ctx.qmax)
+        # c - v inside, c outside: 0, 1/4, -1/4, Q for the states 0 to 3; of two levels 0, -1/2, 1/2, 1.
+        slope = state - 1.5 if ctx.qmax == 1 else (1.5 - state) * (2 * MEAN_ROUNDING)
+        slope = slope.masked_fill_(outside, 0).masked_fill_(state == ABOVE, ctx.qmax)
         return _gradients(ctx, grad, outside, slope)
 
 
 class _QuantizeSide(torch.autograd.Function):
-    """Keeps the codes, which something else keeps as well, and a bit: ``v >= c``, at the last code ``v > c``."""
+    """Keeps the codes, which something else keeps as well, and a bit: ``v >= c``, at the last code ``v > c``; of two
+    levels whether gradients pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, lower: Tensor, codes: Tensor, qmax: int, packed: Packed) -> Tensor:
         v = _steps(x, scale, lower)
-        ctx.save_for_backward(pack((v >= codes) & ((codes < qmax) | (v > qmax)), 1), packed.words)
+        side = ~_outside(v, qmax) if qmax == 1 else (v >= codes) & ((codes < qmax) | (v > qmax))
+        ctx.save_for_backward(pack(side, 1), packed.words)
         ctx.qmax, ctx.bits, ctx.range_shapes = qmax, packed.bits, (scale.shape, lower.shape)
         return codes.view_as(codes)
 
@@ -188,6 +202,8 @@ class _QuantizeSide(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         sides, words = ctx.saved_tensors
         side, codes = unpack(sides, grad.shape, 1), unpack(words, grad.shape, ctx.bits)
+        if ctx.qmax == 1:
+            return _gradients(ctx, grad, side == 0, codes - 0.5 * side)
         above = (codes == ctx.qmax) & (side == 1)
         outside = above | ((codes == 0) & (side == 0))
         slope = ((0.5 - side) * (2 * MEAN_ROUNDING)).masked_fill_(outside, 0).masked_fill_(above, ctx.qmax)

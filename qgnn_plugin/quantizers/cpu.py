@@ -67,7 +67,7 @@ def _gradients(
     width: int,
     inverse: Any,
     lower: Any,
-    qmax: Any,
+    ends: Any,
     grad_x: Any,
     sums: Any,
     bounds: Any,
@@ -75,7 +75,7 @@ def _gradients(
 ) -> None:
     """``grad_x``, and :data:`LANES` partial sums of ``grad_x * v`` and of ``grad_x`` per row."""
     per_row = inverse.size > 1
-    top, zero = x.dtype.type(qmax), x.dtype.type(0)
+    least, most, zero = ends[0], ends[1], x.dtype.type(0)
     while True:
         chunk = atomic_add(counter, 0, 1)
         if chunk >= bounds.size - 1:
@@ -84,7 +84,7 @@ def _gradients(
             a, b = (inverse[i], lower[i]) if per_row else (inverse[0], lower[0])
             for k in range(i * width, min((i + 1) * width, x.size)):
                 v = (x[k] - b) * a
-                inside = (v >= zero) & (v <= top)
+                inside = (v >= least) & (v <= most)
                 g = grad[k] * a if inside else zero
                 grad_x[k] = g
                 lane = (k - i * width) % LANES
@@ -100,7 +100,7 @@ def _gradients_float32(
     width: int,
     inverse: Any,
     lower: Any,
-    qmax: Any,
+    ends: Any,
     grad_x: Any,
     sums: Any,
     bounds: Any,
@@ -108,7 +108,7 @@ def _gradients_float32(
 ) -> None:
     """:func:`_gradients` on explicit vectors, the same operations in the same order."""
     per_row = inverse.size > 1
-    top, zero = vsplat(np.float32(qmax), LANES), vsplat(np.float32(0), LANES)
+    least, most, zero = vsplat(ends[0], LANES), vsplat(ends[1], LANES), vsplat(np.float32(0), LANES)
     while True:
         chunk = atomic_add(counter, 0, 1)
         if chunk >= bounds.size - 1:
@@ -120,9 +120,9 @@ def _gradients_float32(
             end = min((i + 1) * width, x.size)
             for k in range(i * width, end, LANES):
                 v = (vload_first(x, k, LANES, end - k) - b) * a
-                g = vwithin(v, zero, top, vload_first(grad, k, LANES, end - k) * a, zero)
+                g = vwithin(v, least, most, vload_first(grad, k, LANES, end - k) * a, zero)
                 vstore_first(grad_x, k, g, end - k)
-                weighted = weighted + g * vwithin(v, zero, top, v, zero)
+                weighted = weighted + g * vwithin(v, least, most, v, zero)
                 total = total + g
             vstore(sums, 2 * LANES * i, weighted)
             vstore(sums, 2 * LANES * i + LANES, total)
@@ -160,14 +160,19 @@ def codes(x: Tensor, scale: Tensor, lower: Tensor, qmax: int) -> Tensor:
     return out
 
 
-def codes_backward(grad: Tensor, x: Tensor, scale: Tensor, lower: Tensor, qmax: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, scale and lower end; partial sums are added in a fixed order."""
+def codes_backward(
+    grad: Tensor, x: Tensor, scale: Tensor, lower: Tensor, ends: tuple[float, float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, scale and lower end, of 0 where ``v`` is not within ``ends``; partial sums are added in a fixed
+    order.
+    """
     width, inverse, low, bounds = _prepare(x, scale, lower)
     grad_x = torch.empty(x.shape, dtype=x.dtype)
     explicit = x.dtype == torch.float32
+    passed = np.array(ends, array_of(x[:0].detach()).dtype)
     lanes = (torch.empty if explicit else torch.zeros)((-(-x.numel() // width), 2, LANES), dtype=x.dtype)
     kernel = _gradients_float32 if explicit else _gradients
-    run_chunks(kernel, bounds, _flat(grad), _flat(x), width, inverse, low, qmax, _flat(grad_x), lanes.numpy())
+    run_chunks(kernel, bounds, _flat(grad), _flat(x), width, inverse, low, passed, _flat(grad_x), lanes.numpy())
     sums = lanes.sum(-1)
     if scale.numel() == 1:
         sums = sums.double().sum(0, keepdim=True).to(x.dtype)

@@ -11,7 +11,7 @@ from ..config import OFF
 from ..kernels.plan import GraphPlan
 from .range_search import SMALLEST, Sample, search_range
 from .rows import SMALLEST_STEP, RowSample, search_rows
-from .state import ONE_BIT_KINDS, QuantizerState, RangeKind
+from .state import ZERO_ONE_KINDS, QuantizerState, RangeKind
 from .tensor import QuantizedTensor
 from .values import largest, peak, row_peaks, skewness
 
@@ -28,25 +28,25 @@ class FittedQuantizer(QuantizerState):
     _is_input: InputCheck | None
 
     @torch.no_grad()
-    def set_range(self, x: Tensor, pattern: GraphPlan | None = None, *, may_be_one_bit: bool = True) -> None:
+    def set_range(self, x: Tensor, pattern: GraphPlan | None = None, *, may_be_zero_one: bool = True) -> None:
         """Set the range by least mean-squared error on ``x`` (see :mod:`.range_search`).
 
         Args:
             x: The values, of a sparse matrix the stored ones.
             pattern: Their positions in a sparse matrix.
-            may_be_one_bit: Whether 0/1 data may be taken to stay so.
+            may_be_zero_one: Whether 0/1 data may be taken to stay so.
 
         Raises:
             ValueError: If ``x`` is empty or holds a NaN or an infinity.
         """
         if self.bits != OFF:
-            self._fit(*self._kind_and_rows(x, pattern, lambda *_: may_be_one_bit))
+            self._fit(*self._kind_and_rows(x, pattern, lambda *_: may_be_zero_one))
 
     def _kind_and_rows(
-        self, x: Tensor, pattern: GraphPlan | None, may_be_one_bit: InputCheck
+        self, x: Tensor, pattern: GraphPlan | None, may_be_zero_one: InputCheck
     ) -> tuple[RangeKind, Tensor]:
         kind = self._kind_of(x, pattern)
-        if kind in ONE_BIT_KINDS and self.is_activation and not may_be_one_bit(x, pattern):
+        if kind in ZERO_ONE_KINDS and self.is_activation and not may_be_zero_one(x, pattern):
             kind = RangeKind.NONNEGATIVE
         if pattern is not None and (self.granularity == "channel" or not self._stays_sparse(kind)):
             x, pattern = QuantizedTensor.identity(x, pattern).dequantize(), None
@@ -54,7 +54,7 @@ class FittedQuantizer(QuantizerState):
 
     def _stays_sparse(self, kind: RangeKind) -> bool:
         """Whether code 0 stands for zero in every column, so that only stored values need codes."""
-        per_column = self.granularity == "channel" and kind not in ONE_BIT_KINDS
+        per_column = self.granularity == "channel" and kind not in ZERO_ONE_KINDS
         return self._zero_code(kind) == 0 and not per_column
 
     def _fit(self, kind: RangeKind, rows: Tensor) -> None:
@@ -64,7 +64,7 @@ class FittedQuantizer(QuantizerState):
         if self.skew is not None:
             values = rows if self.unit is None else rows[:1]
             self.skew.copy_(skewness(values).round() if self.truncation == "sbt" else torch.zeros(()))
-        if kind in ONE_BIT_KINDS:
+        if kind in ZERO_ONE_KINDS:
             return
         if self.unit is not None:
             unit, scale, lower = search_rows(rows, self.qmax, self.zero_code)
@@ -125,15 +125,15 @@ class FittedQuantizer(QuantizerState):
         if x.dim() < 2 and pattern is None:
             return RangeKind.NONNEGATIVE
         if bool(((x == 0) | (x == peak(x))).all()):
-            return RangeKind.ONE_BIT
+            return RangeKind.ZERO_ONE
         peaks = row_peaks(x, pattern)
         if pattern is not None:
             peaks, width = peaks[pattern.dst, 0], pattern.num_src
         else:
             width = x.size(-1)
-        # A float scale per row must not cost more than the bits it saves.
-        if width + 32 <= width * self.bits and bool(((x == 0) | (x == peaks)).all()):
-            return RangeKind.ONE_BIT_ROWS
+        # A float scale per row must not cost more than the bits it saves; an eighth more where there are none to save.
+        if width + 32 <= width * max(self.bits, 1.125) and bool(((x == 0) | (x == peaks)).all()):
+            return RangeKind.ZERO_ONE_ROWS
         return RangeKind.NONNEGATIVE
 
     def _check_finite(self, x: Tensor, always: bool = False) -> None:

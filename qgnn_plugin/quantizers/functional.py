@@ -8,6 +8,11 @@ The surrogate replaces rounding by the identity, so that inside the range ``dc/d
 ``dc/ds = -v/s``, and outside all three are 0.  Composed with ``x^ = c s + l`` this gives docs/quantizer.md's gradients:
 ``dx^/dx = 1`` inside and 0 outside; ``dx^/du = (c - v)/Q`` inside, 1 above, 0 below; ``dx^/dl = -(c - v)/Q`` inside,
 0 above, 1 below (at fixed ``u``).
+
+Of two levels (``Q = 1``) this would train neither: most values lie outside of a range whose ends are means of values.
+As in binary networks, gradients then pass within half a step around the range, where rounding is no further off than
+half a step either, and ``dc/ds = -1/(2 s)``: the code turns at ``l + s/2``, wherever ``v`` is.  So ``dx^/dx = 1`` for
+``-1/2 <= v <= 3/2``, else 0, and with the middle ``l + s/2`` fixed ``dx^/ds = c - 1/2`` everywhere, which is exact.
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ from torch import Tensor
 
 from . import cpu
 
-__all__ = ["FINE_BITS", "FINE_LEVELS", "HALF", "levels", "quantize_codes", "truncate"]
+__all__ = ["FINE_BITS", "FINE_LEVELS", "HALF", "levels", "passed", "quantize_codes", "truncate"]
 
 HALF = (torch.float16, torch.bfloat16)  # they hold codes, but neither what leads to a code nor sums of codes
 FINE_BITS = 8
@@ -29,6 +34,11 @@ FINE_LEVELS = 2**FINE_BITS - 1
 def levels(bits: int) -> int:
     """The largest code ``Q = 2^bits - 1``."""
     return 2**bits - 1
+
+
+def passed(qmax: int) -> tuple[float, float]:
+    """The least and the largest ``v`` at which gradients pass straight through."""
+    return (-0.5, 1.5) if qmax == 1 else (0.0, float(qmax))
 
 
 def truncate(fine: Tensor, qmax: int, skew: Tensor) -> Tensor:
@@ -61,7 +71,9 @@ class _QuantizeCodes(torch.autograd.Function):
         x, scale, lower = ctx.saved_tensors
         # Where gradients are differentiated in turn, those of the surrogate are, by operations that know how.
         if not torch.is_grad_enabled() and cpu.supports(x, scale, lower):
-            grad_x, grad_scale, grad_lower = cpu.codes_backward(grad, x, scale, lower, ctx.qmax)
+            grad_x, grad_scale, grad_lower = cpu.codes_backward(grad, x, scale, lower, passed(ctx.qmax))
+            if ctx.qmax == 1:
+                grad_scale = grad_lower * 0.5
         else:
             grad_x, grad_scale, grad_lower = _codes_backward(grad, x, scale, lower, ctx.qmax)
         needs = ctx.needs_input_grad
@@ -76,7 +88,10 @@ def _codes(x: Tensor, scale: Tensor, lower: Tensor, qmax: int) -> Tensor:
 def _codes_backward(grad: Tensor, x: Tensor, scale: Tensor, lower: Tensor, qmax: int) -> tuple[Tensor, Tensor, Tensor]:
     inverse = 1 / scale
     v = (x - lower) * inverse
-    grad_x = (grad * inverse).masked_fill_((v < 0) | (v > qmax), 0)
+    least, most = passed(qmax)
+    grad_x = (grad * inverse).masked_fill_((v < least) | (v > most), 0)
+    if qmax == 1:
+        return grad_x, _sum_to(grad_x * -0.5, scale.shape), _sum_to(-grad_x, lower.shape)
     v.clamp_(0, qmax)  # far outside the range v overflows, and 0 * inf is not 0
     return grad_x, _sum_to(-(grad_x * v), scale.shape), _sum_to(-grad_x, lower.shape)
 

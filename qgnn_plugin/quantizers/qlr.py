@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import BITS, GRANULARITIES, OFF, Granularity, Levels, Truncation, _one_of
+from ..config import BITS, GRANULARITIES, OFF, Granularity, Levels, Truncation, _one_of, check_levels, shown_widths
 from ..kernels.plan import GraphPlan
 from . import compressed
 from .fitting import FittedQuantizer, InputCheck
@@ -26,7 +26,7 @@ class QLRQuantizer(FittedQuantizer):
     r"""Quantizer with a learnable range ``[l, u]``, ``s = exp(log_scale)`` and ``l = offset * s``.
 
     Args:
-        bits: 2, 4, 8, or 32 for off.
+        bits: 1, 2, 4, 8, or 32 for off.
         levels: ``"affine"`` (learned offset; the lower end is fixed at zero when the data that set the range are
             non-negative), ``"unsigned"``, ``"symmetric"`` (zero is a level) or ``"half"`` (half-integer levels).
         granularity: One range per ``"tensor"``, per ``"channel"``, per ``"node"`` or per ``"row"``.  Per node, a row's
@@ -65,8 +65,9 @@ class QLRQuantizer(FittedQuantizer):
     ) -> None:
         super().__init__()
         if type(bits) is not int or bits not in BITS:
-            raise ValueError(f"Expected 'bits' to be 2, 4, 8 or 32 = off (got {bits!r})")
+            raise ValueError(f"Expected 'bits' to be {shown_widths()} (got {bits!r})")
         _one_of("levels", levels, ("affine", "unsigned", "symmetric", "half"))
+        check_levels("levels", levels, bits)
         _one_of("granularity", granularity, GRANULARITIES)
         _one_of("truncation", truncation, (None, "bt", "sbt"))
         if granularity == "channel" and (channels is None or channels < 1):
@@ -103,7 +104,7 @@ class QLRQuantizer(FittedQuantizer):
         """The lowest and the highest value of the codes; empty where no range is set."""
         if self.bits == OFF or self.kind.is_meta or self.range_kind == RangeKind.UNSET:
             return ""
-        return "one bit" if self.is_one_bit else shown_range(*self.range(), self.bits, self.granularity)
+        return "0/1" if self.is_zero_one else shown_range(*self.range(), self.bits, self.granularity)
 
     def _shaped(self, per_channel: Tensor, x: Tensor) -> Tensor:
         if self.granularity != "channel" or self.channel_dim == -1:
@@ -113,8 +114,8 @@ class QLRQuantizer(FittedQuantizer):
     def _range_of(self, x: Tensor, pattern: GraphPlan | None) -> tuple[Tensor, Tensor, RowRange | None]:
         """Scale and lower end that broadcast to ``x``, and what they are multiples of."""
         kind = self.range_kind
-        if self.is_one_bit:
-            rows = row_peaks(x, pattern) if kind == RangeKind.ONE_BIT_ROWS else peak(x)
+        if self.is_zero_one:
+            rows = row_peaks(x, pattern) if kind == RangeKind.ZERO_ONE_ROWS else peak(x)
             # A factor exp(0) = 1 keeps the parameters in the graph: DDP expects a gradient for each.
             unused = self.log_scale if self.offset is None else self.log_scale + self.offset
             scale = rows * (unused.reshape(-1)[0] * 0).exp()
@@ -167,9 +168,9 @@ class QLRQuantizer(FittedQuantizer):
                     f"The range of '{self.site}' is unset: call qgnn_plugin.calibrate(model, data) first, "
                     f"or train for at least one step"
                 )
-            self.set_range(x.detach(), pattern, may_be_one_bit=_looks_like_input(x))
+            self.set_range(x.detach(), pattern, may_be_zero_one=_looks_like_input(x))
         elif self._has_outgrown_zeros(x):
-            self.set_range(x.detach(), pattern, may_be_one_bit=_looks_like_input(x))
+            self.set_range(x.detach(), pattern, may_be_zero_one=_looks_like_input(x))
         return self._quantize(x, pattern, codes_kept)
 
     def _outside_modes(self, x: Tensor) -> Tensor:
@@ -202,12 +203,12 @@ class QLRQuantizer(FittedQuantizer):
         scale, lower, rows = self._range_of(x, pattern)
         if pattern is None and self._compresses(x, scale):
             return replace(self._compressed(x, scale, lower, codes_kept), rows=rows)
-        # The scale of one-bit data is the data's own: no gradient flows through the codes.
-        step = scale.detach() if self.is_one_bit else scale
+        # The scale of 0/1 data is the data's own: no gradient flows through the codes.
+        step = scale.detach() if self.is_zero_one else scale
         full = step[pattern.dst, 0] if pattern is not None and step.dim() == 2 else step
         low = torch.zeros_like(full) if pattern is not None else lower
         codes = self._codes(x, full, low)
-        if self.is_one_bit and not self._still_one_bit(x.detach(), codes.detach() * full):
+        if self.is_zero_one and not self._still_zero_one(x.detach(), codes.detach() * full):
             self.set_range(x.detach(), pattern)
             return self._quantize(x, pattern, codes_kept)
         if self.shift is not None:
@@ -225,7 +226,7 @@ class QLRQuantizer(FittedQuantizer):
         return codes + ((codes + self.shift).clamp(0, self.qmax) - codes).detach()
 
     def _codes(self, x: Tensor, scale: Tensor, lower: Tensor) -> Tensor:
-        skew = None if self.is_one_bit else self.skew
+        skew = None if self.is_zero_one else self.skew
         if scale.dim() == x.dim() == 3 and scale.size(1) == 1 < x.size(1):  # heads of a row, side by side
             wide = quantize_codes(x.flatten(1), scale.flatten(1), lower.flatten(1), self.qmax, skew)
             return wide.view(x.shape)
@@ -233,7 +234,7 @@ class QLRQuantizer(FittedQuantizer):
 
     def _compresses(self, x: Tensor, scale: Tensor) -> bool:
         """Whether the backward pass keeps packed codes of ``x``: activations, not weights."""
-        rounds = not self.is_one_bit and self.skew is None and self.channel_dim == -1
+        rounds = not self.is_zero_one and self.skew is None and self.channel_dim == -1
         return rounds and compressed.compressing() and compressed.can_compress(x, scale)
 
     def _compressed(self, x: Tensor, scale: Tensor, lower: Tensor, codes_kept: bool) -> QuantizedTensor:
@@ -244,7 +245,7 @@ class QLRQuantizer(FittedQuantizer):
         codes = compressed.quantize(x, scale, lower, codes, packed, self.qmax, codes_kept)
         return QuantizedTensor(codes, packed.scale, packed.lower, self.qmax, unsigned, packed=packed)
 
-    def _still_one_bit(self, x: Tensor, dequantized: Tensor) -> bool:
+    def _still_zero_one(self, x: Tensor, dequantized: Tensor) -> bool:
         if torch.compiler.is_compiling() or torch.equal(dequantized, x):
             return True
         if not self.training:

@@ -1,9 +1,14 @@
-r"""Range search: least mean-squared error over shrunken ranges ``[a min x, a max x]``, ``0 < a <= 1``."""
+r"""Range search: least mean-squared error over shrunken ranges ``[a min x, a max x]``, ``0 < a <= 1``.
+
+Of two levels the least is known (see :mod:`.two_levels`).
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from .two_levels import search_two_levels
 
 __all__ = ["Sample", "search_range"]
 
@@ -78,9 +83,15 @@ def search_range(x: Tensor, qmax: int, zero_code: float | None) -> tuple[Tensor,
     Returns:
         ``scale`` (positive) and ``lower``, ``[R]`` each.
     """
-    x = subsample(x.detach() if x.dtype == torch.float64 else x.detach().float())
+    x = x.detach() if x.dtype == torch.float64 else x.detach().float()
+    x = x if qmax == 1 and zero_code == 0.5 else subsample(x)
     unit = _unit(x)
     x = x / unit
+    if qmax == 1:
+        scale, lower, _ = search_two_levels(x, zero_code)
+        constant = scale == 0
+        scale = (torch.where(constant, lower.abs(), scale) * unit.squeeze(1)).clamp_min(SMALLEST)
+        return scale, lower * unit.squeeze(1) if zero_code is None else -zero_code * scale
     low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
     if zero_code is None:
         span = high - low

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .range_search import BLOCK, MAX_SAMPLES, SMALLEST, Sample
+from .two_levels import search_two_levels
 
 __all__ = ["MOST", "SMALLEST_STEP", "RowRange", "RowSample", "multipliers", "search_rows"]
 
@@ -122,6 +123,9 @@ def _fit(y: Tensor, m: Tensor, qmax: int, zero_code: float | None) -> tuple[Tens
     # In units of the largest value, whose square neither overflows nor vanishes.
     unit = torch.maximum(low.abs(), high.abs())
     y, low, span = y / unit, low / unit, span / unit
+    if qmax == 1:
+        scale, lower, error = search_two_levels(y.unsqueeze(0), zero_code, m.square().unsqueeze(0))
+        return scale[0] * unit, lower[0] * unit, float(error) * float(unit) ** 2
     shrunken = torch.arange(1, COARSE + 1, dtype=y.dtype, device=y.device) / COARSE
     best = shrunken[_first_best(_errors(y, m, shrunken, low, span, qmax, zero_code))]
     finer = best + (torch.arange(COARSE, dtype=y.dtype, device=y.device) - COARSE // 2) / COARSE**2

@@ -12,7 +12,7 @@ from ..config import OFF, Granularity, Levels, Truncation
 from ..saved import REMEDY, encode, refusal, refuse
 from .functional import levels as max_code
 
-__all__ = ["ONE_BIT_KINDS", "QuantizerState", "RangeKind"]
+__all__ = ["ZERO_ONE_KINDS", "QuantizerState", "RangeKind"]
 
 
 class RangeKind(enum.IntEnum):
@@ -21,12 +21,12 @@ class RangeKind(enum.IntEnum):
     UNSET = 0
     FREE = 1
     NONNEGATIVE = 2  # the data are non-negative: the lower end is fixed at zero
-    ONE_BIT_ROWS = 3  # each row is 0 or one value of its own: one bit and a scale per row are exact
-    ONE_BIT = 4  # the data are 0 or one common value: one bit is exact
+    ZERO_ONE_ROWS = 3  # each row is 0 or one value of its own: one bit and a scale per row are exact
+    ZERO_ONE = 4  # the data are 0 or one common value: one bit is exact
     ZEROS = 5  # the data were all zero: a default range with zero as a level, until training meets other data
 
 
-ONE_BIT_KINDS = (RangeKind.ONE_BIT_ROWS, RangeKind.ONE_BIT)
+ZERO_ONE_KINDS = (RangeKind.ZERO_ONE_ROWS, RangeKind.ZERO_ONE)
 
 
 class QuantizerState(nn.Module):
@@ -118,19 +118,19 @@ class QuantizerState(nn.Module):
         return self.bits == OFF or self.range_kind != RangeKind.UNSET
 
     @property
-    def is_one_bit(self) -> bool:
-        """Whether the data are 0 or one value (per row): stored in one bit, exactly."""
-        return self.range_kind in ONE_BIT_KINDS
+    def is_zero_one(self) -> bool:
+        """Whether the data are 0 or one value (per row): stored in one bit, exactly, whatever the width."""
+        return self.range_kind in ZERO_ONE_KINDS
 
     @property
     def qmax(self) -> int:
-        """The largest code: 1 for one-bit data, else ``2^bits - 1``."""
-        return 1 if self.is_one_bit else max_code(self.bits)
+        """The largest code: 1 for 0/1 data, else ``2^bits - 1``."""
+        return 1 if self.is_zero_one else max_code(self.bits)
 
     @property
     def stored_bits(self) -> int:
         """Bits per stored code."""
-        return 1 if self.is_one_bit else self.bits
+        return 1 if self.is_zero_one else self.bits
 
     def _set_kind(self, kind: RangeKind) -> None:
         self.kind.fill_(int(kind))
@@ -152,7 +152,7 @@ class QuantizerState(nn.Module):
 
     def _zero_code(self, kind: RangeKind) -> float | None:
         qmax = max_code(self.bits)
-        if kind in ONE_BIT_KINDS:
+        if kind in ZERO_ONE_KINDS:
             return 0.0
         if kind == RangeKind.ZEROS and self.levels != "unsigned":
             return (qmax + 1) / 2

@@ -56,6 +56,11 @@ class QuantizedTensor:
         return cls(packed.codes(), packed.scale, packed.lower, qmax, packed.unsigned)
 
     @property
+    def bits(self) -> int:
+        """Width of a stored code; 32 where the site is off."""
+        return OFF if self.qmax is None else self.qmax.bit_length()
+
+    @property
     def shape(self) -> tuple[int, ...]:
         if self.pattern is not None:
             return (self.pattern.num_dst, self.pattern.num_src)

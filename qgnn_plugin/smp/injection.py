@@ -67,7 +67,7 @@ def injection(quantizer: QLRQuantizer, passed: tuple[Tensor, QuantizedTensor], s
     x = x if x.layout == torch.strided else x.to_dense()
     unscaled = x.new_ones(()) if source is None else torch.where(source > 0, 1 / source, torch.zeros_like(source))
     error = float(((out.dequantize() - x) * unscaled).norm())
-    if out.qmax is None or quantizer.is_one_bit:
+    if out.qmax is None or quantizer.is_zero_one:
         return Injection(error, error)
     half = out.scale / 2
     if quantizer.skew is not None:  # the code is rounded twice, and shifted in between

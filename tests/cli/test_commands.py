@@ -158,7 +158,7 @@ def test_missed_targets_exit_with_3(trained: Path, graph: Path, run: Run) -> Non
         (["train", "--bits", 3], "bits"),
         (["train", "--hidden", -1], "hidden"),
         (["train", "--dropout", 2], "dropout"),
-        (["train", "--quant.bits", 3], "one of 2, 4, 8 or 32"),
+        (["train", "--quant.bits", 3], "one of 1, 2, 4, 8 or 32"),
         (["train", "--nothing"], "nothing"),
         (["quantize", "x.pt"], "out"),
         (["nothing"], "nothing"),

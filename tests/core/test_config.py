@@ -13,10 +13,39 @@ BIT_FIELDS = [f.name for f in fields(QuantConfig) if f.name.endswith("bits")]
 
 
 @pytest.mark.parametrize("name", BIT_FIELDS)
-@pytest.mark.parametrize("value", [0, 1, 3, 16, -4, 4.0, True, "4"])
-def test_widths_are_two_four_eight_or_off(name: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=rf"'{name}' to be one of 2, 4, 8 or 32 = off \(got {value!r}\)"):
+@pytest.mark.parametrize("value", [0, 3, 16, -4, 4.0, True, "4"])
+def test_widths_are_one_two_four_eight_or_off(name: str, value: Any) -> None:
+    widths = "2, 4, 8" if name == "attention_bits" else "1, 2, 4, 8"
+    with pytest.raises(ValueError, match=rf"'{name}' to be one of {widths} or 32 = off \(got {value!r}\)"):
         QuantConfig(**{name: value})
+
+
+def test_what_two_levels_cannot_hold_has_two_bits() -> None:
+    """Attention numerators, and gap messages, of which zero is a level."""
+    config = QuantConfig(bits=1)
+    assert [config.bits_for(s) for s in ("input", "weight", "activation", "message")] == [1] * 4  # type: ignore[arg-type]
+    assert config.bits_for("attention") == 2
+    assert QuantConfig(bits=1, attention_bits=8).bits_for("attention") == 8
+    with pytest.raises(ValueError, match=r"'attention_bits' to be one of 2, 4, 8 or 32 = off \(got 1\)"):
+        QuantConfig(attention_bits=1)
+    for name in ("gap_bits", "state_bits"):
+        with pytest.raises(ValueError, match=rf"'{name}' to be one of .*2, 4, 8, 32 \(got 1\)"):
+            SMPConfig(**{name: 1})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"bits": 1, "weight_levels": "symmetric"},
+        {"bits": 4, "weight_bits": 1, "weight_levels": "symmetric"},
+        {"bits": 1, "message_levels": "symmetric"},
+        {"bits": 4, "message_levels": "symmetric", "overrides": {"conv": {"message_bits": 1}}},
+    ],
+)
+def test_two_levels_around_zero_do_not_hold_it(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"levels' other than 'symmetric' at 1 bit.*use 'half'"):
+        QuantConfig(**changes)
+    QuantConfig(**changes | {"bits": 4, "weight_bits": None, "overrides": {}})
 
 
 @pytest.mark.parametrize("value", [2, 4, 8, 32])

@@ -247,5 +247,5 @@ def test_second_derivatives_are_straight_through() -> None:
 
 def test_range_kinds_order_from_general_to_special() -> None:
     """Merging observations takes the smallest."""
-    kinds = [RangeKind.FREE, RangeKind.NONNEGATIVE, RangeKind.ONE_BIT_ROWS, RangeKind.ONE_BIT]
+    kinds = [RangeKind.FREE, RangeKind.NONNEGATIVE, RangeKind.ZERO_ONE_ROWS, RangeKind.ZERO_ONE]
     assert sorted(kinds) == kinds

@@ -150,7 +150,7 @@ def test_zero_one_features_are_exact(
     quantizer = QLRQuantizer(bits, granularity=granularity, channels=200)  # type: ignore[arg-type]
     given = x.to_sparse_csr() if sparse else x
     quantized = quantizer.train()(given)
-    assert quantizer.range_kind == RangeKind.ONE_BIT
+    assert quantizer.range_kind == RangeKind.ZERO_ONE
     assert quantizer.stored_bits == 1
     assert quantizer.qmax == 1
     assert quantized.shape == (30, 200)
@@ -166,7 +166,7 @@ def test_rows_with_a_scale_each_are_exact(bits: int, sparse: bool) -> None:
     x = x / x.sum(1, keepdim=True).clamp_min(1)
     quantizer = QLRQuantizer(bits)
     quantized = quantizer.train()(x.to_sparse_csr() if sparse else x)
-    assert quantizer.range_kind == RangeKind.ONE_BIT_ROWS
+    assert quantizer.range_kind == RangeKind.ZERO_ONE_ROWS
     assert torch.equal(quantized.dequantize(), x)
     assert quantized.scale.shape == (30, 1)
 
@@ -174,7 +174,7 @@ def test_rows_with_a_scale_each_are_exact(bits: int, sparse: bool) -> None:
 def test_a_scale_per_row_must_pay_for_itself() -> None:
     x = binary(30, 8) * torch.rand(30, 1)
     assert fitted(x, 2).range_kind == RangeKind.NONNEGATIVE  # 8 bits saved, 32 spent
-    assert fitted(binary(30, 8), 2).range_kind == RangeKind.ONE_BIT
+    assert fitted(binary(30, 8), 2).range_kind == RangeKind.ZERO_ONE
 
 
 def test_dropout_on_zero_one_features_stays_exact() -> None:
@@ -403,7 +403,8 @@ def test_another_device_is_named(x: Tensor) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bits": 3}, r"'bits' to be 2, 4, 8 or 32 = off \(got 3\)"),
+        ({"bits": 1, "levels": "symmetric"}, "'levels' other than 'symmetric' at 1 bit"),
+        ({"bits": 3}, r"'bits' to be 1, 2, 4, 8 or 32 = off \(got 3\)"),
         ({"bits": 4.0}, r"got 4\.0"),
         ({"bits": True}, "got True"),
         ({"bits": 4, "levels": "halve"}, "Did you mean 'half'"),
@@ -436,7 +437,7 @@ def test_observed_batches_act_as_one(x: Tensor, granularity: str) -> None:
 def test_most_general_kind_of_all_batches_wins() -> None:
     quantizer = QLRQuantizer(4).eval()
     for batches, kind in [
-        ([binary(), binary() * 0.5], RangeKind.ONE_BIT),
+        ([binary(), binary() * 0.5], RangeKind.ZERO_ONE),
         ([binary(), torch.rand(30, 200)], RangeKind.NONNEGATIVE),
         ([binary(), torch.rand(30, 200).to_sparse_csr(), torch.randn(3, 200)], RangeKind.FREE),
     ]:

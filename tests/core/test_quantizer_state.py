@@ -28,12 +28,12 @@ def data(kind: RangeKind) -> Tensor:
     return {
         RangeKind.FREE: torch.randn(30, 6),
         RangeKind.NONNEGATIVE: torch.rand(30, 6),
-        RangeKind.ONE_BIT_ROWS: torch.rand(30, 1) * (torch.rand(30, 60) < 0.4),
-        RangeKind.ONE_BIT: binary,
+        RangeKind.ZERO_ONE_ROWS: torch.rand(30, 1) * (torch.rand(30, 60) < 0.4),
+        RangeKind.ZERO_ONE: binary,
     }[kind]
 
 
-KINDS = [RangeKind.FREE, RangeKind.NONNEGATIVE, RangeKind.ONE_BIT]
+KINDS = [RangeKind.FREE, RangeKind.NONNEGATIVE, RangeKind.ZERO_ONE]
 
 
 def snapshot(quantizer: QLRQuantizer) -> dict[str, Tensor]:
@@ -73,9 +73,9 @@ def test_state_round_trips_bitwise(options: dict[str, object], kind: RangeKind) 
 
 
 def test_row_scaled_kind_round_trips() -> None:
-    x = data(RangeKind.ONE_BIT_ROWS)
+    x = data(RangeKind.ZERO_ONE_ROWS)
     quantizer = make({}, x)
-    assert quantizer.range_kind == RangeKind.ONE_BIT_ROWS
+    assert quantizer.range_kind == RangeKind.ZERO_ONE_ROWS
     fresh = QLRQuantizer(4).eval()
     fresh.load_state_dict(quantizer.state_dict())
     assert torch.equal(fresh(x).dequantize(), x)

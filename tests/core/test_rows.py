@@ -167,7 +167,7 @@ def test_a_layer_that_picks_values_has_one_range(aggr: str) -> None:
 def test_one_bit_features_stay_in_one_bit() -> None:
     x = (torch.rand(30, 200) < 0.1).float()
     quantizer = fitted(x)
-    assert quantizer.is_one_bit
+    assert quantizer.is_zero_one
     assert quantizer(x).rows is None
     assert torch.equal(quantizer(x).dequantize(), x)
 

@@ -54,7 +54,7 @@ def test_later_data_never_raise(name: str, gate: str) -> None:
     later[::3] += 50
     qmodel = qgnn.quantize_model(Gated(LAYERS[name](), GATES[gate]), 8)
     qmodel = qgnn.calibrate(qmodel, (x, edge_index)).eval()
-    assert not any(q.is_one_bit for q in qgnn.quantizers(qmodel).values() if q.is_activation)
+    assert not any(q.is_zero_one for q in qgnn.quantizers(qmodel).values() if q.is_activation)
     packed = qgnn.pack_model(qmodel)
     with torch.no_grad():
         for given in (x, later):
@@ -99,7 +99,7 @@ def test_inputs_that_are_zero_one_stay_one_bit_and_refuse_other_data() -> None:
             qmodel.forward = lambda x, edge_index, m=qmodel: m.layer(m.gate(x))  # type: ignore[misc]
             x = (torch.rand(NODES, 64) > 0.6).float()
         qgnn.calibrate(qmodel, [(x, edge_index)], forward=lambda m, batch: m.forward(*batch))
-        assert any(q.is_one_bit for q in qgnn.quantizers(qmodel).values())
+        assert any(q.is_zero_one for q in qgnn.quantizers(qmodel).values())
         with pytest.raises(ValueError, match="zero or one value"):
             qmodel.eval().forward(x + torch.rand_like(x), edge_index)
 
@@ -129,7 +129,7 @@ def test_the_first_batch_of_training() -> None:
 def test_zeros_stay_exact_in_the_default_range(levels: Any, granularity: Any, bits: int) -> None:
     quantizer = QLRQuantizer(bits, levels=levels, granularity=granularity, channels=6)
     quantizer.set_range(torch.zeros(5, 6))
-    assert not quantizer.is_one_bit
+    assert not quantizer.is_zero_one
     assert quantizer.zero_code is not None
     assert not quantizer.eval()(torch.zeros(5, 6)).dequantize().any()
     low, high = (quantizer(torch.full((5, 6), v)).dequantize().detach() for v in (-9.0, 9.0))

@@ -154,7 +154,7 @@ def test_repr_says_what_is_quantized() -> None:
     assert repr(qgnn.quantize_model(GCNConv(16, 32), bits=4)) == "GCNConv(16, 32, bits=4)"
     # Once set, the range that the codes span.
     config = qgnn.QuantConfig(bits=8, granularity="tensor")
-    for x, shown in ((torch.linspace(-1, 2, 256), "input=[-1, 2]"), (torch.arange(10.0) % 2, "input=one bit")):
+    for x, shown in ((torch.linspace(-1, 2, 256), "input=[-1, 2]"), (torch.arange(10.0) % 2, "input=0/1")):
         model = nn.Sequential(nn.Linear(1, 1, bias=False))
         qmodel = qgnn.calibrate(qgnn.quantize_model(model, config=config), (x.unsqueeze(1),))
         assert shown in repr(qmodel[0])

@@ -254,7 +254,7 @@ def test_features_of_one_value_per_row_stay_exact() -> None:
     """Also after the scaling by ``d^-1/2``, which differs by row."""
     x, edge_index = (torch.randn(NODES, 64) > 0.5).float(), graph()
     layer: Any = quantized(LGConv(), x, edge_index, bits=2)
-    assert layer.step_quantizers["0"].is_one_bit
+    assert layer.step_quantizers["0"].is_zero_one
     torch.testing.assert_close(layer(x, edge_index), qgnn.restore_model(layer)(x, edge_index), rtol=1e-5, atol=1e-5)
 
 
