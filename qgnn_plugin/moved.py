@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 
+from . import convs
 from .convs import appnp, attention, deep, gcn, gin, hops, sage
 
 __all__: list[str] = []
 
-_MOVED = {"layers": (appnp, attention, deep, gcn, gin, hops, sage)}
+_MOVED = {f"layers.{module.__name__.rpartition('.')[2]}": module for module in (appnp, attention, deep, gcn, gin, hops)}
+_MOVED |= {"layers.sage": sage, "packing.convs": convs, "packing.propagation": convs}
 
-for _package, _modules in _MOVED.items():
-    for _module in _modules:
-        sys.modules[f"{__package__}.{_package}.{_module.__name__.rpartition('.')[2]}"] = _module
+for _name, _module in _MOVED.items():
+    sys.modules[f"{__package__}.{_name}"] = _module

@@ -1,8 +1,50 @@
-"""Convolutions: one module for each, found by its layer type through the registry, where importing this enters them.
+"""Convolutions, told once each: what a layer makes of codes, whether its sites are trainable or frozen.
 
-Nothing below this package imports it, but for the package itself, so that every layer is known once it is there.
+Importing this package enters every one of them into the registries.  Nothing below it does; the package itself does, so
+that a layer is known whatever is imported first.
 """
 
-from . import appnp, attention, deep, gcn, gin, hops, sage
+from . import attention
+from .appnp import PackedPropagation, QuantizedAPPNP, QuantizedSMPropagation
+from .base import Convolution, Frozen, Mapped, Trainable, trainable
+from .deep import PackedDeepGCNConv
+from .gcn import PackedGCNConv, QuantizedGCNConv
+from .gin import PackedGINConv, QuantizedGINConv
+from .hops import (
+    PackedLGConv,
+    PackedSGConv,
+    PackedSSGConv,
+    PackedTAGConv,
+    QuantizedLGConv,
+    QuantizedSGConv,
+    QuantizedSSGConv,
+    QuantizedTAGConv,
+)
+from .sage import PackedSAGEConv, QuantizedSAGEConv
 
-__all__ = ["appnp", "attention", "deep", "gcn", "gin", "hops", "sage"]
+__all__ = [
+    "Convolution",
+    "Frozen",
+    "Mapped",
+    "PackedDeepGCNConv",
+    "PackedGCNConv",
+    "PackedGINConv",
+    "PackedLGConv",
+    "PackedPropagation",
+    "PackedSAGEConv",
+    "PackedSGConv",
+    "PackedSSGConv",
+    "PackedTAGConv",
+    "QuantizedAPPNP",
+    "QuantizedGCNConv",
+    "QuantizedGINConv",
+    "QuantizedLGConv",
+    "QuantizedSAGEConv",
+    "QuantizedSGConv",
+    "QuantizedSMPropagation",
+    "QuantizedSSGConv",
+    "QuantizedTAGConv",
+    "Trainable",
+    "attention",
+    "trainable",
+]

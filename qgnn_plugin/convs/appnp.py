@@ -1,157 +1,26 @@
-"""Quantized propagations, a range of its own for every step: their base, APPNP and SMPropagation."""
+"""APPNP and SMPropagation, quantized and packed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch_geometric.nn import APPNP
 
-from ..config import MULTILEVEL_BITS, OFF, SMPConfig
-from ..layers.arithmetic import own_copy
-from ..layers.base import QuantizerDict, SiteFactory
-from ..layers.errors import names_layer
+from ..config import SMPConfig
+from ..kernels.smp_step import smp_step, step_factors
+from ..layers.base import SiteFactory
 from ..layers.graph import NormalizedGraph, NormalizedOperator
-from ..layers.message_passing import QuantizedConv, require_sum
 from ..layers.registry import register_layer
 from ..layers.samples import Samples
-from ..layers.watched import is_watched, watched_graph
-from ..quantizers import QLRQuantizer
-from ..quantizers.autocast import full_precision
+from ..packing.base import LayerSpec, register_packed
+from ..packing.ranges import PackedRange
 from ..smp.constraint import attach_constraint
-from ..smp.propagation import Descent, Meter, PropagationLayer, SMPropagation, StepOperator, Visit, dropped_edges
-from .gcn import propagate_codes
+from ..smp.propagation import Descent, Meter, SMPropagation
+from .steps import PackedSteps, QuantizedPropagation
 
-__all__ = ["QuantizedAPPNP", "QuantizedPropagation", "QuantizedSMPropagation"]
-
-
-class QuantizedPropagation(PropagationLayer, QuantizedConv):
-    r"""Base of quantized propagations, :math:`U = c_0 H + c_1 \tilde A Q_k(H) + \eta Q(X_0)`, and their correction.
-
-    Sites: ``input`` (``X0``, where it enters every step), ``step.k`` (messages), ``gap`` (the changes that neighbours
-    exchange while the multiplier is positive, relative to each node's own largest change, so that it fits every step)
-    and, where ``SMPConfig.state_bits`` asks for it, ``state.k``.
-    """
-
-    input_quantizer: QLRQuantizer | None
-    step_quantizers: QuantizerDict
-    gap_quantizer: QLRQuantizer | None
-    state_quantizers: QuantizerDict | None
-    dropout: float
-
-    @classmethod
-    def attach(cls, layer: Any, sites: SiteFactory) -> None:
-        layer.input_quantizer = sites.features("input")
-        cls.attach_steps(layer, sites, [sites.message(f"step{k}") for k in range(layer.K)])
-
-    @classmethod
-    def attach_steps(cls, layer: Any, sites: SiteFactory, steps: list[QLRQuantizer]) -> None:
-        """Add what every step needs; ``steps`` are the sites of the messages.
-
-        Raises:
-            ValueError: If ``layer`` does not sum.
-        """
-        require_sum(layer, sites)
-        layer.step_quantizers = QuantizerDict({str(k): site for k, site in enumerate(steps)})
-        smp = cls.settings(layer, sites)
-        layer.gap_quantizer = None if smp is None else _gap_site(sites, smp)
-        layer.state_quantizers = None
-        if smp is not None and smp.state_bits != OFF:
-            stored = replace(sites, config=replace(sites.config, message_bits=smp.state_bits))
-            names = {str(k): stored.make("message", f"state{k}") for k in range(1, len(steps))}
-            layer.state_quantizers = QuantizerDict(names)
-
-    @classmethod
-    def settings(cls, layer: Any, sites: SiteFactory) -> SMPConfig | None:
-        """The constraint that the converted layer will have."""
-        return sites.config.smp
-
-    @property
-    def follows_autocast(self) -> bool:
-        return self.is_plain
-
-    @names_layer
-    @full_precision
-    def forward(self: Any, x: Tensor, edge_index: Any, edge_weight: Tensor | None = None) -> Tensor:
-        if not x.is_floating_point():  # counts, say, which sums leave what they are
-            return super().forward(x, edge_index, edge_weight)  # type: ignore[misc]
-        if self.is_plain and not (self._smp is not None and (self._is_smoothing or self._moves_itself)):
-            return self.unquantized(x, edge_index, edge_weight)
-        samples = Samples.of(self, x)
-        graph = self.normalized(x, edge_index, edge_weight)
-        if is_watched(self):
-            graph = watched_graph(self, graph, samples, edge_index, edge_weight)
-        return samples.shaped(self.result(samples.rows(self.entered(x)), graph))
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the layer's own forward is right: nothing that it would pass by is quantized."""
-        return self.is_off
-
-    def entered(self, x: Tensor) -> Tensor:
-        """``X0``, as the steps read it."""
-        return x if self.input_quantizer is None else self.input_quantizer(own_copy(x)).dequantize()
-
-    def steps(self, x0: Tensor, graph: NormalizedGraph, visit: Visit | None = None) -> Tensor:
-        """The last state of all steps from ``x0`` [N, F]."""
-        if self.input_quantizer is None and graph.source is None:
-            x0 = own_copy(x0)
-        exact = self.is_off and not (self.training and self.dropout > 0)
-        return self.propagate_steps(x0, graph, self.averages(graph), self.gaps(graph), exact=exact, visit=visit)
-
-    def result(self, x0: Tensor, graph: NormalizedGraph) -> Tensor:
-        """What the layer makes of its states."""
-        return self.steps(x0, graph)
-
-    def unquantized(self: Any, x: Tensor, edge_index: Any, edge_weight: Tensor | None) -> Tensor:
-        """The layer's own forward, where nothing is quantized and nothing corrected."""
-        return super().forward(x, edge_index, edge_weight)  # type: ignore[misc]
-
-    def stored(self, k: int, h: Tensor) -> Tensor:
-        states = self.state_quantizers
-        return h if k == 0 or states is None else states[str(k)](h).dequantize()
-
-    def averages(self: Any, graph: NormalizedGraph) -> StepOperator:
-        r"""``A~ Q_k(H)``, by step."""
-
-        def average(k: int, h: Tensor) -> Tensor:
-            if graph.propagate is not None:
-                return self.watched_average(k, h, graph)
-            step = dropped_edges(graph, self.dropout, self.training)
-            return propagate_codes(h, step, self.step_quantizers[str(k)])
-
-        return average
-
-    def watched_average(self, k: int, h: Tensor, graph: NormalizedGraph) -> Tensor:
-        """``A~ Q_k(H)`` by PyG's ``propagate``."""
-        return propagate_codes(h, graph, self.step_quantizers[str(k)])  # type: ignore[arg-type]
-
-    def gaps(self, graph: NormalizedGraph) -> StepOperator:
-        r"""``A~ Q(D)``, by step."""
-        quantizer, graph = self.gap_quantizer, replace(graph, propagate=None)
-
-        def gap(k: int, change: Tensor) -> Tensor:
-            return graph.apply(change) if quantizer is None else propagate_codes(change, graph, quantizer)
-
-        return gap
-
-    def proposed(self, h: Tensor, u: Tensor, graph: NormalizedGraph) -> None:
-        """Show the gap site what would pass it, so that its range is known before the multiplier first rises."""
-        quantizer = self.gap_quantizer
-        if quantizer is not None and (quantizer.is_observing or (self.training and not quantizer.is_set)):
-            with torch.no_grad():
-                change = u - h
-                quantizer(change if graph.source is None else change * graph.source)
-
-
-def _gap_site(sites: SiteFactory, smp: SMPConfig) -> QLRQuantizer:
-    """Zero is a level, so no change stays no change; the range does not learn, as it may long be out of use."""
-    width = max(sites.config.bits_for("message"), MULTILEVEL_BITS[0]) if smp.gap_bits is None else smp.gap_bits
-    fixed = replace(sites, config=replace(sites.config, message_bits=width, learn_ranges=False, truncation=None))
-    return fixed.make("message", "gap", levels="symmetric", granularity="node")
+__all__ = ["PackedPropagation", "QuantizedAPPNP", "QuantizedSMPropagation"]
 
 
 class QuantizedAPPNP(NormalizedOperator, QuantizedPropagation):
@@ -199,5 +68,57 @@ class QuantizedSMPropagation(QuantizedPropagation):
         return layer._smp
 
 
+class PackedPropagation(PackedSteps):
+    r"""Packed APPNP and SMPropagation; without correction, a step is one kernel."""
+
+    input_quantizer: PackedRange
+    _eta: float
+    _mu: float | None  # infinite without teleport: None
+
+    def freeze(self: Any, layer: Any, spec: LayerSpec) -> None:
+        super().freeze(layer, spec)
+        if isinstance(layer, SMPropagation):
+            self._eta, self._mu = layer._smp.eta, layer._smp.mu
+        else:
+            self._eta, self._mu = layer.alpha, None if layer.alpha == 0 else (1 - layer.alpha) / layer.alpha
+
+    def upgrade(self, state: dict[str, Any]) -> None:
+        super().upgrade(state)
+        state["_eta"], state["_mu"] = state["eta"], state["mu"]
+        if state.get("smp", state) is None:  # of one that did not act nothing else was kept
+            state["smp"] = SMPConfig(eta=state["eta"], mu=state["mu"])
+
+    @property
+    def descent(self) -> Descent:
+        if self._mu is None:
+            return Descent(0.0, 1.0, 0.0)
+        return Descent(*step_factors(self._eta, self._mu, 0.0)[:2], self._eta)
+
+    def result(self, x0: Tensor, graph: NormalizedGraph) -> Tensor:
+        ranges = [self.step_quantizers[str(k)] for k in range(self.K)]
+        symmetric = graph.weight is None and graph.source is not None and graph.source is graph.target
+        plain_steps = not self._is_smoothing and self.state_quantizers is None and self._mu is not None
+        by_kernel = plain_steps and symmetric and graph.propagate is None
+        if by_kernel and all(sent.spec.is_fixed and not sent.has_multipliers for sent in ranges):
+            return self._steps_in_kernel(x0, graph, ranges)
+        return self.steps(x0, graph)
+
+    def _steps_in_kernel(self, x0: Tensor, graph: NormalizedGraph, ranges: list[PackedRange]) -> Tensor:
+        """A kernel per step, which also packs what the next one sends."""
+        assert graph.source is not None
+        assert self._mu is not None
+        h, norm = x0, graph.source.view(-1)
+        words = None if not ranges else ranges[0](x0 * graph.source).words
+        for k, sent in enumerate(ranges):
+            target = ranges[k + 1].output_range() if k + 1 < self.K else {}
+            h, words, _ = smp_step(
+                h, x0, graph.plan, norm, eta=self._eta, mu=self._mu, words=words, scale=sent.scale,
+                offset=sent.lower, bits=sent.bits, **target,
+            )  # fmt: skip
+        return h
+
+
 register_layer(APPNP, QuantizedAPPNP)
 register_layer(SMPropagation, QuantizedSMPropagation)
+register_packed(QuantizedAPPNP, PackedPropagation)
+register_packed(QuantizedSMPropagation, PackedPropagation)

@@ -9,26 +9,44 @@ from torch import Tensor
 from ..layers.base import SiteFactory
 from ..layers.errors import names_layer
 from ..layers.graph import gcn_graph
-from ..layers.message_passing import QuantizedConv, QuantizedMessagePassing, require_sum
+from ..layers.message_passing import QuantizedMessagePassing, require_sum
 from ..layers.own_weights import QuantizedOwnConv
 from ..layers.registry import register_deep
 from ..layers.samples import Samples
-from ..layers.watched import is_watched, watched_graph
+from ..packing.base import LayerSpec, inference, register_packed
+from ..packing.deferred import plain
 from ..quantizers import QLRQuantizer
 from ..quantizers.autocast import full_precision
 from ..smp.constraint import attach_constraint
 from ..smp.deep import DeepLayer, conv_widths
 from .attention import QuantizedGATConv, QuantizedGATv2Conv
-from .gcn import QuantizedGCNConv, propagate_codes
+from .base import Trainable, trainable
+from .gcn import PackedGCNConv, QuantizedGCNConv
 from .gin import QuantizedGINConv
 from .hops import QuantizedSGConv, QuantizedSSGConv, QuantizedTAGConv
 from .sage import QuantizedSAGEConv
 
-__all__ = ["DeepConv", "DeepGCNConv"]
+__all__ = ["DeepConv", "DeepGCNConv", "PackedDeepGCNConv"]
 
 
-class DeepGCNConv(DeepLayer, QuantizedGCNConv):
+class DeepGCN(DeepLayer):
     r"""GCNConv in a deep stack, GCNII's own layer: aggregate the quantized features, then map their residual sum."""
+
+    def forward(self: Any, x: Tensor, edge_index: Any, edge_weight: Tensor | None = None) -> Tensor:
+        """``[N, F]`` to ``[N, F]``."""
+        x = plain(x)
+        initial, samples = self.initial_features(x), Samples.of(self, x)
+        graph, rows = self._graph(edge_index, edge_weight, samples), samples.rows(x)
+        out = self._corrected(rows, self._averaged(rows, graph, self.message_quantizer), graph, None)
+        support = self.with_initial(samples.shaped(out), initial)
+        out = self.identity_mapped(support, self.lin(support))
+        return out if self.bias is None else out + self.bias
+
+
+class DeepGCNConv(DeepGCN, QuantizedGCNConv):
+    """Quantized GCNConv in a deep stack."""
+
+    forward = trainable(DeepGCN.forward)
 
     @classmethod
     def attach(cls, layer: Any, sites: SiteFactory) -> None:
@@ -41,23 +59,23 @@ class DeepGCNConv(DeepLayer, QuantizedGCNConv):
             layer.message_quantizer = sites.make("message", "message", channels=layer.in_channels)
         attach_constraint(layer, sites.config.smp, sites.device)
 
-    @names_layer
-    @full_precision
-    def forward(self: Any, x: Tensor, edge_index: Any, edge_weight: Tensor | None = None) -> Tensor:
-        initial = self.initial_features(x)
-        samples = Samples.of(self, x)
-        graph = self.normalized(edge_index, edge_weight, samples.num_nodes, samples.copies)
-        if is_watched(self):
-            graph = watched_graph(self, graph, samples, edge_index, edge_weight)
-        rows = samples.rows(x)
-        out = propagate_codes(rows, graph, self.message_quantizer)
-        out = self._smooth(rows, out, graph.apply, graph.plan.num_edges, averaged=True)
-        support = self.with_initial(samples.shaped(out), initial)
-        out = self.identity_mapped(support, self.lin(support))
-        return out if self.bias is None else out + self.bias
+    def _runs_floats(self, x: Any) -> bool:
+        return False
 
 
-class DeepConv(DeepLayer, QuantizedConv):
+class PackedDeepGCNConv(DeepGCN, PackedGCNConv):
+    """Packed GCNConv in a deep stack: a sum of packed features, then the integer product of their residual sum."""
+
+    forward = inference(DeepGCN.forward)
+
+    def freeze(self: Any, layer: Any, spec: LayerSpec) -> None:
+        super().freeze(layer, spec)
+        assert spec.deep_place is not None
+        assert spec.config.smp is not None
+        self._deep_place, self._deep_config = spec.deep_place, spec.config.smp
+
+
+class DeepConv(DeepLayer, Trainable):
     r"""Any other convolution ``C`` in a deep stack.
 
     .. math:: H' = (1 - b_l) \big((1 - a) P H + a H_0\big) + b_l\, C\big((1 - a) H + a H_0\big)
@@ -84,7 +102,7 @@ class DeepConv(DeepLayer, QuantizedConv):
             return out
         samples = Samples.of(self, x)
         graph = gcn_graph(edge_index, None, samples.num_nodes, flow=self.flow, dtype=x.dtype, copies=samples.copies)
-        averaged = propagate_codes(samples.rows(x), graph, self.support_quantizer)
+        averaged = self._averaged(samples.rows(x), graph, self.support_quantizer)
         support = self.with_initial(samples.shaped(averaged), initial)
         if isinstance(out, tuple):  # with attention weights
             return (self.identity_mapped(support, out[0]), *out[1:])
@@ -136,3 +154,5 @@ for _mixin, _deep in {
     QuantizedOwnConv: DeepMessagePassing,
 }.items():
     register_deep(_mixin, _deep)
+
+register_packed(DeepGCNConv, PackedDeepGCNConv)

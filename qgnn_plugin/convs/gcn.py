@@ -4,38 +4,31 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch_geometric.nn import GCNConv
 
-from ..layers import compressed
-from ..layers.arithmetic import aggregate_sum
+from ..config import OFF
 from ..layers.base import SiteFactory
-from ..layers.errors import names_layer
 from ..layers.graph import NormalizedGraph, gcn_graph
-from ..layers.message_passing import QuantizedConv, require_sum
+from ..layers.message_passing import require_sum
 from ..layers.registry import register_layer
 from ..layers.samples import Samples
 from ..layers.watched import is_watched, watched_graph
-from ..quantizers import QLRQuantizer
-from ..quantizers.autocast import full_precision
+from ..packing.base import inference, register_packed
+from ..packing.direct_convs import direct_gcn
 from ..smp.constraint import attach_constraint
+from .base import Convolution, Frozen, Mapped, Trainable, trainable
 
-__all__ = ["QuantizedGCNConv", "propagate_codes"]
-
-
-def propagate_codes(z: Tensor, graph: NormalizedGraph, quantizer: QLRQuantizer) -> Tensor:
-    r""":math:`t_i \sum_j w_{ij} Q(s_j z_j)`: the source factor goes in before quantization, the target factor after."""
-    messages = quantizer(z if graph.source is None else compressed.row_scaled(z, graph.source))
-    if graph.propagate is not None:
-        return graph.propagated(messages.dequantize())
-    out = aggregate_sum(messages, graph.plan, graph.weight, exact=not quantizer.training)
-    return out if graph.target is None else out * graph.target
+__all__ = ["GCN", "PackedGCNConv", "QuantizedGCNConv", "refusal"]
 
 
-class QuantizedGCNConv(QuantizedConv):
-    """Quantized :class:`torch_geometric.nn.GCNConv`."""
+class GCN(Convolution):
+    r""":math:`t_i \sum_j w_{ij} Q(s_j z_j) + b` with ``z = W x``."""
 
-    message_quantizer: QLRQuantizer
+    message_quantizer: Any
+    lin: Any
+    bias: Tensor | None
 
     @classmethod
     def attach(cls, layer: Any, sites: SiteFactory) -> None:
@@ -43,24 +36,31 @@ class QuantizedGCNConv(QuantizedConv):
         layer.message_quantizer = sites.message("message", layer.out_channels)
         attach_constraint(layer, sites.config.smp, sites.device)
 
-    @names_layer
-    @full_precision
+    @classmethod
+    def refuses(cls, layer: Any) -> str | None:
+        return refusal(layer)
+
     def forward(self: Any, x: Tensor, edge_index: Any, edge_weight: Tensor | None = None) -> Tensor:
-        if self.is_off or isinstance(x, (tuple, list)):
-            return super().forward(x, edge_index, edge_weight)  # type: ignore[misc]
+        """``[N, in_channels]`` to ``[N, out_channels]``, as :class:`torch_geometric.nn.GCNConv`."""
+        if isinstance(x, (tuple, list)):
+            raise ValueError(f"Expected one feature matrix in '{self._qualified_name}', a GCNConv (got a pair)")
         samples = Samples.of(self, x)
+        graph = self._graph(edge_index, edge_weight, samples)
+        minds = self._minds_change
+        sent, z = self._sent(self.message_quantizer, Mapped(self.lin, x, samples), graph.source, floats=minds)
+        if minds:
+            return samples.shaped(self._corrected(z, self._sums(sent, graph), graph, self.bias))
+        return samples.shaped(self._finished(self._sums(sent, graph, self.bias)))
+
+    def _graph(self: Any, edge_index: Any, edge_weight: Tensor | None, samples: Samples) -> NormalizedGraph:
+        """The operator of this layer; for several samples as many copies of the graph, side by side."""
         graph = self.normalized(edge_index, edge_weight, samples.num_nodes, samples.copies)
-        if is_watched(self):
-            graph = watched_graph(self, graph, samples, edge_index, edge_weight)
-        z = samples.rows(self.lin(x))
-        out = propagate_codes(z, graph, self.message_quantizer)
-        out = self._smooth(z, out, graph.apply, graph.plan.num_edges, averaged=True)
-        return samples.shaped(out if self.bias is None else out + self.bias)
+        return watched_graph(self, graph, samples, edge_index, edge_weight) if is_watched(self) else graph
 
     def normalized(
         self: Any, edge_index: Any, edge_weight: Tensor | None, num_nodes: int, copies: int = 1
     ) -> NormalizedGraph:
-        """The operator of this layer; for ``copies`` of the graph side by side."""
+        """The operator, by kernels, of ``copies`` of a graph with ``num_nodes`` nodes."""
         return gcn_graph(
             edge_index,
             edge_weight,
@@ -69,9 +69,38 @@ class QuantizedGCNConv(QuantizedConv):
             add_self_loops=self.add_self_loops,
             normalize=self.normalize,
             flow=self.flow,
-            dtype=self.lin.weight.dtype,
+            dtype=self._precision(self.lin),
             copies=copies,
         )
 
 
+def refusal(layer: Any) -> str | None:
+    """Why a convolution with a site ``message`` is not packed: in floats where messages are not quantized."""
+    if layer.explain:
+        return "explain mode"
+    if layer.message_quantizer.bits == OFF:
+        return "messages in 32 bits"
+    return None if layer.message_quantizer.log_scale.dtype == torch.float32 else "its ranges are not float32"
+
+
+class QuantizedGCNConv(GCN, Trainable):
+    """Quantized :class:`torch_geometric.nn.GCNConv`."""
+
+    forward = trainable(GCN.forward)
+
+    def _runs_floats(self, x: Any) -> bool:
+        return self.is_off or isinstance(x, (tuple, list))
+
+
+class PackedGCNConv(GCN, Frozen):
+    """Packed :class:`torch_geometric.nn.GCNConv`."""
+
+    _convolved = inference(GCN.forward)
+
+    def forward(self, x: Tensor, edge_index: Any, edge_weight: Tensor | None = None) -> Tensor:
+        few = direct_gcn(self, x, edge_index, edge_weight)
+        return self._convolved(x, edge_index, edge_weight) if few is None else few
+
+
 register_layer(GCNConv, QuantizedGCNConv)
+register_packed(QuantizedGCNConv, PackedGCNConv)

@@ -19,14 +19,21 @@ from ..layers.graph import NormalizedGraph, NormalizedOperator
 from ..layers.registry import register_layer
 from ..layers.samples import Samples
 from ..layers.watched import is_watched, observed, values_entering
+from ..packing.base import register_packed
+from ..packing.deferred import plain
 from ..smp.constraint import attach_constraint
 from ..smp.propagation import Descent, Step
-from .appnp import QuantizedPropagation
+from .base import scaled
+from .steps import PackedSteps, Propagation, QuantizedPropagation
 
 __all__ = [
     "Hops",
     "LGHops",
     "MappedHops",
+    "PackedLGConv",
+    "PackedSGConv",
+    "PackedSSGConv",
+    "PackedTAGConv",
     "QuantizedHops",
     "QuantizedLGConv",
     "QuantizedSGConv",
@@ -38,12 +45,29 @@ __all__ = [
 ]
 
 
-class Hops:
-    """Mixin of a propagation whose steps only average."""
+class Hops(Propagation):
+    """A propagation whose steps only average.
+
+    Where the features themselves are what the first step sends, its site is that of the model's input in the model's
+    first layer.  Steps are always computed: ``cached=True`` keeps the result of float steps alone, since ranges and
+    multiplier move the quantized ones.
+    """
 
     K: int
     add_self_loops: bool = True
     normalize: bool = True
+    dropout = 0.0
+
+    @classmethod
+    def attach(cls, layer: Any, sites: SiteFactory) -> None:
+        layer.input_quantizer = None
+        mapped, steps = cls.maps_first(layer), []
+        width = layer.out_channels if mapped else getattr(layer, "in_channels", None)
+        for k in range(getattr(layer, "K", 1)):
+            entering = k == 0 and sites.first[0] and not mapped
+            steps.append((sites.features if entering else sites.message)(f"step{k}", width))
+        cls.attach_steps(layer, sites, steps)
+        attach_constraint(layer, sites.config.smp, sites.device)
 
     @property
     def descent(self) -> Descent:
@@ -56,13 +80,19 @@ class Hops:
         del layer
         return False
 
-    def result(self: Any, x0: Tensor, graph: NormalizedGraph) -> Tensor:
-        """The layer's output from ``X0`` [N, F]."""
-        raise NotImplementedError
+    def entered(self, x: Tensor) -> Tensor:
+        return plain(x)
+
+    def average(self: Any, k: int, h: Tensor, graph: NormalizedGraph) -> Tensor:
+        if graph.propagate is None or not self.maps_first(self):
+            return super().average(k, h, graph)
+        # The site is for mapped features, which are not sent now.
+        observed(self.step_quantizers[str(k)], lambda: scaled(self.lin.unbiased(h), graph.source))
+        return graph.propagate(values_entering(self.lin, h) if k == 0 else h)
 
 
 class MappedHops(Hops):
-    """Mixin of layers with one linear map, which comes first where that does not widen the messages."""
+    """Layers with one linear map, which comes first where that does not widen the messages."""
 
     uncalled_maps = ("lin",)
 
@@ -77,6 +107,7 @@ class MappedHops(Hops):
 
     def entered(self: Any, x: Tensor) -> Tensor:
         """``X0``, mapped where the map comes first; its bias comes last in any case."""
+        x = plain(x)
         if not self.is_mapped:
             return x
         x = own_copy(x)
@@ -91,11 +122,6 @@ class MappedHops(Hops):
     def combined(self: Any, x0: Tensor, graph: NormalizedGraph) -> Tensor:
         """What is mapped, or would be."""
         raise NotImplementedError
-
-
-def scaled(x: Tensor, graph: NormalizedGraph) -> Tensor:
-    """``x`` with the factor of its sources."""
-    return x if graph.source is None else x * graph.source
 
 
 class SGHops(MappedHops):
@@ -142,31 +168,11 @@ class LGHops(Hops):
     K = 1
     add_self_loops = False
 
-    def result(self: Any, x0: Tensor, graph: NormalizedGraph) -> Tensor:
-        return self.steps(x0, graph)
-
 
 class QuantizedHops(NormalizedOperator, QuantizedPropagation):
-    """Base of their quantized forms.
-
-    Where the features themselves are what the first step sends, its site is that of the model's input in the model's
-    first layer.  Steps are always computed: ``cached=True`` keeps the result of float steps alone, since ranges and
-    multiplier move the quantized ones.
-    """
+    """Base of their quantized forms."""
 
     maps_first: Callable[[Any], bool]
-    dropout = 0.0
-
-    @classmethod
-    def attach(cls, layer: Any, sites: SiteFactory) -> None:
-        layer.input_quantizer = None
-        mapped, steps = cls.maps_first(layer), []
-        width = layer.out_channels if mapped else getattr(layer, "in_channels", None)
-        for k in range(getattr(layer, "K", 1)):
-            entering = k == 0 and sites.first[0] and not mapped
-            steps.append((sites.features if entering else sites.message)(f"step{k}", width))
-        cls.attach_steps(layer, sites, steps)
-        attach_constraint(layer, sites.config.smp, sites.device)
 
     @property
     def is_plain(self: Any) -> bool:
@@ -174,14 +180,6 @@ class QuantizedHops(NormalizedOperator, QuantizedPropagation):
         lin = getattr(self, "lin", None)
         mapped = self.maps_first(self) and hasattr(lin, "unbiased")
         return self.is_off and (not mapped or getattr(lin, "is_off", False))
-
-    def watched_average(self: Any, k: int, h: Tensor, graph: NormalizedGraph) -> Tensor:
-        if not self.maps_first(self):
-            return super().watched_average(k, h, graph)
-        # The site is for mapped features, which are not sent now.
-        assert graph.propagate is not None
-        observed(self.step_quantizers[str(k)], lambda: scaled(self.lin.unbiased(h), graph))
-        return graph.propagate(values_entering(self.lin, h) if k == 0 else h)
 
     def unquantized(self: Any, x: Tensor, edge_index: Any, edge_weight: Tensor | None) -> Tensor:
         if self._measures and x.is_floating_point():
@@ -217,7 +215,27 @@ class QuantizedLGConv(LGHops, QuantizedHops):
     """Quantized :class:`torch_geometric.nn.LGConv`, the step of LightGCN."""
 
 
-register_layer(SGConv, QuantizedSGConv)
-register_layer(SSGConv, QuantizedSSGConv)
-register_layer(TAGConv, QuantizedTAGConv)
-register_layer(LGConv, QuantizedLGConv)
+class PackedSGConv(SGHops, PackedSteps):
+    """Packed SGConv."""
+
+
+class PackedSSGConv(SSGHops, PackedSteps):
+    """Packed SSGConv."""
+
+
+class PackedTAGConv(TAGHops, PackedSteps):
+    """Packed TAGConv."""
+
+
+class PackedLGConv(LGHops, PackedSteps):
+    """Packed LGConv."""
+
+
+for _layer, _quantized, _packed in (
+    (SGConv, QuantizedSGConv, PackedSGConv),
+    (SSGConv, QuantizedSSGConv, PackedSSGConv),
+    (TAGConv, QuantizedTAGConv, PackedTAGConv),
+    (LGConv, QuantizedLGConv, PackedLGConv),
+):
+    register_layer(_layer, _quantized)
+    register_packed(_quantized, _packed)

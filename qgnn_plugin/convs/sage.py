@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch_geometric.nn import SAGEConv
 
-from ..config import Granularity
-from ..layers.arithmetic import aggregate_sum, own_copy
+from ..config import OFF, Granularity
+from ..layers.arithmetic import own_copy
 from ..layers.base import SiteFactory
-from ..layers.errors import names_layer
 from ..layers.graph import NormalizedGraph, graph_size, is_sparse, mean_graph, plain_graph
 from ..layers.linear import QuantizedLinear
-from ..layers.message_passing import QuantizedConv
 from ..layers.registry import convert_layer, register_layer
 from ..layers.samples import Pair, Samples
-from ..layers.watched import is_watched, mapped_by_call, observed, pair_of, source_side, through_pyg, values_mapped
-from ..quantizers import QLRQuantizer, QuantizedTensor
-from ..quantizers.autocast import full_precision
+from ..layers.watched import is_watched, observed, pair_of, source_side, through_pyg, values_mapped
+from ..packing.base import LayerSpec, inference, register_packed
+from ..packing.direct_convs import direct_sage
 from ..smp.constraint import attach_constraint
+from .base import Codes, Convolution, Frozen, Mapped, Result, Trainable, trainable
 
-__all__ = ["SUMS", "QuantizedSAGEConv"]
+__all__ = ["SAGE", "PackedSAGEConv", "QuantizedSAGEConv"]
 
 SUMS = ("mean", "add", "sum")
 
@@ -61,17 +62,20 @@ class Sampled(NamedTuple):
         return cls(edge_index, graph_size(layer, edge_index, pair.num_src, num_dst, size), pair.samples)
 
 
-class QuantizedSAGEConv(QuantizedConv):
-    r"""Quantized :class:`torch_geometric.nn.SAGEConv`.
+class SAGE(Convolution):
+    r"""One quantized input for ``W_l`` and ``W_r``.
 
     A mean or a sum commutes with ``lin_l``: where that does not widen the messages, the layer transforms first and
     sends quantized ``W_l x``, as GCNConv does.  Otherwise it sends the quantized features and quantizes their sum.
     """
 
-    units = ("lin_l", "lin_r")
     uncalled_maps = ("lin_l",)
-    input_quantizer: QLRQuantizer
-    message_quantizer: QLRQuantizer | None
+    input_quantizer: Any
+    message_quantizer: Any
+    target_quantizer: Any
+    lin_l: Any
+    lin_r: Any
+    _maps_first: bool
 
     @classmethod
     def attach(cls, layer: Any, sites: SiteFactory) -> None:
@@ -87,68 +91,81 @@ class QuantizedSAGEConv(QuantizedConv):
             convert_layer(getattr(layer, child), QuantizedLinear, sites.within(child), own_input=own_input)
         attach_constraint(layer, sites.config.smp, sites.device)
 
-    @property
-    def follows_autocast(self: Any) -> bool:
-        inner = (getattr(self, unit, None) for unit in self.units)
-        return self.is_off and all(lin is None or lin.is_off for lin in inner)
+    @classmethod
+    def refuses(cls, layer: Any) -> str | None:
+        inner = [layer.lin_l, layer.lin_r] if layer.root_weight else [layer.lin_l]
+        if layer.explain:
+            return "explain mode"
+        if layer.is_off and all(lin.is_off for lin in inner):
+            return "32 bits"
+        if any(lin.weight.dtype != torch.float32 for lin in inner):
+            return "its weights are not float32"
+        if layer.aggr not in (*SUMS, "max"):
+            return f"aggregation {layer.aggr!r}"
+        rows = layer.input_quantizer.granularity in ("node", "row") or layer.input_quantizer.is_zero_one
+        if layer.aggr == "max" and (rows or layer.input_quantizer.bits == OFF):
+            return "a maximum over ranges per node"
+        return None
 
-    @names_layer
-    @full_precision
     def forward(self: Any, x: Any, edge_index: Any, size: Any = None) -> Tensor:
-        if self.is_off and self.lin_l.is_off and (not self.root_weight or self.lin_r.is_off):
-            return super().forward(x, edge_index, size)  # type: ignore[misc]
+        """As :class:`torch_geometric.nn.SAGEConv`; ``x`` may be a pair."""
         x_src, x_dst = (x, x) if isinstance(x, Tensor) else x
-        if self.project and hasattr(self, "lin"):
+        if self.project and getattr(self, "lin", None) is not None:
             x_src = self.lin(x_src).relu()
         pair = Pair.of(self, (x_src, x_dst))
         # The map of a node's own features keeps these in any case.
         x_sent = pair.sent if self.root_weight else own_copy(pair.sent)
-        sent = self.input_quantizer(x_sent, codes_kept=_transforms_first(self) or self.root_weight)
-        graph = Sampled.of(self, edge_index, pair, size)
-        graph = graph.watched(self, pair)
-        if _transforms_first(self):
-            out = self._transform_first(sent, graph, smooth=x_dst is x_src)
-        else:
-            out = self.lin_l(self._aggregate(sent, graph))
+        sent = self.input_quantizer(x_sent, codes_kept=self._maps_first or self.root_weight)
+        graph = Sampled.of(self, edge_index, pair, size).watched(self, pair)
+        out = self._brought(sent, graph, smooth=x_dst is x_src)
         if self.root_weight and pair.own is not None:
             shared = pair.own is pair.sent and self.target_quantizer is None
             own = sent if shared else (self.target_quantizer or self.input_quantizer)(pair.own)
-            out = out + mapped_by_call(self.lin_r, own)
-        return pair.samples.shaped(F.normalize(out, p=2.0, dim=-1) if self.normalize else out)
+            out = self._plus(out, self._product(self.lin_r, own))
+        if self.normalize:
+            out = self._then(out, partial(F.normalize, p=2.0, dim=-1))
+        return pair.samples.shaped(self._finished(out))
 
-    def _graph(self: Any, graph: Sampled) -> NormalizedGraph:
-        copies = graph.samples.copies
-        if self.aggr == "mean":
-            return mean_graph(graph.edge_index, graph.size, self.flow, self.lin_l.weight.dtype, copies=copies)
-        return plain_graph(graph.edge_index, graph.size, self.flow, copies=copies)
+    def _graph(self: Any, sampled: Sampled) -> NormalizedGraph:
+        if self.aggr != "mean":
+            return plain_graph(sampled.edge_index, sampled.size, self.flow, copies=sampled.samples.copies)
+        return self._smoother(sampled, self._precision(self.lin_l))
 
-    def _transform_first(self: Any, sent: QuantizedTensor, sampled: Sampled, smooth: bool) -> Tensor:
-        z = self.lin_l.apply_to(sent, None)
-        graph = self._graph(sampled)
+    def _smoother(self: Any, sampled: Sampled, dtype: torch.dtype) -> NormalizedGraph:
+        """The mean over neighbours, whatever the aggregation."""
+        return mean_graph(sampled.edge_index, sampled.size, self.flow, dtype, copies=sampled.samples.copies)
+
+    def _brought(self: Any, sent: Codes, sampled: Sampled, smooth: bool) -> Result:
+        """What neighbours bring, transformed, with the bias."""
+        if not self._maps_first:
+            return self._product(self.lin_l, self._aggregated(sent, sampled))
+        mapped, smooth = Mapped(self.lin_l, sent), smooth and self._minds_change
         if sampled.propagate is not None:
-            observed(self.message_quantizer, lambda: z)
+            observed(self.message_quantizer, mapped.floats)
             out = values_mapped(self.lin_l, sampled.propagate(sent.dequantize()))
+            z = mapped.floats() if smooth else None
         else:
-            out = aggregate_sum(self.message_quantizer(z), graph.plan, graph.weight, exact=not self.training)
-            out = out if graph.target is None else out * graph.target
-        if smooth and self._minds_change:
-            smoother = mean_graph(sampled.edge_index, sampled.size, self.flow, z.dtype, copies=sampled.samples.copies)
-            out = self._smooth(z, out, smoother.apply, graph.plan.num_edges, averaged=self.aggr == "mean")
-        return out if self.lin_l.bias is None else out + self.lin_l.bias
+            graph = self._graph(sampled)
+            messages, z = self._sent(self.message_quantizer, mapped, floats=smooth)
+            if not smooth:
+                return self._sums(messages, graph, self.lin_l.bias)
+            out = self._sums(messages, graph)
+        if not smooth:
+            return out if self.lin_l.bias is None else out + self.lin_l.bias
+        return self._corrected(z, out, self._smoother(sampled, z.dtype), self.lin_l.bias, self.aggr == "mean")
 
-    def _aggregate(self: Any, sent: QuantizedTensor, sampled: Sampled) -> Tensor:
+    def _aggregated(self: Any, sent: Codes, sampled: Sampled) -> Result:
+        """What neighbours bring, as it is."""
         if sampled.propagate is not None:
             return sampled.propagate(sent.dequantize())
         if self.aggr in SUMS:
-            graph = self._graph(sampled)
-            out = aggregate_sum(sent, graph.plan, graph.weight, exact=not self.training)
-            return out if graph.target is None else out * graph.target
-        return self._propagated(sent.dequantize(), sampled)
+            return self._sums(sent, self._graph(sampled))
+        return self._compared(sent, sampled)
 
-    def _propagated(self: Any, values: Tensor, sampled: Sampled) -> Tensor:
-        """What PyG makes of rows of ``values``, whatever the aggregation."""
+    def _compared(self: Any, sent: Codes, sampled: Sampled) -> Result:
+        """The largest of what neighbours send, or whatever else PyG makes of rows of values."""
         size = None if is_sparse(sampled.edge_index) else sampled.size
-        x = (sampled.samples.shaped(values), None)
+        x = (sampled.samples.shaped(sent.dequantize()), None)
         return sampled.samples.rows(through_pyg(self, sampled.edge_index, size, x=x))
 
 
@@ -157,4 +174,50 @@ def _transforms_first(layer: Any) -> bool:
     return layer.aggr in SUMS and layer.out_channels <= layer.lin_l.weight.size(1)
 
 
+class QuantizedSAGEConv(SAGE, Trainable):
+    """Quantized :class:`torch_geometric.nn.SAGEConv`."""
+
+    units = ("lin_l", "lin_r")
+    forward = trainable(SAGE.forward)
+
+    @property
+    def _maps_first(self) -> bool:  # type: ignore[override]
+        return _transforms_first(self)
+
+    @property
+    def follows_autocast(self) -> bool:
+        return self._runs_floats(None)
+
+    def _runs_floats(self, x: Any) -> bool:
+        inner = (getattr(self, unit, None) for unit in self.units)
+        return self.is_off and all(lin is None or lin.is_off for lin in inner)
+
+
+class PackedSAGEConv(SAGE, Frozen):
+    """Packed :class:`torch_geometric.nn.SAGEConv`."""
+
+    _convolved = inference(SAGE.forward)
+
+    def freeze(self: Any, layer: Any, spec: LayerSpec) -> None:
+        super().freeze(layer, spec)
+        self._maps_first = _transforms_first(layer)
+        if "target_quantizer" not in spec.sites:
+            self.target_quantizer = None
+
+    def upgrade(self, state: dict[str, Any]) -> None:
+        super().upgrade(state)
+        state["_maps_first"] = state["transforms_first"]
+
+    def forward(self, x: Any, edge_index: Any, size: Any = None) -> Tensor:
+        few = direct_sage(self, x, edge_index, size)
+        return self._convolved(x, edge_index, size) if few is None else few
+
+    def _compared(self, sent: Codes, sampled: Sampled) -> Result:
+        graph = self._graph(sampled)
+        if graph.weight is not None:  # values of a matrix multiply what the maximum is of
+            return super()._compared(sent, sampled)
+        return self.aggregation(sent, graph, reduce="max")
+
+
 register_layer(SAGEConv, QuantizedSAGEConv)
+register_packed(QuantizedSAGEConv, PackedSAGEConv)

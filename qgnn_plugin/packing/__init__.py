@@ -1,6 +1,6 @@
 """Packed integer models for inference: packed layers, their files, and packed embeddings."""
 
-from . import attention, convs, generic, linear, maps, own_weights, propagation, sums
+from . import attention, generic, linear, maps, own_weights, sums
 from .base import PackedLayer, register_packed
 from .cuda_graph import CapturedModel, capture
 from .embeddings import PackedEmbeddings
@@ -16,7 +16,6 @@ __all__ = [
     "PackedRows",
     "attention",
     "capture",
-    "convs",
     "generic",
     "is_packed",
     "linear",
@@ -27,7 +26,6 @@ __all__ = [
     "pack_rows",
     "packed_bytes",
     "packed_layers",
-    "propagation",
     "register_packed",
     "save_packed",
     "sums",

@@ -174,12 +174,15 @@ class PackedRange(nn.Module):
             return self.scale * rows, self.lower * rows, rows
         return self.scale, self.lower, None
 
-    def forward(self, x: Tensor, is_finite: bool = False) -> PackedTensor | QuantizedTensor:
+    is_observing = False  # unlike a site that is calibrated
+
+    def forward(self, x: Tensor, is_finite: bool = False, codes_kept: bool = False) -> PackedTensor | QuantizedTensor:
         """Quantize ``x`` ``[N, F]``, dense or ``torch.sparse_csr``.
 
         Args:
             x: The values.
             is_finite: Whether they are known to be, because they follow from what was checked before.
+            codes_kept: Of no meaning here; what trainable sites are told about the backward pass.
 
         Returns:
             Packed codes; for sparse features whose zeros have code 0 the codes at their stored

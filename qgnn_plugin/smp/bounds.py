@@ -12,12 +12,12 @@ from torch import Tensor
 from torch_geometric.nn import ClusterGCNConv, GCN2Conv, GraphConv, MessagePassing, MFConv, SimpleConv
 
 from ..config import OFF
-from ..convs.appnp import QuantizedPropagation
 from ..convs.attention import QuantizedGATConv, QuantizedGATv2Conv
 from ..convs.deep import DeepConv, DeepGCNConv
 from ..convs.gcn import QuantizedGCNConv
 from ..convs.gin import QuantizedGINConv
 from ..convs.sage import QuantizedSAGEConv
+from ..convs.steps import QuantizedPropagation
 from ..kernels.plan import GraphPlan
 from ..kernels.spmm import spmm
 from ..layers.base import QuantizedLayer
