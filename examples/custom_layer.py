@@ -29,8 +29,8 @@ class MeanConv(MessagePassing):
         return self.propagate(edge_index, x=self.lin(x))
 
 
-class QuantizedMeanConv(extension.QuantizedConv):
-    """Converted: what neighbours send is quantized once per node and summed as integers."""
+class Mean(extension.Convolution):
+    """Its arithmetic on codes, told once: what neighbours send is quantized once per node and summed as integers."""
 
     @classmethod
     def attach(cls, layer: MeanConv, sites: extension.SiteFactory) -> None:
@@ -39,32 +39,22 @@ class QuantizedMeanConv(extension.QuantizedConv):
 
     def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
         samples = extension.Samples.of(self, x)
-        graph = _graph(self, edge_index, samples)
-        z = samples.rows(self.lin(x))
-        out = extension.aggregate_sum(self.message_quantizer(z), graph.plan, graph.weight, exact=not self.training)
-        return samples.shaped(self._smooth(z, out * graph.target, graph.apply, graph.plan.num_edges, averaged=True))
+        size = (samples.num_nodes, samples.num_nodes)
+        graph = extension.mean_graph(edge_index, size, self.flow, copies=samples.copies)
+        mapped = extension.Mapped(self.lin, x, samples)
+        return samples.shaped(self._convolved_with(graph, self.message_quantizer, mapped))
 
 
-class PackedMeanConv(extension.PackedConv):
+class QuantizedMeanConv(Mean, extension.Trainable):
+    """Converted: codes with gradients."""
+
+    forward = extension.trainable(Mean.forward)
+
+
+class PackedMeanConv(Mean, extension.Frozen):
     """Packed: the map hands over codes, the kernel sums them; no float of size N x F is written in between."""
 
-    @extension.inference
-    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
-        samples = extension.Samples.of(self, x)
-        graph = _graph(self, edge_index, samples)
-        sent = self.lin.packed_to(self.lin.quantize(samples.rows(x)), self.message_quantizer, self.lin.bias)
-        z = None
-        if sent is None or self._smp is not None:  # no kernel writes that range, or a correction needs floats
-            z = samples.rows(self.lin(x))
-            sent = self.message_quantizer(z)
-        if self._smp is None:
-            return samples.shaped(self.deferred(self.aggregation(sent, graph)))
-        return samples.shaped(self._smooth(z, self.aggregated(sent, graph), graph.apply, graph.plan.num_edges))
-
-
-def _graph(layer: MeanConv, edge_index: Tensor, samples: extension.Samples) -> extension.NormalizedGraph:
-    size = (samples.num_nodes, samples.num_nodes)
-    return extension.mean_graph(edge_index, size, layer.flow, copies=samples.copies)
+    forward = extension.inference(Mean.forward)
 
 
 extension.register_layer(MeanConv, QuantizedMeanConv, PackedMeanConv)

@@ -1,17 +1,21 @@
 """What a layer type of your own is converted and packed with; ``examples/custom_layer.py`` shows all of it.
 
 Any :class:`~torch_geometric.nn.MessagePassing` is converted without this, by what its nodes send.  A layer type with
-arithmetic of its own on codes, and kernels for it, is told in two classes:
+arithmetic of its own on codes, and kernels for it, is told once: a mixin on :class:`Convolution` whose ``attach`` makes
+the *sites* (quantizers) and whose ``forward`` computes from the codes that these give, by the primitives of
+:class:`Convolution`.  Two classes execute it:
 
-* a :class:`QuantizedConv` whose :meth:`~QuantizedLayer.attach` makes the *sites* (quantizers) and whose ``forward``
-  computes with the :class:`~qgnn_plugin.QuantizedTensor` that they return: codes and their range, with gradients;
-* a :class:`PackedConv` with the same sites frozen (:class:`PackedRange`), whose ``forward``, marked
-  :func:`inference`, computes the same from packed codes (:class:`PackedTensor`).
+* on :class:`Trainable`, under :func:`trainable`, it is the converted layer: a site gives a
+  :class:`~qgnn_plugin.QuantizedTensor`, codes and their range, with gradients;
+* on :class:`Frozen`, under :func:`inference`, it is the packed layer: a site (:class:`PackedRange`) gives packed codes
+  (:class:`PackedTensor`), and results are handed on before their floats are written.
 
-Both are mixins: the classes that run are made of them and of the layer's own class, so that ``isinstance`` and the
+What the primitives do not cover takes a :class:`QuantizedConv` and a :class:`PackedConv` with a ``forward`` each.  All
+of them are mixins: the classes that run are made of them and of the layer's own class, so that ``isinstance`` and the
 class's name hold.  :func:`register_layer` ties them to the layer type.
 """
 
+from .convs.base import Convolution, Frozen, Mapped, Trainable, trainable
 from .layers.arithmetic import aggregate_sum
 from .layers.base import QuantizedLayer, SiteFactory
 from .layers.graph import NormalizedGraph, gcn_graph, mean_graph, plain_graph
@@ -23,6 +27,9 @@ from .packing.ranges import PackedRange, PackedTensor
 from .smp.constraint import attach_constraint
 
 __all__ = [
+    "Convolution",
+    "Frozen",
+    "Mapped",
     "NormalizedGraph",
     "PackedConv",
     "PackedLayer",
@@ -32,6 +39,7 @@ __all__ = [
     "QuantizedLayer",
     "Samples",
     "SiteFactory",
+    "Trainable",
     "aggregate_sum",
     "attach_constraint",
     "gcn_graph",
@@ -39,6 +47,7 @@ __all__ = [
     "mean_graph",
     "plain_graph",
     "register_layer",
+    "trainable",
 ]
 
 

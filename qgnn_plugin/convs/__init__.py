@@ -4,8 +4,8 @@ Importing this package enters every one of them into the registries.  Nothing be
 that a layer is known whatever is imported first.
 """
 
-from . import attention
 from .appnp import PackedPropagation, QuantizedAPPNP, QuantizedSMPropagation
+from .attention import PackedGATConv, PackedGATv2Conv, QuantizedGATConv, QuantizedGATv2Conv
 from .base import Convolution, Frozen, Mapped, Trainable, trainable
 from .deep import PackedDeepGCNConv
 from .gcn import PackedGCNConv, QuantizedGCNConv
@@ -27,6 +27,8 @@ __all__ = [
     "Frozen",
     "Mapped",
     "PackedDeepGCNConv",
+    "PackedGATConv",
+    "PackedGATv2Conv",
     "PackedGCNConv",
     "PackedGINConv",
     "PackedLGConv",
@@ -36,6 +38,8 @@ __all__ = [
     "PackedSSGConv",
     "PackedTAGConv",
     "QuantizedAPPNP",
+    "QuantizedGATConv",
+    "QuantizedGATv2Conv",
     "QuantizedGCNConv",
     "QuantizedGINConv",
     "QuantizedLGConv",
@@ -45,6 +49,5 @@ __all__ = [
     "QuantizedSSGConv",
     "QuantizedTAGConv",
     "Trainable",
-    "attention",
     "trainable",
 ]

@@ -35,7 +35,7 @@ from ..packing.ranges import PackedTensor
 from ..quantizers.autocast import full_precision
 from ..smp.constraint import SmoothLayer
 
-__all__ = ["Convolution", "Frozen", "Mapped", "Result", "Trainable", "scaled", "trainable"]
+__all__ = ["Convolution", "Frozen", "Mapped", "Result", "Trainable", "code_sums", "scaled", "trainable"]
 
 Codes = Activation  # what a site gives
 Result = Any  # floats [N, F]: a tensor, or in a frozen layer what computes them
@@ -66,6 +66,14 @@ def scaled(x: Tensor, factor: Tensor | None) -> Tensor:
     return x if factor is None else compressed.row_scaled(x, factor)
 
 
+def code_sums(sent: Any, graph: NormalizedGraph, exact: bool) -> Tensor:
+    r""":math:`t_i \sum_j w_{ij} x_j` over codes, with gradients; ``exact`` as in :func:`aggregate_sum`."""
+    if graph.propagate is not None:
+        return graph.propagated(sent.dequantize())
+    out = aggregate_sum(sent, graph.plan, graph.weight, exact=exact)
+    return out if graph.target is None else out * graph.target
+
+
 class Convolution(SmoothLayer):
     """The primitives, and what follows from them alone; see :class:`Trainable` and :class:`Frozen`.
 
@@ -78,7 +86,7 @@ class Convolution(SmoothLayer):
         """The dtype of a layer with the map ``lin``."""
         raise NotImplementedError
 
-    def _sent(
+    def _coded(
         self, site: Any, mapped: Mapped, factor: Tensor | None = None, floats: bool = False
     ) -> tuple[Codes, Tensor | None]:
         """What neighbours send, ``Q(s_j W x_j)``, and ``W x`` where that was written: where its ``floats`` are needed.
@@ -119,6 +127,16 @@ class Convolution(SmoothLayer):
         r""":math:`t_i \sum_j w_{ij} Q(s_j x_j)`: the source factor goes in before quantization, the target's after."""
         return self._sums(site(scaled(x, graph.source), **self._known), graph)
 
+    def _convolved_with(
+        self: Any, graph: NormalizedGraph, site: Any, mapped: Mapped, bias: Tensor | None = None
+    ) -> Tensor:
+        r""":math:`t_i \sum_j w_{ij} Q(s_j W x_j) + b`, its change corrected where it has a constraint."""
+        minds = self._minds_change
+        sent, z = self._coded(site, mapped, graph.source, floats=minds)
+        if minds:
+            return self._corrected(z, self._sums(sent, graph), graph, bias)
+        return self._finished(self._sums(sent, graph, bias))
+
     def _corrected(
         self: Any, z: Tensor, out: Result, smoother: NormalizedGraph, bias: Tensor | None, averaged: bool = True
     ) -> Tensor:
@@ -138,18 +156,14 @@ class Trainable(Convolution, QuantizedConv):
     def _precision(self, lin: Any) -> torch.dtype:
         return lin.weight.dtype
 
-    def _sent(
+    def _coded(
         self, site: Any, mapped: Mapped, factor: Tensor | None = None, floats: bool = False
     ) -> tuple[Codes, Tensor | None]:
         z = mapped.floats()
         return site(scaled(z, factor)), z
 
     def _sums(self: Any, sent: Codes, graph: NormalizedGraph, bias: Tensor | None = None) -> Tensor:
-        if graph.propagate is not None:
-            out = graph.propagated(sent.dequantize())
-        else:
-            out = aggregate_sum(sent, graph.plan, graph.weight, exact=not self.training)
-            out = out if graph.target is None else out * graph.target
+        out = code_sums(sent, graph, exact=not self.training)
         return out if bias is None else out + bias
 
     def _product(self, lin: Any, x: Any) -> Tensor:
@@ -194,7 +208,7 @@ class Frozen(Convolution, PackedConv):
     def _precision(self, lin: Any) -> torch.dtype:
         return torch.float32
 
-    def _sent(
+    def _coded(
         self, site: Any, mapped: Mapped, factor: Tensor | None = None, floats: bool = False
     ) -> tuple[Codes, Tensor | None]:
         lin, x, samples = mapped

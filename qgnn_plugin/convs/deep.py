@@ -9,7 +9,7 @@ from torch import Tensor
 from ..layers.base import SiteFactory
 from ..layers.errors import names_layer
 from ..layers.graph import gcn_graph
-from ..layers.message_passing import QuantizedMessagePassing, require_sum
+from ..layers.message_passing import QuantizedConv, QuantizedMessagePassing, require_sum
 from ..layers.own_weights import QuantizedOwnConv
 from ..layers.registry import register_deep
 from ..layers.samples import Samples
@@ -20,7 +20,7 @@ from ..quantizers.autocast import full_precision
 from ..smp.constraint import attach_constraint
 from ..smp.deep import DeepLayer, conv_widths
 from .attention import QuantizedGATConv, QuantizedGATv2Conv
-from .base import Trainable, trainable
+from .base import code_sums, scaled, trainable
 from .gcn import PackedGCNConv, QuantizedGCNConv
 from .gin import QuantizedGINConv
 from .hops import QuantizedSGConv, QuantizedSSGConv, QuantizedTAGConv
@@ -75,7 +75,7 @@ class PackedDeepGCNConv(DeepGCN, PackedGCNConv):
         self._deep_place, self._deep_config = spec.deep_place, spec.config.smp
 
 
-class DeepConv(DeepLayer, Trainable):
+class DeepConv(DeepLayer, QuantizedConv):
     r"""Any other convolution ``C`` in a deep stack.
 
     .. math:: H' = (1 - b_l) \big((1 - a) P H + a H_0\big) + b_l\, C\big((1 - a) H + a H_0\big)
@@ -102,7 +102,8 @@ class DeepConv(DeepLayer, Trainable):
             return out
         samples = Samples.of(self, x)
         graph = gcn_graph(edge_index, None, samples.num_nodes, flow=self.flow, dtype=x.dtype, copies=samples.copies)
-        averaged = self._averaged(samples.rows(x), graph, self.support_quantizer)
+        sent = self.support_quantizer(scaled(samples.rows(x), graph.source))
+        averaged = code_sums(sent, graph, exact=not self.training)
         support = self.with_initial(samples.shaped(averaged), initial)
         if isinstance(out, tuple):  # with attention weights
             return (self.identity_mapped(support, out[0]), *out[1:])

@@ -46,11 +46,8 @@ class GCN(Convolution):
             raise ValueError(f"Expected one feature matrix in '{self._qualified_name}', a GCNConv (got a pair)")
         samples = Samples.of(self, x)
         graph = self._graph(edge_index, edge_weight, samples)
-        minds = self._minds_change
-        sent, z = self._sent(self.message_quantizer, Mapped(self.lin, x, samples), graph.source, floats=minds)
-        if minds:
-            return samples.shaped(self._corrected(z, self._sums(sent, graph), graph, self.bias))
-        return samples.shaped(self._finished(self._sums(sent, graph, self.bias)))
+        mapped = Mapped(self.lin, x, samples)
+        return samples.shaped(self._convolved_with(graph, self.message_quantizer, mapped, self.bias))
 
     def _graph(self: Any, edge_index: Any, edge_weight: Tensor | None, samples: Samples) -> NormalizedGraph:
         """The operator of this layer; for several samples as many copies of the graph, side by side."""

@@ -146,12 +146,13 @@ class SAGE(Convolution):
             z = mapped.floats() if smooth else None
         else:
             graph = self._graph(sampled)
-            messages, z = self._sent(self.message_quantizer, mapped, floats=smooth)
+            messages, z = self._coded(self.message_quantizer, mapped, floats=smooth)
             if not smooth:
                 return self._sums(messages, graph, self.lin_l.bias)
             out = self._sums(messages, graph)
         if not smooth:
             return out if self.lin_l.bias is None else out + self.lin_l.bias
+        assert z is not None
         return self._corrected(z, out, self._smoother(sampled, z.dtype), self.lin_l.bias, self.aggr == "mean")
 
     def _aggregated(self: Any, sent: Codes, sampled: Sampled) -> Result:

@@ -1,6 +1,6 @@
 """Packed integer models for inference: packed layers, their files, and packed embeddings."""
 
-from . import attention, generic, linear, maps, own_weights, sums
+from . import generic, linear, maps, own_weights, sums
 from .base import PackedLayer, register_packed
 from .cuda_graph import CapturedModel, capture
 from .embeddings import PackedEmbeddings
@@ -14,7 +14,6 @@ __all__ = [
     "PackedEmbeddings",
     "PackedLayer",
     "PackedRows",
-    "attention",
     "capture",
     "generic",
     "is_packed",
