@@ -57,13 +57,9 @@ class GAT(Attention):
     att_edge: Tensor
 
     def forward(
-        self: Any,
-        x: Any,
-        edge_index: Any,
-        edge_attr: Any = None,
-        size: Any = None,
+        self: Any, x: Any, edge_index: Any, edge_attr: Any = None, size: Any = None,
         return_attention_weights: Any = None,
-    ) -> Any:
+    ) -> Any:  # fmt: skip
         """``[N, in_channels]`` to ``[N, H C]`` (``[N, C]`` without ``concat``); ``x`` may be a pair."""
         if self.is_off or is_watched(self):
             return type(self).float_class.forward(self, x, edge_index, edge_attr, size, return_attention_weights)
@@ -310,12 +306,7 @@ class PackedGATConv(GAT, FrozenAttention):
     _convolved = inference(GAT.forward)
 
     def forward(
-        self,
-        x: Any,
-        edge_index: Any,
-        edge_attr: Any = None,
-        size: Any = None,
-        return_attention_weights: Any = None,
+        self, x: Any, edge_index: Any, edge_attr: Any = None, size: Any = None, return_attention_weights: Any = None
     ) -> Any:
         args = (x, edge_index, edge_attr, size, return_attention_weights)
         few = direct_gat(self, *args)

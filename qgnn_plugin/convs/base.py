@@ -108,7 +108,7 @@ class Convolution(SmoothLayer):
         raise NotImplementedError
 
     def _plus(self, first: Result, second: Result) -> Result:
-        """The sum of two results; a sum over neighbours comes second, as it can add to what is there."""
+        """The sum of two results; what can add to what is there, as a sum over neighbours can, is best second."""
         raise NotImplementedError
 
     def _then(self, result: Result, step: Step) -> Result:

@@ -12,7 +12,7 @@ from ..config import MULTILEVEL_BITS, OFF, SMPConfig
 from ..layers.arithmetic import own_copy
 from ..layers.base import QuantizerDict, SiteFactory
 from ..layers.errors import names_layer
-from ..layers.graph import NormalizedGraph, gcn_graph
+from ..layers.graph import NormalizedGraph, NormalizedOperator
 from ..layers.message_passing import require_sum
 from ..layers.samples import Samples
 from ..layers.watched import is_watched, watched_graph
@@ -169,11 +169,10 @@ class PackedSteps(Propagation, Frozen):
 
     _known: ClassVar[dict[str, bool]] = {"is_finite": True}  # of every state, once that of X0 was looked at
     _is_exact = False
-    add_self_loops: bool
-    normalize: bool
-    flow: str
 
     forward = inference(Propagation.forward)
+    normalized: Any = NormalizedOperator.normalized  # of SMPropagation too, whose own may be cached
+    operator: Any = NormalizedOperator.operator
 
     def freeze(self: Any, layer: Any, spec: LayerSpec) -> None:
         super().freeze(layer, spec)
@@ -183,20 +182,6 @@ class PackedSteps(Propagation, Frozen):
         for site in ("gap_quantizer", "state_quantizers"):
             if not hasattr(self, site):
                 setattr(self, site, None)
-
-    def normalized(self, x: Tensor, edge_index: Any, edge_weight: Tensor | None) -> NormalizedGraph:
-        """``A~`` for node features ``x`` [*, N, F]."""
-        samples = Samples.of(self, x)
-        return gcn_graph(
-            edge_index,
-            edge_weight,
-            samples.num_nodes,
-            add_self_loops=self.add_self_loops,
-            normalize=self.normalize,
-            flow=self.flow,
-            dtype=torch.float32,
-            copies=samples.copies,
-        )
 
     def _start(self, x0: Tensor, graph: NormalizedGraph) -> Tensor:
         if self.K:
