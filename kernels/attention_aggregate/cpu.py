@@ -28,7 +28,7 @@ from ..layout import parts_per_byte, top_code
 from . import FLOAT_BITS
 from .cpu_sums import HEADS, gat_kernel, head_groups
 
-__all__ = ["attention_aggregate"]
+__all__ = ["BLOCK_FLOATS", "are_bytes", "attention_aggregate", "thresholds_of"]
 
 BLOCK_FLOATS = 1 << 12
 FEW_THRESHOLDS = 15
@@ -310,11 +310,11 @@ def attention_aggregate(
     pointers = flat(rowptr)
     per_row = is_per_row(scale) or is_per_row(offset)
     quantized = attention_bits != FLOAT_BITS
-    thresholds = _thresholds(attention_bits) if quantized else flat(None)
+    thresholds = thresholds_of(attention_bits) if quantized else flat(None)
     edge_block = EDGE_BLOCK
     if multiplier is not None and quantized:
         edge_block = min(EDGE_BLOCK, EXACT // (LARGEST_MULTIPLIER * top_code(attention_bits) * top_code(bits)))
-    if not per_row and _as_bytes(bits, attention_bits, heads, att):
+    if not per_row and are_bytes(bits, attention_bits, heads, att):
         lanes = multiplied_lanes(words.size(1), bits)
         table, lanewise = head_groups(num_features, bits, heads, lanes)
         if lanewise is None or permutes():
@@ -341,13 +341,14 @@ def attention_aggregate(
     return out
 
 
-def _as_bytes(bits: int, attention_bits: int, heads: int, att: Tensor | None) -> bool:
+def are_bytes(bits: int, attention_bits: int, heads: int, att: Tensor | None) -> bool:
     """Whether weights and codes fit the operands of byte dot products, and heads fill vectors."""
     return att is None and bits in (2, 4) and attention_bits in (2, 4) and heads in HEADS
 
 
 @cache
-def _thresholds(attention_bits: int) -> np.ndarray:
+def thresholds_of(attention_bits: int) -> np.ndarray:
+    """:func:`..arithmetic.attention_thresholds` as an array."""
     return flat(attention_thresholds(attention_bits))
 
 

@@ -35,7 +35,16 @@ from .simd import (
     vview,
 )
 
-__all__ = ["ALIGNMENT", "GROUP", "code_pitch", "dot_and_finish_rows", "finish_rows", "quantize_group", "row_multiplier"]
+__all__ = [
+    "ALIGNMENT",
+    "GROUP",
+    "code_pitch",
+    "dot_and_finish_rows",
+    "finish_rows",
+    "pack_row",
+    "quantize_group",
+    "row_multiplier",
+]
 
 GROUP = 16  # features per step
 ALIGNMENT = 64  # bytes of a cache line
@@ -142,7 +151,7 @@ def _row_for(acc, at, width, row, columns, stretch, addend, more, target, to, ki
 
 
 @njit(forceinline=True)
-def _pack(values, at, out, start, words, inverse, low, table, inverses, lows, along, bits):
+def pack_row(values, at, out, start, words, inverse, low, table, inverses, lows, along, bits):
     """Quantize the row ``values[at]`` into the words ``out[start]``, sixteen bytes of them at a time.
 
     ``along`` is 1 where the range is one per column, at ``table[inverses]`` and ``table[lows]``.
@@ -167,13 +176,13 @@ def _pack(values, at, out, start, words, inverse, low, table, inverses, lows, al
 @njit(forceinline=True)
 def _pack_for(values, at, out, start, words, inverse, low, table, inverses, lows, along, bits):
     if bits == 2:
-        _pack(values, at, out, start, words, inverse, low, table, inverses, lows, along, 2)
+        pack_row(values, at, out, start, words, inverse, low, table, inverses, lows, along, 2)
     elif bits == 4:
-        _pack(values, at, out, start, words, inverse, low, table, inverses, lows, along, 4)
+        pack_row(values, at, out, start, words, inverse, low, table, inverses, lows, along, 4)
     elif bits == 8:
-        _pack(values, at, out, start, words, inverse, low, table, inverses, lows, along, 8)
+        pack_row(values, at, out, start, words, inverse, low, table, inverses, lows, along, 8)
     else:
-        _pack(values, at, out, start, words, inverse, low, table, inverses, lows, along, 1)
+        pack_row(values, at, out, start, words, inverse, low, table, inverses, lows, along, 1)
 
 
 @jit.kernel

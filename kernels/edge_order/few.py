@@ -59,6 +59,13 @@ class FewEdges(NamedTuple):
         start = 8 * (self.num_dst + 1) + 4 * self.num_dst
         return self.memory[start : start + 4 * self.num_edges].view(torch.int32)
 
+    @property
+    def arrays(self) -> tuple[Any, Any]:
+        """:attr:`rowptr` and :attr:`col` as arrays, in a fraction of the time that tensors take."""
+        memory, stop = self.memory.numpy(), 8 * (self.num_dst + 1)
+        start = stop + 4 * self.num_dst
+        return memory[:stop].view(np.int64), memory[start : start + 4 * self.num_edges].view(np.int32)
+
 
 _graphs: dict[tuple[Any, ...], tuple[int, FewEdges]] = {}  # checksums and graphs
 

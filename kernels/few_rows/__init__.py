@@ -1,7 +1,8 @@
 """Layers of few rows on the CPU, by compiled calls that take addresses, past checks and dispatcher.
 
 What these make is to be called where :func:`..backend.is_direct` holds and numba is there, with tensors that are of the
-CPU, contiguous, and of the shapes and dtypes described; see :mod:`.cpu` and :mod:`.cpu_neighbours`.
+CPU, contiguous, and of the shapes and dtypes described; see :mod:`.cpu`, :mod:`.cpu_rows`,
+:mod:`.cpu_neighbours` and :mod:`.cpu_attention`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Range", "few_rows_linear", "few_rows_packed", "neighbour_sums"]
+__all__ = ["Range", "few_rows_linear", "few_rows_packed", "neighbour_attention", "neighbour_sums"]
 
 
 class Range(NamedTuple):
@@ -54,10 +55,18 @@ def few_rows_linear(
 
 
 def few_rows_packed(width: int, out: Range, epsilon: Tensor | None = None) -> Any:
-    """A :class:`.cpu.Rows`: rows as a message."""
-    return importlib.import_module(f"{__package__}.cpu").Rows(width, out, epsilon)
+    """A :class:`.cpu_rows.Rows`: rows as a message."""
+    return importlib.import_module(f"{__package__}.cpu_rows").Rows(width, out, epsilon)
 
 
 def neighbour_sums(width: int, bits: int) -> Any:
     """A :class:`.cpu_neighbours.NeighbourSums`: messages summed over neighbours."""
     return importlib.import_module(f"{__package__}.cpu_neighbours").NeighbourSums(width, bits)
+
+
+def neighbour_attention(width: int, out: Range, heads: int, attention_bits: int, slope: float, concat: bool) -> Any:
+    """A :class:`.cpu_attention.NeighbourAttention`: rows packed and summed by attention; :obj:`None` where its kernel
+    has no such widths or heads.
+    """
+    module = importlib.import_module(f"{__package__}.cpu_attention")
+    return module.neighbour_attention(width, out, heads, attention_bits, slope, concat)

@@ -1,4 +1,4 @@
-"""Few float rows in one compiled call: packed, or quantized, multiplied and finished, without codes in between.
+"""Few float rows in one compiled call: quantized, multiplied and finished, without codes in between.
 
 What ``quantize_pack`` and ``linear`` compute one after the other, by the same operations in the same order; on
 few rows, calls and their arguments take longer than that.  Numbers are read where they lie in each call, so that
@@ -12,7 +12,6 @@ in one place.
 from __future__ import annotations
 
 import numpy as np
-import torch
 from numba import carray, njit
 from torch import Tensor
 
@@ -36,7 +35,6 @@ from ..cpu.epilogue import (
 from ..cpu.finish import ALIGNMENT, quantize_group, row_multiplier, scratch_pitch
 from ..cpu.simd import (
     keep,
-    peek,
     poke,
     raw,
     raw_aligned,
@@ -51,15 +49,16 @@ from ..cpu.simd import (
     vstore_first,
     vsum,
     vtop,
+    vview,
 )
-from ..finite.cpu import all_finite
 from ..layout import row_words
 from ..linear.cpu import BLOCK_ROWS, FEATURES, SIGN, fill_terms, multiply, weights_of
 from . import Range
 
-__all__ = ["HEADER", "Dense", "Rows"]
+__all__ = ["HEADER", "Dense", "Fixed", "opened_message", "row_peak", "scratch_bytes"]
 
 DONE, NOT_FINITE, REWRITTEN = range(3)  # what a call finds
+LARGEST = np.finfo(np.float32).max
 FULL_BYTE = 8  # bits
 
 # Entries of ``fixed``:
@@ -69,7 +68,6 @@ FULL_BYTE = 8  # bits
 ) = range(24)  # fmt: skip
 HEADER = 64  # bytes before the words of a message: the lower end of its range
 X_ZERO, W_ZERO, OUT_ZERO, NUM_ZEROS = range(4)  # codes that stand for zero, at ``ZEROS``
-
 
 
 @njit(forceinline=True)
@@ -94,15 +92,18 @@ def _quantize_row(x, base, width, low, inverse, top, flip, codes, to, tail):
 
 
 @njit(forceinline=True)
-def _peak(x, base, width):
-    """The largest absolute value of a row of finite numbers."""
-    peak = vsplat(np.float32(0.0), GROUP)
+def row_peak(x, base, width):
+    """The largest absolute value of a row; infinite or NaN where one of its numbers is.
+
+    Bits of absolute values compare as the numbers do, and those of what is not finite are above all others.
+    """
+    peak = vsplat(0, GROUP)
     whole = width - width % GROUP
     for f in range(0, whole, GROUP):
-        peak = vmax(vabs(vload(x, base + f, GROUP)), peak)
+        peak = vmax(vview(vabs(vload(x, base + f, GROUP)), "i32"), peak)
     if whole < width:
-        peak = vmax(vabs(vload_first(x, base + whole, GROUP, width - whole)), peak)
-    return vtop(peak)
+        peak = vmax(vview(vabs(vload_first(x, base + whole, GROUP, width - whole)), "i32"), peak)
+    return vtop(vview(peak, "f32"))
 
 
 @njit(forceinline=True)
@@ -118,13 +119,13 @@ def _lower(place, zero_code, scale, count, lower):
 
 
 @njit(forceinline=True)
-def _scratch(width, bits):
+def scratch_bytes(width, bits):
     """Bytes that :func:`.finish.finish_rows` needs for packed rows."""
     return 2 * 4 * scratch_pitch(width, bits) + ALIGNMENT if bits else 1
 
 
 @njit(forceinline=True)
-def _opened_message(out, rows, width, bits, scale, lower_at, zero, unit):
+def opened_message(out, rows, width, bits, scale, lower_at, zero, unit):
     """Where a message at ``out`` has its words and multipliers, its lower end being written; multipliers are 1 where
     the rows of a range have none.
     """
@@ -161,7 +162,7 @@ def _mapped(fixed, x_at, rows, row_scale, addend, out):
     ranges = 1 if out_bits else 0
     if out_bits:
         lower_end = out
-        out, multipliers = _opened_message(
+        out, multipliers = opened_message(
             out, rows, num_out, out_bits, given[OUT_SCALE], given[OUT_LOWER], zeros[OUT_ZERO], out_unit
         )
         flags |= HAS_UNIT if out_unit else 0
@@ -181,21 +182,23 @@ def _mapped(fixed, x_at, rows, row_scale, addend, out):
     acc_owner = np.empty(block * stretch + GROUP, np.float32)
     acc = raw_aligned(raw(acc_owner))
     sums_owner, tail_owner = np.empty(block, np.float32), np.empty(GROUP, np.float32)
-    unpacked = np.empty(_scratch(num_out, out_bits), np.uint8)
+    unpacked = np.empty(scratch_bytes(num_out, out_bits), np.uint8)
     sums, tail = raw(sums_owner), raw(tail_owner)
     found = DONE
     for first in range(0, rows, block):
         here = min(block, rows - first)
-        if not all_finite(x_at + 4 * first * num_in, here * num_in):
-            found = NOT_FINITE
-            break
         for r in range(here):
             base = (first + r) * num_in
-            m = row_multiplier(_peak(x, base, num_in), unit_inverse) if unit else np.int64(1)
+            peak = row_peak(x, base, num_in)
+            if not peak <= LARGEST:
+                found = NOT_FINITE
+            m = row_multiplier(peak, unit_inverse) if unit else np.int64(1)
             poke(multiples, first + r, m)
             factor = np.float32(m)
             inverse, low = np.float32(1) / (step[0] * factor), lower_owner[0] * factor
             poke(sums, r, _quantize_row(x, base, num_in, low, inverse, top, flip, codes, r * pitch, tail))
+        if found != DONE:
+            break
         multiply(lanes, pitch // 4, here, weight, stretch, depth, start, acc)
         finish_rows(acc, 0, stretch, sums, first, here, spec, raw(unpacked))
     keep(lower_owner)
@@ -209,58 +212,7 @@ def _mapped(fixed, x_at, rows, row_scale, addend, out):
     return found
 
 
-@njit(forceinline=True)
-def _own_row(x, base, width, low, inverse, top, step, factor, own, tail):
-    """``factor`` times the values that the codes of a row stand for."""
-    lows, inverses, tops = vsplat(low, GROUP), vsplat(inverse, GROUP), vsplat(top, GROUP)
-    steps, factors = vsplat(step, GROUP), vsplat(factor, GROUP)
-    whole = width - width % GROUP
-    for f in range(0, whole, GROUP):
-        c = vcast(quantize_group(vload(x, base + f, GROUP), lows, inverses, tops), "f32")
-        vstore(own, base + f, (c * steps + lows) * factors)
-    if whole < width:
-        left = width - whole
-        vstore(tail, 0, vsplat(np.float32(0), GROUP))
-        vstore_first(tail, 0, vload_first(x, base + whole, GROUP, left), left)
-        c = vcast(quantize_group(vload(tail, 0, GROUP), lows, inverses, tops), "f32")
-        vstore_first(own, base + whole, (c * steps + lows) * factors, left)
-
-
-@jit.kernel
-def _packed(fixed, x_at, rows, own_at, epsilon_at, out):
-    given = carray(at(fixed, np.int64), (NUM_FIXED,))
-    width, bits, unit = given[NUM_OUT], given[OUT_BITS], given[OUT_UNIT]
-    if not all_finite(x_at, rows * width):
-        return NOT_FINITE
-    zero = floats(given[ZEROS], NUM_ZEROS)[OUT_ZERO]
-    words, multipliers = _opened_message(out, rows, width, bits, given[OUT_SCALE], given[OUT_LOWER], zero, unit)
-    nothing, one = np.int64(0), np.int64(1)
-    spec = opened((
-        rows, width, bits, np.int64(HAS_UNIT if unit else 0), words, multipliers, unit,
-        nothing, nothing, nothing, nothing, nothing, nothing,
-        given[OUT_SCALE], one, out, one, nothing,
-        nothing, nothing, nothing, nothing, nothing, nothing, nothing,
-    ))  # fmt: skip
-    x = raw_at(x_at, np.float32)
-    unpacked, masses = np.empty(_scratch(width, bits), np.uint8), np.zeros(BLOCK_ROWS, np.float32)
-    for first in range(0, rows, BLOCK_ROWS):
-        here = min(BLOCK_ROWS, rows - first)
-        finish_rows(x, first * width, width, raw(masses), first, here, spec, raw(unpacked))
-    if own_at:
-        own, tail_owner = raw_at(own_at, np.float32), np.empty(GROUP, np.float32)
-        step, low, top = floats(given[OUT_SCALE], 1)[0], floats(out, 1)[0], np.float32((1 << bits) - 1)
-        factor, found = np.float32(1) + floats(epsilon_at, 1)[0], raw_at(multipliers, np.uint8)
-        for r in range(rows):
-            m = np.float32(peek(found, r))
-            inverse = np.float32(1) / (step * m)
-            _own_row(x, r * width, width, low * m, inverse, top, step * m, factor, own, raw(tail_owner))
-        keep(tail_owner)
-    keep(unpacked)
-    keep(masses)
-    return DONE
-
-
-class _Fixed:
+class Fixed:
     """The numbers and addresses that a kernel reads, and the tensors that these are of."""
 
     __slots__ = ("fixed", "place", "places", "row_bytes", "tensors", "zeros")
@@ -280,44 +232,7 @@ class _Fixed:
         return tuple([0 if tensor is None else tensor.data_ptr() for tensor in self.tensors])
 
 
-class Rows(_Fixed):
-    """Few float rows packed as a message.
-
-    Args:
-        width: Features of a row.
-        out: Range of the codes.
-        epsilon: One element, float32: what nodes add of their own is ``1 + epsilon`` times the values of their codes.
-    """
-
-    __slots__ = ()
-
-    def __init__(self, width: int, out: Range, epsilon: Tensor | None = None) -> None:
-        self._gather((*out.tensors, epsilon), (0.0, 0.0, out.zero))
-        self.fixed[[NUM_OUT, OUT_BITS]] = width, out.bits
-        self.row_bytes = 4 * row_words(width, out.bits) + 1
-        self._lay_out()
-
-    def _lay_out(self) -> None:
-        self.places = self._places()
-        self.fixed[[OUT_SCALE, OUT_LOWER, OUT_UNIT]] = self.places[:3]
-
-    def parts(self, message: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Of a message in uint8 ``[room(rows)]``: the lower end of the range, the words ``[rows, row_words(width,
-        bits)]`` int32, and the multipliers ``[rows]`` uint8.
-        """
-        words = message[HEADER : HEADER + rows * (self.row_bytes - 1)].view(torch.int32).view(rows, -1)
-        return message[:4].view(torch.float32), words, message[HEADER + rows * (self.row_bytes - 1) :]
-
-    def __call__(self, x_at: int, rows: int, out_at: int, own_at: int = 0) -> bool:
-        """Write the message at ``out_at`` and, unless 0, what nodes add of their own at ``own_at``, float32 ``[rows,
-        width]``; whether the rows are finite.
-        """
-        if self._places() != self.places:
-            self._lay_out()
-        return _packed(self.place, x_at, rows, own_at, self.places[3], out_at) == DONE
-
-
-class Dense(_Fixed):
+class Dense(Fixed):
     """``y = r (x^ W^T + b + a)`` for few float rows, by one weight and one range of the input, its constants gathered
     once.
 

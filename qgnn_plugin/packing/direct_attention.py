@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ..kernels.backend import implementation
 from ..kernels.edge_order.few import few_edges
-from ..kernels.few_rows import few_rows_packed
+from ..kernels.few_rows import few_rows_packed, neighbour_attention
 from ..kernels.head_dots import head_dots
 from .direct import has_hooks, is_plain, prepared, prepared_map, range_of, sources_of_map, sources_of_range
-from .direct_convs import NONE, fits, rows_of
+from .direct_convs import NONE, address_of, fits, result_of, rows_of, scratch
 
 __all__ = ["direct_gat"]
 
@@ -32,7 +32,11 @@ def _make_gat(layer: Any) -> Any:
         return None
     range_ = range_of(site)
     mapped = prepared_map(lin, lin.input_quantizer, lin._parameters.get("bias"))
-    return None if range_ is None or mapped is None else (mapped, few_rows_packed(width, range_))
+    if range_ is None or mapped is None:
+        return None
+    options = width, range_, layer.heads, layer.attention_bits, layer.negative_slope, layer.concat
+    attention = neighbour_attention(*options)
+    return mapped, few_rows_packed(width, range_), attention, options
 
 
 def direct_gat(layer: Any, x: Any, edge_index: Any, edge_attr: Any, size: Any, returned: Any) -> Tensor | None:
@@ -53,7 +57,15 @@ def direct_gat(layer: Any, x: Any, edge_index: Any, edge_attr: Any, size: Any, r
     width, heads = lin._num_out, layer.heads
     if graph is None or not fits(rows, lin._num_in, width, graph):
         return None
-    mapped, packed = made
+    mapped, packed, attention, options = made
+    if attention is not None and options[2:] == (heads, layer.attention_bits, layer.negative_slope, layer.concat):
+        out = result_of(rows, width if layer.concat else layer.out_channels)
+        at = scratch.at(attention.room(rows))
+        if not mapped(x.data_ptr(), rows, at):
+            return None
+        ends = att_src.data_ptr(), att_dst.data_ptr()
+        done = attention(scratch.array, at, rows, graph, *ends, out.data_ptr(), address_of(bias))
+        return out if done else None
     z, message = torch.empty((rows, width), dtype=torch.float32), torch.empty(packed.room(rows), dtype=torch.uint8)
     z_at = z.data_ptr()
     # Features that overflow are finite in the message, but not in the logits: the long way has them, too.

@@ -34,7 +34,7 @@ from .direct import (
     sources_of_range,
 )
 
-__all__ = ["NONE", "direct_gcn", "direct_gin", "direct_sage", "fits", "rows_of"]
+__all__ = ["NONE", "address_of", "direct_gcn", "direct_gin", "direct_sage", "fits", "result_of", "rows_of", "scratch"]
 
 LINE = 64  # bytes of a cache line
 ROOT, INVERSE, NONE = 1, 0, -1  # factors of nodes (:func:`.few_edges`)
@@ -64,23 +64,26 @@ class _Scratch(threading.local):
 
     size = address = 0
     memory: Tensor | None = None
+    array: Any = None
 
     def at(self, size: int) -> int:
         """The address of ``size`` bytes, from the start of a cache line on."""
         if size > self.size:
             self.memory = torch.empty(size, dtype=torch.uint8)
-            self.size, self.address = size, self.memory.data_ptr()
+            self.size, self.address, self.array = size, self.memory.data_ptr(), self.memory.numpy()
         return self.address
 
 
-_scratch = _Scratch()
+scratch = _Scratch()
 
 
-def _result(rows: int, width: int) -> Tensor:
+def result_of(rows: int, width: int) -> Tensor:
+    """Where the result of a layer goes."""
     return torch.empty((rows, width), dtype=torch.float32)
 
 
-def _address(tensor: Tensor | None) -> int:
+def address_of(tensor: Tensor | None) -> int:
+    """Where the elements of a tensor are, 0 for :obj:`None`."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
@@ -118,10 +121,10 @@ def direct_gcn(layer: Any, x: Any, edge_index: Any, edge_weight: Any) -> Tensor 
     if graph is None or not fits(rows, lin._num_in, width, graph):
         return None
     mapped, sums = made
-    out, at, factor_at = _result(rows, width), _scratch.at(mapped.room(rows)), graph.factor_at
+    out, at, factor_at = result_of(rows, width), scratch.at(mapped.room(rows)), graph.factor_at
     if not mapped(x.data_ptr(), rows, at, factor_at):
         return None
-    sums(at, site._buffers["scale"].data_ptr(), graph, out.data_ptr(), factor_at, _address(bias))
+    sums(at, site._buffers["scale"].data_ptr(), graph, out.data_ptr(), factor_at, address_of(bias))
     return out
 
 
@@ -177,12 +180,12 @@ def direct_sage(layer: Any, x: Any, edge_index: Any, size: Any) -> Tensor | None
 def _sage_maps_first(left: Any, x: Tensor, graph: FewEdges, made: Any) -> Tensor | None:
     mapped, sums, own, sent = made
     rows, width = graph.num_src, left._num_out
-    out = _result(rows, width)
-    at, x_at, out_at = _scratch.at(mapped.room(rows)), x.data_ptr(), out.data_ptr()
+    out = result_of(rows, width)
+    at, x_at, out_at = scratch.at(mapped.room(rows)), x.data_ptr(), out.data_ptr()
     if not mapped(x_at, rows, at):
         return None
     bias = left._parameters.get("bias")
-    sums(at, sent._buffers["scale"].data_ptr(), graph, out_at, graph.factor_at, _address(bias))
+    sums(at, sent._buffers["scale"].data_ptr(), graph, out_at, graph.factor_at, address_of(bias))
     if own is not None:
         own(x_at, rows, out_at, 0, out_at)
     return out
@@ -191,8 +194,8 @@ def _sage_maps_first(left: Any, x: Tensor, graph: FewEdges, made: Any) -> Tensor
 def _sage_sums_first(left: Any, x: Tensor, graph: FewEdges, made: Any) -> Tensor | None:
     packed, sums, own, site, mapped = made
     rows, num_in = graph.num_src, left._num_in
-    out, room = _result(rows, left._num_out), (packed.room(rows) + LINE - 1) // LINE * LINE
-    at, x_at, out_at = _scratch.at(room + 4 * rows * num_in), x.data_ptr(), out.data_ptr()
+    out, room = result_of(rows, left._num_out), (packed.room(rows) + LINE - 1) // LINE * LINE
+    at, x_at, out_at = scratch.at(room + 4 * rows * num_in), x.data_ptr(), out.data_ptr()
     means_at = at + room
     if not packed(x_at, rows, at):
         return None
@@ -233,8 +236,8 @@ def direct_gin(layer: Any, x: Any, edge_index: Any, size: Any) -> Tensor | None:
     if width not in known:
         known[width] = few_rows_packed(width, range_, epsilon), neighbour_sums(width, site.bits)
     packed, sums = known[width]
-    out = _result(rows, width)
-    at, out_at = _scratch.at(packed.room(rows)), out.data_ptr()
+    out = result_of(rows, width)
+    at, out_at = scratch.at(packed.room(rows)), out.data_ptr()
     if not packed(x.data_ptr(), rows, at, out_at):
         return None
     sums(at, site._buffers["scale"].data_ptr(), graph, out_at, 0, 0, out_at)
