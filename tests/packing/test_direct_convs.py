@@ -61,10 +61,12 @@ LAYERS: dict[str, Layer] = {
     "GAT": lambda i, o: GATConv(i, o),
     "GAT, three heads": lambda i, o: GATConv(i, o, heads=3, concat=False, bias=False, flow="target_to_source"),
     "GAT without loops": lambda i, o: GATConv(i, o, add_self_loops=False),
+    "GAT, four heads": lambda i, o: GATConv(i, o // 4, heads=4),
+    "GAT, mean of two heads": lambda i, o: GATConv(i, o, heads=2, concat=False),
     "GIN reversed": lambda i, o: GINConv(network(i, o), flow="target_to_source"),
 }
 KINDS = ("GCN", "GraphSAGE", "GAT", "GIN")
-WIDTHS = {"wider": (WIDTH, CHANNELS), "narrower": (CHANNELS, WIDTH)}
+WIDTHS = {"wider": (WIDTH, CHANNELS), "narrower": (CHANNELS, WIDTH), "whole vectors": (64, 128)}
 
 
 def random_graph(nodes: int, edges: int, seed: int = 0) -> Tensor:
@@ -216,6 +218,20 @@ def test_the_long_way(kind: str, name: str) -> None:
     around, value = WATCHED.get(name, nullcontext)(), FEATURES.get(name, lambda x: x)(x)
     with around:
         assert directly(layer, value, edge_index) is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_not_finite_is_found_wherever_it_is(kind: str, value: str) -> None:
+    layer, edge_index = forms(kind, "whole vectors")[1], random_graph(NODES, 60)
+    for rows in (1, NODES, 100):  # blocks of rows are looked at one after another
+        for place in ((0, 0), (rows - 1, 63), (rows // 2, 17)):
+            x = torch.randn(rows, 64)
+            edges = edge_index if rows >= NODES else edge_index[:, :0]
+            assert directly(layer, x, edges) is not None
+            x[place] = float(value)
+            assert directly(layer, x, edges) is None
 
 
 @pytest.mark.parametrize("name", GRAPHS)
