@@ -20,7 +20,7 @@ def parser(
     if dataset is not None:
         made.add_argument("--dataset", default="generated", help=f"generated, or {dataset} of PyG, fetched to --root")
         made.add_argument("--root", default="data", help="folder of the data sets")
-    made.add_argument("--bits", type=int, default=bits, choices=(2, 4, 8))
+    made.add_argument("--bits", type=int, default=bits, choices=(1, 2, 4, 8))
     made.add_argument("--epochs", type=int, default=epochs, help="in float; half in low bits")
     made.add_argument("--seed", type=int, default=0)
     return made

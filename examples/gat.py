@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", default="demo", help="name of a PyG data set")
     parser.add_argument("--root", help="folder of the data sets")
-    parser.add_argument("--bits", type=int, default=4, choices=(2, 4, 8))
+    parser.add_argument("--bits", type=int, default=4, choices=(1, 2, 4, 8))
     parser.add_argument("--epochs", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)

@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", default="demo", help="name of a PyG data set")
     parser.add_argument("--root", help="folder of the data sets")
-    parser.add_argument("--bits", type=int, default=4, choices=(2, 4, 8))
+    parser.add_argument("--bits", type=int, default=4, choices=(1, 2, 4, 8))
     parser.add_argument("--epochs", type=int, default=50)
     parser.add_argument("--num-neighbors", type=int, nargs=2, default=(10, 10), help="per hop")
     parser.add_argument("--seed", type=int, default=0)

@@ -105,7 +105,7 @@ def fake_quantize(x: Tensor, scale: Tensor, offset: Tensor, bits: int) -> Tensor
         x: ``[N, F]`` float32.
         scale: Step ``s > 0``: one element, ``[F]`` or ``[N, 1]``, float32.
         offset: Range start ``l``, shaped likewise.
-        bits: 1, 2, 4 or 8.
+        bits: 1, 2, 4 or 8; gradients are those of more than two levels (docs/quantizer.md) at every width.
 
     Returns:
         ``[N, F]`` float32, bitwise ``unpack_dequantize(quantize_pack(x))``.

@@ -55,7 +55,7 @@ def packed_linear(num_in: int = WIDTH, num_out: int = CHANNELS, bias: bool = Tru
     rows=st.integers(1, 110),
     num_in=st.integers(1, 70),
     num_out=st.integers(1, 70),
-    bits=st.sampled_from([2, 4, 8]),
+    bits=st.sampled_from([1, 2, 4, 8]),
     granularity=st.sampled_from(["row", "tensor"]),
     weights=st.sampled_from(["channel", "tensor"]),
     levels=st.sampled_from(["half", "affine"]),
@@ -75,7 +75,7 @@ def test_few_rows(
 ) -> None:
     config = {"granularity": granularity, "weight_granularity": weights, "weight_levels": levels}
     layer = packed_linear(num_in, num_out, bias, bits=bits, **config)
-    assume(layer._site.bits == layer.input_quantizer.bits == bits)  # unlike those of zero and one value, one bit wide
+    assume(not layer._site.is_zero_one and not layer.input_quantizer.spec.is_zero_one)
     x = torch.randn(rows, num_in) * torch.rand(rows, 1) * spread
     x[torch.rand(rows) < 0.1] = 0
     x[torch.rand(rows, num_in) < 0.1] *= 1e20
