@@ -226,7 +226,9 @@ CASES: Mapping[str, Case] = {
     "PPFConv": _cloud(lambda w: pyg.PPFConv(_mlp(w + 4, w, w)), "normals"),
     "ResGatedGraphConv": _plain(lambda w: pyg.ResGatedGraphConv(w, w)),
     "ResGatedGraphConv of edges": _plain(lambda w: pyg.ResGatedGraphConv(w, w, edge_dim=EDGE), "edge_attr"),
-    "RGATConv": _plain(lambda w: pyg.RGATConv(w, w // HEADS, RELATIONS, heads=HEADS), "edge_type"),
+    "RGATConv": _plain(
+        lambda w: pyg.RGATConv(w, w // HEADS, RELATIONS, heads=HEADS), "edge_type", widest=32,  # a weight per edge
+    ),
     "RGCNConv": _plain(lambda w: pyg.RGCNConv(w, w, RELATIONS), "edge_type"),
     "RGCNConv of bases": _plain(lambda w: pyg.RGCNConv(w, w, RELATIONS, num_bases=2), "edge_type"),
     "RGCNConv of blocks": _plain(lambda w: pyg.RGCNConv(w, w, RELATIONS, num_blocks=BLOCKS), "edge_type"),

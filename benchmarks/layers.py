@@ -59,7 +59,7 @@ Written by `python -m benchmarks.layers` (`make bench-layers`). What the columns
 
 Convolutions are measured as two of them with ReLU between, models as they are, at width {width} on {nodes:,} nodes and
 {edges:,} random edges, given as an `edge_index` without order, the same in every call. Where a float model would not
-fit, widths are smaller (NNConv: 32).{smaller}
+fit, widths are smaller (FastRGCNConv, NNConv, RGATConv: 32).{smaller}
 """
 SMALLER = (
     f" **This is a smaller graph than the {NODES:,} nodes and {EDGES:,} edges that the command takes by default**: "

@@ -58,14 +58,28 @@ def _check(src: Tensor, dst: Tensor, num_src: int, num_dst: int, loops: str = "n
             raise ValueError(f"Expected '{name}' >= 0 (got {count})")
 
 
-def _fake(
-    src: Tensor, dst: Tensor, num_src: int, num_dst: int, loops: str = "none"
-) -> tuple[Tensor, Tensor, Tensor]:
+def _dynamic_size() -> torch.SymInt:
+    """A size that depends on what the edges hold, without a graph break in :func:`torch.compile`.
+
+    Without ``fullgraph=True`` compilers break their program at such a size by default
+    (``capture_dynamic_output_shape_ops``), since operations around it may have to branch on it: those around a plan do
+    not, which is why they compile with ``fullgraph=True`` too.
+    """
+    context = torch.library.get_ctx()
+    environment = getattr(context, "_shape_env", None)
+    if environment is None:
+        return context.new_dynamic_size()
+    size = environment.create_unbacked_symint()
+    torch._check(size >= 0)
+    return size
+
+
+def _fake(src: Tensor, dst: Tensor, num_src: int, num_dst: int, loops: str = "none") -> tuple[Tensor, Tensor, Tensor]:
     count: int | torch.SymInt = src.size(0)
     if loops == "more":
         count = count + torch.sym_min(num_src, num_dst)
     elif loops != "none":  # as many as are no self-loops, and one more per node
-        count = torch.library.get_ctx().new_dynamic_size()
+        count = _dynamic_size()
     return (
         src.new_empty((num_dst + 1,), dtype=torch.int64),
         src.new_empty((count,), dtype=torch.int32),

@@ -155,13 +155,14 @@ def has_fixed_graph() -> bool:
     return _fixed.get() is not None
 
 
-def cached(tensors: tuple[Any, ...], key: tuple[Any, ...], build: Build) -> Any:
+def cached(tensors: tuple[Any, ...], key: tuple[Any, ...], build: Build, *, is_sized: bool = True) -> Any:
     """What ``build()`` derives from ``tensors``, the dense or sparse tensors of a graph, some of them :obj:`None`.
 
-    Found again under ``key`` while the tensors hold the same; anew each time where they are being learned.
+    Found again under ``key`` while the tensors hold the same; anew each time where they are being learned.  It
+    ``is_sized`` where its shapes follow from those of the tensors, whatever edges they hold.
     """
     if torch.compiler.is_compiling():
-        return _constant(tensors, key, build)
+        return _constant(tensors, key, build, is_sized)
     if torch.jit.is_tracing():
         raise RuntimeError(
             "Expected no torch.jit.trace of a quantized layer, which would keep the graph of the trace unchecked; use "
@@ -181,12 +182,16 @@ def _complete(tensors: tuple[Any, ...], key: tuple[Any, ...]) -> tuple[Any, ...]
     return (*key, forms)
 
 
-def _constant(tensors: tuple[Any, ...], key: tuple[Any, ...], build: Build) -> Any:
-    """The value as a constant of the code that is being compiled, guarded; looked up in Python where there is none."""
+def _constant(tensors: tuple[Any, ...], key: tuple[Any, ...], build: Build, is_sized: bool) -> Any:
+    """The value as a constant of the code that is being compiled, guarded.
+
+    Where there is none it is built in the program; looked up in Python, behind a graph break, of a matrix, and for a
+    backward pass where its size is not known: compilers do not hand such a size on to a function's own backward.
+    """
     number = _current.number
     name = _constant_name(_static(_complete(tensors, key), _known_sizes(number)), number)
     if name is None:
-        if _is_edge_list(tensors) and (is_exporting() or not torch.is_grad_enabled()):
+        if _is_edge_list(tensors) and (is_sized or is_exporting() or not torch.is_grad_enabled()):
             return build()  # with the op that makes plans of the program's own edges
         if is_exporting():
             raise ValueError(

@@ -87,12 +87,15 @@ class NormalizedGraph:
         return out if self.target is None else out * self.target.view(-1, *([1] * (out.dim() - 1)))
 
 
-def _cached(edge_index: Any, edge_weight: Any, key: tuple[Any, ...], build: Any, copies: int = 1) -> Any:
+def _cached(
+    edge_index: Any, edge_weight: Any, key: tuple[Any, ...], build: Any, copies: int = 1, loops: str = "none"
+) -> Any:
+    """See :func:`.fixed.cached`; of a graph with ``loops`` as :class:`LoopedPlan` takes them."""
     if copies != 1:
-        one = partial(_cached, edge_index, edge_weight, key, build)
-        return _cached(edge_index, edge_weight, (*key, copies), lambda: one().repeated(copies))
+        one = partial(_cached, edge_index, edge_weight, key, build, loops=loops)
+        return _cached(edge_index, edge_weight, (*key, copies), lambda: one().repeated(copies), loops=loops)
     memory, more = memory_of(edge_index)
-    return cached((*memory, edge_weight), (*key, *more), build)
+    return cached((*memory, edge_weight), (*key, *more), build, is_sized=loops in ("none", "more"))
 
 
 def plain_graph(
@@ -176,7 +179,7 @@ def gcn_graph(
 
     if isinstance(edge_weight, Tensor) and edge_weight.requires_grad:
         key: tuple[Any, ...] = ("looped", size, loops, flow)
-        looped = _cached(edge_index, None, key, lambda: plan_of(edges_of(edge_index, None, flow, size)))
+        looped = _cached(edge_index, None, key, lambda: plan_of(edges_of(edge_index, None, flow, size)), loops=loops)
         return operator(looped, edges_of(edge_index, edge_weight, flow, size, dtype).weight).repeated(copies)
 
     def build() -> NormalizedGraph:
@@ -184,7 +187,7 @@ def gcn_graph(
         return operator(plan_of(edges, weighted=edges.weight is not None or fill != 1.0), edges.weight)
 
     key = ("gcn", num_nodes, improved, add_self_loops, normalize, flow, dtype)
-    return _cached(edge_index, edge_weight, key, build, copies)
+    return _cached(edge_index, edge_weight, key, build, copies, loops)
 
 
 def _normalized(plan: GraphPlan, weight: Tensor | None, dtype: torch.dtype) -> NormalizedGraph:
@@ -213,7 +216,7 @@ def looped_plan(edge_index: Any, size: tuple[int, int], flow: str) -> GraphPlan:
             edges = Edges(src, dst, None)
         return LoopedPlan.of(edges, size, "new", weighted=False).plan
 
-    return _cached(edge_index, None, ("new loops", size, flow), build)
+    return _cached(edge_index, None, ("new loops", size, flow), build, loops="new")
 
 
 class NormalizedOperator:

@@ -63,11 +63,15 @@ class RunsCell(MultipliesWeights):
         else:
             given = tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)
             state = given if batched else tuple(part.unsqueeze(0) for part in given)
-        gi = self._times(self._taken(x, INPUT), self._weight("weight_ih"), self.bias_ih)
-        gh = self._times(self._taken(state[0], HIDDEN), self._weight("weight_hh"), self.bias_hh)
-        state = next_state(kind, gi, gh, state)
+        state = self._next(kind, self._taken(x, INPUT), self._taken(state[0], HIDDEN), state)
         state = state if batched else tuple(part.squeeze(0) for part in state)
         return state if kind == "LSTM" else state[0]
+
+    def _next(self, kind: str, x: Any, h: Any, state: State) -> State:
+        """The state after one step, of a quantized input and state."""
+        gi = self._times(x, self._weight("weight_ih"), self.bias_ih)
+        gh = self._times(h, self._weight("weight_hh"), self.bias_hh)
+        return next_state(kind, gi, gh, state)
 
 
 class QuantizedCell(RunsCell, QuantizedWeights):

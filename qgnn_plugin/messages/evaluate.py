@@ -37,10 +37,13 @@ class Values:
         self.record, self.spaces, self.counts, self.degree = record, spaces, counts, degree
         self.known: dict[fx.Node, Any] = dict(inputs)
         self.found: dict[Any, Any] = {}
+        self.own: set[fx.Node] = set()
 
-    def put(self, node: fx.Node, value: Tensor) -> None:
-        """What a kernel has computed."""
+    def put(self, node: fx.Node, value: Tensor, is_own: bool = False) -> None:
+        """What a kernel has computed; ``is_own`` where nothing else is in its memory, which may be written over."""
         self.known[node] = value
+        if is_own:
+            self.own.add(node)
 
     def once(self, key: Any, compute: Callable[[], Any]) -> Any:
         """What ``compute`` gives, computed once per call."""
@@ -66,7 +69,12 @@ class Values:
         for known in [known for known in self.known if not left[known]]:
             del self.known[known]
         for later in order:
-            self.known[later] = self._compute(later)
+            first: Any = later.args[0] if later.args else None
+            in_place = later.target is aten.div.Tensor and first in self.own and left[first] == 1
+            if in_place and self.record.shapes[later] == self.record.shapes[first]:
+                self.known[later] = self[first].div_(self[later.args[1]])  # type: ignore[index]
+            else:
+                self.known[later] = self._compute(later)
             for arg in set(self._reads(later)):
                 left[arg] -= 1
                 if not left[arg]:
@@ -132,5 +140,3 @@ def _needed(node: fx.Node, known: dict[fx.Node, Any], reads: Any) -> list[fx.Nod
             stack.append((current, True))
             stack += [(arg, False) for arg in reads(current)]
     return order
-
-

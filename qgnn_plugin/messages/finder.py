@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..packing.deferred import Producer
 from ..packing.propagation_call import MessageKernel, NotByRows, Propagation, register_message_kernel
 
 __all__ = ["find_traced"]
@@ -23,7 +24,7 @@ def find_traced(call: Propagation) -> MessageKernel | None:
     except (NotTraceable, Unsupported, NotByRows):
         return None
 
-    def run(call: Propagation) -> Tensor:
+    def run(call: Propagation) -> Tensor | Producer:
         try:
             return calls.find(call).run(call)
         except (NotTraceable, Unsupported) as reason:

@@ -14,6 +14,7 @@ from ..kernels.arithmetic import multiplied
 from ..kernels.backend import backend_for
 from ..kernels.generated.program import Unsupported
 from ..kernels.generated.run import NotFinite, can_run, row_program
+from ..packing.deferred import Producer
 from ..packing.propagation_call import NotByRows
 from ..packing.ranges import NOT_FINITE
 from .build import Built, Leaf, PackedForm, build
@@ -22,6 +23,7 @@ from .edge_maps import product_arrays
 from .evaluate import Values
 from .shadow import NotTraceable, Snapshot, fingerprint
 from .spaces import Spaces
+from .sums import PlainSum
 from .trace import Input, Trace, trace
 
 __all__ = ["TracedCalls", "TracedMessage"]
@@ -38,12 +40,14 @@ class TracedMessage:
         spaces: Where its operations are computed.
         built: The kernel.
         inputs: The record's inputs, by its placeholders.
+        plain_sum: What it is, if it adds what sources send.
     """
 
     record: Trace
     spaces: Spaces
     built: Built
     inputs: dict[fx.Node, Input]
+    plain_sum: PlainSum | None = None
 
     @classmethod
     def of(cls, call: Any) -> TracedMessage:
@@ -64,14 +68,14 @@ class TracedMessage:
                 built = build(record, spaces, forms)
                 why = can_run(built.program, call.plan.device)
                 if why is None:
-                    return cls(record, spaces, built, inputs)
+                    return cls(record, spaces, built, inputs, PlainSum.of(record, spaces, built))
                 reason = Unsupported(why)
             except Unsupported as error:
                 reason = error
         assert reason is not None
         raise reason
 
-    def run(self, call: Any) -> Tensor:
+    def run(self, call: Any) -> Tensor | Producer:
         """What ``aggregate`` returns; attributes that ``message`` writes are set on the layer."""
         plan, layer = call.plan, call.layer
         counts = {"source": plan.num_src, "target": plan.num_dst, "edge": plan.num_edges}
@@ -80,6 +84,10 @@ class TracedMessage:
         arrays = [self._arrays(call, values, leaf) for leaf in self.built.leaves]
         arrays += [product_arrays(lin) for lin in self.built.maps]
         program = self.built.program
+        if self.plain_sum is not None:
+            producer = self.plain_sum.producer(program, arrays, call, values)
+            if producer is not None:
+                return producer
         try:
             outs = row_program(program, plan, arrays)
         except NotFinite as error:
@@ -87,7 +95,7 @@ class TracedMessage:
             raise ValueError(NOT_FINITE.format(where=where, found="NaN or infinity")) from None
         by_index = dict(zip(program.outputs, outs, strict=False))
         for (node, after), index in zip(self.built.results, self.built.indices, strict=True):
-            values.put(node, after(by_index[index]))
+            values.put(node, after(by_index[index]), is_own=self.built.indices.count(index) == 1)
         of_edges = outs[len(program.outputs) :]
         for name, node, value in zip(self.record.written, self.spaces.written, of_edges, strict=True):
             setattr(layer, name, value.view(-1, *self.record.shapes[node][1:]))
@@ -186,7 +194,8 @@ def _traced(call: Any) -> TracedMessage:
     before = dict(call.layer.__dict__)
     try:
         found = TracedMessage.of(call)
-        expect_agreement(call, found.run(call))
+        out = found.run(call)
+        expect_agreement(call, out() if isinstance(out, Producer) else out)
     except (NotTraceable, Unsupported, NotByRows, ImportError):
         raise
     except Exception as error:  # of a record unlike those that are known here: the layer runs as it is

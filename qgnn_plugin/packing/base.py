@@ -25,6 +25,7 @@ from ..quantizers import QuantizedTensor
 from ..quantizers.autocast import full_precision
 from ..smp.constraint import OTHER_PREFIX, SmoothLayer, constraint_names
 from ..smp.deep import StackPlace
+from .asked import Asked
 from .deferred import DeferredTensor, Producer, computed, conclude, is_deferring, plain
 from .direct import Direct
 from .matrix import PackedMatrix
@@ -209,7 +210,7 @@ class LastUsed:
     """What a packed layer derives from its numbers, for as long as these are the same; not copied, nor saved."""
 
     def __init__(self) -> None:
-        self.lower = LastProduct()
+        self.lower, self.asked = LastProduct(), Asked()
         self.matrix: PackedMatrix | None = None
         self.direct: Direct | None = None
         self.parts: tuple[tuple[Any, ...], list[Any]] | None = None
@@ -338,7 +339,7 @@ class PackedLayer(SwappedLayer):
         """What ``producer`` computes, put off where the packed model around may never need it as floats."""
         if not (self._packed.defers and is_deferring()) or self._forward_hooks:
             return producer()
-        return DeferredTensor(producer, self._packed.write_floats)
+        return DeferredTensor(producer, self._packed.write_floats, self._packed.last.asked)
 
     def _holds_range(self, site: str) -> bool:
         """Whether a site is a range for features, not that of a weight."""

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_map_only
 from ..kernels.backend import backend_for
 from ..kernels.cpu.parallel import on_every_thread
 from ..kernels.quantize_pack import quantize_pack
+from .asked import Asked, key_of
 from .weight import refuse_dtype
 
 __all__ = [
@@ -198,29 +199,36 @@ def added(first: Producer, second: Producer) -> Producer:
             return second.run(start, stop, addend=y, **out)
         return conclude(y.add_(second.run(start, stop)), **out)
 
-    only_kernels = first.is_fused and second.adds
+    only_kernels = (first.is_fused or first.only_kernels) and second.adds
     return Producer(first.num_rows, first.num_features, first.device, run, is_fused=False, only_kernels=only_kernels)
 
 
 class _Runs:
     """How often a producer has run: all that follows from it shares the count."""
 
-    def __init__(self, on_repeat: Callable[[], None]) -> None:
-        self.count, self.on_repeat = 0, on_repeat
+    def __init__(self, on_repeat: Callable[[], None], asked: Asked) -> None:
+        self.count, self.on_repeat, self.asked = 0, on_repeat, asked
 
     def add(self) -> None:
         self.count += 1
         if self.count > 1:
             self.on_repeat()
 
+    def undo(self) -> None:
+        self.count -= 1
+
 
 class Pending:
     """A producer and the row-wise steps after it; its value once something has touched that."""
 
-    def __init__(self, producer: Producer, *, on_repeat: Callable[[], None] = lambda: None) -> None:
-        self.producer, self.runs = producer, _Runs(on_repeat)
+    def __init__(
+        self, producer: Producer, *, on_repeat: Callable[[], None] = lambda: None, asked: Asked | None = None
+    ) -> None:
+        self.producer, self.runs = producer, _Runs(on_repeat, Asked() if asked is None else asked)
         self.steps: tuple[Step, ...] = ()
         self.value: Tensor | None = None
+        self.first: dict[str, Any] | None = None  # the range that it was packed in first, since its last step
+        self.codes: dict[Any, Rows] = {}  # in other ranges, packed with it
 
     runs: Any
 
@@ -228,6 +236,7 @@ class Pending:
         after = Pending.__new__(Pending)
         after.producer, after.runs, after.value = self.producer, self.runs, self.value
         after.steps = (*self.steps, step)
+        after.first, after.codes = None, {}
         return after
 
     def composed(self) -> Producer:
@@ -269,26 +278,58 @@ class Pending:
         """The codes, ``[N, row_words(F, out_bits)]`` int32, in a range of one element or ``[F]``; ``out`` as in
         :class:`Producer`.
         """
+        if self.value is None:
+            if (codes := self.codes.pop(key_of(out), None)) is not None:
+                self.runs.asked.was_used(self.first, out)
+                return codes
+            if self.first is not None:
+                if self.runs.asked.note(self.first, out):
+                    self.runs.undo()
+            else:
+                self.first = out
+                device = out["out_scale"].device
+                others = [o for o in self.runs.asked.after(out) if o["out_scale"].device == device]
+                if others:
+                    return self._packed_with(others, out)
         producer, (relu, steps) = self.producer, self._fused()
         if self.value is None and not steps:
             self.runs.add()
             return producer(relu=relu, **out)
         return gathered(producer.num_rows, ((rows, conclude(value, **out)) for rows, value in self.blocks()))
 
+    def _packed_with(self, others: list[dict[str, Any]], first: dict[str, Any]) -> Rows:
+        """The codes in the range ``first``; those in ``others``, of the same floats, are kept until they are wanted."""
+        producer, (relu, steps) = self.producer, self._fused()
+
+        def run(start: int, stop: int, **epilogue: Any) -> Rows:
+            value = producer.run(start, stop, **epilogue)
+            for step in steps:
+                value = step(value)
+            return tuple(conclude(value, **out) for out in (first, *others))
+
+        self.runs.add()
+        only_kernels = not steps and (producer.is_fused or producer.only_kernels)
+        codes = replace(producer, run=run, is_fused=False, adds=False, only_kernels=only_kernels)(relu=relu)
+        self.codes = {key_of(out): rows for out, rows in zip(others, codes[1:], strict=True)}
+        return codes[0]
+
 
 class DeferredTensor(Tensor):
     """A float32 matrix ``[N, F]`` that its producer has not computed yet.
 
     Shape, dtype and device are known; every operation that is neither noted (see :data:`ROW_WISE`) nor an alias
-    computes the value, once, and acts on that.  ``on_repeat`` is called where the producer has to run a second time.
+    computes the value, once, and acts on that.  ``on_repeat`` is called where the producer has to run a second time;
+    not where that is for codes in another range, which later calls that share ``asked`` compute together.
     """
 
     pending: Pending
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, producer: Producer, on_repeat: Callable[[], None] = lambda: None) -> DeferredTensor:
-        return cls._of(Pending(producer, on_repeat=on_repeat))
+    def __new__(
+        cls, producer: Producer, on_repeat: Callable[[], None] = lambda: None, asked: Asked | None = None
+    ) -> DeferredTensor:
+        return cls._of(Pending(producer, on_repeat=on_repeat, asked=asked))
 
     @classmethod
     def _of(cls, pending: Pending) -> DeferredTensor:
@@ -372,6 +413,8 @@ ROW_WISE = {
     aten.sigmoid.default: aten.sigmoid_.default,
     aten.tanh.default: aten.tanh_.default,
 }
+# The same by a number.
+BY_NUMBER = {aten.mul.Tensor: aten.mul_.Tensor, aten.div.Tensor: aten.div_.Tensor}
 _IN_PLACE = {in_place: func for func, in_place in ROW_WISE.items()}
 _ALIASES = (aten.view.default, aten._unsafe_view.default, aten.alias.default, aten.detach.default)
 
@@ -381,8 +424,12 @@ def _note(x: DeferredTensor, func: Any, args: Any, kwargs: Any) -> Any:
     pending = x.pending
     if func in ROW_WISE:
         return DeferredTensor._of(pending.then(_step(func, args, kwargs)))
+    if func in BY_NUMBER and len(args) == 1 and type(args[0]) in (int, float) and not kwargs:
+        in_place, number = BY_NUMBER[func], args[0]
+        return DeferredTensor._of(pending.then(lambda y: in_place(y, number)))
     if func in _IN_PLACE:
         pending.steps = (*pending.steps, _step(_IN_PLACE[func], args, kwargs))
+        pending.first, pending.codes = None, {}
         return x
     if func in _ALIASES and (not args or _is_shape_of(x, args[0])):
         return DeferredTensor._of(pending)

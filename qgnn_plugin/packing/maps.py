@@ -20,6 +20,7 @@ from ..layers.recurrent import QuantizedCell, QuantizedRecurrent, RunsCell, Runs
 from ..layers.sparse_linear import QuantizedSparseLinear, adjacency_of
 from ..layers.watched import is_watched, own_propagate
 from .base import LayerSpec, inference, register_packed
+from .deferred import plain, row_blocks
 from .matrix import PackedMatrix
 from .ranges import PackedTensor
 from .weights import PackedWeights
@@ -35,6 +36,7 @@ __all__ = [
     "PackedSparseLinear",
 ]
 
+GATES = 4  # of an LSTM; others have fewer
 MOST_SPANS = 8  # stretches of rows of one type, per type: with more of them rows are put in order first
 
 
@@ -44,6 +46,20 @@ class PackedCell(RunsCell, PackedWeights):
     @inference
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         return self._step(input, hx)
+
+    def _next(self, kind: str, x: Any, h: Any, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """By blocks of rows, whose gates stay in the cache."""
+        num_rows = state[0].size(0)
+        blocks = list(row_blocks(num_rows, GATES * self.hidden_size, state[0].device))
+        if len(blocks) == 1 or not (isinstance(x, PackedTensor) and isinstance(h, PackedTensor)):
+            return super()._next(kind, x, h, state)
+        state = tuple(plain(part) for part in state)
+        outs = tuple(torch.empty_like(part) for part in state)
+        for rows in blocks:
+            own, before = (x.rows(rows.start, rows.stop), h.rows(rows.start, rows.stop)), tuple(s[rows] for s in state)
+            for out, part in zip(outs, super()._next(kind, *own, before), strict=True):
+                out[rows] = part
+        return outs
 
     @classmethod
     def _returns_tuples(cls, layer: Any) -> bool:

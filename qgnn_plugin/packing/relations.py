@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,13 +12,17 @@ from torch import Tensor
 from torch_geometric.nn import FastRGCNConv, RGCNConv
 
 from ..kernels.aggregate import aggregate
+from ..kernels.plan import GraphPlan
+from .deferred import DeferredTensor, Producer, added, computed, conclude, plain
 from .matrix import PackedMatrix
 from .nodes import PackedNodes
 from .plans import found_by_contents, plan_of
+from .ranges import PackedTensor
 
 __all__ = ["own_form"]
 
 Form = Callable[..., Tensor | None]
+FLOAT_BITS = 32
 
 
 def own_form(forward: Callable[..., Any]) -> Form | None:
@@ -79,20 +84,32 @@ def fast_rgcn(layer: Any, x: Any, edge_index: Any, edge_type: Any = None) -> Ten
     for relation, edges in enumerate(relations):
         plan = plan_of(edges, size, layer.flow)
         share = plan.degree.clamp(min=1).reciprocal() if layer.aggr == "mean" else None
-        h = aggregate(
-            packed.words, plan, packed.scale, packed.lower, packed.num_features, packed.bits, dst_scale=share,
-            multiplier=packed.multiplier,
-        )  # fmt: skip
-        terms.add_relation(h, relation)
+        terms.add_relation(_aggregated(packed, plan, share), relation)
     return terms.finished(x_r)
 
 
+def _aggregated(sent: PackedTensor, plan: GraphPlan, share: Tensor | None) -> Producer:
+    """Sums of packed sources, by a factor ``[N]`` per row."""
+
+    def run(start: int, stop: int, **out: Any) -> Any:
+        return aggregate(
+            sent.words, plan.rows(start, stop), sent.scale, sent.lower, sent.num_features, sent.bits,
+            dst_scale=None if share is None else share[start:stop], multiplier=sent.multiplier, **out,
+        )  # fmt: skip
+
+    return Producer(plan.num_dst, sent.num_features, plan.device, run)
+
+
 class _Terms:
-    """The sum over relations; ``in_floats`` the features are as they are sent, not quantized before they are mapped."""
+    """The sum over relations, each term made by blocks of rows when the sum is.
+
+    ``in_floats`` the features are as they are sent, not quantized before they are mapped.
+    """
 
     def __init__(self, layer: Any, in_floats: bool = False) -> None:
         self.layer = layer
-        self.total: Tensor | None = None
+        self.terms: list[Producer] = []
+        self.held_bits = 0  # per node and feature, of codes that terms hold
         self.weight = layer._weight("weight") if "weight" in layer._shapes else None
         self.root = layer._weight("root") if "root" in layer._shapes else None
         self.composed: Tensor | None = None
@@ -109,34 +126,54 @@ class _Terms:
         """With the targets' own term and the bias."""
         if self.root is not None:
             self.add(x, "root", self.root)
-        bias = self.layer.bias
-        return self.total if bias is None or self.total is None else self.total.add_(bias)
+        if not self.terms:
+            return None
+        total, bias = functools.reduce(added, self.terms), self.layer.bias
+        return self.layer.deferred(total if bias is None else total.then(lambda y: y.add_(bias)))
 
     @property
     def are_packed(self) -> bool:
         return all(matrix is None or isinstance(matrix, PackedMatrix) for matrix in (self.weight, self.root))
 
-    def add_relation(self, h: Tensor, relation: int) -> None:
+    def add_relation(self, h: Tensor | Producer, relation: int) -> None:
         width = self.layer.out_channels
         if self.composed is None:
             assert self.weight is not None
+            assert isinstance(h, Tensor)
             return self.add(h, "weight", self.weight.rows(relation * width, (relation + 1) * width))
-        if self.layer.num_blocks is None:
-            return self._put(h @ self.composed[relation])
-        blocks = h.view(-1, self.composed.size(1), self.composed.size(2))
-        return self._put(torch.einsum("abc,bcd->abd", blocks, self.composed[relation]).reshape(-1, width))
+        return self._put(_mapped(_producer(h), self.composed[relation], width, self.layer.num_blocks is not None))
 
     def add(self, x: Tensor, name: str, matrix: PackedMatrix) -> None:
         """``x W^T``, of integers."""
         taken = self.layer._taken(x, f"{name}_input_quantizer")
         product = matrix.product(taken, None)
-        if product is None or self.total is None or not product.adds:
-            self._put(matrix.times(taken) if product is None else product())
-        else:
-            self.total = product.run(0, product.num_rows, addend=self.total)
+        self._put(computed(matrix.times(taken)) if product is None else product)
+        self.held_bits += FLOAT_BITS if product is None else getattr(taken, "bits", FLOAT_BITS)
 
-    def _put(self, term: Tensor) -> None:
-        self.total = term if self.total is None else self.total.add_(term)
+    def _put(self, term: Producer) -> None:
+        self.terms.append(term)
+        if self.held_bits > FLOAT_BITS:  # codes of many relations take more than their sum does
+            self.terms, self.held_bits = [computed(functools.reduce(added, self.terms)())], 0
+
+
+def _producer(h: Tensor | Producer) -> Producer:
+    if isinstance(h, Producer):
+        return h
+    waits = type(h) is DeferredTensor and h.pending.value is None
+    return h.pending.composed() if waits else computed(plain(h))
+
+
+def _mapped(h: Producer, weight: Tensor, width: int, is_blocks: bool) -> Producer:
+    """``h W`` in floats, with ``W`` [in, out], or of diagonal blocks [B, in / B, out / B]."""
+
+    def run(start: int, stop: int, **out: Any) -> Any:
+        rows = h.run(start, stop)
+        if is_blocks:
+            blocks = rows.view(-1, weight.size(0), weight.size(1))
+            return conclude(torch.einsum("abc,bcd->abd", blocks, weight).reshape(-1, width), **out)
+        return conclude(rows @ weight, **out)
+
+    return Producer(h.num_rows, width, h.device, run, is_fused=False)
 
 
 _FORMS: dict[Callable[..., Any], Form] = {RGCNConv.forward: rgcn, FastRGCNConv.forward: fast_rgcn}

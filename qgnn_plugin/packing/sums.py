@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .deferred import NOTES, DeferredTensor, Pending, Producer, added, gathered, plain, row_blocks
+from .asked import Asked
+from .deferred import NOTES, DeferredTensor, Pending, added, gathered, plain, row_blocks
 
 __all__ = ["Stacked"]
 
@@ -18,9 +19,9 @@ aten = torch.ops.aten
 def note_sum(x: Any, other: Any, **options: Any) -> DeferredTensor | None:
     """``x + other`` of two matrices that are not computed yet."""
     waits = not options and all(type(t) is DeferredTensor and t.pending.value is None for t in (x, other))
-    if not waits or other is x or other.pending.steps or other.shape != x.shape or x.device != other.device:
+    if not waits or other is x or other.shape != x.shape or x.device != other.device:
         return None
-    pending = Pending(added(x.pending.composed(), other.pending.producer))
+    pending = Pending(added(x.pending.composed(), other.pending.composed()))
     pending.runs = _BothRun(x.pending.runs, other.pending.runs)
     return DeferredTensor._of(pending)
 
@@ -31,9 +32,18 @@ class _BothRun:
     def __init__(self, *terms: Any) -> None:
         self.terms = terms
 
+    @property
+    def asked(self) -> Asked:
+        """That of the first: ranges are told apart by what packs in them."""
+        return self.terms[0].asked
+
     def add(self) -> None:
         for term in self.terms:
             term.add()
+
+    def undo(self) -> None:
+        for term in self.terms:
+            term.undo()
 
 
 class Stacked(DeferredTensor):
@@ -64,19 +74,22 @@ class Stacked(DeferredTensor):
             pending = [part.pending for part in x.parts]
             waits = x.pending.value is None and all(p.value is None for p in pending)
             if waits and not (len(args) > 2 and args[2]):
-                for p in pending:
-                    p.runs.add()
-                return _sum_of([p.composed() for p in pending])
+                return _sum_of(pending)
         return func(*plain(args), **plain(kwargs or {}))
 
 
 IN_ORDER = 4  # terms that torch adds one after another, wherever their results lie
 
 
-def _sum_of(terms: list[Producer]) -> Tensor:
-    """What ``torch.stack(terms).sum(0)`` gives, bit for bit, by blocks of rows."""
+def _sum_of(parts: list[Pending]) -> Tensor:
+    """What ``torch.stack(parts).sum(0)`` gives, bit for bit; of few terms not computed yet, else by blocks of rows."""
+    terms = [part.composed() for part in parts]
     if len(terms) <= IN_ORDER:
-        return functools.reduce(added, terms)()
+        pending = Pending(functools.reduce(added, terms))
+        pending.runs = _BothRun(*(part.runs for part in parts))
+        return DeferredTensor._of(pending)
+    for part in parts:
+        part.runs.add()
     rows, features, device = terms[0].num_rows, terms[0].num_features, terms[0].device
     blocks = row_blocks(rows, len(terms) * features, device)
     return gathered(rows, ((b, torch.stack([t.run(b.start, b.stop) for t in terms]).sum(0)) for b in blocks))

@@ -73,6 +73,7 @@ NOTED: dict[str, Callable[[Any], Any]] = {
     "norm and relu": nn.Sequential(nn.BatchNorm1d(WIDTH).eval(), nn.ReLU()).eval(),
     "views": lambda x: x.view(-1, WIDTH).reshape(ROWS, WIDTH).flatten(1).contiguous().float(),
     "detach": lambda x: x.detach().relu(),
+    "by a number": lambda x: 0.3 * (2 * x.relu()) / 7,
 }
 
 
@@ -89,7 +90,7 @@ def test_noted_operations_run_nothing_until_codes_are_asked_for(name: str, sourc
 
 
 TOUCHES: dict[str, Callable[[Any], Any]] = {
-    "arithmetic": lambda x: 2 * x + x,
+    "arithmetic": lambda x: 2 * x + x.exp(),
     "product": lambda x: x @ torch.ones(WIDTH, 2),
     "index": lambda x: x[3:5],
     "mask": lambda x: x[x > 0],
