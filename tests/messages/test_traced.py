@@ -11,7 +11,7 @@ from torch_geometric.nn import AGNNConv, GENConv, GraphConv, MessagePassing, Sup
 
 import qgnn_plugin as qgnn
 from qgnn_plugin.kernels.backend import use_backend
-from qgnn_plugin.messages import traced
+from qgnn_plugin.messages import sums, traced
 from qgnn_plugin.messages.shadow import Snapshot, fingerprint
 from qgnn_plugin.packing.generic import PackedMessagePassing
 
@@ -296,7 +296,8 @@ def test_tracing_leaves_no_mark() -> None:
 
 def test_a_result_that_is_not_the_layers_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = traced.row_program
-    monkeypatch.setattr(traced, "row_program", lambda *args: [out * 1.01 for out in whole(*args)])
+    for module in (traced, sums):
+        monkeypatch.setattr(module, "row_program", lambda *args: [out * 1.01 for out in whole(*args)])
     qmodel, packed = packed_pair(lambda: GraphConv(WIDTH, WIDTH), X, EDGE_INDEX)
     agree(qmodel, packed, X, EDGE_INDEX)
     assert paths(packed) == {"row blocks"}

@@ -18,7 +18,7 @@ from torch_geometric.nn.aggr import LSTMAggregation
 from torch_geometric.utils import softmax
 
 import qgnn_plugin as qgnn
-from qgnn_plugin.packing import propagation_call, relations, row_blocks
+from qgnn_plugin.packing import deferred, propagation_call, relations, row_blocks
 from qgnn_plugin.packing.plans import plan_of
 from qgnn_plugin.packing.relations import edges_by_relation
 
@@ -485,3 +485,26 @@ def test_graphs_of_nothing(name: str, nodes: int, edges: int) -> None:
     few = args[0][:nodes], args[1][:, :edges]
     with torch.no_grad():
         torch.testing.assert_close(packed(*few), qmodel(*few))
+
+
+@pytest.mark.parametrize("options", [{}, {"num_bases": 2}, {"num_blocks": 2}])
+@pytest.mark.parametrize("num_relations", [3, 20])
+def test_sums_of_relations_by_blocks_of_rows(options: Any, num_relations: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hidden features in two ranges, and more relations than codes of them would be held of."""
+    types = torch.randint(num_relations, (graph().size(1),), generator=torch.Generator().manual_seed(3))
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = RGCNConv(WIDTH, WIDTH, num_relations, **options)
+            self.second = RGCNConv(WIDTH, 6, num_relations, **options)
+
+        def forward(self, x: Tensor, edges: Tensor, types: Tensor) -> Tensor:
+            return self.second(self.first(x, edges, types).relu(), edges, types)
+
+    qmodel, packed = pair(Twice, (x(), graph(), types))
+    monkeypatch.setattr(deferred, "BLOCK_FLOATS", 64 * WIDTH)
+    with torch.no_grad():
+        for _ in range(3):
+            assert_same(packed(x(), graph(), types), qmodel(x(), graph(), types))
+    assert packed.first._packed.defers

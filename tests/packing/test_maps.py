@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch_geometric.nn import HeteroLinear
 
 import qgnn_plugin as qgnn
+from qgnn_plugin.packing import deferred
 
 ROWS, WIDTH, OUT, TYPES = 90, 16, 6, 4
 
@@ -93,3 +94,27 @@ def test_numbers_that_are_written_later_are_those_that_are_used() -> None:
     assert torch.equal(after, fresh(x, type_vec))
     packed.lin.bias.data += 1
     torch.testing.assert_close(packed(x, type_vec), after + 1)
+
+
+class Cell(nn.Module):
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.cell(x)
+        out = self.cell(x, h)
+        return torch.cat(out, dim=1) if isinstance(out, tuple) else out
+
+
+@pytest.mark.parametrize("make", [nn.GRUCell, nn.LSTMCell, nn.RNNCell])
+@torch.no_grad()
+def test_cells_by_blocks_of_rows(make: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    x = features().repeat(3, 1)
+    qmodel = qgnn.calibrate(qgnn.quantize_model(Cell(make(WIDTH, 8)).eval(), bits=4), [(x,)], method="ranges").eval()
+    packed = qgnn.pack_model(qmodel)
+    expected = packed(x)
+    monkeypatch.setattr(deferred, "BLOCK_FLOATS", 64 * 4 * 8)
+    assert torch.equal(packed(x), expected)
+    assert torch.equal(expected, qmodel(x))
