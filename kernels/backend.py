@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .signature import selecting
 
@@ -148,6 +149,7 @@ def is_direct() -> bool:
         and torch._C._len_torch_function_stack() == 0
         and torch._C._get_tracing_state() is None
         and torch._C._functorch.peek_interpreter_stack() is None  # of torch.func
+        and forward_ad._current_level < 0  # of derivatives that run forwards
         and not torch.autograd._profiler_enabled()
         and backend_for(_CPU) == "cpu"
     )

@@ -39,6 +39,18 @@ class _Checkpointed(ConvertsOnLoad):
 
     wrapped_class: ClassVar[type]
 
+    def on_fit_start(self: Any) -> None:
+        """Refuse to train what was packed, as long as nothing else in the module learns.
+
+        Raises:
+            ValueError: If so.
+        """
+        from .converted import expect_trainable  # which imports this module's users
+
+        if not any(p.requires_grad for p in self.parameters()):
+            expect_trainable(self)
+        super().on_fit_start()  # type: ignore[misc]
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         cls = type(self)
         reduced: Any = super().__reduce_ex__(protocol)

@@ -12,6 +12,7 @@ from .quantizers import QLRQuantizer
 __all__ = [
     "check_unconverted",
     "expect_converted",
+    "expect_trainable",
     "is_quantized",
     "kind_of",
     "quantized_layers",
@@ -55,7 +56,7 @@ def expect_converted(model: Any) -> None:
     raise error(f"Expected a model made by quantize_model (got {kind_of(model)}); {_REMEDIES[state]}")
 
 
-def _expect_trainable(model: Any) -> None:
+def expect_trainable(model: Any) -> None:
     """Raise where ``model`` is packed, or no model."""
     state = _state(model)
     if state in ("", "packed"):
@@ -91,7 +92,7 @@ def quantizers(model: nn.Module) -> dict[str, QLRQuantizer]:
         TypeError: If ``model`` is no module.
         ValueError: If it is packed.
     """
-    _expect_trainable(model)
+    expect_trainable(model)
     return {name: module for name, module in model.named_modules() if isinstance(module, QLRQuantizer)}
 
 

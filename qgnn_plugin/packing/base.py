@@ -23,6 +23,7 @@ from ..layers.graph import NormalizedGraph
 from ..layers.own_weights import outside_compiler
 from ..quantizers import QuantizedTensor
 from ..quantizers.autocast import full_precision
+from ..quantizers.transforms import transform_of
 from ..smp.constraint import OTHER_PREFIX, SmoothLayer, constraint_names
 from ..smp.deep import StackPlace
 from .asked import Asked
@@ -118,7 +119,8 @@ def inference(forward: Forward) -> Forward:
     """Guard a packed layer's forward: eval mode only, no gradient, output quantization.
 
     Raises:
-        RuntimeError: In training mode, or where an input requires a gradient and gradients are on.
+        RuntimeError: In training mode, or where an input requires a gradient and gradients are on, is a batch of
+            :func:`torch.func.vmap` or has a forward-mode derivative.
     """
 
     @functools.wraps(forward)
@@ -128,6 +130,13 @@ def inference(forward: Forward) -> Forward:
             raise RuntimeError(
                 f"Expected the packed '{self._packed.spec.name}' in eval mode (got training mode): packed "
                 f"models only run inference; call .eval(), or train the quantized model"
+            )
+        transform = transform_of((*args, *kwargs.values()))
+        if transform is not None:
+            raise RuntimeError(
+                f"Expected no {transform} through the packed '{self._packed.spec.name}' (got an input that has one): "
+                f"packed models only run inference, of one input after another; samples may be a dimension before that "
+                f"of the nodes, and the model that was given to pack_model has gradients"
             )
         if not torch.is_grad_enabled():
             return run(self, args, kwargs)

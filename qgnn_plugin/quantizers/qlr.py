@@ -17,6 +17,7 @@ from .range_search import Sample
 from .rows import RowRange, multipliers
 from .state import RangeKind
 from .tensor import QuantizedTensor
+from .transforms import FORWARD, VMAP, transform_of
 from .values import largest, peak, row_peaks, split
 
 __all__ = ["QLRQuantizer", "RangeKind"]
@@ -166,7 +167,8 @@ class QLRQuantizer(FittedQuantizer):
             if not self.training:
                 raise RuntimeError(
                     f"The range of '{self.site}' is unset: call qgnn_plugin.calibrate(model, data) first, "
-                    f"or train for at least one step"
+                    f"or train for at least one step; where no such data come to this layer, exclude it from "
+                    f"conversion (a packed model keeps it in floats)"
                 )
             self.set_range(x.detach(), pattern, may_be_zero_one=_looks_like_input(x))
         elif self._has_outgrown_zeros(x):
@@ -177,18 +179,22 @@ class QLRQuantizer(FittedQuantizer):
         """``x``, or a copy of it where it was made in inference mode and is to be kept for a backward pass.
 
         Raises:
-            ValueError: Where it is a batch of :func:`torch.func.vmap`: whether its values are finite cannot be asked.
+            ValueError: Where it is a batch of :func:`torch.func.vmap`: whether values are finite cannot
+                be asked; or has a forward-mode derivative, which rounding has none of.
         """
-        if torch._C._functorch.is_functorch_wrapped_tensor(x):
-            inner = x
-            while torch._C._functorch.is_functorch_wrapped_tensor(inner):
-                if torch._C._functorch.is_batchedtensor(inner):
-                    raise ValueError(
-                        f"Expected no torch.func.vmap over a quantized layer (got one at '{self.site}'): give samples "
-                        f"as a dimension before that of the nodes, or in a loop, or use restore_model(qmodel)"
-                    )
-                inner = torch._C._functorch.get_unwrapped(inner)
-        elif x.is_inference() and torch.is_grad_enabled():
+        transform = transform_of((x,))
+        if transform == VMAP:
+            raise ValueError(
+                f"Expected no torch.func.vmap over a quantized layer (got one at '{self.site}'): give samples as a "
+                f"dimension before that of the nodes, or in a loop, or use restore_model(qmodel)"
+            )
+        if transform == FORWARD:
+            raise ValueError(
+                f"Expected no forward-mode derivative through a quantized layer (got one at '{self.site}'): "
+                f"straight-through gradients run backwards; use torch.autograd.grad, torch.func.vjp or jacrev, or "
+                f"restore_model(qmodel)"
+            )
+        if not torch._C._functorch.is_functorch_wrapped_tensor(x) and x.is_inference() and torch.is_grad_enabled():
             return x.clone() if not torch.is_inference_mode_enabled() else x
         return x
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from core.support import CONVS, NODES, OUT, WIDTH, features, graph, quantized, relative
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 from torch_geometric.nn import (
     APPNP,
@@ -388,3 +389,37 @@ def test_features_made_in_inference_mode() -> None:
     with torch.inference_mode():
         made = x.clone()
     assert torch.equal(qmodel(made, edge_index), qmodel(x, edge_index))
+
+
+@pytest.mark.parametrize("name", ["GCNConv", "GATConv", "SAGEConv", "GINConv"])
+def test_batches_of_gradients(name: str) -> None:
+    """``is_grads_batched`` and ``jacobian(vectorize=True)``: one pass for several gradients, the same values."""
+    x, edge_index = features(), graph()
+    qmodel = quantized(CONVS[name](), x, edge_index).eval()
+    entry = x.clone().requires_grad_()
+    row = qmodel(entry, edge_index)[3]
+    units = torch.eye(row.numel())
+    batched = torch.autograd.grad(row, entry, units, is_grads_batched=True, retain_graph=True)[0]
+    single = [torch.autograd.grad(row, entry, unit, retain_graph=True)[0] for unit in units]
+    assert batched.abs().sum() > 0
+    assert torch.equal(batched, torch.stack(single))
+    found = torch.autograd.functional.jacobian(lambda v: qmodel(v, edge_index)[3], x, vectorize=True)
+    torch.testing.assert_close(found, batched)
+
+
+@pytest.mark.parametrize("packs", [False, True])
+def test_transforms_that_codes_do_not_have_are_refused(packs: bool) -> None:
+    """Forward-mode derivatives, which would be zero, and batches of ``vmap``."""
+    x = features()
+    model: Any = quantized(nn.Sequential(nn.Linear(WIDTH, 8), nn.ReLU(), nn.Linear(8, OUT)), x).eval()
+    model = qgnn.pack_model(model) if packs else model
+    where = r"through the packed '0'" if packs else r"a quantized layer \(got one at '0\.input'"
+    error = RuntimeError if packs else ValueError
+    with pytest.raises(error, match=f"no forward-mode derivative .*{where}"):
+        torch.func.jvp(model, (x,), (torch.ones_like(x),))
+    with torch.no_grad(), forward_ad.dual_level():
+        assert forward_ad.unpack_dual(model(x)).tangent is None  # of what has none
+        with pytest.raises(error, match=f"no forward-mode derivative .*{where}"):
+            model(forward_ad.make_dual(x, torch.ones_like(x)))
+    with pytest.raises(error, match=rf"no torch\.func\.vmap .*{where}"):
+        torch.func.vmap(model)(torch.stack([x, x]))

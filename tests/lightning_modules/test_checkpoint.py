@@ -157,3 +157,11 @@ def test_modules_handed_to_a_trainer_are_not_converted(tmp_path: Any) -> None:
                          enable_checkpointing=False, enable_model_summary=False)  # fmt: skip
     with pytest.raises(RuntimeError, match="Unexpected key"):
         trainer.fit(fresh, torch.utils.data.DataLoader([0]), ckpt_path=tmp_path / "task.ckpt")
+
+
+def test_a_packed_module_says_that_it_is_not_trained() -> None:
+    packed: Any = qgnn.pack_model(qgnn.calibrate(qgnn.quantize_model(Task()), (X, EDGES), method="ranges").eval())
+    trainer = pl.Trainer(fast_dev_run=True, logger=False, accelerator="cpu", enable_progress_bar=False,
+                         enable_model_summary=False)  # fmt: skip
+    with pytest.raises(ValueError, match=r"Expected a model to train \(got a packed Task\).*pack_model was given"):
+        trainer.fit(packed, torch.utils.data.DataLoader([0]))

@@ -1,0 +1,41 @@
+"""What :func:`torch.func.vmap` and forward-mode derivatives bring to a layer: neither codes nor kernels have them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+__all__ = ["FORWARD", "VMAP", "transform_of"]
+
+VMAP, FORWARD = "torch.func.vmap", "forward-mode derivative"
+
+
+def transform_of(values: Iterable[Any]) -> str | None:
+    """:data:`VMAP` or :data:`FORWARD` where one of ``values``, also in tuples and lists, is such; else :obj:`None`."""
+    if torch.compiler.is_compiling():
+        return None
+    differentiates = forward_ad._current_level >= 0  # torch.func.jvp enters a level as well
+    if not differentiates and torch._C._functorch.peek_interpreter_stack() is None:
+        return None
+    for value in values:
+        if isinstance(value, (tuple, list)):
+            if (found := transform_of(value)) is not None:
+                return found
+        elif isinstance(value, Tensor):
+            if _is_batched(value):
+                return VMAP
+            if differentiates and forward_ad.unpack_dual(value).tangent is not None:
+                return FORWARD
+    return None
+
+
+def _is_batched(value: Tensor) -> bool:
+    while torch._C._functorch.is_functorch_wrapped_tensor(value):
+        if torch._C._functorch.is_batchedtensor(value):
+            return True
+        value = torch._C._functorch.get_unwrapped(value)
+    return False
