@@ -27,6 +27,7 @@ CHUNK = 1 << 22  # codes unpacked at a time
 QUERY_BITS = 8  # of float queries with a range of their own
 MOST_QUERIES = 256  # at a time: with more, too few rows of the table are
 SMALL = 4096  # rows of a table whose products are all taken in float64
+FURTHER_BITS = 32  # of a rotated row: it takes the bytes of one with a range of its own
 MOST_BYTES = 1.25  # of a rotated table, over one with a range per row
 
 
@@ -36,7 +37,7 @@ class PackedEmbeddings:
     directions in which they vary (:class:`~qgnn_plugin.packing.transform.Transform`).
 
     Args:
-        words: ``[N, row_words(C, bits)]`` int32; ``C = F`` codes of a row, at most ``F`` of a transform.
+        words: ``[N, row_words(C, bits)]`` int32; ``C = F`` codes of a row, with a transform its digits.
         scale: Step ``s > 0``, one element or ``[N, 1]``, float32; with a transform the factors of its rows, at least 0.
         lower: Lower end ``l``, of the same shape, float32; zeros with a transform, which has its own.
         num_features: ``F``.
@@ -111,14 +112,14 @@ class PackedEmbeddings:
         """Quantize ``x`` ``[N, F]``.
 
         Rotated to the directions in which they vary, embeddings get more bits where dot products need them, and find
-        their neighbours at a fraction of the bits; lengths are kept by a factor of 4 bytes a node.  Without, ranges
-        are those of least mean-squared error: lengths differ widely over the nodes of a graph, and dot products favour
-        the long ones, so that one range for all of them either cuts these off or leaves the short ones a single code.
-        A range per node costs 8 bytes a node.
+        their neighbours at a fraction of the bits.  Without, ranges are those of least mean-squared error: lengths
+        differ widely over the nodes of a graph, and dot products favour the long ones, so that one range for all of
+        them either cuts these off or leaves the short ones a single code.  A range per node costs 8 bytes a node, as
+        do the factor and the further digits of a rotated one, which small tables go without.
 
         Args:
             x: Float matrix; zero and one other value, per row or in all, are held in one bit without loss.
-            bits: 2, 4 or 8, of every feature on average.
+            bits: 2, 4 or 8, of every feature on average, beside what a node has.
             granularity: ``"rotated"``; ``"node"``, a range for every row; ``"tensor"``, one for all; ``"auto"``:
                 rotated unless the table is so small that the directions weigh, a quarter more than ranges per row do.
 
@@ -137,10 +138,11 @@ class PackedEmbeddings:
         quantizer = QLRQuantizer(bits, site="embeddings", device=x.device)
         quantizer.set_range(x)
         if not quantizer.is_zero_one and granularity in ("auto", "rotated"):
-            rotated = cls._rotated(x, bits)
             ranged = x.size(0) * (4 * row_words(x.size(1), bits) + 8)
-            if granularity == "rotated" or rotated.nbytes <= MOST_BYTES * ranged:
-                return rotated
+            for further_bits in (FURTHER_BITS, 0):  # fewer where the directions weigh
+                rotated = cls._rotated(x, bits, further_bits)
+                if granularity == "rotated" or rotated.nbytes <= MOST_BYTES * ranged:
+                    return rotated
         if not quantizer.is_zero_one and granularity != "tensor":
             return cls(*_quantized_rows(x, bits), x.size(1), bits)
         site = PackedRange(SiteSpec.of(quantizer), "embeddings", device=x.device)
@@ -152,8 +154,8 @@ class PackedEmbeddings:
         return cls(packed.words, scale, lower, x.size(1), packed.bits)
 
     @classmethod
-    def _rotated(cls, x: Tensor, bits: int) -> PackedEmbeddings:
-        codes, factors, transform = transform_codes(x, bits)
+    def _rotated(cls, x: Tensor, bits: int, further_bits: int) -> PackedEmbeddings:
+        codes, factors, transform = transform_codes(x, bits, further_bits)
         return cls(pack_codes(codes, bits), factors, x.new_zeros(()), x.size(1), bits, transform)
 
     @property

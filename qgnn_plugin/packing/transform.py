@@ -9,8 +9,9 @@ their principal directions and shares the same bits out anew: direction ``k`` ge
 
 whose digits :math:`d` are packed as any codes.  The error of a product with a query :math:`q` that is distributed as
 the embeddings are has the variance :math:`\sum_k E[(q v_k)^2] s_k^2 / 12`, and a digit divides :math:`s_k` by
-:math:`2^b`: each goes where it takes most from that sum (reverse water-filling).  The factor :math:`f_i` keeps the
-length of every row, the larger part of what rounding does to a cosine.
+:math:`2^b`: each goes where it takes most from that sum (reverse water-filling).  The factor :math:`f_i` brings every
+row as close as one number can; most of what rounding does to a cosine is that it changes lengths.  With 32 bits of
+further digits a row takes as many bytes as one with a range of its own does.
 """
 
 from __future__ import annotations
@@ -82,12 +83,13 @@ class Transform:
         return Transform(self.directions.to(device), self.center.to(device), self.digits.to(device), self.bits)
 
 
-def transform_codes(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Transform]:
-    """Codes of a transform fitted to ``x``, of at most as many bits as ``bits`` for each feature.
+def transform_codes(x: Tensor, bits: int, further_bits: int = 0) -> tuple[Tensor, Tensor, Transform]:
+    """Codes of a transform fitted to ``x``, of at most ``bits`` bits for each feature and ``further_bits``.
 
     Args:
         x: ``[N, F]`` finite float32.
         bits: 2, 4 or 8.
+        further_bits: Of each row.
 
     Returns:
         Digits ``[N, C]`` uint8, factors ``[N, 1]`` float32, and the transform.
@@ -95,7 +97,7 @@ def transform_codes(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Transform]:
     mean = _mean(x)
     directions, weight = _directions(x, mean)
     low, high = _ranges(x, mean, directions)
-    digits = _shared_out((high - low).square() * weight, x.size(1), bits)
+    digits = _shared_out((high - low).square() * weight, x.size(1) + further_bits // bits, bits)
     kept = digits > 0
     directions, digits, low, high = directions[:, kept], digits[kept], low[kept], high[kept]
     top = 2.0 ** (bits * digits) - 1
@@ -135,13 +137,13 @@ def _ranges(x: Tensor, mean: Tensor, directions: Tensor) -> tuple[Tensor, Tensor
     return torch.stack([low for low, _ in ends]).amin(0), torch.stack([high for _, high in ends]).amax(0)
 
 
-def _shared_out(cost: Tensor, num_features: int, bits: int) -> Tensor:
-    """Digits of each direction, ``num_features`` in all where so many are worth having."""
+def _shared_out(cost: Tensor, num_digits: int, bits: int) -> Tensor:
+    """Digits of each direction, ``num_digits`` in all where so many are worth having."""
     digits = torch.zeros(cost.numel(), dtype=torch.long, device=cost.device)
     most = max(1, MOST_BITS // bits)
     left = cost.clone()
     left[cost <= cost.amax() * torch.finfo(torch.float32).eps ** 2] = 0  # nothing but rounding
-    for _ in range(num_features):
+    for _ in range(num_digits):
         best = int(left.argmax())
         if left[best] <= 0:
             break
@@ -180,9 +182,11 @@ def _digits(
 
 
 def _factors(x: Tensor, codes: Tensor, transform: Transform) -> Tensor:
-    """``|x| / |x^|``, 1 where there is nothing to scale."""
+    """``<x, x^> / <x^, x^>``, at least 0; 1 where there is nothing to scale."""
     basis, center, parts = transform.basis(), transform.center.double(), []
     for rows, found in zip(_blocks(x), codes.split(max(1, BLOCK // max(1, x.size(1)))), strict=True):
-        length = (found.double() @ basis + center).norm(dim=1, keepdim=True)
-        parts.append(torch.where(length > 0, rows.norm(dim=1, keepdim=True) / length, 1.0).float())
+        values = found.double() @ basis + center
+        squares = values.square().sum(1, keepdim=True)
+        best = (rows * values).sum(1, keepdim=True).clamp_min(0) / squares
+        parts.append(torch.where(squares > 0, best, 1.0).float())
     return torch.cat(parts) if parts else x.new_ones((0, 1))
