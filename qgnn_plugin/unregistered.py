@@ -17,8 +17,10 @@ from torch import Tensor, nn
 __all__ = ["unregistered_layers"]
 
 DEPTH = 4
-LIBRARIES = ("torch.", "torch_geometric.", "pytorch_lightning.", "lightning.", "lightning_fabric.", "torchmetrics.")
-LIBRARIES += ("numpy.", "qgnn_plugin.", "builtins.", "collections.", "networkx.", "scipy.")
+LIBRARIES = (
+    "torch.", "torch_geometric.", "pytorch_lightning.", "lightning.", "lightning_fabric.", "torchmetrics.", "numpy.",
+    "qgnn_plugin.", "builtins.", "collections.", "networkx.", "scipy.",
+)  # fmt: skip
 
 
 def unregistered_layers(model: nn.Module) -> dict[str, nn.Module]:

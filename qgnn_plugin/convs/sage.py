@@ -142,8 +142,8 @@ class SAGE(Convolution):
         mapped, smooth = Mapped(self.lin_l, sent), smooth and self._minds_change
         if sampled.propagate is not None:
             observed(self.message_quantizer, mapped.floats)
-            out = values_mapped(self.lin_l, sampled.propagate(sent.dequantize()))
             z = mapped.floats() if smooth else None
+            out = values_mapped(self.lin_l, sampled.propagate(sent.dequantize()))
         else:
             graph = self._graph(sampled)
             messages, z = self._coded(self.message_quantizer, mapped, floats=smooth)

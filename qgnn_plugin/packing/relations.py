@@ -159,8 +159,9 @@ class _Terms:
 def _producer(h: Tensor | Producer) -> Producer:
     if isinstance(h, Producer):
         return h
-    waits = type(h) is DeferredTensor and h.pending.value is None
-    return h.pending.composed() if waits else computed(plain(h))
+    if isinstance(h, DeferredTensor) and h.pending.value is None:
+        return h.pending.composed()
+    return computed(plain(h))
 
 
 def _mapped(h: Producer, weight: Tensor, width: int, is_blocks: bool) -> Producer:
