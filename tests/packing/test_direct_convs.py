@@ -116,7 +116,7 @@ def long_way(layer: Any, x: Tensor, edge_index: Any) -> Tensor:
 @given(
     name=st.sampled_from(list(LAYERS)),
     widths=st.sampled_from(list(WIDTHS)),
-    bits=st.sampled_from([2, 4, 8]),
+    bits=st.sampled_from([1, 2, 4, 8]),
     granularity=st.sampled_from(["row", "tensor"]),
     levels=st.sampled_from(["affine", "half"]),
     nodes=st.integers(1, 70),
