@@ -295,7 +295,7 @@ def run_recipe(
         model: An untrained PyG model of nodes; where ``config`` rewrites deep stacks, a copy is trained.
         data: Full-batch ``Data`` with ``x``, ``edge_index``, boolean ``train_mask``, ``val_mask`` and ``test_mask`` [N]
             and ``y``: integers [N] are classes, floats [N] or [N, T] numbers to predict.
-        bits: 2, 4 or 8.
+        bits: 1, 2, 4 or 8.
         config: Everything else about the conversion.
         recipe: Settings of the training.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import warnings
 from typing import Any
 
 import torch
@@ -116,6 +117,12 @@ class QuantizerState(nn.Module):
     @property
     def is_set(self) -> bool:
         return self.bits == OFF or self.range_kind != RangeKind.UNSET
+
+    @property
+    def is_one_bit(self) -> bool:
+        """The former name of :attr:`is_zero_one`: one bit is a width of its own now."""
+        warnings.warn("is_one_bit is now is_zero_one; it goes in the next minor version", DeprecationWarning, 2)
+        return self.is_zero_one
 
     @property
     def is_zero_one(self) -> bool:

@@ -156,3 +156,10 @@ def test_repr_tells_what_matters() -> None:
     assert repr(make({}, torch.rand(3, 4))).startswith(
         "QLRQuantizer(bits=4, levels=affine, granularity=tensor, NONNEGATIVE"
     )
+
+
+def test_the_former_name_of_zero_one_data_is_deprecated() -> None:
+    quantizer = QLRQuantizer(4)
+    quantizer.set_range((torch.rand(20, 3) < 0.5).float())
+    with pytest.warns(DeprecationWarning, match="is_zero_one"):
+        assert quantizer.is_one_bit
