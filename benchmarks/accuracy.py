@@ -2,9 +2,9 @@
 
 For each data set, model and seed: the float model, the float model distilled from itself, and the model converted from
 that at 8, 4 and 2 bits, all by the default :class:`qgnn_plugin.recipe.Recipe`.  Reported is the test accuracy of the
-epoch with the best validation accuracy.  A second table, of runs with ``--calibrated``, has the same float models after
-:func:`qgnn_plugin.calibrate` alone, by its default method.  Finished runs are kept one file each: an interrupted table
-goes on where it stopped.
+epoch with the best validation accuracy.  Runs with ``--one-bit`` have a table of their own, and so have those with
+``--calibrated``: the same float models after :func:`qgnn_plugin.calibrate` alone, by its default method.  Finished runs
+are kept one file each: an interrupted table goes on where it stopped.
 What is known about the rows, written by hand in ``accuracy-notes.md``, follows the table.
 """
 
@@ -17,7 +17,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,13 @@ from .jobs import run_jobs
 from .models import MODELS, build_model
 
 DATASETS = ("Cora", "PubMed", "Photo", "CS")
-COLUMNS = ("FP32", "FP32 self-distilled", "INT8", "INT4", "INT2")
+FLOATS = ("FP32", "FP32 self-distilled")
 BITS = {"INT8": 8, "INT4": 4, "INT2": 2}
-RUNS, CALIBRATED_RUNS = "accuracy-runs", "calibrated-runs"
+ONE_BIT = {"INT1": 1}
+RUNS, ONE_BIT_RUNS, CALIBRATED_RUNS = "accuracy-runs", "one-bit-runs", "calibrated-runs"
 SPARSE_BELOW = 0.5
 # Points of accuracy that a width may lose, and against which column.
-AIMS = {"INT8": ("FP32", 0.3), "INT4": ("FP32", 0.3), "INT2": ("FP32 self-distilled", 0.7)}
+AIMS = {"INT8": ("FP32", 0.3), "INT4": ("FP32", 0.3), "INT2": ("FP32 self-distilled", 0.7), "INT1": ("FP32", 2.0)}
 
 CALIBRATED_AIMS = {"INT8": ("FP32", 0.1), "INT4": ("FP32", 0.5), "INT2": ("FP32", 2.0)}
 
@@ -88,7 +89,7 @@ def run_calibrated(dataset: str, model_name: str, seed: int, root: str) -> dict[
     return {"dataset": dataset, "model": model_name, "seed": seed, "results": results}
 
 
-def run_cell(dataset: str, model_name: str, seed: int, root: str) -> dict[str, Any]:
+def run_cell(dataset: str, model_name: str, seed: int, root: str, widths: Mapping[str, int] = BITS) -> dict[str, Any]:
     """Every column of one data set, model and seed: validation and test accuracy, best epoch and seconds."""
     results: dict[str, Any] = {}
 
@@ -107,11 +108,16 @@ def run_cell(dataset: str, model_name: str, seed: int, root: str) -> dict[str, A
     start = time.perf_counter()
     distilled = born_again(trained, data)
     record("FP32 self-distilled", start, distilled)
-    for column, bits in BITS.items():
+    for column, bits in widths.items():
         torch.manual_seed(seed)
         start = time.perf_counter()
         record(column, start, fit_quantized(distilled.model, data, bits))
     return {"dataset": dataset, "model": model_name, "seed": seed, "results": results}
+
+
+def run_one_bit(dataset: str, model_name: str, seed: int, root: str) -> dict[str, Any]:
+    """As :func:`run_cell`, at one bit."""
+    return run_cell(dataset, model_name, seed, root, ONE_BIT)
 
 
 def _work(task: tuple[str, str, int, str, Path]) -> str:
@@ -119,13 +125,13 @@ def _work(task: tuple[str, str, int, str, Path]) -> str:
     if path.exists():  # another process has done it meanwhile
         return f"{dataset} {model} seed {seed}: done elsewhere"
     start = time.perf_counter()
-    run = run_calibrated if path.parent.name == CALIBRATED_RUNS else run_cell
-    cell = run(dataset, model, seed, root)
+    cell = RUN_BY_FOLDER[path.parent.name](dataset, model, seed, root)
     write_atomically(path, json.dumps(cell))
     scores = "  ".join(f"{column} {100 * r['test']:.1f}" for column, r in cell["results"].items())
     return f"{dataset} {model} seed {seed}: {scores}  ({time.perf_counter() - start:.0f} s)"
 
 
+RUN_BY_FOLDER = {RUNS: run_cell, ONE_BIT_RUNS: run_one_bit, CALIBRATED_RUNS: run_calibrated}
 Groups = dict[tuple[str, str], list[dict[str, Any]]]
 
 
@@ -156,7 +162,11 @@ def calibrated_markdown(cells: list[dict[str, Any]]) -> str:
 
 
 def _misses(row: str, means: dict[str, float], aims: dict[str, tuple[str, float]]) -> list[str]:
-    losses = {column: (means[against] - means[column], against, points) for column, (against, points) in aims.items()}
+    losses = {
+        column: (means[against] - means[column], against, points)
+        for column, (against, points) in aims.items()
+        if column in means
+    }
     return [
         f"- {row}, {column}: {loss:.1f} points under {against} (aim {points})"
         for column, (loss, against, points) in losses.items()
@@ -167,23 +177,23 @@ def _misses(row: str, means: dict[str, float], aims: dict[str, tuple[str, float]
 def markdown(cells: list[dict[str, Any]]) -> str:
     """The table, one row per data set and model, with the rows that miss an aim listed below it."""
     groups = _groups(cells)
-    lines = [NOTES, "| data set | model | seeds | " + " | ".join(COLUMNS) + " |", "| --- " * (len(COLUMNS) + 3) + "|"]
+    columns = list(cells[0]["results"])
+    lines = [NOTES, "| data set | model | seeds | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 3) + "|"]
     missed = []
     for (dataset, model), group in groups.items():
-        scores = {c: [100 * cell["results"][c]["test"] for cell in group] for c in COLUMNS}
+        scores = {c: [100 * cell["results"][c]["test"] for cell in group] for c in columns}
         means = {c: statistics.mean(values) for c, values in scores.items()}
         spread = {c: statistics.stdev(values) if len(values) > 1 else math.nan for c, values in scores.items()}
         several = len(group) > 1
-        cells_text = " | ".join(f"{means[c]:.1f}" + (f" ± {spread[c]:.1f}" if several else "") for c in COLUMNS)
+        cells_text = " | ".join(f"{means[c]:.1f}" + (f" ± {spread[c]:.1f}" if several else "") for c in columns)
         lines.append(f"| {dataset} | {model} | {len(group)} | {cells_text} |")
         missed += _misses(f"{dataset}, {model}", means, AIMS)
     lines.append("")
     if missed:
         lines += ["Rows that miss the aim:", "", *missed]
     else:
-        lines.append(
-            "Every row meets the aim: INT8 and INT4 within 0.3 points of FP32, INT2 within 0.7 of FP32 self-distilled."
-        )
+        aims = (f"{c} within {points:g} points of {against}" for c, (against, points) in AIMS.items() if c in columns)
+        lines.append(f"Every row meets the aim: {', '.join(aims)}.")
     return "\n".join(lines) + "\n"
 
 
@@ -212,6 +222,7 @@ class Table:
 
 TABLES = (
     Table(RUNS, "accuracy", "Accuracy", markdown),
+    Table(ONE_BIT_RUNS, "one-bit", "Accuracy at one bit", markdown),
     Table(CALIBRATED_RUNS, "calibrated", "Accuracy after calibration alone", calibrated_markdown),
 )
 
@@ -257,12 +268,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--jobs", type=int, default=1, help="processes, one thread each")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--one-bit", action="store_true", help="run the table of one bit")
     parser.add_argument("--calibrated", action="store_true", help="run the table of calibration alone")
     parser.add_argument("--report", action="store_true", help="only rewrite the table from finished runs")
     args = parser.parse_args()
-    for folder in (RUNS, CALIBRATED_RUNS):
+    for folder in RUN_BY_FOLDER:
         (args.out / folder).mkdir(parents=True, exist_ok=True)
-    runs = args.out / (CALIBRATED_RUNS if args.calibrated else RUNS)
+    runs = args.out / (CALIBRATED_RUNS if args.calibrated else ONE_BIT_RUNS if args.one_bit else RUNS)
     unpack_report(args.out)
     if not args.report:
         tasks = [
