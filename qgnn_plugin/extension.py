@@ -22,7 +22,9 @@ from .layers.graph import NormalizedGraph, gcn_graph, mean_graph, plain_graph
 from .layers.message_passing import QuantizedConv
 from .layers.registry import register_layer as register_conversion
 from .layers.samples import Samples
-from .packing.base import PackedConv, PackedLayer, inference, register_packed
+from .packing.base import PackedLayer, register_packed
+from .packing.conv import PackedConv
+from .packing.guard import inference
 from .packing.ranges import PackedRange, PackedTensor
 from .smp.constraint import attach_constraint
 

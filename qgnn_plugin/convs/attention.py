@@ -23,10 +23,11 @@ from ..layers.numerators import attention_codes, attention_thresholds
 from ..layers.registry import register_layer
 from ..layers.samples import layer_name
 from ..layers.watched import is_watched
-from ..packing.base import LayerSpec, inference, register_packed
-from ..packing.deferred import Producer, conclude
+from ..packing.base import LayerSpec, register_packed
 from ..packing.direct_attention import direct_gat
+from ..packing.guard import inference
 from ..packing.linear import PackedLinear
+from ..packing.producers import Producer, conclude
 from ..packing.ranges import PackedRange, PackedTensor, joined
 from ..quantizers import QLRQuantizer, QuantizedTensor
 from .base import Codes, Frozen, Trainable, trainable

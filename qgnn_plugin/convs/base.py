@@ -5,7 +5,7 @@ that mixin on :class:`Trainable`, its packed class the same mixin on :class:`Fro
 
 * a trainable site gives codes with straight-through gradients, and a sum, a product or a correction is a tensor that
   autograd knows;
-* a frozen site hands its range down: a sum or a product is a :class:`~qgnn_plugin.packing.deferred.Producer`, which
+* a frozen site hands its range down: a sum or a product is a :class:`~qgnn_plugin.packing.producers.Producer`, which
   writes the codes of whatever comes next from the registers that it was added up in, and floats only where somebody
   needs these.
 
@@ -28,9 +28,10 @@ from ..layers.graph import NormalizedGraph
 from ..layers.message_passing import QuantizedConv
 from ..layers.samples import Samples
 from ..layers.watched import is_hooked, mapped_by_call
-from ..packing.base import Activation, PackedConv, packed_dense
-from ..packing.deferred import Producer, Step, added, computed, conclude, plain
+from ..packing.conv import Activation, PackedConv, packed_dense
+from ..packing.deferred import plain
 from ..packing.linear import PackedLinear
+from ..packing.producers import Producer, Step, added, computed, conclude
 from ..packing.ranges import PackedTensor
 from ..quantizers.autocast import full_precision
 from ..smp.constraint import SmoothLayer
@@ -202,7 +203,7 @@ def trainable(forward: Callable[..., Any]) -> Any:
 class Frozen(Convolution, PackedConv):
     """Base of packed convolutions: a result is a :class:`Producer`, or a tensor where floats had to be written.
 
-    Their ``forward`` is the one that is told once, under :func:`~qgnn_plugin.packing.base.inference`.
+    Their ``forward`` is the one that is told once, under :func:`~qgnn_plugin.packing.guard.inference`.
     """
 
     def _precision(self, lin: Any) -> torch.dtype:

@@ -13,8 +13,9 @@ from ..layers.message_passing import QuantizedConv, QuantizedMessagePassing, req
 from ..layers.own_weights import QuantizedOwnConv
 from ..layers.registry import register_deep
 from ..layers.samples import Samples
-from ..packing.base import LayerSpec, inference, register_packed
+from ..packing.base import LayerSpec, register_packed
 from ..packing.deferred import plain
+from ..packing.guard import inference
 from ..quantizers import QLRQuantizer
 from ..quantizers.autocast import full_precision
 from ..smp.constraint import attach_constraint

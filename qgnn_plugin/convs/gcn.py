@@ -15,8 +15,9 @@ from ..layers.message_passing import require_sum
 from ..layers.registry import register_layer
 from ..layers.samples import Samples
 from ..layers.watched import is_watched, watched_graph
-from ..packing.base import inference, register_packed
+from ..packing.base import register_packed
 from ..packing.direct_convs import direct_gcn
+from ..packing.guard import inference
 from ..smp.constraint import attach_constraint
 from .base import Convolution, Frozen, Mapped, Trainable, trainable
 

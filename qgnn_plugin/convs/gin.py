@@ -15,10 +15,12 @@ from ..layers.graph import NormalizedGraph, graph_size, plain_graph
 from ..layers.registry import register_layer
 from ..layers.samples import Pair
 from ..layers.watched import is_watched, pair_of, through_pyg
-from ..packing.base import inference, packed_dense, register_packed
+from ..packing.base import register_packed
+from ..packing.conv import packed_dense
 from ..packing.deferred import DeferredTensor, is_deferring
 from ..packing.direct import is_few
 from ..packing.direct_convs import direct_gin
+from ..packing.guard import inference
 from ..quantizers import QuantizedTensor
 from ..smp.constraint import Operator, attach_constraint
 from .base import Codes, Convolution, Frozen, Result, Trainable, trainable

@@ -16,7 +16,8 @@ from ..layers.graph import NormalizedGraph, NormalizedOperator
 from ..layers.message_passing import require_sum
 from ..layers.samples import Samples
 from ..layers.watched import is_watched, watched_graph
-from ..packing.base import LayerSpec, inference
+from ..packing.base import LayerSpec
+from ..packing.guard import inference
 from ..quantizers import QLRQuantizer
 from ..quantizers.autocast import full_precision
 from ..smp.constraint import BUFFERS

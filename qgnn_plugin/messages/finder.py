@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..packing.deferred import Producer
+from ..packing.producers import Producer
 from ..packing.propagation_call import MessageKernel, NotByRows, Propagation, register_message_kernel
 
 __all__ = ["find_traced"]

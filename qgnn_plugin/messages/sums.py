@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from ..kernels.generated.program import Program
 from ..kernels.generated.run import row_program
 from ..kernels.plan import GraphPlan
-from ..packing.deferred import Producer, conclude
+from ..packing.producers import Producer, conclude
 from .build import Built
 from .evaluate import Values
 from .spaces import ROW, Spaces

@@ -14,7 +14,7 @@ from ..kernels.arithmetic import multiplied
 from ..kernels.backend import backend_for
 from ..kernels.generated.program import Unsupported
 from ..kernels.generated.run import NotFinite, can_run, row_program
-from ..packing.deferred import Producer
+from ..packing.producers import Producer
 from ..packing.propagation_call import NotByRows
 from ..packing.ranges import NOT_FINITE
 from .build import Built, Leaf, PackedForm, build

@@ -1,50 +1,31 @@
-"""What every packed layer shares: its description, its settings, and the guard around its forward."""
+"""What every packed layer shares: its description, its settings, and what it was before."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch_geometric.nn import MessagePassing
 
 from ..config import OFF, QuantConfig
-from ..kernels.aggregate import aggregate
-from ..kernels.backend import is_direct
-from ..kernels.finite import is_finite
-from ..kernels.layout import pack_codes
-from ..layers.arithmetic import aggregate_sum
 from ..layers.base import QuantizedLayer, SwappedLayer, float_state, named_as
-from ..layers.errors import REFUSALS, expect_features, name_layer
-from ..layers.graph import NormalizedGraph
 from ..layers.own_weights import outside_compiler
-from ..quantizers import QuantizedTensor
-from ..quantizers.autocast import full_precision
-from ..quantizers.transforms import transform_of
-from ..smp.constraint import OTHER_PREFIX, SmoothLayer, constraint_names
+from ..smp.constraint import constraint_names
 from ..smp.deep import StackPlace
 from .asked import Asked
-from .deferred import DeferredTensor, Producer, computed, conclude, is_deferring, plain
+from .deferred import DeferredTensor, is_deferring, plain
 from .direct import Direct
+from .guard import inference
 from .matrix import PackedMatrix
-from .ranges import UNSET, LastProduct, PackedRange, PackedTensor, SiteSpec
+from .producers import Producer
+from .ranges import UNSET, LastProduct, PackedRange, SiteSpec
 from .weight import refuse_dtype
 
-__all__ = [
-    "LayerSpec",
-    "PackedConv",
-    "PackedLayer",
-    "frozen_class",
-    "inference",
-    "packed_class",
-    "register_packed",
-]
-
-Activation = PackedTensor | QuantizedTensor
-Forward = TypeVar("Forward", bound=Callable[..., Any])
+__all__ = ["LayerSpec", "PackedLayer", "frozen_class", "packed_class", "register_packed"]
 
 _REGISTRY: dict[type[QuantizedLayer], type[PackedLayer]] = {}
 
@@ -113,79 +94,6 @@ def _sites(layer: Any, reason: str | None) -> dict[str, SiteSpec]:
     # weight that a layer's own code did not read stays as it is.
     needed = () if getattr(layer, "has_others", False) else (WEIGHT,)
     return {site: SiteSpec.of(q) if q.is_set or site in needed else SiteSpec(UNSET) for site, q in own.items()}
-
-
-def inference(forward: Forward) -> Forward:
-    """Guard a packed layer's forward: eval mode only, no gradient, output quantization.
-
-    Raises:
-        RuntimeError: In training mode, or where an input requires a gradient and gradients are on, is a batch of
-            :func:`torch.func.vmap` or has a forward-mode derivative.
-    """
-
-    @functools.wraps(forward)
-    @full_precision
-    def guarded(self: PackedLayer, *args: Any, **kwargs: Any) -> Any:
-        if self.training:
-            raise RuntimeError(
-                f"Expected the packed '{self._packed.spec.name}' in eval mode (got training mode): packed "
-                f"models only run inference; call .eval(), or train the quantized model"
-            )
-        transform = transform_of((*args, *kwargs.values()))
-        if transform is not None:
-            raise RuntimeError(
-                f"Expected no {transform} through the packed '{self._packed.spec.name}' (got an input that has one): "
-                f"packed models only run inference, of one input after another; samples may be a dimension before that "
-                f"of the nodes, and the model that was given to pack_model has gradients"
-            )
-        if not torch.is_grad_enabled():
-            return run(self, args, kwargs)
-        if _wants_gradient((*args, *kwargs.values(), _edge_mask(self))):
-            raise RuntimeError(
-                f"Expected no gradient through the packed '{self._packed.spec.name}' (got an input that requires one): "
-                f"packed models only run inference; take gradients, such as forces, of the quantized model, or call "
-                f"the packed one under torch.no_grad()"
-            )
-        with torch.no_grad():
-            return run(self, args, kwargs)
-
-    def run(self: PackedLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if torch.compiler.is_compiling():
-            return concluded(self, forward(self, *args, **kwargs))
-        try:
-            if not self._runs_own_forward:
-                expect_features(args[0] if args else kwargs.get("x", ()))
-            return concluded(self, forward(self, *args, **kwargs))
-        except REFUSALS as error:
-            name_layer(error, self._packed.spec.name)
-            raise
-
-    def concluded(self: PackedLayer, out: Any) -> Any:
-        if self.output_quantizer is None:
-            return out
-        if self._runs_own_forward and isinstance(out, tuple):  # with attention weights
-            return (self.output_quantizer(out[0], is_finite=True).dequantize(), *out[1:])
-        if not isinstance(out, Tensor):
-            return out
-        return self.output_quantizer(out, is_finite=True).dequantize()
-
-    return guarded  # type: ignore[return-value]
-
-
-def _edge_mask(layer: Any) -> Tensor | None:
-    """The mask of an explanation of edges, a parameter or an attribute."""
-    mask = vars(layer).get("_edge_mask")
-    return layer._parameters.get("_edge_mask") if mask is None else mask
-
-
-def _wants_gradient(values: Iterable[Any]) -> bool:
-    for value in values:
-        if isinstance(value, Tensor):
-            if value.requires_grad:
-                return True
-        elif isinstance(value, (tuple, list)) and _wants_gradient(value):
-            return True
-    return False
 
 
 @dataclass
@@ -439,114 +347,6 @@ def _float_bytes(layer: nn.Module) -> int:
     added = constraint_names(layer)
     buffers = [b for k, b in layer.named_buffers(recurse=False) if k not in added]
     return sum(t.numel() * t.element_size() for t in (*layer.parameters(recurse=False), *buffers))
-
-
-class PackedConv(PackedLayer, SmoothLayer):
-    """Base of packed convolutions: sums over packed messages, and the smoothness correction where it acts."""
-
-    def freeze(self: Any, layer: Any, spec: LayerSpec) -> None:
-        super().freeze(layer, spec)
-        constrained = issubclass(type(self).float_class, SmoothLayer)  # by itself
-        if not constrained:
-            self._smp = spec.config.smp if spec.smooth else None
-            self._buffer_prefix = OTHER_PREFIX if hasattr(self, "multiplier") else ""
-        if spec.smooth:
-            device = next((p.device for p in layer.parameters()), None)
-            multiplier = torch.zeros((), dtype=torch.float32, device=device)
-            self.register_buffer(self._buffer_prefix + "multiplier", multiplier)
-
-    def upgrade(self, state: dict[str, Any]) -> None:
-        for name in ("deep_place", "deep_config", "deep_stack"):
-            if name in state:
-                state[f"_{name}"] = state.pop(name)
-        if not issubclass(type(self).float_class, SmoothLayer):
-            state["_smp"] = state.pop("smp")
-
-    @property
-    def _is_smoothing(self) -> bool:
-        return self._packed.spec.smooth
-
-    @property
-    def _force(self) -> Tensor:
-        return self._constraint_buffer("multiplier")
-
-    def fill(self, layer: Any) -> None:
-        super().fill(layer)
-        if self._is_smoothing:
-            self._force.copy_(layer._force)
-
-    def aggregation(self, x: Activation, graph: NormalizedGraph, **epilogue: Any) -> Producer:
-        r""":math:`t_i \sum_j w_{ij} x_j` over codes.
-
-        ``epilogue`` goes to :func:`qgnn_plugin.kernels.aggregate.aggregate`; values that are not
-        packed take bias and nothing else.
-        """
-        _expect_finite_graph(graph)
-        if graph.propagate is not None:
-            out = graph.propagated(x.dequantize())
-            return computed(out if epilogue.get("bias") is None else out + epilogue["bias"])
-        if isinstance(x, QuantizedTensor) and x.qmax is not None:
-            x = packed_dense(x)
-
-        width = x.num_features if isinstance(x, PackedTensor) else x.shape[1]
-        bias = epilogue.get("bias")
-        fits = bias is None or (bias.shape == (width,) and bias.dtype is torch.float32)
-
-        def run(start: int, stop: int, addend: Tensor | None = None, **more: Any) -> Tensor:
-            part = graph.rows(start, stop)
-            if isinstance(x, PackedTensor):
-                added: dict[str, Any] = {"addend": addend} if addend is not None and fits and is_direct() else {}
-                end = {} if addend is not None and not added else more
-                y = aggregate(
-                    x.words, part.plan, x.scale, x.lower, x.num_features, x.bits, edge_weight=part.weight,
-                    dst_scale=None if part.target is None else part.target.view(-1), multiplier=x.multiplier,
-                    is_checked=fits, **added, **epilogue, **end,
-                )  # fmt: skip
-                return y if addend is None or added else conclude(y.add_(addend), **more)
-            assert addend is None
-            assert set(epilogue) <= {"bias"}
-            out = aggregate_sum(x, part.plan, part.weight)
-            out = out if part.target is None else out * part.target
-            return conclude(out if epilogue.get("bias") is None else out + epilogue["bias"], **more)
-
-        is_packed = isinstance(x, PackedTensor)
-        adds = is_packed and graph.plan.device.type == "cpu"
-        return Producer(graph.plan.num_dst, width, graph.plan.device, run, is_fused=is_packed, adds=adds)
-
-    def aggregated(self, x: Activation, graph: NormalizedGraph, **epilogue: Any) -> Tensor:
-        """The floats of :meth:`aggregation`."""
-        return self.aggregation(x, graph, **epilogue)()
-
-
-_FINITE = "_is_finite"  # attribute of a graph whose numbers were looked at
-
-
-def _expect_finite_graph(graph: NormalizedGraph) -> None:
-    """Refuse weights and factors of normalization that are NaN or infinite; once per graph.
-
-    Raises:
-        ValueError: If there are any.
-    """
-    if _FINITE in graph.__dict__ or torch.compiler.is_compiling():
-        return
-    target = None if graph.target is graph.source else graph.target
-    for values, what in ((graph.weight, "edge weights"), (graph.source, "degrees"), (target, "degrees")):
-        if values is not None and not is_finite(values):
-            raise ValueError(
-                f"Expected finite {what} (got NaN or infinity); check the edge weights, and for negative ones that the "
-                f"layer does not normalize"
-            )
-    graph.__dict__[_FINITE] = True
-
-
-def packed_dense(x: QuantizedTensor) -> PackedTensor:
-    """Pack codes that are still unpacked, those of sparse features."""
-    dense, bits = x.dense(), x.bits
-    words = pack_codes(dense.codes, bits)
-    if x.rows is not None:
-        scale, lower, multiplier = x.rows.scale, x.rows.lower, x.rows.integers()
-        return PackedTensor(words, scale, lower, dense.codes.size(1), bits, x.unsigned, multiplier)
-    return PackedTensor(words, x.scale, x.lower, dense.codes.size(1), bits, x.unsigned)
 
 
 def register_packed(mixin: type[QuantizedLayer], packed: type[PackedLayer]) -> None:

@@ -9,198 +9,23 @@ the same order, so what a model returns does not depend on what was deferred.
 from __future__ import annotations
 
 import copy
-import functools
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ..kernels.backend import backend_for
-from ..kernels.cpu.parallel import on_every_thread
-from ..kernels.quantize_pack import quantize_pack
 from .asked import Asked, key_of
-from .weight import refuse_dtype
+from .producers import Block, Producer, Rows, Step, conclude, gathered, row_blocks
 
-__all__ = [
-    "NOTES",
-    "DeferredTensor",
-    "Pending",
-    "Producer",
-    "added",
-    "computed",
-    "conclude",
-    "defer_inside",
-    "is_deferring",
-    "plain",
-    "row_blocks",
-]
+__all__ = ["NOTES", "DeferredTensor", "Pending", "is_deferring", "plain", "scope"]
 
 aten = torch.ops.aten
-Step = Callable[[Tensor], Tensor]
-Rows = Any  # floats or packed words of a matrix; or words and the multipliers of their rows, a pair
-Block = tuple[slice, Rows]  # rows, and what they hold
-
-BLOCK_FLOATS = 1 << 19  # of a block of rows: they stay in the cache from the kernel to the codes
-BLOCK_ROWS = 64  # blocks are multiples of it, so that vectorized operations have their tails where whole matrices do
-
-
-def row_blocks(num_rows: int, num_features: int, device: torch.device) -> Iterator[slice]:
-    """Blocks of rows that stay in a cache; on an accelerator, where each would cost a launch, one of all.
-
-    A program that is being traced has one block as well: its number of rows may be any.
-    """
-    if torch.compiler.is_compiling():
-        return iter((slice(0, num_rows),))
-    step = max(1, num_rows)
-    if device.type == "cpu":
-        step = max(1, BLOCK_FLOATS // max(1, num_features) // BLOCK_ROWS) * BLOCK_ROWS
-    return (slice(start, min(start + step, num_rows)) for start in range(0, max(1, num_rows), step))
-
-
-def gathered(num_rows: int, blocks: Iterator[Block]) -> Rows:
-    """Blocks of rows as one matrix."""
-    rows, first = next(blocks)
-    if rows.stop == num_rows:
-        return first
-    out = _room(first, num_rows)
-    _put(out, rows, first)
-    for rows, part in blocks:
-        _put(out, rows, part)
-    return out
-
-
-def _room(block: Rows, num_rows: int) -> Rows:
-    """Room for all of ``num_rows`` rows of which ``block`` has some."""
-    if isinstance(block, tuple):
-        return tuple(_room(part, num_rows) for part in block)
-    return block.new_empty((num_rows, *block.shape[1:]))
-
-
-def _put(out: Rows, rows: slice, part: Rows) -> None:
-    """``out[rows] = part``, on the CPU by NumPy: torch would wake threads that then spin against the kernels' own."""
-    if isinstance(out, tuple):
-        for one, its_part in zip(out, part, strict=True):
-            _put(one, rows, its_part)
-    elif out.device.type == "cpu":
-        out.numpy()[rows] = part.numpy()
-    else:
-        out[rows] = part
-
-
-def conclude(
-    y: Tensor,
-    *,
-    relu: bool = False,
-    out_scale: Tensor | None = None,
-    out_offset: Tensor | None = None,
-    out_bits: int = 0,
-    out_unit: Tensor | None = None,
-) -> Rows:
-    """The end of a computation whose floats are there: ReLU, in place, and packed codes where a range is given."""
-    if relu:
-        y = y.relu_()
-    if out_bits == 0:
-        return y
-    assert out_scale is not None
-    assert out_offset is not None
-    return quantize_pack(y, out_scale, out_offset, out_bits, out_unit, is_checked=True)
-
-
-@dataclass(eq=False, slots=True)
-class Producer:
-    """How to compute a float32 matrix ``[N, F]``.
-
-    Args:
-        num_rows: ``N``.
-        num_features: ``F``.
-        device: Where it is computed.
-        run: ``run(start, stop, relu=False, **out)`` gives the rows ``[start, stop)``, as floats or, with a range
-            ``out_scale``, ``out_offset`` and ``out_bits``, as packed codes; with ``out_unit`` as a pair, the codes and
-            the multipliers of the rows.
-        is_fused: Whether packed codes come out of one kernel, without floats in between.
-        adds: Whether ``run`` takes another matrix's rows as ``addend``, which it adds before ReLU.
-        only_kernels: Whether ``run`` calls nothing but kernels, so that threads may share blocks among them.
-    """
-
-    num_rows: int
-    num_features: int
-    device: torch.device
-    run: Callable[..., Rows]
-    is_fused: bool = True
-    adds: bool = False
-    only_kernels: bool = False
-
-    def __call__(self, **epilogue: Any) -> Rows:
-        """The whole matrix; ``epilogue`` as that of ``run``."""
-        if self.is_fused or self._is_one_block:
-            return self.run(0, self.num_rows, **epilogue)
-        if self.only_kernels and not torch.compiler.is_compiling() and backend_for(self.device) == "cpu":
-            return self._shared_out(**epilogue)
-        return gathered(self.num_rows, self.blocks(**epilogue))
-
-    @property
-    def _is_one_block(self) -> bool:
-        return self.num_rows * self.num_features <= BLOCK_FLOATS // 2 and self.num_rows > 0
-
-    def blocks(self, **epilogue: Any) -> Iterator[Block]:
-        """The matrix by blocks of rows (see :func:`row_blocks`)."""
-        for rows in row_blocks(self.num_rows, self.num_features, self.device):
-            yield rows, self.run(rows.start, rows.stop, **epilogue)
-
-    def _shared_out(self, **epilogue: Any) -> Rows:
-        """The matrix, each block of it by one thread."""
-        blocks = row_blocks(self.num_rows, self.num_features, self.device)
-        rows = next(blocks)
-        first = self.run(rows.start, rows.stop, **epilogue)
-        if rows.stop == self.num_rows:
-            return first
-        out = _room(first, self.num_rows)
-        _put(out, rows, first)
-        rest = iter(list(blocks))  # unlike a generator, it may be advanced by several threads
-
-        def work() -> None:
-            for rows in rest:
-                _put(out, rows, self.run(rows.start, rows.stop, **epilogue))
-
-        on_every_thread(work)
-        return out
-
-    def then(self, step: Step) -> Producer:
-        """With ``step``, which treats every row for itself, applied to the floats."""
-
-        def run(start: int, stop: int, **out: Any) -> Rows:
-            return conclude(step(self.run(start, stop)), **out)
-
-        return replace(self, run=run, is_fused=False, adds=False, only_kernels=False)
-
-
-def computed(value: Tensor) -> Producer:
-    """A matrix that is there already."""
-
-    def run(start: int, stop: int, **out: Any) -> Rows:
-        return conclude(value[start:stop].clone(), **out)
-
-    num_rows, num_features = value.shape
-    return Producer(num_rows, num_features, value.device, run, is_fused=False)
-
-
-def added(first: Producer, second: Producer) -> Producer:
-    """The sum of two matrices, neither of which is written as a whole where the sum is packed."""
-
-    def run(start: int, stop: int, **out: Any) -> Rows:
-        y = first.run(start, stop)
-        if second.adds:
-            return second.run(start, stop, addend=y, **out)
-        return conclude(y.add_(second.run(start, stop)), **out)
-
-    only_kernels = (first.is_fused or first.only_kernels) and second.adds
-    return Producer(first.num_rows, first.num_features, first.device, run, is_fused=False, only_kernels=only_kernels)
 
 
 class _Runs:
@@ -478,118 +303,26 @@ class _Scope:
                 tensor.plain()
 
 
+@contextmanager
+def scope() -> Iterator[None]:
+    """One call of a packed model; what is left of it is computed at its end."""
+    outer, inner = _scope.get(), _Scope()
+    try:
+        _scope.set(inner)
+        yield
+        inner.compute_what_is_left()
+    finally:
+        _scope.set(outer)
+
+
 def is_deferring() -> bool:
-    """Whether a packed model is running, whose output :func:`defer_inside` makes plain; never while compiling."""
+    """Whether a packed model is running in a :func:`scope`; never while compiling."""
     return not torch.compiler.is_compiling() and not torch.jit.is_tracing() and _scope.get() is not None
 
 
-def defer_inside(model: nn.Module) -> None:
-    """Let the layers of ``model`` defer their results while it runs; what it returns are plain tensors.
+def __getattr__(name: str) -> Any:
+    if name not in ("_enter", "_leave", "_rebuild"):  # by which pickles of earlier versions know them
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import scoped
 
-    Its class is swapped for one that sees to that: hooks would not run where a call is interrupted.
-    """
-    if "inner_class" not in vars(type(model)):
-        model.__class__ = _deferring_class(type(model))
-
-
-_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-def _deferring_class(inner: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of ``inner`` whose calls open a scope, made once, under its name.
-
-    It has no other base, since some classes find themselves among those of their instances (``fx.GraphModule``), and
-    holds what PyG would otherwise generate onto it, past a layer that is the model itself.
-    """
-    if inner not in _CLASSES:
-        names = ("__module__", "__qualname__", "__doc__")
-        namespace: dict[str, Any] = {name: getattr(inner, name) for name in names}
-        namespace |= {name: getattr(inner, name) for name in _GENERATED if hasattr(inner, name)}
-
-        def apply(self: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-            refuse_dtype(type(self).__name__, fn)  # before any tensor is changed
-            return inner._apply(self, fn, recurse)
-
-        def reduce_ex(self: Any, protocol: Any) -> Any:
-            reduced: Any = inner.__reduce_ex__(self, protocol)
-            make, args, *rest = reduced
-            args = tuple(inner if arg is type(self) else arg for arg in args)
-            return _rebuild, (make, args), *rest
-
-        namespace |= {"inner_class": inner, "forward": _scoped(inner), "_apply": apply, "__reduce_ex__": reduce_ex}
-        if hasattr(inner, "__deepcopy__"):
-            namespace["__deepcopy__"] = _deferring_copy(inner)
-        if issubclass(inner, GraphModule):
-            namespace["recompile"] = _recompiling(inner)
-        _CLASSES[inner] = type(inner.__name__, (inner,), namespace)
-    return _CLASSES[inner]
-
-
-_GENERATED = tuple(f"{prefix}{name}" for name in ("propagate", "edge_updater") for prefix in ("", "_orig_", "_jinja_"))
-
-
-def _scoped(inner: Any) -> Callable[..., Any]:
-    """The ``forward`` of a class in a scope of its own; hooks of the model run outside."""
-
-    @functools.wraps(inner.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return inner.forward(self, *args, **kwargs)
-        outer, scope = _scope.get(), _Scope()
-        try:
-            _scope.set(scope)
-            out = plain(inner.forward(self, *args, **kwargs))
-            scope.compute_what_is_left()
-            return out
-        finally:
-            _scope.set(outer)
-
-    return forward
-
-
-def _deferring_copy(inner: Any) -> Callable[..., Any]:
-    """The ``__deepcopy__`` of a class that has its own, which makes a model of a class that it knows."""
-
-    def deepcopy(self: Any, memo: dict[int, Any]) -> Any:
-        copied = inner.__deepcopy__(self, memo)
-        if isinstance(copied, nn.Module):
-            defer_inside(copied)
-        return copied
-
-    return deepcopy
-
-
-def _recompiling(inner: Any) -> Callable[..., Any]:
-    """The ``recompile`` of a traced model, which writes ``forward`` and ``__call__`` onto the class of its instance:
-    onto ``inner``, so that the scope stays around them.  Pickling recompiles too.
-    """
-
-    def recompile(self: Any) -> Any:
-        own = type(self)
-        self.__class__ = inner
-        try:
-            return inner.recompile(self)
-        finally:
-            self.__class__ = own
-
-    return recompile
-
-
-def _rebuild(make: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    model = make(*args)
-    defer_inside(model)
-    return model
-
-
-# Pickles of the time when hooks opened the scope name these two: the first call puts the class in their place.
-
-
-def _enter(model: nn.Module, args: Any) -> None:
-    for hooks in (model._forward_pre_hooks, model._forward_hooks):
-        for key in [key for key, hook in hooks.items() if hook in (_enter, _leave)]:
-            del hooks[key]
-    defer_inside(model)
-
-
-def _leave(model: nn.Module, args: Any, output: Any) -> None:
-    """Nothing: :func:`_enter` has taken it off."""
+    return getattr(scoped, name)

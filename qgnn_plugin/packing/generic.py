@@ -28,9 +28,11 @@ from ..layers.behaviour import is_generated
 from ..layers.message_passing import PropagationChange, QuantizedMessagePassing, SentFeatures
 from ..layers.watched import is_watched, own_propagate
 from ..messages import finder as _finder  # noqa: F401 - offers kernels of traced messages by being imported
-from .base import LayerSpec, PackedConv, register_packed
-from .deferred import DeferredTensor, Producer
+from .base import LayerSpec, register_packed
+from .conv import PackedConv
+from .deferred import DeferredTensor
 from .nodes import packed_nodes, values_of
+from .producers import Producer
 from .propagation_call import MessageKernel, NotByRows, Propagation, find_message_kernel
 from .ranges import PackedRange
 from .relations import own_form

@@ -13,10 +13,12 @@ from ..layers.arithmetic import linear
 from ..layers.linear import QuantizedLinear
 from ..layers.normalized import effective_weight, is_recomputed, without_sources
 from ..quantizers import QuantizedTensor
-from .base import WEIGHT, Activation, LayerSpec, PackedLayer, inference, register_packed
-from .deferred import Producer
+from .base import WEIGHT, LayerSpec, PackedLayer, register_packed
+from .conv import Activation
 from .direct import direct_product
+from .guard import inference
 from .matrix import PackedMatrix
+from .producers import Producer
 from .ranges import PackedRange, PackedTensor, SiteSpec
 from .weight import FrozenWeight, read_only
 

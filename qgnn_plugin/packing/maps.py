@@ -19,9 +19,11 @@ from ..layers.multihead import QuantizedMultiheadAttention, RunsMultiheadAttenti
 from ..layers.recurrent import QuantizedCell, QuantizedRecurrent, RunsCell, RunsSequence
 from ..layers.sparse_linear import QuantizedSparseLinear, adjacency_of
 from ..layers.watched import is_watched, own_propagate
-from .base import LayerSpec, inference, register_packed
-from .deferred import plain, row_blocks
+from .base import LayerSpec, register_packed
+from .deferred import plain
+from .guard import inference
 from .matrix import PackedMatrix
+from .producers import row_blocks
 from .ranges import PackedTensor
 from .weights import PackedWeights
 

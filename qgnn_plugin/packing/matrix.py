@@ -16,7 +16,7 @@ from ..kernels.layout import pack_codes, top_code, unpack_codes
 from ..kernels.plan import plan_cache
 from ..layers.arithmetic import EXACT_FLOAT32, linear
 from ..quantizers import QuantizedTensor
-from .deferred import Producer, conclude
+from .producers import Producer, conclude
 from .ranges import PackedRange, PackedTensor
 
 __all__ = ["Activation", "PackedMatrix"]

@@ -24,9 +24,9 @@ from ..saved import CONFIG_KEY
 from ..smp.constraint import constraint_names
 from ..smp.deep import DeepLayer, StackPlace, connect_stacks
 from .base import NEVER_RAN, WEIGHT, LayerSpec, PackedLayer, frozen_class, packed_class
-from .deferred import defer_inside
 from .own_weights import PackedOwnModule, PackedOwnWeights
 from .ranges import PackedRange
+from .scoped import defer_inside
 from .settings import SPECS
 from .weights import PackedWeight
 

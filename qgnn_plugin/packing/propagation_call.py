@@ -18,9 +18,9 @@ from torch_geometric import EdgeIndex
 from ..kernels.plan import GraphPlan
 from ..layers.edges import edges_of, is_sparse
 from ..layers.watched import source_side
-from .deferred import Producer
 from .nodes import PackedNodes, is_features
 from .plans import plan_of
+from .producers import Producer
 
 __all__ = ["MessageKernel", "NotByRows", "Propagation", "find_message_kernel", "register_message_kernel"]
 
@@ -187,7 +187,7 @@ class MessageKernel(NamedTuple):
 
     Args:
         run: Takes a :class:`Propagation` and gives what ``aggregate`` would return, as a tensor or, for a matrix
-            ``[N, F]`` in float32, as a :class:`~.deferred.Producer`; raises :class:`NotByRows` where it cannot.
+            ``[N, F]`` in float32, as a :class:`~.producers.Producer`; raises :class:`NotByRows` where it cannot.
         name: For the summary: ``"kernel"`` or ``"generated kernel"``.
     """
 

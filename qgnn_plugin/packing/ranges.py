@@ -17,8 +17,9 @@ from ..quantizers import QLRQuantizer, QuantizedTensor, quantize_codes
 from ..quantizers.functional import shown_range
 from ..quantizers.rows import RowRange, multipliers
 from ..quantizers.values import largest, peak, row_peaks, split
-from .deferred import DeferredTensor, Pending, Producer, plain, row_blocks
+from .deferred import DeferredTensor, Pending, plain
 from .packed_tensor import PackedTensor, joined
+from .producers import Producer, row_blocks
 from .site_spec import UNSET, SiteSpec
 
 __all__ = ["LastProduct", "PackedRange", "PackedTensor", "SiteSpec", "check_finite", "joined"]

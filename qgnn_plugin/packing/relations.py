@@ -13,10 +13,11 @@ from torch_geometric.nn import FastRGCNConv, RGCNConv
 
 from ..kernels.aggregate import aggregate
 from ..kernels.plan import GraphPlan
-from .deferred import DeferredTensor, Producer, added, computed, conclude, plain
+from .deferred import DeferredTensor, plain
 from .matrix import PackedMatrix
 from .nodes import PackedNodes
 from .plans import found_by_contents, plan_of
+from .producers import Producer, added, computed, conclude
 from .ranges import PackedTensor
 
 __all__ = ["own_form"]

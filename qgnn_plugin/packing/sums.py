@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .asked import Asked
-from .deferred import NOTES, DeferredTensor, Pending, added, gathered, plain, row_blocks
+from .deferred import NOTES, DeferredTensor, Pending, plain
+from .producers import added, gathered, row_blocks
 
 __all__ = ["Stacked"]
 

@@ -12,7 +12,8 @@ from torch_geometric.nn import GraphConv
 import qgnn_plugin
 from qgnn_plugin.kernels.quantize_pack import quantize_pack
 from qgnn_plugin.packing.asked import Asked
-from qgnn_plugin.packing.deferred import DeferredTensor, Producer
+from qgnn_plugin.packing.deferred import DeferredTensor
+from qgnn_plugin.packing.producers import Producer
 
 OTHER = {"out_scale": torch.tensor(0.1), "out_offset": torch.tensor(0.0), "out_bits": 8}
 

@@ -22,8 +22,9 @@ import qgnn_plugin
 from qgnn_plugin.kernels.backend import use_backend
 from qgnn_plugin.kernels.cpu.parallel import num_threads
 from qgnn_plugin.kernels.quantize_pack import quantize_pack
-from qgnn_plugin.packing import deferred, direct
-from qgnn_plugin.packing.deferred import DeferredTensor, Producer, added, computed, is_deferring
+from qgnn_plugin.packing import deferred, direct, producers
+from qgnn_plugin.packing.deferred import DeferredTensor, is_deferring
+from qgnn_plugin.packing.producers import Producer, added, computed
 
 ROWS, WIDTH = 150, 7
 RANGE = {"out_scale": torch.tensor(0.3), "out_offset": torch.tensor(-1.0), "out_bits": 4}
@@ -152,7 +153,7 @@ def test_changes_in_place(source: Counted) -> None:
 
 
 def test_sums_and_steps_of_producers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deferred, "BLOCK_FLOATS", 64 * WIDTH)
+    monkeypatch.setattr(producers, "BLOCK_FLOATS", 64 * WIDTH)
     first, second = Counted(torch.randn(ROWS, WIDTH)), Counted(torch.randn(ROWS, WIDTH))
     total = added(computed(first.value), Producer(ROWS, WIDTH, torch.device("cpu"), second.run))
     expected = first.value + second.value
@@ -229,7 +230,7 @@ def long_way(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """And of many blocks."""
-    monkeypatch.setattr(deferred, "BLOCK_FLOATS", 1)
+    monkeypatch.setattr(producers, "BLOCK_FLOATS", 1)
 
 
 def pair(model: nn.Module, nodes: int = 200, **config: Any) -> tuple[nn.Module, nn.Module, tuple[Any, ...]]:

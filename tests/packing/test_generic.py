@@ -18,7 +18,7 @@ from torch_geometric.nn.aggr import LSTMAggregation
 from torch_geometric.utils import softmax
 
 import qgnn_plugin as qgnn
-from qgnn_plugin.packing import deferred, propagation_call, relations, row_blocks
+from qgnn_plugin.packing import producers, propagation_call, relations, row_blocks
 from qgnn_plugin.packing.plans import plan_of
 from qgnn_plugin.packing.relations import edges_by_relation
 
@@ -503,7 +503,7 @@ def test_sums_of_relations_by_blocks_of_rows(options: Any, num_relations: int, m
             return self.second(self.first(x, edges, types).relu(), edges, types)
 
     qmodel, packed = pair(Twice, (x(), graph(), types))
-    monkeypatch.setattr(deferred, "BLOCK_FLOATS", 64 * WIDTH)
+    monkeypatch.setattr(producers, "BLOCK_FLOATS", 64 * WIDTH)
     with torch.no_grad():
         for _ in range(3):
             assert_same(packed(x(), graph(), types), qmodel(x(), graph(), types))

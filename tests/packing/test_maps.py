@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch_geometric.nn import HeteroLinear
 
 import qgnn_plugin as qgnn
-from qgnn_plugin.packing import deferred
+from qgnn_plugin.packing import producers
 
 ROWS, WIDTH, OUT, TYPES = 90, 16, 6, 4
 
@@ -115,6 +115,6 @@ def test_cells_by_blocks_of_rows(make: type[nn.Module], monkeypatch: pytest.Monk
     qmodel = qgnn.calibrate(qgnn.quantize_model(Cell(make(WIDTH, 8)).eval(), bits=4), [(x,)], method="ranges").eval()
     packed = qgnn.pack_model(qmodel)
     expected = packed(x)
-    monkeypatch.setattr(deferred, "BLOCK_FLOATS", 64 * 4 * 8)
+    monkeypatch.setattr(producers, "BLOCK_FLOATS", 64 * 4 * 8)
     assert torch.equal(packed(x), expected)
     assert torch.equal(expected, qmodel(x))

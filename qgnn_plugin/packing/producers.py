@@ -1,0 +1,176 @@
+"""Matrices that are not computed yet: how to compute them by blocks of rows, as floats or as packed codes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.backend import backend_for
+from ..kernels.cpu.parallel import on_every_thread
+from ..kernels.quantize_pack import quantize_pack
+
+__all__ = ["Producer", "added", "computed", "conclude", "gathered", "row_blocks"]
+
+Step = Callable[[Tensor], Tensor]
+Rows = Any  # floats or packed words of a matrix; or words and the multipliers of their rows, a pair
+Block = tuple[slice, Rows]  # rows, and what they hold
+
+BLOCK_FLOATS = 1 << 19  # of a block of rows: they stay in the cache from the kernel to the codes
+BLOCK_ROWS = 64  # blocks are multiples of it, so that vectorized operations have their tails where whole matrices do
+
+
+def row_blocks(num_rows: int, num_features: int, device: torch.device) -> Iterator[slice]:
+    """Blocks of rows that stay in a cache; on an accelerator, where each would cost a launch, one of all.
+
+    A program that is being traced has one block as well: its number of rows may be any.
+    """
+    if torch.compiler.is_compiling():
+        return iter((slice(0, num_rows),))
+    step = max(1, num_rows)
+    if device.type == "cpu":
+        step = max(1, BLOCK_FLOATS // max(1, num_features) // BLOCK_ROWS) * BLOCK_ROWS
+    return (slice(start, min(start + step, num_rows)) for start in range(0, max(1, num_rows), step))
+
+
+def gathered(num_rows: int, blocks: Iterator[Block]) -> Rows:
+    """Blocks of rows as one matrix."""
+    rows, first = next(blocks)
+    if rows.stop == num_rows:
+        return first
+    out = _room(first, num_rows)
+    _put(out, rows, first)
+    for rows, part in blocks:
+        _put(out, rows, part)
+    return out
+
+
+def _room(block: Rows, num_rows: int) -> Rows:
+    """Room for all of ``num_rows`` rows of which ``block`` has some."""
+    if isinstance(block, tuple):
+        return tuple(_room(part, num_rows) for part in block)
+    return block.new_empty((num_rows, *block.shape[1:]))
+
+
+def _put(out: Rows, rows: slice, part: Rows) -> None:
+    """``out[rows] = part``, on the CPU by NumPy: torch would wake threads that then spin against the kernels' own."""
+    if isinstance(out, tuple):
+        for one, its_part in zip(out, part, strict=True):
+            _put(one, rows, its_part)
+    elif out.device.type == "cpu":
+        out.numpy()[rows] = part.numpy()
+    else:
+        out[rows] = part
+
+
+def conclude(
+    y: Tensor,
+    *,
+    relu: bool = False,
+    out_scale: Tensor | None = None,
+    out_offset: Tensor | None = None,
+    out_bits: int = 0,
+    out_unit: Tensor | None = None,
+) -> Rows:
+    """The end of a computation whose floats are there: ReLU, in place, and packed codes where a range is given."""
+    if relu:
+        y = y.relu_()
+    if out_bits == 0:
+        return y
+    assert out_scale is not None
+    assert out_offset is not None
+    return quantize_pack(y, out_scale, out_offset, out_bits, out_unit, is_checked=True)
+
+
+@dataclass(eq=False, slots=True)
+class Producer:
+    """How to compute a float32 matrix ``[N, F]``.
+
+    Args:
+        num_rows: ``N``.
+        num_features: ``F``.
+        device: Where it is computed.
+        run: ``run(start, stop, relu=False, **out)`` gives the rows ``[start, stop)``, as floats or, with a range
+            ``out_scale``, ``out_offset`` and ``out_bits``, as packed codes; with ``out_unit`` as a pair, the codes and
+            the multipliers of the rows.
+        is_fused: Whether packed codes come out of one kernel, without floats in between.
+        adds: Whether ``run`` takes another matrix's rows as ``addend``, which it adds before ReLU.
+        only_kernels: Whether ``run`` calls nothing but kernels, so that threads may share blocks among them.
+    """
+
+    num_rows: int
+    num_features: int
+    device: torch.device
+    run: Callable[..., Rows]
+    is_fused: bool = True
+    adds: bool = False
+    only_kernels: bool = False
+
+    def __call__(self, **epilogue: Any) -> Rows:
+        """The whole matrix; ``epilogue`` as that of ``run``."""
+        if self.is_fused or self._is_one_block:
+            return self.run(0, self.num_rows, **epilogue)
+        if self.only_kernels and not torch.compiler.is_compiling() and backend_for(self.device) == "cpu":
+            return self._shared_out(**epilogue)
+        return gathered(self.num_rows, self.blocks(**epilogue))
+
+    @property
+    def _is_one_block(self) -> bool:
+        return self.num_rows * self.num_features <= BLOCK_FLOATS // 2 and self.num_rows > 0
+
+    def blocks(self, **epilogue: Any) -> Iterator[Block]:
+        """The matrix by blocks of rows (see :func:`row_blocks`)."""
+        for rows in row_blocks(self.num_rows, self.num_features, self.device):
+            yield rows, self.run(rows.start, rows.stop, **epilogue)
+
+    def _shared_out(self, **epilogue: Any) -> Rows:
+        """The matrix, each block of it by one thread."""
+        blocks = row_blocks(self.num_rows, self.num_features, self.device)
+        rows = next(blocks)
+        first = self.run(rows.start, rows.stop, **epilogue)
+        if rows.stop == self.num_rows:
+            return first
+        out = _room(first, self.num_rows)
+        _put(out, rows, first)
+        rest = iter(list(blocks))  # unlike a generator, it may be advanced by several threads
+
+        def work() -> None:
+            for rows in rest:
+                _put(out, rows, self.run(rows.start, rows.stop, **epilogue))
+
+        on_every_thread(work)
+        return out
+
+    def then(self, step: Step) -> Producer:
+        """With ``step``, which treats every row for itself, applied to the floats."""
+
+        def run(start: int, stop: int, **out: Any) -> Rows:
+            return conclude(step(self.run(start, stop)), **out)
+
+        return replace(self, run=run, is_fused=False, adds=False, only_kernels=False)
+
+
+def computed(value: Tensor) -> Producer:
+    """A matrix that is there already."""
+
+    def run(start: int, stop: int, **out: Any) -> Rows:
+        return conclude(value[start:stop].clone(), **out)
+
+    num_rows, num_features = value.shape
+    return Producer(num_rows, num_features, value.device, run, is_fused=False)
+
+
+def added(first: Producer, second: Producer) -> Producer:
+    """The sum of two matrices, neither of which is written as a whole where the sum is packed."""
+
+    def run(start: int, stop: int, **out: Any) -> Rows:
+        y = first.run(start, stop)
+        if second.adds:
+            return second.run(start, stop, addend=y, **out)
+        return conclude(y.add_(second.run(start, stop)), **out)
+
+    only_kernels = (first.is_fused or first.only_kernels) and second.adds
+    return Producer(first.num_rows, first.num_features, first.device, run, is_fused=False, only_kernels=only_kernels)
