@@ -11,7 +11,7 @@ import os
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from threading import Lock
 from typing import Any, NamedTuple
@@ -54,6 +54,13 @@ def pinned_plans() -> Iterator[list[Any]]:
 def is_pinning() -> bool:
     """Whether a context of :func:`pinned_plans` is open here."""
     return _pins.get() is not None
+
+
+def _outside_transforms() -> AbstractContextManager[Any]:
+    """What is kept of tensors with memory of their own, made inside of torch.func, is of no transform of it."""
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return nullcontext()
+    return torch._C._DisableFuncTorch()  # type: ignore[no-any-return]
 
 
 class Fingerprint:
@@ -179,8 +186,9 @@ class PlanCache:
         full_key = (key, tuple(map(_form, tensors)), *map(_place, parts))
         entry = self._entries.get(full_key)
         if entry is None or not entry.fingerprint.holds_for(parts):
-            fingerprint = Fingerprint(parts)  # of what is read next
-            built = Built(lasting(build), on_cpu=all(part.is_cpu for part in parts))
+            with _outside_transforms():
+                fingerprint = Fingerprint(parts)  # of what is read next
+                built = Built(lasting(build), on_cpu=all(part.is_cpu for part in parts))
             entry = _Entry(full_key, fingerprint, built, parts)
             with self._lock:
                 self._entries[full_key] = entry

@@ -71,7 +71,7 @@ class _QuantizeCodes(torch.autograd.Function):
         x, scale, lower = ctx.saved_tensors
         # Where gradients are differentiated in turn, those of the surrogate are, by operations that know how.
         # So are they where the gradient is a batch of gradients, as torch.autograd.grad(is_grads_batched=True) has it.
-        batched = torch._C._functorch.is_legacy_batchedtensor(grad)
+        batched = not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(grad)
         if not (torch.is_grad_enabled() or batched) and cpu.supports(x, scale, lower):
             grad_x, grad_scale, grad_lower = cpu.codes_backward(grad, x, scale, lower, passed(ctx.qmax))
             if ctx.qmax == 1:

@@ -374,6 +374,20 @@ def test_jacobians(name: str) -> None:
         torch.testing.assert_close(row, torch.autograd.grad(out, where, retain_graph=True)[0])
 
 
+@pytest.mark.parametrize("name", ["GCNConv", "SAGEConv", "GATConv", "GINConv", "APPNP"])
+def test_what_a_transform_sees_first_is_of_no_transform(name: str) -> None:
+    """Plans are kept: those that torch.func asks for first serve calls outside of it, and inside of others."""
+    x, edge_index = features(), graph()
+    qmodel = quantized(CONVS[name](), x, edge_index).eval()
+    edges = edge_index.clone()
+    call = torch.func.grad(lambda v: qmodel(v, edges).square().sum())
+    inside = call(x)
+    where = x.clone().requires_grad_()
+    outside = torch.autograd.grad(qmodel(where, edges).square().sum(), where)[0]
+    torch.testing.assert_close(inside, outside)
+    assert torch.equal(call(x), inside)
+
+
 def test_samples_of_vmap_are_refused() -> None:
     x, edge_index = features(), graph()
     qmodel = quantized(CONVS["GCNConv"](), x, edge_index).eval()
