@@ -60,7 +60,7 @@ def _outside_transforms() -> AbstractContextManager[Any]:
     """What is kept of tensors with memory of their own, made inside of torch.func, is of no transform of it."""
     if torch._C._functorch.peek_interpreter_stack() is None:
         return nullcontext()
-    return torch._C._DisableFuncTorch()  # type: ignore[no-any-return]
+    return torch._C._DisableFuncTorch()
 
 
 class Fingerprint:
