@@ -58,8 +58,8 @@ def target_table(targets: Sequence[Target]) -> list[str]:
         {
             "target": target.text,
             "aim": f"{'at most' if target.at_most else 'at least'} {target.bound:g}",
-            "measured": ", ".join(f"{number(v)} {k}".rstrip() for k, v in target.measured.items()) or "nothing",
-            "": "met" if target.is_met else "**missed**",
+            "measured": ", ".join(f"{number(v)} {k}".rstrip() for k, v in target.measured.items()),
+            "": "not measured" if not target.measured else "met" if target.is_met else "**missed**",
         }
         for target in targets
     ]

@@ -241,6 +241,7 @@ def test_targets() -> None:
     assert (
         target_table([Target("a", 2, measured)])[2] == "| a | at least 2 | 3 (1 thread), 1.5 (2 threads) | **missed** |"
     )
+    assert target_table([Target("a", 2, {})])[2] == "| a | at least 2 |  | not measured |"
 
 
 def test_slope_of_a_power() -> None:

@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from core.compiled_models import CLASSES, FEATURES, NODES, Model
+from core.compiled_models import LAYERS as GRAPH_LAYERS
 from torch import Tensor, nn
-from torch_geometric.nn import APPNP, GATConv, GATv2Conv, GCNConv, GINConv, SAGEConv
+from torch_geometric.nn import APPNP
 
 import qgnn_plugin as qgnn
 
-NODES, FEATURES, CLASSES = 40, 24, 8
 SMOOTH = qgnn.SMPConfig(alpha=0.5)
 
 
@@ -23,25 +24,7 @@ class Propagation(nn.Module):
         return self.propagate(self.lin(x), edge_index)
 
 
-LAYERS: dict[str, Callable[[int, int], nn.Module]] = {
-    "GCN": GCNConv,
-    "SAGE": SAGEConv,
-    "GAT": lambda a, b: GATConv(a, b // 4, heads=4),
-    "GATv2": lambda a, b: GATv2Conv(a, b // 4, heads=4),
-    "GIN": lambda a, b: GINConv(nn.Linear(a, b)),
-    "APPNP": Propagation,
-}
-
-
-class Model(nn.Module):
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.first, self.second = LAYERS[name](FEATURES, 32), LAYERS[name](32, CLASSES)
-
-    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
-        return self.second(self.first(x, edge_index).relu(), edge_index)
-
-
+LAYERS = {**GRAPH_LAYERS, "APPNP": Propagation}
 CASES = [*((name, SMOOTH) for name in LAYERS), ("GCN", None)]  # a step with a constraint holds one without
 
 
@@ -49,7 +32,7 @@ CASES = [*((name, SMOOTH) for name in LAYERS), ("GCN", None)]  # a step with a c
 def test_a_step_compiles_to_one_graph(name: str, smp: Any) -> None:
     x, edge_index = torch.randn(NODES, FEATURES), torch.randint(NODES, (2, 200))
     target = torch.randint(CLASSES, (NODES,))
-    model = qgnn.quantize_model(Model(name), config=qgnn.QuantConfig(bits=4, smp=smp))
+    model = qgnn.quantize_model(Model(LAYERS[name]), config=qgnn.QuantConfig(bits=4, smp=smp))
     qgnn.calibrate(model, (x, edge_index))
     model.train()
 

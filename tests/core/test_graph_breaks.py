@@ -4,30 +4,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from core.compiled_models import CLASSES, FEATURES, LAYERS, NODES, Model
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from torch_geometric.nn import GATConv, GATv2Conv, GCNConv, GINConv, SAGEConv
 
 import qgnn_plugin as qgnn
-
-NODES, FEATURES, CLASSES = 40, 24, 8
-
-LAYERS: dict[str, Callable[[int, int], nn.Module]] = {
-    "GCN": GCNConv,
-    "SAGE": SAGEConv,
-    "GAT": lambda a, b: GATConv(a, b // 4, heads=4),
-    "GATv2": lambda a, b: GATv2Conv(a, b // 4, heads=4),
-    "GIN": lambda a, b: GINConv(nn.Linear(a, b)),
-}
-
-
-class Model(nn.Module):
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.first, self.second = LAYERS[name](FEATURES, 32), LAYERS[name](32, CLASSES)
-
-    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
-        return self.second(self.first(x, edge_index).relu(), edge_index)
 
 
 def edges(num_edges: int, num_loops: int) -> Tensor:
@@ -50,7 +31,7 @@ def breaks() -> int:
 
 
 def converted(name: str, x: Tensor, edge_index: Tensor) -> nn.Module:
-    return qgnn.calibrate(qgnn.quantize_model(Model(name), bits=4), (x, edge_index))
+    return qgnn.calibrate(qgnn.quantize_model(Model(LAYERS[name]), bits=4), (x, edge_index))
 
 
 @pytest.mark.parametrize("name", list(LAYERS))
@@ -90,7 +71,7 @@ def test_no_graph_break_in_training_without_new_self_loops(name: str) -> None:
 @torch.no_grad()
 def test_as_many_graph_breaks_as_float_at_32_bits() -> None:
     x, edge_index = torch.randn(NODES, FEATURES), edges(200, 7)
-    model, found = Model("GCN").eval(), []
+    model, found = Model(LAYERS["GCN"]).eval(), []
     for each in (model, qgnn.quantize_model(model, config=qgnn.QuantConfig(bits=32)).eval()):
         torch._dynamo.reset()
         found.append(torch._dynamo.explain(each)(x, edge_index).graph_break_count)
