@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
@@ -23,7 +22,7 @@ from torch.utils._pytree import tree_map_only
 from .asked import Asked, key_of
 from .producers import Block, Producer, Rows, Step, conclude, gathered, row_blocks
 
-__all__ = ["NOTES", "DeferredTensor", "Pending", "is_deferring", "plain", "scope"]
+__all__ = ["NOTES", "DeferredTensor", "Pending", "Scope", "is_deferring", "plain"]
 
 aten = torch.ops.aten
 
@@ -283,16 +282,27 @@ def _note_batch_norm(pending: Pending, weight: Any, bias: Any, mean: Any, var: A
 
 # Where layers may defer ###############################################################################################
 
-_scope: ContextVar[_Scope | None] = ContextVar("qgnn_deferring", default=None)
+_scope: ContextVar[Scope | None] = ContextVar("qgnn_deferring", default=None)
 
 
-class _Scope:
-    """One call of a packed model: the deferred tensors that were made in it."""
+class Scope:
+    """One call of a packed model, as a context: the deferred tensors that were made in it."""
 
-    def __init__(self) -> None:
+    __slots__ = ("made", "outer")
+
+    def __enter__(self) -> None:
         self.made: list[weakref.ref[DeferredTensor]] = []
+        self.outer = _scope.get()
+        _scope.set(self)
 
-    def compute_what_is_left(self) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._compute_what_is_left()
+        finally:
+            _scope.set(self.outer)
+
+    def _compute_what_is_left(self) -> None:
         """Compute what something still refers to after the call, such as an attribute of the model.
 
         What it follows from may be written over from now on.
@@ -303,20 +313,8 @@ class _Scope:
                 tensor.plain()
 
 
-@contextmanager
-def scope() -> Iterator[None]:
-    """One call of a packed model; what is left of it is computed at its end."""
-    outer, inner = _scope.get(), _Scope()
-    try:
-        _scope.set(inner)
-        yield
-        inner.compute_what_is_left()
-    finally:
-        _scope.set(outer)
-
-
 def is_deferring() -> bool:
-    """Whether a packed model is running in a :func:`scope`; never while compiling."""
+    """Whether a packed model is running in a :class:`Scope`; never while compiling."""
     return not torch.compiler.is_compiling() and not torch.jit.is_tracing() and _scope.get() is not None
 
 

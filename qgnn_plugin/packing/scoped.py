@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from .deferred import plain, scope
+from .deferred import Scope, plain
 from .weight import refuse_dtype
 
 __all__ = ["defer_inside"]
@@ -68,7 +68,7 @@ def _scoped(inner: Any) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return inner.forward(self, *args, **kwargs)
-        with scope():
+        with Scope():
             return plain(inner.forward(self, *args, **kwargs))
 
     return forward
