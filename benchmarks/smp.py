@@ -17,9 +17,11 @@ from typing import Any
 
 os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 
+from qgnn_plugin import QuantConfig
+
 from .environment import compact_json, environment, write_atomically
 from .smp_report import markdown, plot
-from .smp_runs import PARTS, Settings, cells, run_cell
+from .smp_runs import FLOAT_PARTS, PARTS, Settings, cells, run_cell
 
 Task = tuple[tuple[Any, ...], Settings, str, Path]
 
@@ -55,7 +57,7 @@ def _settings(settings: Settings) -> dict[str, Any]:
 
 
 def unpack_report(out: Path, settings: Settings) -> None:
-    """Put the runs of an earlier ``smp.json`` back as files, if they were made with the same settings.
+    """Put the runs of an earlier ``smp.json`` back as files, if made with the same settings and configuration.
 
     Settings that it does not name are of parts that came later.
     """
@@ -66,7 +68,10 @@ def unpack_report(out: Path, settings: Settings) -> None:
     today = _settings(settings)
     if any(today.get(name) != value for name, value in earlier["settings"].items()):
         return
+    same_config = earlier.get("config") == QuantConfig().to_dict()
     for cell in earlier["runs"]:
+        if not same_config and cell["part"] not in FLOAT_PARTS:
+            continue
         target = out / "smp-runs" / _file_name((cell["part"], *cell["what"], cell["seed"]))
         if not target.exists():
             write_atomically(target, json.dumps(cell))
@@ -76,7 +81,8 @@ def report(out: Path, settings: Settings) -> str:
     """Collect the finished runs under ``out`` into ``smp.json``, ``smp.md`` and plots."""
     runs = [json.loads(path.read_text()) for path in sorted((out / "smp-runs").glob("*.json"))]
     runs.sort(key=lambda cell: (PARTS.index(cell["part"]), list(map(str, cell["what"])), cell["seed"]))
-    text = {"environment": environment(threads=1), "settings": _settings(settings), "runs": runs}
+    text = {"environment": environment(threads=1), "settings": _settings(settings), "config": QuantConfig().to_dict()}
+    text["runs"] = runs
     table = markdown(runs)
     write_atomically(out / "smp.json", compact_json(text) + "\n")
     write_atomically(out / "smp.md", f"# Smoothness-aware propagation\n\n{table}")

@@ -35,9 +35,10 @@ from .fast_layers import speed_up
 from .models import Propagation, TwoLayer, build_model, dropout
 from .timing import interleaved
 
-__all__ = ["PARTS", "PLAIN_WIDTHS", "WIDTHS", "Settings", "cells", "run_cell"]
+__all__ = ["FLOAT_PARTS", "PARTS", "PLAIN_WIDTHS", "WIDTHS", "Settings", "cells", "run_cell"]
 
 PARTS = ("constraint", "depth", "propagation", "baseline", "plain", "shallow", "cost")
+FLOAT_PARTS = ("baseline",)  # without a quantized model: no configuration changes them
 WIDTHS = {"FP32": OFF, "INT4": 4, "INT2": 2}
 PLAIN_WIDTHS = ("FP32", "INT2")  # the ends: a corrected step takes as many products as it has sweeps
 BASELINES = ("GCNII", "GCN", "SGC")
@@ -225,7 +226,7 @@ def _constraint(data: Any, settings: Settings, seed: int, dataset: str) -> dict[
         if name == "Propagation":
             model.prop = SMPropagation(10, TELEPORT, smp=smp)
         fit_float(model, data, settings.recipe)
-        config = replace(QuantConfig.accurate(4), smp=smp)
+        config = QuantConfig(4, smp=smp)
         qmodel = qgnn.calibrate(qgnn.quantize_model(model, config=config), data, method="ranges")
         results[name] = _watch(qmodel, model, data, settings)
     return results
@@ -274,7 +275,7 @@ def _depth(data: Any, settings: Settings, seed: int) -> dict[str, Any]:
     fits: dict[str, Callable[[], StageResult]] = {
         "plain FP32": lambda: fit_float(plain, data, recipe),
         "deep FP32": lambda: fit_float(deep, data, recipe),
-        "deep INT4": lambda: fit_quantized(deep, data, 4, config=QuantConfig.accurate(4, smp=smp), recipe=recipe),
+        "deep INT4": lambda: fit_quantized(deep, data, 4, config=QuantConfig(4, smp=smp), recipe=recipe),
     }
     results = {}
     for name, fit in fits.items():
@@ -357,7 +358,7 @@ def _at_every_width(
         if bits == OFF:
             yield width, fit_float(model, data, settings.recipe)
         else:
-            config = QuantConfig.accurate(bits, smp=smp)
+            config = QuantConfig(bits, smp=smp)
             yield width, fit_quantized(copy.deepcopy(model), data, bits, config=config, recipe=settings.recipe)
 
 
@@ -416,7 +417,7 @@ def _cost(data: Any, settings: Settings, seed: int) -> dict[str, Any]:
         training, inference = {}, {}
         for state, constraint in states.items():
             torch.manual_seed(seed)
-            config = QuantConfig.accurate(4, smp=constraint)
+            config = QuantConfig(4, smp=constraint)
             qmodel = qgnn.calibrate(qgnn.quantize_model(build(constraint), config=config), data, method="ranges")
             packed = qgnn.pack_model(qmodel)
             training[state] = partial(_training_step, qmodel.train(), data)
