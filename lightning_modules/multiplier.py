@@ -90,7 +90,7 @@ class DifferentialMultiplier(pl.Callback):
         def reduce(value: Tensor) -> Tensor:
             return trainer.strategy.reduce(value, reduce_op="mean")
 
-        states = qgnn.differential_multiplier_step(pl_module, reduce=reduce)
+        states = qgnn.differential_multiplier_step(pl_module, reduce=reduce if trainer.world_size > 1 else None)
         for name, state in states.items():
             if self.log:
                 pl_module.log(f"qgnn/lambda/{name}", state.multiplier)

@@ -354,7 +354,7 @@ def training_cases(grid: str, target: str) -> Iterator[Case]:
     for bits, features in shapes(grid):
         rows, columns = fake_module.tile_shape(features)
         tile = {"ROWS": rows, "COLUMNS": columns}
-        constants = tile | {"BITS": bits, "SCALE": ONE, "OFFSET": ONE}
+        constants = tile | {"BITS": bits, "CODES": True, "SCALE": ONE, "OFFSET": ONE}  # as training runs it
         ends = {"num_rows": "i32", "num_columns": "i32"}
         facts = {"bits": bits, "features": features}
         forward = dict.fromkeys(("x", "scale", "offset", "out"), "*fp32")

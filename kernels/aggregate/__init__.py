@@ -93,7 +93,6 @@ def aggregate_reference(
     out_scale: Tensor | None = None,
     out_offset: Tensor | None = None,
     out_bits: int = 0,
-    schedule: Tensor | None = None,
     multiplier: Tensor | None = None,
     out_unit: Tensor | None = None,
 ) -> Any:
@@ -284,7 +283,7 @@ def aggregate(
         reduce = "sum"
     args = (
         words, plan.rowptr, plan.col, scale, offset, num_features, bits, reduce, edge_weight,
-        dst_scale, bias, relu, out_scale, out_offset, out_bits, None, multiplier,
+        dst_scale, bias, relu, out_scale, out_offset, out_bits, multiplier,
     )  # fmt: skip
     if is_checked and words.is_cpu and is_direct():
         check_csr(plan.rowptr, plan.col, plan.num_src)

@@ -308,7 +308,6 @@ def aggregate(
     out_scale: Tensor | None = None,
     out_offset: Tensor | None = None,
     out_bits: int = 0,
-    schedule: Tensor | None = None,
     multiplier: Tensor | None = None,
     out_unit: Tensor | None = None,
 ) -> Any:

@@ -101,7 +101,6 @@ def attention_aggregate_reference(
     out_scale: Tensor | None = None,
     out_offset: Tensor | None = None,
     out_bits: int = 0,
-    schedule: Tensor | None = None,
     multiplier: Tensor | None = None,
     out_unit: Tensor | None = None,
 ) -> Any:
@@ -270,7 +269,7 @@ def attention_aggregate(
     args = (
         words, plan.rowptr, plan.col, scale, offset, num_features, bits, heads, attention_bits,
         negative_slope, alpha_src, alpha_dst, alpha_edge, att, x_dst, concat, bias, relu,
-        out_scale, out_offset, out_bits, None, multiplier,
+        out_scale, out_offset, out_bits, multiplier,
     )  # fmt: skip
     on_cpu = words.is_cpu and all(v.is_cpu for v in (*args, out_unit) if isinstance(v, Tensor))
     # What is no tensor where one belongs is left to the schema, which says so.

@@ -421,7 +421,6 @@ def attention_aggregate(
     out_scale: Tensor | None = None,
     out_offset: Tensor | None = None,
     out_bits: int = 0,
-    schedule: Tensor | None = None,
     multiplier: Tensor | None = None,
     out_unit: Tensor | None = None,
 ) -> Any:

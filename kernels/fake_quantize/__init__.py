@@ -7,6 +7,14 @@ terms of ``u = l + Q s``), straight through the rounding and exact for the clamp
     \partial x^/\partial x = [0 \le v \le Q] \qquad
     \partial x^/\partial s = \begin{cases} 0 & v < 0 \\ c - v & 0 \le v \le Q \\ Q & v > Q
     \end{cases} \qquad \partial x^/\partial l = 1 - [0 \le v \le Q]
+
+As codes, what training sums over, the result is ``c`` itself, rounded by the identity as far as gradients are concerned:
+
+.. math::
+    \partial c/\partial x = 1/s \qquad \partial c/\partial l = -1/s \qquad \partial c/\partial s = -v/s
+
+where :func:`passed` says that gradients pass, else 0; of two levels ``dc/ds = -1/(2 s)``.  With ``x^ = c s + l`` after
+it, autograd has the gradients above.
 """
 
 from __future__ import annotations
@@ -21,13 +29,18 @@ from ..checks import check_float, check_matrix
 from ..layout import check_bits, top_code
 from ..library import register
 
-__all__ = ["fake_quantize", "fake_quantize_backward_reference", "fake_quantize_reference"]
+__all__ = ["fake_quantize", "fake_quantize_backward_reference", "fake_quantize_reference", "passed"]
 
 
-def fake_quantize_reference(x: Tensor, scale: Tensor, offset: Tensor, bits: int) -> Tensor:
+def passed(top: int) -> tuple[float, float]:
+    """The least and the largest ``v`` at which gradients of codes up to ``top`` pass straight through."""
+    return (-0.5, 1.5) if top == 1 else (0.0, float(top))
+
+
+def fake_quantize_reference(x: Tensor, scale: Tensor, offset: Tensor, bits: int, as_codes: bool = False) -> Tensor:
     v = (x - offset) * scale.reciprocal()
     codes = torch.floor(v + 0.5).clamp_(0, top_code(bits)).nan_to_num_(0)
-    return codes * scale + offset
+    return codes if as_codes else codes * scale + offset
 
 
 def _reduce_to(value: Tensor, like: Tensor) -> Tensor:
@@ -38,10 +51,16 @@ def _reduce_to(value: Tensor, like: Tensor) -> Tensor:
 
 
 def fake_quantize_backward_reference(
-    grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor, bits: int
+    grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor, bits: int, as_codes: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    top = top_code(bits)
-    v = (x - offset) * scale.reciprocal()
+    top, inverse = top_code(bits), scale.reciprocal()
+    v = (x - offset) * inverse
+    if as_codes:
+        least, most = passed(top)
+        grad_x = (grad * inverse).masked_fill_(~((v >= least) & (v <= most)), 0)
+        # Far outside the range v overflows, and 0 * inf is not 0.
+        slope = -0.5 if bits == 1 else -v.clamp_(0, top).nan_to_num_(0)
+        return grad_x, _reduce_to(grad_x * slope, scale), _reduce_to(-grad_x, offset)
     inside = (v >= 0) & (v <= top)
     codes = torch.floor(v + 0.5).clamp_(0, top)
     grad_scale = grad * torch.where(inside, codes - v, codes)
@@ -81,23 +100,19 @@ register(fake_quantize_backward_reference, _fake_backward, _check_backward)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, scale, offset, bits = inputs
-    ctx.save_for_backward(x, scale, offset)
-    ctx.bits = bits
+    *tensors, ctx.bits, ctx.as_codes = inputs
+    ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-    x, scale, offset = ctx.saved_tensors
-    return (
-        *torch.ops.qgnn.fake_quantize_backward(grad.contiguous(), x, scale, offset, ctx.bits),
-        None,
-    )
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = torch.ops.qgnn.fake_quantize_backward(grad.contiguous(), *ctx.saved_tensors, ctx.bits, ctx.as_codes)
+    return *gradients, None, None
 
 
 torch.library.register_autograd("qgnn::fake_quantize", _backward, setup_context=_setup_context)
 
 
-def fake_quantize(x: Tensor, scale: Tensor, offset: Tensor, bits: int) -> Tensor:
+def fake_quantize(x: Tensor, scale: Tensor, offset: Tensor, bits: int, *, as_codes: bool = False) -> Tensor:
     r"""Round ``x`` to the levels of a learnable range, differentiable in ``x``, ``scale`` and
     ``offset``.
 
@@ -105,9 +120,10 @@ def fake_quantize(x: Tensor, scale: Tensor, offset: Tensor, bits: int) -> Tensor
         x: ``[N, F]`` float32.
         scale: Step ``s > 0``: one element, ``[F]`` or ``[N, 1]``, float32.
         offset: Range start ``l``, shaped likewise.
-        bits: 1, 2, 4 or 8; gradients are those of more than two levels (docs/quantizer.md) at every width.
+        bits: 1, 2, 4 or 8; gradients of values are those of more than two levels (docs/quantizer.md) at every width.
+        as_codes: Whether to return codes, as quantizers in training do, in place of values.
 
     Returns:
-        ``[N, F]`` float32, bitwise ``unpack_dequantize(quantize_pack(x))``.
+        ``[N, F]`` float32, bitwise ``unpack_dequantize(quantize_pack(x))``, or its integer-valued codes.
     """
-    return torch.ops.qgnn.fake_quantize(x, scale, offset, bits)
+    return torch.ops.qgnn.fake_quantize(x, scale, offset, bits, as_codes)

@@ -1,4 +1,4 @@
-"""``fake_quantize`` and its backward on the CPU, one pass each."""
+"""``fake_quantize`` and its backward on the CPU, one pass each; as codes: :mod:`.cpu_codes`."""
 # mypy: ignore-errors
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from ..cpu.simd import (
     vwithin,
 )
 from ..layout import top_code
+from . import fake_quantize_backward_reference, fake_quantize_reference
+from .cpu_codes import codes, codes_backward
 
 __all__ = ["fake_quantize", "fake_quantize_backward"]
 
@@ -69,8 +71,8 @@ def _round(v, top):
 
 
 @jit.kernel
-def _forward(x, width, table, per_row, top_code, out, bounds, counter):
-    top = vsplat(np.float32(top_code), GROUP)
+def _forward(x, width, table, per_row, qmax, out, bounds, counter):
+    top = vsplat(np.float32(qmax), GROUP)
     while True:
         chunk = atomic_add(counter, 0, 1)
         if chunk >= bounds.size - 1:
@@ -84,9 +86,9 @@ def _forward(x, width, table, per_row, top_code, out, bounds, counter):
 
 
 @jit.kernel
-def _backward(grad, x, width, table, per_row, top_code, grad_x, sums, bounds, counter):
+def _backward(grad, x, width, table, per_row, qmax, grad_x, sums, bounds, counter):
     """``sums`` is ``[2, blocks, ceil16(F)]``, or ``[2, N, 16]`` where the range is per row."""
-    top, zero = vsplat(np.float32(top_code), GROUP), vsplat(np.float32(0.0), GROUP)
+    top, zero = vsplat(np.float32(qmax), GROUP), vsplat(np.float32(0.0), GROUP)
     half, pitch = sums.shape[1] * sums.shape[2], sums.shape[2]
     while True:
         block = atomic_add(counter, 0, 1)
@@ -112,7 +114,16 @@ def _blocks(rows: int) -> np.ndarray:
     return np.append(np.arange(0, rows, BLOCK_ROWS), rows)
 
 
-def fake_quantize(x: Tensor, scale: Tensor, offset: Tensor, bits: int) -> Tensor:
+def _has_codes(x: Tensor, scale: Tensor, offset: Tensor) -> bool:
+    """Whether :mod:`.cpu_codes` knows the range: not one per column."""
+    shared = scale.numel() == 1 and offset.numel() == 1
+    return x.numel() > 0 and (shared or (scale.dim() >= 2 and scale.shape == offset.shape))
+
+
+def fake_quantize(x: Tensor, scale: Tensor, offset: Tensor, bits: int, as_codes: bool = False) -> Tensor:
+    if as_codes:
+        known = _has_codes(x, scale, offset)
+        return codes(x, scale, offset, bits) if known else fake_quantize_reference(x, scale, offset, bits, True)
     rows, width = x.shape
     out = empty((rows, width), torch.float32)
     if out.numel():
@@ -123,8 +134,12 @@ def fake_quantize(x: Tensor, scale: Tensor, offset: Tensor, bits: int) -> Tensor
 
 
 def fake_quantize_backward(
-    grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor, bits: int
+    grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor, bits: int, as_codes: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if as_codes:
+        if _has_codes(x, scale, offset):
+            return codes_backward(grad, x, scale, offset, bits)
+        return fake_quantize_backward_reference(grad, x, scale, offset, bits, True)
     rows, width = x.shape
     grad_x = empty((rows, width), torch.float32)
     if not grad_x.numel():

@@ -42,10 +42,10 @@ def _range(ptr, kind: tl.constexpr, row, row_ok, column, column_ok):  # type: ig
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def fake_quantize_kernel(  # type: ignore[no-untyped-def]
     x, scale, offset, out, num_rows, num_columns,
-    BITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    BITS: tl.constexpr, CODES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     SCALE: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """``x^ = c s + l`` with ``c = clamp(floor((x - l) / s + 1/2), 0, Q)``."""
+    """``x^ = c s + l`` with ``c = clamp(floor((x - l) / s + 1/2), 0, Q)``, or the ``CODES`` themselves."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     row_ok, column_ok = row < num_rows, column < num_columns
@@ -54,7 +54,7 @@ def fake_quantize_kernel(  # type: ignore[no-untyped-def]
     s = _range(scale, SCALE, row, row_ok, column, column_ok)
     start = _range(offset, OFFSET, row, row_ok, column, column_ok)
     codes = quantize(tl.load(x + at, mask=ok, other=0.0), s, start, BITS).to(tl.float32)
-    tl.store(out + at, codes * s + start, mask=ok)
+    tl.store(out + at, codes if CODES else codes * s + start, mask=ok)
 
 
 @triton.jit
@@ -76,11 +76,11 @@ def _store_partial(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def fake_quantize_backward_kernel(  # type: ignore[no-untyped-def]
     grad, x, scale, offset, grad_x, partial_scale, partial_offset, num_rows, num_columns,
-    BITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    BITS: tl.constexpr, CODES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     SCALE: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     r"""With ``v = (x - l) / s``: ``dx = g [0 <= v <= Q]``, ``ds = g (c - v)`` inside and ``g c``
-    outside, ``dl = g`` outside.
+    outside, ``dl = g`` outside; of ``CODES`` ``dx = g / s``, ``ds = -dx v`` and ``dl = -dx`` where gradients pass.
     """
     top: tl.constexpr = (1 << BITS) - 1
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -91,18 +91,28 @@ def fake_quantize_backward_kernel(  # type: ignore[no-untyped-def]
     s = _range(scale, SCALE, row, row_ok, column, column_ok)
     start = _range(offset, OFFSET, row, row_ok, column, column_ok)
     g = tl.load(grad + at, mask=ok, other=0.0)
-    v = (tl.load(x + at, mask=ok, other=0.0) - start) * tl.div_rn(1.0, s)
-    inside = (v >= 0) & (v <= top)
-    codes = tl.floor(v + 0.5)
-    codes = tl.where(codes < 0, 0.0, tl.where(codes > top, top * 1.0, codes))  # keeps NaN
-    grad_scale = g * tl.where(inside, codes - v, codes)
-    tl.store(grad_x + at, tl.where(inside, g, 0.0), mask=ok)
+    inverse = tl.div_rn(1.0, s)
+    v = (tl.load(x + at, mask=ok, other=0.0) - start) * inverse
+    if CODES:
+        margin: tl.constexpr = 0.5 if BITS == 1 else 0.0  # as `passed` has it
+        inside = (v >= -margin) & (v <= top + margin)
+        g = tl.where(inside, g * inverse, 0.0)
+        tl.store(grad_x + at, g, mask=ok)
+        grad_scale = -g * (0.5 if BITS == 1 else tl.where(inside, v, 0.0))
+        grad_offset = -g
+    else:
+        inside = (v >= 0) & (v <= top)
+        codes = tl.floor(v + 0.5)
+        codes = tl.where(codes < 0, 0.0, tl.where(codes > top, top * 1.0, codes))  # keeps NaN
+        tl.store(grad_x + at, tl.where(inside, g, 0.0), mask=ok)
+        grad_scale = g * tl.where(inside, codes - v, codes)
+        grad_offset = tl.where(inside, 0.0, g)
     _store_partial(
         tl.where(ok, grad_scale, 0.0), partial_scale, SCALE, row, row_ok, column, column_ok,
         num_rows, num_columns,
     )  # fmt: skip
     _store_partial(
-        tl.where(ok & (inside == 0), g, 0.0), partial_offset, OFFSET, row, row_ok, column,
+        tl.where(ok, grad_offset, 0.0), partial_offset, OFFSET, row, row_ok, column,
         column_ok, num_rows, num_columns,
     )  # fmt: skip
 
@@ -113,7 +123,7 @@ def tile_shape(num_columns: int) -> tuple[int, int]:
     return TILE // columns, columns
 
 
-def fake_quantize(x: Tensor, scale: Tensor, offset: Tensor, bits: int) -> Tensor:
+def fake_quantize(x: Tensor, scale: Tensor, offset: Tensor, bits: int, as_codes: bool = False) -> Tensor:
     device = check_devices(x, scale, offset)
     x = x.contiguous()
     out = torch.empty_like(x)
@@ -123,14 +133,14 @@ def fake_quantize(x: Tensor, scale: Tensor, offset: Tensor, bits: int) -> Tensor
         fake_quantize_kernel,
         (triton.cdiv(num_rows, rows), triton.cdiv(num_columns, columns)), device,
         x, scale.contiguous(), offset.contiguous(), out, num_rows, num_columns,
-        BITS=bits, ROWS=rows, COLUMNS=columns, SCALE=range_kind(scale), OFFSET=range_kind(offset),
+        BITS=bits, CODES=as_codes, ROWS=rows, COLUMNS=columns, SCALE=range_kind(scale), OFFSET=range_kind(offset),
         num_warps=config_for("elementwise", device, num_columns).num_warps,
     )  # fmt: skip
     return out
 
 
 def fake_quantize_backward(
-    grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor, bits: int
+    grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor, bits: int, as_codes: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     device = check_devices(grad, x, scale, offset)
     grad, x = grad.contiguous(), x.contiguous()
@@ -149,7 +159,7 @@ def fake_quantize_backward(
     launch(
         fake_quantize_backward_kernel, grid, device,
         grad, x, scale.contiguous(), offset.contiguous(), grad_x, partial_scale, partial_offset,
-        num_rows, num_columns, BITS=bits, ROWS=rows, COLUMNS=columns, SCALE=range_kind(scale),
+        num_rows, num_columns, BITS=bits, CODES=as_codes, ROWS=rows, COLUMNS=columns, SCALE=range_kind(scale),
         OFFSET=range_kind(offset),
         num_warps=config_for("elementwise", device, num_columns).num_warps,
     )  # fmt: skip

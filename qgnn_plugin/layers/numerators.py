@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..quantizers.functional import levels
+from ..kernels.layout import top_code
 
 __all__ = ["attention_codes", "attention_thresholds"]
 
@@ -16,7 +16,7 @@ __all__ = ["attention_codes", "attention_thresholds"]
 @cache
 def attention_thresholds(bits: int) -> tuple[float, ...]:
     """Ascending logit thresholds of the codes 1 .. Q."""
-    qmax = levels(bits)
+    qmax = top_code(bits)
     return tuple(math.log((q - 0.5) / qmax) for q in range(1, qmax + 1))
 
 

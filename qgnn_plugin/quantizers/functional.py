@@ -22,23 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cpu
+from ..kernels.backend import implementation, is_direct
+from ..kernels.fake_quantize import passed
+from ..kernels.layout import PACKED_BITS, top_code
 
-__all__ = ["FINE_BITS", "FINE_LEVELS", "HALF", "levels", "passed", "quantize_codes", "truncate"]
+__all__ = ["FINE_BITS", "FINE_LEVELS", "HALF", "passed", "quantize_codes", "truncate"]
 
 HALF = (torch.float16, torch.bfloat16)  # they hold codes, but neither what leads to a code nor sums of codes
 FINE_BITS = 8
-FINE_LEVELS = 2**FINE_BITS - 1
-
-
-def levels(bits: int) -> int:
-    """The largest code ``Q = 2^bits - 1``."""
-    return 2**bits - 1
-
-
-def passed(qmax: int) -> tuple[float, float]:
-    """The least and the largest ``v`` at which gradients pass straight through."""
-    return (-0.5, 1.5) if qmax == 1 else (0.0, float(qmax))
+FINE_LEVELS = top_code(FINE_BITS)
 
 
 def truncate(fine: Tensor, qmax: int, skew: Tensor) -> Tensor:
@@ -58,8 +50,8 @@ class _QuantizeCodes(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, scale: Tensor, lower: Tensor, qmax: int, skew: Tensor | None) -> Tensor:
         if skew is None:
-            return cpu.codes(x, scale, lower, qmax) if cpu.supports(x, scale, lower) else _codes(x, scale, lower, qmax)
-        return truncate(_codes(x, scale * (qmax / FINE_LEVELS), lower, FINE_LEVELS), qmax, skew)
+            return _rounded(x, scale, lower, qmax)
+        return truncate(_rounded(x, scale * (qmax / FINE_LEVELS), lower, FINE_LEVELS), qmax, skew)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -72,15 +64,66 @@ class _QuantizeCodes(torch.autograd.Function):
         # Where gradients are differentiated in turn, those of the surrogate are, by operations that know how.
         # So are they where the gradient is a batch of gradients, as torch.autograd.grad(is_grads_batched=True) has it.
         batched = not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(grad)
-        if not (torch.is_grad_enabled() or batched) and cpu.supports(x, scale, lower):
-            grad_x, grad_scale, grad_lower = cpu.codes_backward(grad, x, scale, lower, passed(ctx.qmax))
-            if ctx.qmax == 1:
-                grad_scale = grad_lower * 0.5
-        else:
-            grad_x, grad_scale, grad_lower = _codes_backward(grad, x, scale, lower, ctx.qmax)
+        by_op = not (torch.is_grad_enabled() or batched)
+        gradients = (_rounded_backward if by_op else _codes_backward)(grad, x, scale, lower, ctx.qmax)
         needs = ctx.needs_input_grad
-        gradients = (grad_x, grad_scale, grad_lower)
         return *(g if needed else None for g, needed in zip(gradients, needs, strict=False)), None, None
+
+
+_BITS = {top_code(bits): bits for bits in PACKED_BITS}
+_DEVICES = ("cpu", "cuda")  # of which the op has kernels, or may run its reference
+
+
+def _op_bits(x: Tensor, scale: Tensor, lower: Tensor, qmax: int) -> int | None:
+    """The width at which the op ``fake_quantize`` takes ``x`` ``[*, F]``; :obj:`None` where it does not.
+
+    A compiler makes one kernel of the formula and what is around it, so it has the formula.
+    """
+    if x.numel() == 0 or x.device.type not in _DEVICES or x.dtype not in (torch.float32, torch.float64):
+        return None
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not (scale.dtype == lower.dtype == x.dtype):
+        return None
+    per_row = x.dim() >= 2 and scale.shape == (*x.shape[:-1], 1)
+    known = lower.shape == scale.shape and (scale.numel() == 1 or per_row)
+    return _BITS.get(qmax) if known else None
+
+
+def _rounded(x: Tensor, scale: Tensor, lower: Tensor, qmax: int) -> Tensor:
+    """Codes by the op; those that it does not know by the formula, bitwise the same."""
+    bits = _op_bits(x, scale, lower, qmax)
+    if bits is not None and x.is_cpu and is_direct():
+        codes: Tensor = implementation("fake_quantize", "cpu")(x, scale, lower, bits, True)
+        return codes
+    if bits is None or x.dtype != torch.float32:
+        return _codes(x, scale, lower, qmax)
+    out: Tensor = torch.ops.qgnn.fake_quantize(_matrix(x), *_ranges(scale, lower), bits, True)
+    return out.view(x.shape)
+
+
+def _rounded_backward(
+    grad: Tensor, x: Tensor, scale: Tensor, lower: Tensor, qmax: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by the op; sums of rows and of rows' sums are in an order of its own."""
+    bits = _op_bits(x, scale, lower, qmax)
+    if bits is not None and x.is_cpu and is_direct():
+        gradients: tuple[Tensor, Tensor, Tensor] = implementation("fake_quantize_backward", "cpu")(
+            grad, x, scale, lower, bits, True
+        )
+        return gradients
+    if bits is None or x.dtype != torch.float32:
+        return _codes_backward(grad, x, scale, lower, qmax)
+    found = torch.ops.qgnn.fake_quantize_backward(_matrix(grad), _matrix(x), *_ranges(scale, lower), bits, True)
+    return tuple(g.view(like.shape) for g, like in zip(found, (x, scale, lower), strict=True))  # type: ignore[return-value]
+
+
+def _matrix(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.size(-1)) if x.dim() else x.view(1, 1)
+
+
+def _ranges(scale: Tensor, lower: Tensor) -> tuple[Tensor, Tensor]:
+    """One element, or ``[N, 1]``."""
+    shape = (1,) if scale.numel() == 1 else (-1, 1)
+    return scale.reshape(shape), lower.reshape(shape)
 
 
 def _codes(x: Tensor, scale: Tensor, lower: Tensor, qmax: int) -> Tensor:
@@ -121,6 +164,6 @@ def shown_range(scale: Tensor, lower: Tensor, bits: int, granularity: str) -> st
     """What the lowest and the highest code mean, as people read it, over all ranges; empty for tensors without data."""
     if scale.is_meta or type(scale) not in (Tensor, torch.nn.Parameter):  # such as those of tracing
         return ""
-    low, high = float(lower.min()) + 0.0, float((lower + scale * levels(bits)).max())
+    low, high = float(lower.min()) + 0.0, float((lower + scale * top_code(bits)).max())
     several = f" in {scale.numel()} ranges" if scale.numel() > 1 else ""
     return f"[{low:.3g}, {high:.3g}]{several}{PER.get(granularity, '')}"

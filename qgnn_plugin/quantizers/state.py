@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import OFF, Granularity, Levels, Truncation
+from ..kernels.layout import top_code
 from ..saved import REMEDY, encode, refusal, refuse
-from .functional import levels as max_code
 
 __all__ = ["ZERO_ONE_KINDS", "QuantizerState", "RangeKind"]
 
@@ -132,7 +132,7 @@ class QuantizerState(nn.Module):
     @property
     def qmax(self) -> int:
         """The largest code: 1 for 0/1 data, else ``2^bits - 1``."""
-        return 1 if self.is_zero_one else max_code(self.bits)
+        return 1 if self.is_zero_one else top_code(self.bits)
 
     @property
     def stored_bits(self) -> int:
@@ -158,7 +158,7 @@ class QuantizerState(nn.Module):
         return self._zero_code(self.range_kind)
 
     def _zero_code(self, kind: RangeKind) -> float | None:
-        qmax = max_code(self.bits)
+        qmax = top_code(self.bits)
         if kind in ZERO_ONE_KINDS:
             return 0.0
         if kind == RangeKind.ZEROS and self.levels != "unsigned":

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ..config import OFF
+from ..kernels.layout import top_code
 from ..kernels.plan import GraphPlan
 from . import compressed
-from .functional import HALF, levels
+from .functional import HALF
 from .rows import RowRange
 
 __all__ = ["QuantizedTensor"]
@@ -52,7 +53,7 @@ class QuantizedTensor:
     @classmethod
     def unpacked(cls, packed: compressed.Packed) -> QuantizedTensor:
         """Codes outside the autograd graph."""
-        qmax = None if packed.bits == OFF else levels(packed.bits)
+        qmax = None if packed.bits == OFF else top_code(packed.bits)
         return cls(packed.codes(), packed.scale, packed.lower, qmax, packed.unsigned)
 
     @property

@@ -31,7 +31,7 @@ Operator = Callable[[Tensor], Tensor]
 BUFFERS = ("multiplier", "slack", "penalty")
 OTHER_PREFIX = "qgnn_"
 CONSTRAINT_ATTRIBUTES = (  # beside them
-    "_constraint_state", "_smp", "_smoothing", "_written", "_buffer_prefix", "_rests", "_updates",
+    "_constraint_state", "_smp", "_smoothing", "_written", "_buffer_prefix", "_rests", "_updates", "_settled",
 )  # fmt: skip
 EXPLICIT_LIMIT = 0.25  # of eta lambda: past it the explicit correction turns changes of frequency 2 round
 MEASURED_EVERY = 16  # updates, where the bound is far from being reached
@@ -97,6 +97,7 @@ class SmoothLayer:
     _written: tuple[Any, ...] | None = None  # in these versions
     _rests: bool = False  # whether measuring can wait while the multiplier is zero
     _updates: int = 0  # of the multiplier
+    _settled: tuple[Any, ...] | None = None  # what an update that changes nothing returns, and what that follows from
 
     @property
     def _num_constraints(self) -> int:
@@ -195,9 +196,29 @@ class SmoothLayer:
         the same forward pass, as do all processes, and code that is compiled knows two states and not sixteen.
         """
         self._updates += 1
+        self._settled = None
         far = ratio is not None and ratio + float(self._constraint_buffer("slack")) ** 2 <= FAR_BELOW
         idle = not self._moves_itself and self._multiplier_value == 0
         self._rests = far and idle and self._updates % MEASURED_EVERY != 0
+
+    def _settle(self, state: Any) -> None:
+        """Remember ``state``, that of every update until the layer measures again or its buffers are written."""
+        self._settled = (state, self._constraint_state, self._buffer_versions()) if self._rests else None
+
+    def _unchanged(self) -> Any:
+        """What an update would return that changes nothing; :obj:`None` where it may change something."""
+        if self._settled is None or not self._is_resting:
+            return None
+        state, measured, versions = self._settled
+        return state if measured is self._constraint_state and versions == self._buffer_versions() else None
+
+    def _pass_update(self) -> None:
+        """Count an update that changed nothing."""
+        self._updates += 1
+        self._rests = self._updates % MEASURED_EVERY != 0
+
+    def _buffer_versions(self) -> list[Any]:
+        return [_version(buffer) for buffer in self._constraint_buffers]
 
     def _refresh(self) -> None:
         """Read anew whether the correction acts, where the buffers were written since it was last asked."""
@@ -274,7 +295,7 @@ def attach_constraint(layer: Any, config: SMPConfig | None, device: torch.device
         ValueError: If ``config`` is the authors' algorithm and the layer is no propagation.
     """
     layer._constraint_state = None
-    layer._rests, layer._updates = False, 0
+    layer._rests, layer._updates, layer._settled = False, 0, None
     if config is None:
         return
     constrained = isinstance(layer, SmoothLayer)  # by itself
@@ -300,7 +321,7 @@ def reset_constraint(layer: SmoothLayer) -> None:
         if (buffer := layer._constraint_buffer(name)) is not None:
             buffer.fill_(value)
     layer._constraint_state = None
-    layer._rests, layer._updates = False, 0
+    layer._rests, layer._updates, layer._settled = False, 0, None
 
 
 def constraint_names(layer: Any) -> list[str]:

@@ -94,7 +94,8 @@ def differential_multiplier_step(
 
     A layer whose multiplier moves within its forward pass (``schedule="inner"``) is reported and left alone.  One whose
     multiplier is zero and whose constraint is below half of its bound measures in one forward pass of 16 updates only,
-    and is reported with what it measured last: measuring costs next to nothing until a multiplier has to move.
+    and is reported with what it measured last: measuring costs next to nothing until a multiplier has to move, nor does
+    the update where that holds of all layers and nothing is averaged over processes.
 
     Args:
         model: A converted model, or one that holds :class:`qgnn_plugin.SMPropagation` layers.
@@ -107,6 +108,8 @@ def differential_multiplier_step(
     layers = smp_layers(model)
     if not layers:
         return {}
+    if reduce is None and (settled := _settled(layers)) is not None:
+        return settled
     rows = [_measurements(layer) for layer in layers.values()]
     sizes = [len(part) for part in rows]
     table = torch.cat([part.to(rows[0].device) for part in rows])
@@ -119,6 +122,20 @@ def differential_multiplier_step(
         if ratio is not None:
             states[name] = _update(layer, ratio)
         layer._note_update(None if ratio is None else float(ratio))
+        layer._settle(states.get(name))
+    return states
+
+
+def _settled(layers: dict[str, SmoothLayer]) -> dict[str, MultiplierState] | None:
+    """What an update returns that changes no layer; :obj:`None` where it may change one.
+
+    Processes that average would have to agree on this, but buffers are written in some of them only.
+    """
+    states = {name: layer._unchanged() for name, layer in layers.items()}
+    if any(state is None for state in states.values()):
+        return None
+    for layer in layers.values():
+        layer._pass_update()
     return states
 
 

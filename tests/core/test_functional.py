@@ -1,14 +1,18 @@
 """Codes and their straight-through gradients: finite differences in float64 and closed forms."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qgnn_plugin import QLRQuantizer
-from qgnn_plugin.quantizers import RangeKind, cpu, quantize_codes
-from qgnn_plugin.quantizers.functional import _codes, _codes_backward, levels, truncate
+from qgnn_plugin.kernels.backend import use_backend
+from qgnn_plugin.kernels.layout import top_code
+from qgnn_plugin.quantizers import RangeKind, quantize_codes
+from qgnn_plugin.quantizers.functional import _codes, _codes_backward, _op_bits, truncate
 
 BITS = (2, 4, 8)
 STEP = 1e-6
@@ -119,7 +123,7 @@ def test_gradients_match_finite_differences(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_gradients_in_closed_form(bits: int, dtype: torch.dtype) -> None:
     """dx^/dx, dx^/du and dx^/dl of docs/quantizer.md, element by element."""
-    qmax = levels(bits)
+    qmax = top_code(bits)
     x = torch.randn(200, dtype=dtype) * 2
     low = torch.full_like(x, -1.3).requires_grad_()
     high = torch.full_like(x, 1.7).requires_grad_()
@@ -167,7 +171,7 @@ def test_single_pass_kernels_match_tensor_operations(
     expected = _codes(x, scale, lower, 15)
     grad = torch.randn_like(x)
     expected_grads = _codes_backward(grad, x, scale, lower, 15)
-    assert cpu.supports(x, scale, lower) == (x.numel() > 0)
+    assert _op_bits(x, scale, lower, 15) == (4 if x.numel() else None)
     leaves = [t.clone().requires_grad_() for t in (x, scale, lower)]
     codes = quantize_codes(*leaves, 15)
     assert torch.equal(codes, expected)
@@ -176,6 +180,49 @@ def test_single_pass_kernels_match_tensor_operations(
     for leaf, reference in zip(leaves, expected_grads, strict=True):
         torch.testing.assert_close(leaf.grad, reference, **tolerance)
     assert torch.equal(leaves[0].grad, expected_grads[0])  # type: ignore[arg-type]
+
+
+class OpsSeen(TorchDispatchMode):
+    """Names of the ops of ours that pass the dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "qgnn":
+            self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("qmax", [1, 3, 15, 255])
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("shape", [(70,), (9, 33), (3, 5, 20)])
+def test_training_runs_the_op(shape: tuple[int, ...], per_row: bool, qmax: int, backend: str) -> None:
+    """Whoever looks at what is dispatched sees it; past the dispatcher the same kernel gives the same codes."""
+    x = torch.randn(shape)
+    scale, lower = torch.tensor(4.0 / qmax), torch.tensor(-1.3)
+    if per_row and len(shape) > 1:
+        scale, lower = (v * (1 + torch.rand(*shape[:-1], 1)) for v in (scale, lower))
+    grad = torch.randn(shape)
+
+    def step() -> tuple[Tensor, ...]:
+        leaves = [t.clone().requires_grad_() for t in (x, scale, lower)]
+        codes = quantize_codes(*leaves, qmax)
+        codes.backward(grad)
+        return codes.detach(), *(leaf.grad for leaf in leaves)  # type: ignore[misc]
+
+    direct = step()
+    with use_backend(backend), OpsSeen() as seen:
+        dispatched = step()
+    assert seen.names == ["fake_quantize.default", "fake_quantize_backward.default"]
+    assert torch.equal(direct[0], dispatched[0])
+    assert torch.equal(direct[1], dispatched[1])
+    for ours, theirs in zip(direct[2:], dispatched[2:], strict=True):
+        if backend == "auto":
+            assert torch.equal(ours, theirs)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_non_contiguous_values_and_gradients() -> None:
@@ -213,7 +260,7 @@ def test_range_gradients_stay_finite_where_codes_overflow(shape: tuple[int, ...]
 @pytest.mark.parametrize("skew", [0, 3, -20, 100])
 def test_truncation_in_integers(bits: int, skew: int) -> None:
     """BT and BT* of every 8-bit code, against round-half-up in exact integers."""
-    qmax = levels(bits)
+    qmax = top_code(bits)
     base = 255 // qmax
     assert base * qmax == 255
     codes = truncate(torch.arange(256.0), qmax, torch.tensor(float(skew)))
@@ -224,7 +271,7 @@ def test_truncation_in_integers(bits: int, skew: int) -> None:
 @pytest.mark.parametrize("bits", [2, 4])
 def test_truncation_goes_through_eight_bits(bits: int) -> None:
     """255 / Q is odd, so rounding twice is rounding once: only BT*'s correction changes codes."""
-    qmax = levels(bits)
+    qmax = top_code(bits)
     x = torch.randn(4000)
     scale, lower = torch.tensor(4.0 / qmax), torch.tensor(-2.0)
     direct = quantize_codes(x, scale, lower, qmax)

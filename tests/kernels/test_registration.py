@@ -42,7 +42,7 @@ def _cases() -> dict[str, Callable[[], tuple[Any, ...]]]:
             zero.clone().requires_grad_(),
             2,
         ),
-        "fake_quantize_backward": lambda: (x, x, one, zero, 2),
+        "fake_quantize_backward": lambda: (x, x, one, zero, 2, True),
         "aggregate": lambda: (words(), *graph, one, zero, WIDTH, 2),
         "attention_aggregate": lambda: (
             words(), *graph, one, zero, WIDTH, 2, 2, 4, 0.2, alpha, alpha,

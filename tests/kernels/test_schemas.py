@@ -25,13 +25,13 @@ _AGGREGATE = (
     "Tensor words, Tensor rowptr, Tensor col, Tensor scale, Tensor offset, int num_features, int bits, "
     'str reduce="sum", '
     "Tensor? edge_weight=None, Tensor? dst_scale=None, Tensor? bias=None, bool relu=False, Tensor? out_scale=None, "
-    "Tensor? out_offset=None, int out_bits=0, Tensor? schedule=None, Tensor? multiplier=None"
+    "Tensor? out_offset=None, int out_bits=0, Tensor? multiplier=None"
 )
 _ATTENTION = (
     "Tensor words, Tensor rowptr, Tensor col, Tensor scale, Tensor offset, int num_features, int bits, int heads, "
     "int attention_bits, float negative_slope, Tensor? alpha_src=None, Tensor? alpha_dst=None, "
     "Tensor? alpha_edge=None, Tensor? att=None, Tensor? x_dst=None, bool concat=True, Tensor? bias=None, "
-    "bool relu=False, Tensor? out_scale=None, Tensor? out_offset=None, int out_bits=0, Tensor? schedule=None, "
+    "bool relu=False, Tensor? out_scale=None, Tensor? out_offset=None, int out_bits=0, "
     "Tensor? multiplier=None"
 )
 _LINEAR = (
@@ -45,9 +45,10 @@ SCHEMAS = {
     "attention_aggregate": f"({_ATTENTION}) -> Tensor",
     "attention_aggregate.rows": f"({_ATTENTION}, *, Tensor out_unit) -> (Tensor, Tensor)",
     "edge_dots": "(Tensor a, Tensor b, Tensor rowptr, Tensor col, int heads=1) -> Tensor",
-    "fake_quantize": "(Tensor x, Tensor scale, Tensor offset, int bits) -> Tensor",
+    "fake_quantize": "(Tensor x, Tensor scale, Tensor offset, int bits, bool as_codes=False) -> Tensor",
     "fake_quantize_backward": (
-        "(Tensor grad, Tensor x, Tensor scale, Tensor offset, int bits) -> (Tensor, Tensor, Tensor)"
+        "(Tensor grad, Tensor x, Tensor scale, Tensor offset, int bits, bool as_codes=False) "
+        "-> (Tensor, Tensor, Tensor)"
     ),
     "float_sum": (
         "(Tensor x, Tensor rowptr, Tensor col, Tensor? dst_scale=None, Tensor? src_scale=None, Tensor? weight=None, "

@@ -73,6 +73,31 @@ def test_training_is_bitwise_the_same(name: str, bits: int) -> None:
         assert torch.equal(value, other.state_dict()[key]), key
 
 
+@pytest.mark.parametrize("damping", [0.0, 1.0])
+def test_updates_that_change_nothing_are_what_they_would_be(damping: float) -> None:
+    """Counted and reported as those that averages of processes ask for, and no longer once anything is written."""
+    x, edge_index = inputs()
+    model = nn.ModuleList([converted("GCNConv", alpha=100.0, damping=damping), converted("APPNP", alpha=100.0)])
+    other = copy.deepcopy(model)
+    for k in range(2 * MEASURED_EVERY + 3):
+        for layer, same in zip(model, other, strict=True):
+            layer.train()(x, edge_index)
+            same.train()(x, edge_index)
+            assert (layer._constraint_state is None) == (same._constraint_state is None)
+        settled = all(layer._unchanged() is not None for layer in model)
+        assert settled == (k % MEASURED_EVERY != 0 and k <= MEASURED_EVERY + 5)
+        if k == MEASURED_EVERY + 5:  # a slack that alone uses up the bound
+            for part in (model, other):
+                part[0]._constraint_buffer("slack").fill_(1.0)
+                assert part[0]._unchanged() is None
+        assert qgnn.differential_multiplier_step(model) == qgnn.differential_multiplier_step(other, reduce=lambda t: t)
+        for layer, same in zip(model, other, strict=True):
+            assert (layer._rests, layer._updates) == (same._rests, same._updates)
+            for ours, theirs in zip(layer._constraint_buffers, same._constraint_buffers, strict=True):
+                assert torch.equal(ours, theirs)
+    assert model[0].multiplier > 0
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_one_forward_pass_of_many_measures(name: str) -> None:
     layer, (x, edge_index) = converted(name, alpha=100.0).train(), inputs()

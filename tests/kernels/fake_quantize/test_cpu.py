@@ -12,22 +12,41 @@ pytestmark = pytest.mark.usefixtures("poison_empty")
 KINDS = ("tensor", "column", "row")
 
 
+@pytest.mark.parametrize("as_codes", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bits", PACKED_BITS)
-def test_fake_quantize_gradients(bits: int, kind: str) -> None:
+def test_fake_quantize_gradients(bits: int, kind: str, as_codes: bool) -> None:
     x, upstream = 2 * torch.randn(150, 33), torch.randn(150, 33)
     span = random_range(kind, 150, 33)
 
     def gradients() -> tuple[torch.Tensor, ...]:
-        return torch.ops.qgnn.fake_quantize_backward(upstream, x, *span.values(), bits)
+        return torch.ops.qgnn.fake_quantize_backward(upstream, x, *span.values(), bits, as_codes)
 
     assert_equal(gradients, tolerance=1e-5)
     leaves = [value.clone().requires_grad_() for value in (x, *span.values())]
     with use_backend("cpu"):
-        fake_quantize(*leaves, bits).backward(upstream)
+        fake_quantize(*leaves, bits, as_codes=as_codes).backward(upstream)
         for leaf, gradient in zip(leaves, gradients(), strict=True):
             assert leaf.grad is not None
             assert torch.equal(leaf.grad, gradient)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bits", PACKED_BITS)
+def test_codes_and_values_are_one(bits: int, kind: str) -> None:
+    """``c s + l`` of the codes, and above one bit the gradients through it, are those of the values."""
+    x, upstream = 2 * torch.randn(40, 33), torch.randn(40, 33)
+    span = random_range(kind, 40, 33)
+    values, codes = ([v.clone().requires_grad_() for v in (x, *span.values())] for _ in range(2))
+    y = fake_quantize(*values, bits)
+    c = fake_quantize(*codes, bits, as_codes=True)
+    assert torch.equal(c, c.detach().round().clamp(0, 2**bits - 1))
+    assert torch.equal(c * codes[1] + codes[2], y)
+    if bits > 1:
+        y.backward(upstream)
+        (c * codes[1] + codes[2]).backward(upstream)
+        for ours, theirs in zip(codes, values, strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=2e-3)
 
 
 def test_gradients_are_those_of_the_definition() -> None:

@@ -1,4 +1,4 @@
-"""Single-pass CPU kernels of :mod:`.functional` for ranges per tensor or per row.
+"""Codes of ``fake_quantize`` on the CPU, forward and backward in one pass each, for ranges per tensor or per row.
 
 The forward pass is bitwise that of the reference.  Nothing depends on the number of threads or on where buffers lie.
 """
@@ -11,14 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels.backend import has_numba
-from ..kernels.cpu import jit
-from ..kernels.cpu.epilogue import GROUP, quantize_group
-from ..kernels.cpu.memory import array_of
-from ..kernels.cpu.parallel import even_chunks, run_chunks
-from ..kernels.cpu.simd import atomic_add, peek, vcast, vload_first, vsplat, vstore, vstore_first, vwithin
+from ..cpu import jit
+from ..cpu.epilogue import GROUP, quantize_group
+from ..cpu.memory import array_of
+from ..cpu.parallel import even_chunks, run_chunks
+from ..cpu.simd import atomic_add, peek, vcast, vload_first, vsplat, vstore, vstore_first, vwithin
+from ..layout import top_code
+from . import passed
 
-__all__ = ["codes", "codes_backward", "supports"]
+__all__ = ["codes", "codes_backward"]
 
 CHUNK = 1 << 14
 LANES = GROUP  # partial sums of a row
@@ -128,18 +129,6 @@ def _gradients_float32(
             vstore(sums, 2 * LANES * i + LANES, total)
 
 
-def supports(x: Tensor, scale: Tensor, lower: Tensor) -> bool:
-    """Whether ``x`` is on the CPU in float32 or float64, and the range is per tensor or per row."""
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or x.numel() == 0:
-        return False
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or scale.dtype != x.dtype or lower.dtype != x.dtype:
-        return False
-    if not has_numba():
-        return False
-    per_row = x.dim() >= 2 and scale.shape == (*x.shape[:-1], 1)
-    return lower.shape == scale.shape and (scale.numel() == 1 or per_row)
-
-
 def _flat(x: Tensor) -> np.ndarray:
     return array_of(x.detach().contiguous().view(-1))
 
@@ -151,29 +140,26 @@ def _prepare(x: Tensor, scale: Tensor, lower: Tensor) -> tuple[int, np.ndarray, 
     return width, _flat(1 / scale.detach()), _flat(lower), bounds
 
 
-def codes(x: Tensor, scale: Tensor, lower: Tensor, qmax: int) -> Tensor:
-    """See :func:`qgnn_plugin.quantizers.functional.quantize_codes`."""
+def codes(x: Tensor, scale: Tensor, lower: Tensor, bits: int) -> Tensor:
+    """Codes of ``x`` ``[*, F]``, in its dtype; the range is of one element or ``[*, 1]``, in the same dtype."""
     width, inverse, low, bounds = _prepare(x, scale, lower)
     out = torch.empty(x.shape, dtype=x.dtype)
     kernel = _codes_float32 if x.dtype == torch.float32 else _codes
-    run_chunks(kernel, bounds, _flat(x), width, inverse, low, qmax, _flat(out))
+    run_chunks(kernel, bounds, _flat(x), width, inverse, low, top_code(bits), _flat(out))
     return out
 
 
-def codes_backward(
-    grad: Tensor, x: Tensor, scale: Tensor, lower: Tensor, ends: tuple[float, float]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, scale and lower end, of 0 where ``v`` is not within ``ends``; partial sums are added in a fixed
-    order.
-    """
+def codes_backward(grad: Tensor, x: Tensor, scale: Tensor, lower: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``x``, scale and lower end; partial sums are added in a fixed order."""
     width, inverse, low, bounds = _prepare(x, scale, lower)
     grad_x = torch.empty(x.shape, dtype=x.dtype)
     explicit = x.dtype == torch.float32
-    passed = np.array(ends, array_of(x[:0].detach()).dtype)
+    ends = np.array(passed(top_code(bits)), array_of(x[:0].detach()).dtype)
     lanes = (torch.empty if explicit else torch.zeros)((-(-x.numel() // width), 2, LANES), dtype=x.dtype)
     kernel = _gradients_float32 if explicit else _gradients
-    run_chunks(kernel, bounds, _flat(grad), _flat(x), width, inverse, low, passed, _flat(grad_x), lanes.numpy())
+    run_chunks(kernel, bounds, _flat(grad), _flat(x), width, inverse, low, ends, _flat(grad_x), lanes.numpy())
     sums = lanes.sum(-1)
     if scale.numel() == 1:
         sums = sums.double().sum(0, keepdim=True).to(x.dtype)
-    return grad_x, -sums[:, 0].reshape(scale.shape), -sums[:, 1].reshape(lower.shape)
+    grad_lower = -sums[:, 1].reshape(lower.shape)
+    return grad_x, grad_lower * 0.5 if bits == 1 else -sums[:, 0].reshape(scale.shape), grad_lower
