@@ -14,8 +14,8 @@ from torch_geometric.nn.conv.gcn_conv import gcn_norm
 from torch_geometric.utils import add_self_loops, remove_self_loops
 
 import qgnn_plugin as qgnn
+from qgnn_plugin.graph.adjacency import gcn_graph, looped_plan, mean_graph
 from qgnn_plugin.kernels.plan import GraphPlan
-from qgnn_plugin.layers.graph import gcn_graph, looped_plan, mean_graph
 
 from .cpu_graphs import power_law
 from .stacks import WIDTHS, build_stack

@@ -18,10 +18,10 @@ from qgnn_plugin.convs.appnp import QuantizedAPPNP
 from qgnn_plugin.convs.attention import QuantizedGATConv
 from qgnn_plugin.convs.gcn import QuantizedGCNConv
 from qgnn_plugin.convs.sage import QuantizedSAGEConv
+from qgnn_plugin.graph.adjacency import gcn_graph, looped_plan, mean_graph
 from qgnn_plugin.kernels.plan import GraphPlan, plan_cache
 from qgnn_plugin.kernels.spmm import segment_max, segment_sum, spmm
 from qgnn_plugin.layers.dropout import dropout as dense_dropout
-from qgnn_plugin.layers.graph import gcn_graph, looped_plan, mean_graph
 from qgnn_plugin.layers.linear import QuantizedLinear
 
 __all__ = ["FastAPPNP", "FastGATConv", "FastGCNConv", "FastLinear", "FastSAGEConv", "dropout", "speed_up"]

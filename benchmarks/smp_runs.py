@@ -21,14 +21,14 @@ from torch_geometric.nn import GCN, GCN2Conv, GCNConv, Linear, SGConv
 
 import qgnn_plugin as qgnn
 from qgnn_plugin import QuantConfig, SMPConfig
+from qgnn_plugin.analysis.error_report import error_report
 from qgnn_plugin.config import OFF
 from qgnn_plugin.data import load_dataset, to_sparse_features
 from qgnn_plugin.denormals import flushed_denormals
+from qgnn_plugin.graph.adjacency import gcn_graph
 from qgnn_plugin.inputs import model_inputs
-from qgnn_plugin.layers.graph import gcn_graph
 from qgnn_plugin.recipe import Recipe, Stage, StageResult, fit_float, fit_quantized
 from qgnn_plugin.smp import SMPropagation, dirichlet_energy, smp_layers
-from qgnn_plugin.smp.error import error_report
 from qgnn_plugin.training import distillation_loss, parameter_groups
 
 from .fast_layers import speed_up

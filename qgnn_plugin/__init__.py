@@ -13,8 +13,8 @@ from .calibration import calibrate
 from .config import QuantConfig, SMPConfig
 from .conversion import quantize_like, quantize_model, restore_model
 from .converted import is_quantized, quantizers, range_parameters
+from .graph.adjacency import fixed_graph
 from .layers import QuantizedLayer, register_layer
-from .layers.graph import fixed_graph
 from .packing import (
     CapturedModel,
     PackedBytes,
@@ -32,12 +32,12 @@ from .packing import (
 from .quantizers import QLRQuantizer, QuantizedTensor
 from .quantizers.compressed import compressed_activations
 from .smp import MultiplierState, SMPropagation, differential_multiplier_step, smp_layers
-from .smp.error import ErrorReport, error_report
 from .summaries import Summary, summary
 from .warming import warmup
 
 if TYPE_CHECKING:
     from . import data, lightning_modules, recipe
+    from .analysis.error_report import ErrorReport, error_report
     from .analysis.report import report
     from .analysis.sensitivity import suggest_bits
     from .exporting import export_package, export_program
@@ -100,7 +100,9 @@ __all__ = [
 # Not needed to convert and pack a model: sub-packages, and what is imported with the module that it is in.
 _SUB_PACKAGES = ("data", "lightning_modules", "onnx", "recipe")
 _MODULES = {
+    "ErrorReport": "analysis.error_report",
     "PretrainedMixin": "pretrained",
+    "error_report": "analysis.error_report",
     "export_onnx": "onnx",
     "export_package": "exporting",
     "export_program": "exporting",

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 
 from .atomic import PathLike, atomic_file, shown
 from .converted import is_quantized
-from .layers.graph import has_fixed_graph
+from .graph.adjacency import has_fixed_graph
 from .packing import is_packed
 
 __all__ = ["export_package", "export_program"]

@@ -16,12 +16,12 @@ class's name hold.  :func:`register_layer` ties them to the layer type.
 """
 
 from .convs.base import Convolution, Frozen, Mapped, Trainable, trainable
+from .graph.adjacency import NormalizedGraph, gcn_graph, mean_graph, plain_graph
+from .graph.samples import Samples
 from .layers.arithmetic import aggregate_sum
 from .layers.base import QuantizedLayer, SiteFactory
-from .layers.graph import NormalizedGraph, gcn_graph, mean_graph, plain_graph
 from .layers.message_passing import QuantizedConv
 from .layers.registry import register_layer as register_conversion
-from .layers.samples import Samples
 from .packing.base import PackedLayer, register_packed
 from .packing.conv import PackedConv
 from .packing.guard import inference

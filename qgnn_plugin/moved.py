@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from types import ModuleType
+from typing import Any
 
 from .convs import appnp, attention, deep, gcn, gin, hops, sage
+from .graph import adjacency, edges, fixed, samples
 
 __all__: list[str] = []
 
@@ -17,9 +20,22 @@ def _joined(name: str, *modules: ModuleType) -> ModuleType:
     return joined
 
 
+def _later(name: str) -> ModuleType:
+    """The module ``name`` of this package, imported when something of it is asked for."""
+    module = ModuleType(name, f"Moved to {__package__}.{name}")
+
+    def of(attribute: str) -> Any:
+        return getattr(importlib.import_module(f"{__package__}.{name}"), attribute)
+
+    module.__getattr__ = of  # type: ignore[method-assign]
+    return module
+
+
 _MOVED = {f"layers.{module.__name__.rpartition('.')[2]}": module for module in (appnp, attention, deep, gcn, gin, hops)}
 _MOVED |= {"layers.sage": sage, "packing.attention": attention}
 _MOVED |= {"packing.convs": _joined("convs", deep, gcn, gin, sage), "packing.propagation": _joined("hops", appnp, hops)}
+_MOVED |= {"layers.graph": adjacency, "layers.edges": edges, "layers.fixed": fixed, "layers.samples": samples}
+_MOVED |= {"smp.error": _later("analysis.error_report"), "smp.bounds": _later("analysis.bounds")}
 
 for _name, _module in _MOVED.items():
     sys.modules[f"{__package__}.{_name}"] = _module

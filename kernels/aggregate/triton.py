@@ -13,7 +13,6 @@ from ..arithmetic import LARGEST_MULTIPLIER, multiplied
 from ..layout import parts_per_byte, row_words
 from ..triton.bits import (
     ROW,
-    conclude,
     finish,
     isolated_part,
     load_range,
@@ -22,6 +21,7 @@ from ..triton.bits import (
     part_sums,
     power_of_two,
     row_multipliers,
+    scale_bias_relu,
     store_words,
 )
 from ..triton.gather import heads_part, max_codes, spread_heads, sum_codes, sum_multiplied, sum_slots, sum_weighted
@@ -155,7 +155,8 @@ def aggregate_kernel(  # type: ignore[no-untyped-def]
                     units, scale, offset, first, part, MODE, F, W, WORDS, SCALE, OFFSET,
                 )  # fmt: skip
                 feature, feature_ok = part_features(first, part, F, W, WORDS)
-                peak = tl.maximum(peak, part_peak(conclude(y, factor, bias, feature, feature_ok, RELU), feature_ok))
+                done = scale_bias_relu(y, factor, bias, feature, feature_ok, RELU)
+                peak = tl.maximum(peak, part_peak(done, feature_ok))
             times = row_multipliers(peak, out_unit, LARGEST)
             tl.store(out_multiplier + row, times.to(tl.uint8), mask=item_ok)
         packed = tl.zeros([ROWS, WORDS], tl.int32)
@@ -233,7 +234,8 @@ def hub_kernel(  # type: ignore[no-untyped-def]
                 MODE, F, W, WORDS, SCALE, OFFSET,
             )  # fmt: skip
             feature, feature_ok = part_features(first, part, F, W, WORDS)
-            peak = tl.maximum(peak, part_peak(conclude(y, factor, bias, feature, feature_ok, RELU), feature_ok))
+            done = scale_bias_relu(y, factor, bias, feature, feature_ok, RELU)
+            peak = tl.maximum(peak, part_peak(done, feature_ok))
         times = row_multipliers(peak, out_unit, LARGEST)
         tl.store(out_multiplier + row, times.to(tl.uint8))
     packed = tl.zeros([1, WORDS], tl.int32)

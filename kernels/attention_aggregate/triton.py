@@ -28,7 +28,6 @@ from ..triton.bits import (
     COLUMN,
     HEAD,
     ROW,
-    conclude,
     field_floats,
     field_shift,
     finish,
@@ -41,6 +40,7 @@ from ..triton.bits import (
     power_of_two,
     row_magic,
     row_multipliers,
+    scale_bias_relu,
     spread,
     store_words,
     sums_by_part,
@@ -256,7 +256,8 @@ def attention_kernel(  # type: ignore[no-untyped-def]
                     scale, offset, 0, part, F, W, WORDS, SCALE, OFFSET, multiplier is not None,
                 )  # fmt: skip
                 feature, feature_ok = part_features(0, part, F, W, WORDS)
-                largest = tl.maximum(largest, part_peak(conclude(y, None, bias, feature, feature_ok, RELU), feature_ok))
+                done = scale_bias_relu(y, None, bias, feature, feature_ok, RELU)
+                largest = tl.maximum(largest, part_peak(done, feature_ok))
             times = row_multipliers(largest, out_unit, LARGEST)
             tl.store(out_multiplier + row, times.to(tl.uint8), mask=item_ok)
         packed = tl.zeros([ROWS, WORDS], tl.int32)
@@ -310,7 +311,8 @@ def attention_hub_kernel(  # type: ignore[no-untyped-def]
                 scale, offset, 0, part, F, W, WORDS, SCALE, OFFSET, MULTIPLIED,
             )  # fmt: skip
             feature, feature_ok = part_features(0, part, F, W, WORDS)
-            largest = tl.maximum(largest, part_peak(conclude(y, None, bias, feature, feature_ok, RELU), feature_ok))
+            done = scale_bias_relu(y, None, bias, feature, feature_ok, RELU)
+            largest = tl.maximum(largest, part_peak(done, feature_ok))
         times = row_multipliers(largest, out_unit, LARGEST)
         tl.store(out_multiplier + row, times.to(tl.uint8))
     packed = tl.zeros([1, WORDS], tl.int32)

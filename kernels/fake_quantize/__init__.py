@@ -8,7 +8,7 @@ terms of ``u = l + Q s``), straight through the rounding and exact for the clamp
     \partial x^/\partial s = \begin{cases} 0 & v < 0 \\ c - v & 0 \le v \le Q \\ Q & v > Q
     \end{cases} \qquad \partial x^/\partial l = 1 - [0 \le v \le Q]
 
-As codes, what training sums over, the result is ``c`` itself, rounded by the identity as far as gradients are concerned:
+As codes, what training sums over, the result is ``c`` itself, with the gradients of ``v`` clamped:
 
 .. math::
     \partial c/\partial x = 1/s \qquad \partial c/\partial l = -1/s \qquad \partial c/\partial s = -v/s

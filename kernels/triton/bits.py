@@ -13,10 +13,35 @@ import triton
 import triton.language as tl
 
 __all__ = [
-    "COLUMN", "HEAD", "ONE", "ROW", "by_feature", "conclude", "feature_tile", "field_codes", "field_floats",
-    "field_max", "field_shift", "finish", "isolate", "isolated_part", "load_range", "load_words", "pack_features",
-    "part_features", "part_peak", "part_sums", "power_of_two", "quantize", "relu", "row_magic", "row_multipliers",
-    "select_part", "spread", "store_words", "sums_by_part",
+    "COLUMN",
+    "HEAD",
+    "ONE",
+    "ROW",
+    "by_feature",
+    "feature_tile",
+    "field_codes",
+    "field_floats",
+    "field_max",
+    "field_shift",
+    "finish",
+    "isolate",
+    "isolated_part",
+    "load_range",
+    "load_words",
+    "pack_features",
+    "part_features",
+    "part_peak",
+    "part_sums",
+    "power_of_two",
+    "quantize",
+    "relu",
+    "row_magic",
+    "row_multipliers",
+    "scale_bias_relu",
+    "select_part",
+    "spread",
+    "store_words",
+    "sums_by_part",
 ]  # fmt: skip
 
 # Kinds of range tensors: one element, one per column, one per row.
@@ -267,7 +292,7 @@ def store_words(out, tile, row, row_ok, first, W: tl.constexpr, WORDS: tl.conste
 
 
 @triton.jit
-def conclude(y, dst_scale, bias, feature, feature_ok, RELU: tl.constexpr):  # type: ignore[no-untyped-def]
+def scale_bias_relu(y, dst_scale, bias, feature, feature_ok, RELU: tl.constexpr):  # type: ignore[no-untyped-def]
     """What follows the affine step of a part tile: destination factor (``[ROWS]``), bias, ReLU."""
     if dst_scale is not None:
         y = y * dst_scale[:, None]
@@ -300,14 +325,14 @@ def finish(  # type: ignore[no-untyped-def]
     RELU: tl.constexpr, PACK: tl.constexpr, OUT_SCALE: tl.constexpr, OUT_OFFSET: tl.constexpr,
     times=None,
 ):  # fmt: skip
-    """The canonical epilogue of a part tile, :func:`conclude` and what becomes of it.
+    """The canonical epilogue of a part tile, :func:`scale_bias_relu` and what becomes of it.
 
     Floats are stored and 0 is returned; codes are returned where they lie in their words, so that
     the bitwise or over the parts is what :func:`store_words` stores.  ``times``, ``[ROWS]`` float32, are the rows'
     multipliers.
     """
     feature, feature_ok = part_features(first, part, F, W, WORDS)
-    y = conclude(y, dst_scale, bias, feature, feature_ok, RELU)
+    y = scale_bias_relu(y, dst_scale, bias, feature, feature_ok, RELU)
     if PACK:
         scale = load_range(out_scale, OUT_SCALE, row, row_ok, feature, feature_ok)
         offset = load_range(out_offset, OUT_OFFSET, row, row_ok, feature, feature_ok)

@@ -6,7 +6,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..smp.error import ErrorReport
+from .error_report import ErrorReport
 from .findings import DegreeError, LayerCost, Point, SiteValues
 from .history import HIGH, LOW, MULTIPLIER, History, Series
 

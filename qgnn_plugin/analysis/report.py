@@ -16,10 +16,10 @@ from ..converted import expect_converted
 from ..copying import copy_model
 from ..coverage import Coverage, coverage
 from ..packing import pack_model
-from ..smp.error import error_report
 from ..summaries import Summary, summary
 from . import figures
 from .comparison import Comparison, compare
+from .error_report import error_report
 from .findings import accuracy_points, degree_errors, layer_costs, site_values
 from .history import History
 from .page import Page, Picture

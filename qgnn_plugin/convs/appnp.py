@@ -9,15 +9,15 @@ from torch import Tensor
 from torch_geometric.nn import APPNP
 
 from ..config import SMPConfig
+from ..graph.adjacency import NormalizedGraph, NormalizedOperator
+from ..graph.samples import Samples
 from ..kernels.smp_step import smp_step, step_factors
 from ..layers.base import SiteFactory
-from ..layers.graph import NormalizedGraph, NormalizedOperator
 from ..layers.registry import register_layer
-from ..layers.samples import Samples
 from ..packing.base import LayerSpec, register_packed
 from ..packing.ranges import PackedRange
 from ..smp.constraint import attach_constraint
-from ..smp.propagation import Descent, Meter, SMPropagation
+from ..smp.propagation import Meter, SMPropagation, StepFactors
 from .steps import PackedSteps, QuantizedPropagation
 
 __all__ = ["PackedPropagation", "QuantizedAPPNP", "QuantizedSMPropagation"]
@@ -36,8 +36,8 @@ class QuantizedAPPNP(NormalizedOperator, QuantizedPropagation):
         layer.step_meter = None
 
     @property
-    def descent(self) -> Descent:
-        return Descent(0.0, 1 - self.alpha, self.alpha)
+    def step_factors(self) -> StepFactors:
+        return StepFactors(0.0, 1 - self.alpha, self.alpha)
 
     def unquantized(self: Any, x: Tensor, edge_index: Any, edge_weight: Tensor | None) -> Tensor:
         if not self._measures or not x.is_floating_point():
@@ -89,10 +89,10 @@ class PackedPropagation(PackedSteps):
             state["smp"] = SMPConfig(eta=state["eta"], mu=state["mu"])
 
     @property
-    def descent(self) -> Descent:
+    def step_factors(self) -> StepFactors:
         if self._mu is None:
-            return Descent(0.0, 1.0, 0.0)
-        return Descent(*step_factors(self._eta, self._mu, 0.0)[:2], self._eta)
+            return StepFactors(0.0, 1.0, 0.0)
+        return StepFactors(*step_factors(self._eta, self._mu, 0.0)[:2], self._eta)
 
     def result(self, x0: Tensor, graph: NormalizedGraph) -> Tensor:
         ranges = [self.step_quantizers[str(k)] for k in range(self.K)]

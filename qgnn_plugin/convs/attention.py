@@ -12,6 +12,7 @@ from torch import Tensor
 from torch_geometric.nn import GATConv, GATv2Conv
 
 from ..config import OFF
+from ..graph.samples import layer_name
 from ..kernels.attention_aggregate import attention_aggregate
 from ..kernels.head_dots import head_dots
 from ..kernels.layout import pack_codes
@@ -21,13 +22,12 @@ from ..layers.arithmetic import with_gradient_of
 from ..layers.base import SiteFactory
 from ..layers.numerators import attention_codes, attention_thresholds
 from ..layers.registry import register_layer
-from ..layers.samples import layer_name
 from ..layers.watched import is_watched
 from ..packing.base import LayerSpec, register_packed
 from ..packing.direct_attention import direct_gat
 from ..packing.guard import inference
 from ..packing.linear import PackedLinear
-from ..packing.producers import Producer, conclude
+from ..packing.producers import Producer, with_epilogue
 from ..packing.ranges import PackedRange, PackedTensor, joined
 from ..quantizers import QLRQuantizer, QuantizedTensor
 from .base import Codes, Frozen, Trainable, trainable
@@ -257,7 +257,7 @@ class FrozenAttention(Attention, Frozen):
             if residual is None:
                 return y
             y = y + residual[start:stop]
-            return conclude(y if self.bias is None else y + self.bias, **out)
+            return with_epilogue(y if self.bias is None else y + self.bias, **out)
 
         width = sent.num_features if self.concat else self.out_channels
         return Producer(plan.num_dst, width, sent.words.device, run, is_fused=residual is None)

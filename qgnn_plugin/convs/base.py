@@ -21,17 +21,17 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from ..graph.adjacency import NormalizedGraph
+from ..graph.samples import Samples
 from ..layers import compressed
 from ..layers.arithmetic import aggregate_sum
 from ..layers.errors import names_layer
-from ..layers.graph import NormalizedGraph
 from ..layers.message_passing import QuantizedConv
-from ..layers.samples import Samples
 from ..layers.watched import is_hooked, mapped_by_call
 from ..packing.conv import Activation, PackedConv, packed_dense
-from ..packing.deferred import plain
+from ..packing.deferred import materialized
 from ..packing.linear import PackedLinear
-from ..packing.producers import Producer, Step, added, computed, conclude
+from ..packing.producers import Producer, Step, with_epilogue
 from ..packing.ranges import PackedTensor
 from ..quantizers.autocast import full_precision
 from ..smp.constraint import SmoothLayer
@@ -227,24 +227,24 @@ class Frozen(Convolution, PackedConv):
 
     def _product(self, lin: Any, x: Any) -> Result:
         if is_hooked(lin):
-            return plain(lin(self._floats(x)) if isinstance(x, (Producer, Tensor)) else mapped_by_call(lin, x))
+            return materialized(lin(self._floats(x)) if isinstance(x, (Producer, Tensor)) else mapped_by_call(lin, x))
         if isinstance(x, Producer):
             x = lin.input_quantizer.of(x)
         elif isinstance(x, Tensor):
             x = lin.quantize(x)
-        return lin.product(x, lin.bias) or computed(lin.apply_to(x, lin.bias))
+        return lin.product(x, lin.bias) or Producer.of(lin.apply_to(x, lin.bias))
 
     def _multiple(self, x: Any, factor: Tensor) -> Producer:
         codes = x if isinstance(x, PackedTensor) else packed_dense(x)
 
         def run(start: int, stop: int, **more: Any) -> Tensor:
-            return conclude(codes.rows(start, stop).dequantize().mul_(factor), **more)
+            return with_epilogue(codes.rows(start, stop).dequantize().mul_(factor), **more)
 
         return Producer(codes.words.size(0), codes.num_features, codes.words.device, run, is_fused=False)
 
     def _plus(self, first: Result, second: Result) -> Producer:
-        first, second = (computed(part) if isinstance(part, Tensor) else part for part in (first, second))
-        return added(first, second)
+        first, second = (Producer.of(part) if isinstance(part, Tensor) else part for part in (first, second))
+        return first.plus(second)
 
     def _then(self, result: Result, step: Step) -> Result:
         return step(result) if isinstance(result, Tensor) else result.then(step)

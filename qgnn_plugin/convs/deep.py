@@ -6,15 +6,15 @@ from typing import Any
 
 from torch import Tensor
 
+from ..graph.adjacency import gcn_graph
+from ..graph.samples import Samples
 from ..layers.base import SiteFactory
 from ..layers.errors import names_layer
-from ..layers.graph import gcn_graph
 from ..layers.message_passing import QuantizedConv, QuantizedMessagePassing, require_sum
 from ..layers.own_weights import QuantizedOwnConv
 from ..layers.registry import register_deep
-from ..layers.samples import Samples
 from ..packing.base import LayerSpec, register_packed
-from ..packing.deferred import plain
+from ..packing.deferred import materialized
 from ..packing.guard import inference
 from ..quantizers import QLRQuantizer
 from ..quantizers.autocast import full_precision
@@ -35,7 +35,7 @@ class DeepGCN(DeepLayer):
 
     def forward(self: Any, x: Tensor, edge_index: Any, edge_weight: Tensor | None = None) -> Tensor:
         """``[N, F]`` to ``[N, F]``."""
-        x = plain(x)
+        x = materialized(x)
         initial, samples = self.initial_features(x), Samples.of(self, x)
         graph, rows = self._graph(edge_index, edge_weight, samples), samples.rows(x)
         out = self._corrected(rows, self._averaged(rows, graph, self.message_quantizer), graph, None)

@@ -9,11 +9,11 @@ from torch import Tensor
 from torch_geometric.nn import GCNConv
 
 from ..config import OFF
+from ..graph.adjacency import NormalizedGraph, gcn_graph
+from ..graph.samples import Samples
 from ..layers.base import SiteFactory
-from ..layers.graph import NormalizedGraph, gcn_graph
 from ..layers.message_passing import require_sum
 from ..layers.registry import register_layer
-from ..layers.samples import Samples
 from ..layers.watched import is_watched, watched_graph
 from ..packing.base import register_packed
 from ..packing.direct_convs import direct_gcn

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch_geometric.nn import GINConv
 
+from ..graph.adjacency import NormalizedGraph, graph_size, plain_graph
+from ..graph.samples import Pair
 from ..layers.arithmetic import own_copy
 from ..layers.base import SiteFactory
 from ..layers.errors import REFUSALS, name_layer
-from ..layers.graph import NormalizedGraph, graph_size, plain_graph
 from ..layers.registry import register_layer
-from ..layers.samples import Pair
 from ..layers.watched import is_watched, pair_of, through_pyg
 from ..packing.base import register_packed
 from ..packing.conv import packed_dense

@@ -23,6 +23,8 @@ from torch_geometric.utils import add_self_loops, remove_self_loops, to_edge_ind
 from torch_geometric.utils.sparse import set_sparse_value
 
 from ..config import OFF
+from ..graph.adjacency import edges_of, graph_size, is_sparse, looped_plan, plain_graph
+from ..graph.samples import layer_name
 from ..kernels.head_dots import head_dots
 from ..kernels.plan import GraphPlan
 from ..kernels.spmm import segment_max, segment_sum, spmm
@@ -30,9 +32,7 @@ from ..layers import compressed
 from ..layers.arithmetic import with_gradient_of
 from ..layers.base import SiteFactory
 from ..layers.dropout import dropout
-from ..layers.graph import edges_of, graph_size, is_sparse, looped_plan, plain_graph
 from ..layers.numerators import attention_codes
-from ..layers.samples import layer_name
 from ..layers.watched import quantized_attention, source_side, through_pyg
 from ..quantizers import QLRQuantizer, QuantizedTensor
 from ..quantizers.functional import HALF

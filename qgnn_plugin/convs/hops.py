@@ -13,16 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch_geometric.nn import LGConv, SGConv, SSGConv, TAGConv
 
+from ..graph.adjacency import NormalizedGraph, NormalizedOperator
+from ..graph.samples import Samples
 from ..layers.arithmetic import own_copy
 from ..layers.base import SiteFactory
-from ..layers.graph import NormalizedGraph, NormalizedOperator
 from ..layers.registry import register_layer
-from ..layers.samples import Samples
 from ..layers.watched import is_watched, observed, values_entering
 from ..packing.base import register_packed
-from ..packing.deferred import plain
+from ..packing.deferred import materialized
 from ..smp.constraint import attach_constraint
-from ..smp.propagation import Descent, Step
+from ..smp.propagation import Step, StepFactors
 from .base import scaled
 from .steps import PackedSteps, Propagation, QuantizedPropagation
 
@@ -70,9 +70,9 @@ class Hops(Propagation):
         attach_constraint(layer, sites.config.smp, sites.device)
 
     @property
-    def descent(self) -> Descent:
+    def step_factors(self) -> StepFactors:
         """``U = A~ H``."""
-        return Descent(0.0, 1.0, 0.0)
+        return StepFactors(0.0, 1.0, 0.0)
 
     @staticmethod
     def maps_first(layer: Any) -> bool:
@@ -80,8 +80,8 @@ class Hops(Propagation):
         del layer
         return False
 
-    def entered(self, x: Tensor) -> Tensor:
-        return plain(x)
+    def initial_state(self, x: Tensor) -> Tensor:
+        return materialized(x)
 
     def average(self: Any, k: int, h: Tensor, graph: NormalizedGraph) -> Tensor:
         if graph.propagate is None or not self.maps_first(self):
@@ -105,9 +105,9 @@ class MappedHops(Hops):
         """Whether the map does come first: not where somebody looks at what PyG sends."""
         return self.maps_first(self) and not is_watched(self)
 
-    def entered(self: Any, x: Tensor) -> Tensor:
+    def initial_state(self: Any, x: Tensor) -> Tensor:
         """``X0``, mapped where the map comes first; its bias comes last in any case."""
-        x = plain(x)
+        x = materialized(x)
         if not self.is_mapped:
             return x
         x = own_copy(x)
@@ -184,7 +184,7 @@ class QuantizedHops(NormalizedOperator, QuantizedPropagation):
     def unquantized(self: Any, x: Tensor, edge_index: Any, edge_weight: Tensor | None) -> Tensor:
         if self._measures and x.is_floating_point():
             with torch.no_grad():
-                x0 = Samples.of(self, x).rows(self.entered(x))
+                x0 = Samples.of(self, x).rows(self.initial_state(x))
                 self.steps(x0, self.normalized(x, edge_index, edge_weight))
         return super().unquantized(x, edge_index, edge_weight)
 

@@ -12,12 +12,12 @@ from torch import Tensor
 from torch_geometric.nn import SAGEConv
 
 from ..config import OFF, Granularity
+from ..graph.adjacency import NormalizedGraph, graph_size, is_sparse, mean_graph, plain_graph
+from ..graph.samples import Pair, Samples
 from ..layers.arithmetic import own_copy
 from ..layers.base import SiteFactory
-from ..layers.graph import NormalizedGraph, graph_size, is_sparse, mean_graph, plain_graph
 from ..layers.linear import QuantizedLinear
 from ..layers.registry import convert_layer, register_layer
-from ..layers.samples import Pair, Samples
 from ..layers.watched import is_watched, observed, pair_of, source_side, through_pyg, values_mapped
 from ..packing.base import LayerSpec, register_packed
 from ..packing.direct_convs import direct_sage

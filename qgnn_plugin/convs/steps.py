@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ..config import MULTILEVEL_BITS, OFF, SMPConfig
+from ..graph.adjacency import NormalizedGraph, NormalizedOperator
+from ..graph.samples import Samples
 from ..layers.arithmetic import own_copy
 from ..layers.base import QuantizerDict, SiteFactory
 from ..layers.errors import names_layer
-from ..layers.graph import NormalizedGraph, NormalizedOperator
 from ..layers.message_passing import require_sum
-from ..layers.samples import Samples
 from ..layers.watched import is_watched, watched_graph
 from ..packing.base import LayerSpec
 from ..packing.guard import inference
@@ -85,9 +85,9 @@ class Propagation(PropagationLayer, Convolution):
         graph = self.normalized(x, edge_index, edge_weight)
         if is_watched(self):
             graph = watched_graph(self, graph, samples, edge_index, edge_weight)
-        return samples.shaped(self.result(self.entered(samples.rows(x)), graph))
+        return samples.shaped(self.result(self.initial_state(samples.rows(x)), graph))
 
-    def entered(self, x: Tensor) -> Tensor:
+    def initial_state(self, x: Tensor) -> Tensor:
         """``X0``, as the steps read it."""
         return self.input_quantizer(own_copy(x)).dequantize()
 
@@ -100,7 +100,7 @@ class Propagation(PropagationLayer, Convolution):
         unwatched = replace(graph, propagate=None)
         return self.propagate_steps(
             self._start(x0, graph), graph, lambda k, h: self.average(k, h, graph),
-            lambda k, change: self.gap(change, unwatched), exact=self._is_exact, visit=visit,
+            lambda k, change: self.average_change(change, unwatched), exact=self._is_exact, visit=visit,
         )  # fmt: skip
 
     def average(self: Any, k: int, h: Tensor, graph: NormalizedGraph) -> Tensor:
@@ -109,7 +109,7 @@ class Propagation(PropagationLayer, Convolution):
             graph = dropped_edges(graph, self.dropout, self.training)
         return self._floats(self._averaged(h, graph, self.step_quantizers[str(k)]))
 
-    def gap(self: Any, change: Tensor, graph: NormalizedGraph) -> Tensor:
+    def average_change(self: Any, change: Tensor, graph: NormalizedGraph) -> Tensor:
         r"""``A~ Q(D)``."""
         if self.gap_quantizer is None:
             return graph.apply(change)

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from ..config import OFF
+from ..graph.adjacency import gcn_graph, has_fixed_graph
+from ..graph.samples import Samples
 from ..quantizers import QLRQuantizer
 from ..quantizers.autocast import is_autocasting
 from ..smp.constraint import SmoothLayer, attach_constraint
 from .arithmetic import own_copy
 from .base import QuantizedLayer, QuantizerDict, SiteFactory
-from .graph import gcn_graph, has_fixed_graph
-from .samples import Samples
 from .usage import is_position, is_relative
 from .watched import own_propagate, source_side
 

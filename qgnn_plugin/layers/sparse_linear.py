@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..graph.adjacency import NormalizedGraph, gcn_graph
 from ..quantizers import QuantizedTensor
 from ..quantizers.autocast import full_precision
 from .arithmetic import aggregate_sum
 from .embedding import table_site
-from .graph import NormalizedGraph, gcn_graph
 from .products import QuantizedWeights
 from .watched import is_watched, own_propagate
 

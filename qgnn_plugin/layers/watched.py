@@ -23,11 +23,11 @@ from torch_geometric.utils import scatter, to_edge_index
 from torch_geometric.utils.sparse import is_torch_sparse_tensor, set_sparse_value
 
 from ..config import OFF
+from ..graph.adjacency import NormalizedGraph, edges_of
+from ..graph.samples import Samples
 from ..quantizers import QuantizedTensor
-from .graph import NormalizedGraph, edges_of
 from .normalized import weight_hooks
 from .numerators import attention_codes
-from .samples import Samples
 
 __all__ = [
     "is_hooked",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..packing.deferred import plain
+from ..packing.deferred import materialized
 from .marks import LINEAR
 from .spaces import CONST, EDGE, ROW, SOURCE, TARGET, fill_value, reduction_of
 from .trace import Trace
@@ -118,7 +118,7 @@ class Values:
         args: Any = fx.node.map_arg(node.args, lambda arg: self[arg])
         kwargs: Any = fx.node.map_arg(node.kwargs, lambda arg: self[arg])
         if node.target is LINEAR:
-            return plain(self.record.linears[args[1]](args[0].contiguous()))
+            return materialized(self.record.linears[args[1]](args[0].contiguous()))
         if self.spaces[node] != CONST:
             args = fx.node.map_aggregate(args, lambda a: rows.get(a, a) if type(a) is int else a)
         if node.target is aten.view.default:

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from ..kernels.generated.program import Program
 from ..kernels.generated.run import row_program
 from ..kernels.plan import GraphPlan
-from ..packing.producers import Producer, conclude
+from ..packing.producers import Producer, with_epilogue
 from .build import Built
 from .evaluate import Values
 from .spaces import ROW, Spaces
@@ -67,7 +67,7 @@ class PlainSum:
 
         def run(start: int, stop: int, **out: Any) -> Any:
             (y,) = row_program(program, plan.rows(start, stop), arrays)
-            return conclude(y if divisor is None else y.div_(divisor[start:stop]), **out)
+            return with_epilogue(y if divisor is None else y.div_(divisor[start:stop]), **out)
 
         width = program.nodes[program.outputs[0]].width
         return Producer(plan.num_dst, width, plan.device, run, is_fused=False)

@@ -17,7 +17,7 @@ from ..layers.own_weights import outside_compiler
 from ..smp.constraint import constraint_names
 from ..smp.deep import StackPlace
 from .asked import Asked
-from .deferred import DeferredTensor, is_deferring, plain
+from .deferred import DeferredTensor, is_deferring, materialized
 from .direct import Direct
 from .guard import inference
 from .matrix import PackedMatrix
@@ -189,7 +189,7 @@ class PackedLayer(SwappedLayer):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._forward_hooks or self._forward_pre_hooks:  # these see plain tensors
-            args, kwargs = plain(args), plain(kwargs)
+            args, kwargs = materialized(args), materialized(kwargs)
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:

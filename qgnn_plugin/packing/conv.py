@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..graph.adjacency import NormalizedGraph
 from ..kernels.aggregate import aggregate
 from ..kernels.backend import is_direct
 from ..kernels.finite import is_finite
 from ..kernels.layout import pack_codes
 from ..layers.arithmetic import aggregate_sum
-from ..layers.graph import NormalizedGraph
 from ..quantizers import QuantizedTensor
 from ..smp.constraint import OTHER_PREFIX, SmoothLayer
 from .base import LayerSpec, PackedLayer
-from .producers import Producer, computed, conclude
+from .producers import Producer, with_epilogue
 from .ranges import PackedTensor
 
 __all__ = ["Activation", "PackedConv", "packed_dense"]
@@ -67,7 +67,7 @@ class PackedConv(PackedLayer, SmoothLayer):
         _expect_finite_graph(graph)
         if graph.propagate is not None:
             out = graph.propagated(x.dequantize())
-            return computed(out if epilogue.get("bias") is None else out + epilogue["bias"])
+            return Producer.of(out if epilogue.get("bias") is None else out + epilogue["bias"])
         if isinstance(x, QuantizedTensor) and x.qmax is not None:
             x = packed_dense(x)
 
@@ -85,12 +85,12 @@ class PackedConv(PackedLayer, SmoothLayer):
                     dst_scale=None if part.target is None else part.target.view(-1), multiplier=x.multiplier,
                     is_checked=fits, **added, **epilogue, **end,
                 )  # fmt: skip
-                return y if addend is None or added else conclude(y.add_(addend), **more)
+                return y if addend is None or added else with_epilogue(y.add_(addend), **more)
             assert addend is None
             assert set(epilogue) <= {"bias"}
             out = aggregate_sum(x, part.plan, part.weight)
             out = out if part.target is None else out * part.target
-            return conclude(out if epilogue.get("bias") is None else out + epilogue["bias"], **more)
+            return with_epilogue(out if epilogue.get("bias") is None else out + epilogue["bias"], **more)
 
         is_packed = isinstance(x, PackedTensor)
         adds = is_packed and graph.plan.device.type == "cpu"

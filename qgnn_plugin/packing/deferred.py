@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from .asked import Asked, key_of
-from .producers import Block, Producer, Rows, Step, conclude, gathered, row_blocks
+from .producers import Block, Producer, Rows, Step, gathered, row_blocks, with_epilogue
 
-__all__ = ["NOTES", "DeferredTensor", "Pending", "Scope", "is_deferring", "plain"]
+__all__ = ["NOTES", "DeferredTensor", "Pending", "Scope", "is_deferring", "materialized"]
 
 aten = torch.ops.aten
 
@@ -119,7 +119,7 @@ class Pending:
         if self.value is None and not steps:
             self.runs.add()
             return producer(relu=relu, **out)
-        return gathered(producer.num_rows, ((rows, conclude(value, **out)) for rows, value in self.blocks()))
+        return gathered(producer.num_rows, ((rows, with_epilogue(value, **out)) for rows, value in self.blocks()))
 
     def _packed_with(self, others: list[dict[str, Any]], first: dict[str, Any]) -> Rows:
         """The codes in the range ``first``; those in ``others``, of the same floats, are kept until they are wanted."""
@@ -129,7 +129,7 @@ class Pending:
             value = producer.run(start, stop, **epilogue)
             for step in steps:
                 value = step(value)
-            return tuple(conclude(value, **out) for out in (first, *others))
+            return tuple(with_epilogue(value, **out) for out in (first, *others))
 
         self.runs.add()
         only_kernels = not steps and (producer.is_fused or producer.only_kernels)
@@ -178,12 +178,12 @@ class DeferredTensor(Tensor):
             noted = _note(args[0], func, args[1:], kwargs)
             if noted is not None:
                 return noted
-        out = func(*plain(args), **plain(kwargs))
+        out = func(*materialized(args), **materialized(kwargs))
         # What was changed in place is the same tensor still.
         touched = [a for a in (*args, *kwargs.values()) if isinstance(a, cls)]
         return next((t for t in touched if out is t.pending.value), out)
 
-    def plain(self) -> Tensor:
+    def materialized(self) -> Tensor:
         """The value, an ordinary tensor; computed on the first call."""
         if not torch.is_grad_enabled():
             return self.pending.materialize()
@@ -193,35 +193,35 @@ class DeferredTensor(Tensor):
     # What reads memory without passing the dispatcher:
 
     def numpy(self, *args: Any, **kwargs: Any) -> Any:
-        return self.plain().numpy(*args, **kwargs)
+        return self.materialized().numpy(*args, **kwargs)
 
     def tolist(self) -> Any:
-        return self.plain().tolist()
+        return self.materialized().tolist()
 
     def data_ptr(self) -> int:
-        return self.plain().data_ptr()
+        return self.materialized().data_ptr()
 
     def untyped_storage(self) -> Any:
-        return self.plain().untyped_storage()
+        return self.materialized().untyped_storage()
 
     def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.plain().__dlpack__(*args, **kwargs)
+        return self.materialized().__dlpack__(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        return copy.deepcopy(self.plain(), memo)
+        return copy.deepcopy(self.materialized(), memo)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.plain().__reduce_ex__(protocol)
+        return self.materialized().__reduce_ex__(protocol)
 
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
-        return self.plain().__repr__(**kwargs)
+        return self.materialized().__repr__(**kwargs)
 
 
-def plain(value: Any) -> Any:
+def materialized(value: Any) -> Any:
     """Replace deferred tensors in nested tuples, lists and dictionaries by their values."""
     if isinstance(value, Tensor):
-        return value.plain() if isinstance(value, DeferredTensor) else value
-    return tree_map_only(DeferredTensor, DeferredTensor.plain, value)
+        return value.materialized() if isinstance(value, DeferredTensor) else value
+    return tree_map_only(DeferredTensor, DeferredTensor.materialized, value)
 
 
 # What other modules note: the operation, and what gives its result or None.
@@ -310,7 +310,7 @@ class Scope:
         for made in self.made:
             tensor = made()
             if tensor is not None:
-                tensor.plain()
+                tensor.materialized()
 
 
 def is_deferring() -> bool:

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..graph.fixed import has_fixed_graph
 from ..kernels.cache import is_pinning
 from ..kernels.edge_order.few import FewEdges, few_edges
 from ..kernels.few_rows import few_rows_packed, neighbour_sums
-from ..layers.fixed import has_fixed_graph
 from ..layers.watched import is_watched
 from .direct import (
     ROW_COST,

@@ -20,7 +20,7 @@ from ..layers.recurrent import QuantizedCell, QuantizedRecurrent, RunsCell, Runs
 from ..layers.sparse_linear import QuantizedSparseLinear, adjacency_of
 from ..layers.watched import is_watched, own_propagate
 from .base import LayerSpec, register_packed
-from .deferred import plain
+from .deferred import materialized
 from .guard import inference
 from .matrix import PackedMatrix
 from .producers import row_blocks
@@ -55,7 +55,7 @@ class PackedCell(RunsCell, PackedWeights):
         blocks = list(row_blocks(num_rows, GATES * self.hidden_size, state[0].device))
         if len(blocks) == 1 or not (isinstance(x, PackedTensor) and isinstance(h, PackedTensor)):
             return super()._next(kind, x, h, state)
-        state = tuple(plain(part) for part in state)
+        state = tuple(materialized(part) for part in state)
         outs = tuple(torch.empty_like(part) for part in state)
         for rows in blocks:
             own, before = (x.rows(rows.start, rows.stop), h.rows(rows.start, rows.stop)), tuple(s[rows] for s in state)

@@ -16,7 +16,7 @@ from ..kernels.layout import pack_codes, top_code, unpack_codes
 from ..kernels.plan import plan_cache
 from ..layers.arithmetic import EXACT_FLOAT32, linear
 from ..quantizers import QuantizedTensor
-from .producers import Producer, conclude
+from .producers import Producer, with_epilogue
 from .ranges import PackedRange, PackedTensor
 
 __all__ = ["Activation", "PackedMatrix"]
@@ -154,6 +154,6 @@ class PackedMatrix:
                 messages, pattern.rows(start, stop), scale, lower, num_out, bits, edge_weight=weight,
                 dst_scale=step[start:stop], bias=bias, **fused,
             )  # fmt: skip
-            return y if row_scale is None else conclude(y.mul_(row_scale[start:stop].view(-1, 1)), **out)
+            return y if row_scale is None else with_epilogue(y.mul_(row_scale[start:stop].view(-1, 1)), **out)
 
         return Producer(pattern.num_dst, num_out, words.device, run, is_fused=row_scale is None)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .deferred import plain
+from .deferred import materialized
 from .ranges import PackedRange, PackedTensor
 
 __all__ = ["PackedNodes", "is_features", "packed_nodes", "values_of"]
@@ -72,11 +72,11 @@ def packed_nodes(site: PackedRange, x: Tensor, node_dim: int) -> PackedNodes | T
     dim = node_dim + x.dim() if node_dim < 0 else node_dim
     per_row = site.spec.granularity != "tensor"
     if not 0 <= dim < x.dim() or (per_row and dim == x.dim() - 1):
-        return _rounded(site, plain(x))
+        return _rounded(site, materialized(x))
     if dim == 0 and x.dim() == 2:
         packed = site(x)
         return PackedNodes(packed, x.shape, 0) if isinstance(packed, PackedTensor) else packed.dequantize()
-    shape, x = x.shape, plain(x)
+    shape, x = x.shape, materialized(x)
     rows = x.movedim(dim, 0)
     if x.numel() == 0:
         return _rounded(site, x)

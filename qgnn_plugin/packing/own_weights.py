@@ -27,7 +27,7 @@ class FrozenFactor(FactorTensor, FrozenWeight):
     def _viewed(self, view: Callable[[Tensor], Any], own: Factor | list[Factor]) -> Any:
         if isinstance(own, list):
             return tuple(self._viewed(partial(_item, view, i), part) for i, part in enumerate(own))
-        weight = FrozenFactor(self._layer, lambda: view(self.plain()), torch.Size(own.shape), self.device)
+        weight = FrozenFactor(self._layer, lambda: view(self.materialized()), torch.Size(own.shape), self.device)
         weight._factor = own
         return weight
 

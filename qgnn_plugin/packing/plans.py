@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..graph.edges import edges_of
+from ..graph.fixed import cached
 from ..kernels.checksum import checksum
 from ..kernels.plan import GraphPlan
-from ..layers.edges import edges_of
-from ..layers.fixed import cached
 
 __all__ = ["found_by_contents", "plan_of"]
 

@@ -13,7 +13,7 @@ from ..kernels.backend import backend_for
 from ..kernels.cpu.parallel import on_every_thread
 from ..kernels.quantize_pack import quantize_pack
 
-__all__ = ["Producer", "added", "computed", "conclude", "gathered", "row_blocks"]
+__all__ = ["Producer", "gathered", "row_blocks", "with_epilogue"]
 
 Step = Callable[[Tensor], Tensor]
 Rows = Any  # floats or packed words of a matrix; or words and the multipliers of their rows, a pair
@@ -66,7 +66,7 @@ def _put(out: Rows, rows: slice, part: Rows) -> None:
         out[rows] = part
 
 
-def conclude(
+def with_epilogue(
     y: Tensor,
     *,
     relu: bool = False,
@@ -75,7 +75,7 @@ def conclude(
     out_bits: int = 0,
     out_unit: Tensor | None = None,
 ) -> Rows:
-    """The end of a computation whose floats are there: ReLU, in place, and packed codes where a range is given."""
+    """What the epilogue of a kernel does, to floats: ReLU, in place, and packed codes where a range is given."""
     if relu:
         y = y.relu_()
     if out_bits == 0:
@@ -108,6 +108,16 @@ class Producer:
     is_fused: bool = True
     adds: bool = False
     only_kernels: bool = False
+
+    @classmethod
+    def of(cls, value: Tensor) -> Producer:
+        """A matrix that is there already."""
+
+        def run(start: int, stop: int, **out: Any) -> Rows:
+            return with_epilogue(value[start:stop].clone(), **out)
+
+        num_rows, num_features = value.shape
+        return cls(num_rows, num_features, value.device, run, is_fused=False)
 
     def __call__(self, **epilogue: Any) -> Rows:
         """The whole matrix; ``epilogue`` as that of ``run``."""
@@ -148,29 +158,18 @@ class Producer:
         """With ``step``, which treats every row for itself, applied to the floats."""
 
         def run(start: int, stop: int, **out: Any) -> Rows:
-            return conclude(step(self.run(start, stop)), **out)
+            return with_epilogue(step(self.run(start, stop)), **out)
 
         return replace(self, run=run, is_fused=False, adds=False, only_kernels=False)
 
+    def plus(self, other: Producer) -> Producer:
+        """The sum of both matrices, neither of which is written as a whole where the sum is packed."""
 
-def computed(value: Tensor) -> Producer:
-    """A matrix that is there already."""
+        def run(start: int, stop: int, **out: Any) -> Rows:
+            y = self.run(start, stop)
+            if other.adds:
+                return other.run(start, stop, addend=y, **out)
+            return with_epilogue(y.add_(other.run(start, stop)), **out)
 
-    def run(start: int, stop: int, **out: Any) -> Rows:
-        return conclude(value[start:stop].clone(), **out)
-
-    num_rows, num_features = value.shape
-    return Producer(num_rows, num_features, value.device, run, is_fused=False)
-
-
-def added(first: Producer, second: Producer) -> Producer:
-    """The sum of two matrices, neither of which is written as a whole where the sum is packed."""
-
-    def run(start: int, stop: int, **out: Any) -> Rows:
-        y = first.run(start, stop)
-        if second.adds:
-            return second.run(start, stop, addend=y, **out)
-        return conclude(y.add_(second.run(start, stop)), **out)
-
-    only_kernels = (first.is_fused or first.only_kernels) and second.adds
-    return Producer(first.num_rows, first.num_features, first.device, run, is_fused=False, only_kernels=only_kernels)
+        only_kernels = (self.is_fused or self.only_kernels) and other.adds
+        return Producer(self.num_rows, self.num_features, self.device, run, is_fused=False, only_kernels=only_kernels)

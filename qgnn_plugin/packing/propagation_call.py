@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch_geometric import EdgeIndex
 
+from ..graph.edges import edges_of, is_sparse
 from ..kernels.plan import GraphPlan
-from ..layers.edges import edges_of, is_sparse
 from ..layers.watched import source_side
 from .nodes import PackedNodes, is_features
 from .plans import plan_of

@@ -8,16 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from ..config import OFF
+from ..graph.fixed import is_exporting
 from ..kernels.checksum import checksum
 from ..kernels.finite import is_finite
 from ..kernels.layout import pack_codes, top_code
 from ..kernels.quantize_pack import quantize_pack
-from ..layers.fixed import is_exporting
 from ..quantizers import QLRQuantizer, QuantizedTensor, quantize_codes
 from ..quantizers.functional import shown_range
 from ..quantizers.rows import RowRange, multipliers
 from ..quantizers.values import largest, peak, row_peaks, split
-from .deferred import DeferredTensor, Pending, plain
+from .deferred import DeferredTensor, Pending, materialized
 from .packed_tensor import PackedTensor, joined
 from .producers import Producer, row_blocks
 from .site_spec import UNSET, SiteSpec
@@ -207,7 +207,7 @@ class PackedRange(nn.Module):
         if isinstance(x, DeferredTensor):  # from a packed layer, which has checked what it was given
             if self.spec.is_row_local:
                 return self._of_pending(x.pending)
-            x, is_finite = plain(x), True
+            x, is_finite = materialized(x), True
         if x.layout != torch.strided:
             return self._quantize_sparse(x)
         if not is_finite:

@@ -13,11 +13,11 @@ from torch_geometric.nn import FastRGCNConv, RGCNConv
 
 from ..kernels.aggregate import aggregate
 from ..kernels.plan import GraphPlan
-from .deferred import DeferredTensor, plain
+from .deferred import DeferredTensor, materialized
 from .matrix import PackedMatrix
 from .nodes import PackedNodes
 from .plans import found_by_contents, plan_of
-from .producers import Producer, added, computed, conclude
+from .producers import Producer, with_epilogue
 from .ranges import PackedTensor
 
 __all__ = ["own_form"]
@@ -129,7 +129,7 @@ class _Terms:
             self.add(x, "root", self.root)
         if not self.terms:
             return None
-        total, bias = functools.reduce(added, self.terms), self.layer.bias
+        total, bias = functools.reduce(Producer.plus, self.terms), self.layer.bias
         return self.layer.deferred(total if bias is None else total.then(lambda y: y.add_(bias)))
 
     @property
@@ -148,13 +148,13 @@ class _Terms:
         """``x W^T``, of integers."""
         taken = self.layer._taken(x, f"{name}_input_quantizer")
         product = matrix.product(taken, None)
-        self._put(computed(matrix.times(taken)) if product is None else product)
+        self._put(Producer.of(matrix.times(taken)) if product is None else product)
         self.held_bits += FLOAT_BITS if product is None else getattr(taken, "bits", FLOAT_BITS)
 
     def _put(self, term: Producer) -> None:
         self.terms.append(term)
         if self.held_bits > FLOAT_BITS:  # codes of many relations take more than their sum does
-            self.terms, self.held_bits = [computed(functools.reduce(added, self.terms)())], 0
+            self.terms, self.held_bits = [Producer.of(functools.reduce(Producer.plus, self.terms)())], 0
 
 
 def _producer(h: Tensor | Producer) -> Producer:
@@ -162,7 +162,7 @@ def _producer(h: Tensor | Producer) -> Producer:
         return h
     if isinstance(h, DeferredTensor) and h.pending.value is None:
         return h.pending.composed()
-    return computed(plain(h))
+    return Producer.of(materialized(h))
 
 
 def _mapped(h: Producer, weight: Tensor, width: int, is_blocks: bool) -> Producer:
@@ -172,8 +172,8 @@ def _mapped(h: Producer, weight: Tensor, width: int, is_blocks: bool) -> Produce
         rows = h.run(start, stop)
         if is_blocks:
             blocks = rows.view(-1, weight.size(0), weight.size(1))
-            return conclude(torch.einsum("abc,bcd->abd", blocks, weight).reshape(-1, width), **out)
-        return conclude(rows @ weight, **out)
+            return with_epilogue(torch.einsum("abc,bcd->abd", blocks, weight).reshape(-1, width), **out)
+        return with_epilogue(rows @ weight, **out)
 
     return Producer(h.num_rows, width, h.device, run, is_fused=False)
 

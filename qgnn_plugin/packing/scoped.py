@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from .deferred import Scope, plain
+from .deferred import Scope, materialized
 from .weight import refuse_dtype
 
 __all__ = ["defer_inside"]
@@ -69,7 +69,7 @@ def _scoped(inner: Any) -> Callable[..., Any]:
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return inner.forward(self, *args, **kwargs)
         with Scope():
-            return plain(inner.forward(self, *args, **kwargs))
+            return materialized(inner.forward(self, *args, **kwargs))
 
     return forward
 

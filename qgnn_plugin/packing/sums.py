@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .asked import Asked
-from .deferred import NOTES, DeferredTensor, Pending, plain
-from .producers import added, gathered, row_blocks
+from .deferred import NOTES, DeferredTensor, Pending, materialized
+from .producers import Producer, gathered, row_blocks
 
 __all__ = ["Stacked"]
 
@@ -22,7 +22,7 @@ def note_sum(x: Any, other: Any, **options: Any) -> DeferredTensor | None:
     waits = not options and all(type(t) is DeferredTensor and t.pending.value is None for t in (x, other))
     if not waits or other is x or other.shape != x.shape or x.device != other.device:
         return None
-    pending = Pending(added(x.pending.composed(), other.pending.composed()))
+    pending = Pending(x.pending.composed().plus(other.pending.composed()))
     pending.runs = _BothRun(x.pending.runs, other.pending.runs)
     return DeferredTensor._of(pending)
 
@@ -76,7 +76,7 @@ class Stacked(DeferredTensor):
             waits = x.pending.value is None and all(p.value is None for p in pending)
             if waits and not (len(args) > 2 and args[2]):
                 return _sum_of(pending)
-        return func(*plain(args), **plain(kwargs or {}))
+        return func(*materialized(args), **materialized(kwargs or {}))
 
 
 IN_ORDER = 4  # terms that torch adds one after another, wherever their results lie
@@ -86,7 +86,7 @@ def _sum_of(parts: list[Pending]) -> Tensor:
     """What ``torch.stack(parts).sum(0)`` gives, bit for bit; of few terms not computed yet, else by blocks of rows."""
     terms = [part.composed() for part in parts]
     if len(terms) <= IN_ORDER:
-        pending = Pending(functools.reduce(added, terms))
+        pending = Pending(functools.reduce(Producer.plus, terms))
         pending.runs = _BothRun(*(part.runs for part in parts))
         return DeferredTensor._of(pending)
     for part in parts:
@@ -104,7 +104,7 @@ class _StackedPending:
 
     def materialize(self) -> Tensor:
         if self.value is None:
-            self.value = torch.stack([part.plain() for part in self.parts])  # type: ignore[assignment]
+            self.value = torch.stack([part.materialized() for part in self.parts])  # type: ignore[assignment]
         assert self.value is not None
         return self.value
 

@@ -93,7 +93,7 @@ class FrozenWeight(Tensor):
         layer, is_same = frozen[0]._layer, frozen[0]._is_same
         return tree_map_only(Tensor, lambda view: cls(layer, view, view.shape, view.device, is_same), out)
 
-    def plain(self) -> Tensor:
+    def materialized(self) -> Tensor:
         """The matrix as an ordinary tensor."""
         if not isinstance(self._value, Tensor):
             with torch.no_grad():
@@ -116,33 +116,33 @@ class FrozenWeight(Tensor):
     # What reads memory without passing the dispatcher:
 
     def numpy(self, *args: Any, **kwargs: Any) -> Any:
-        array = self.plain().numpy(*args, **kwargs)
+        array = self.materialized().numpy(*args, **kwargs)
         array.flags.writeable = False
         return array
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.plain().__array__(*args, **kwargs).copy()
+        return self.materialized().__array__(*args, **kwargs).copy()
 
     def tolist(self) -> Any:
-        return self.plain().tolist()
+        return self.materialized().tolist()
 
     def data_ptr(self) -> int:
-        return self.plain().data_ptr()
+        return self.materialized().data_ptr()
 
     def untyped_storage(self) -> Any:
-        return self.plain().untyped_storage()
+        return self.materialized().untyped_storage()
 
     def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.plain().clone().__dlpack__(*args, **kwargs)
+        return self.materialized().clone().__dlpack__(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        return copy.deepcopy(self.plain(), memo)
+        return copy.deepcopy(self.materialized(), memo)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.plain().__reduce_ex__(protocol)
+        return self.materialized().__reduce_ex__(protocol)
 
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
-        return self.plain().__repr__(**kwargs)
+        return self.materialized().__repr__(**kwargs)
 
 
 aten = torch.ops.aten
@@ -168,7 +168,7 @@ def _warn_of_others(layers: list[str]) -> None:
 
 
 def _plain(value: Any) -> Any:
-    return tree_map_only(FrozenWeight, FrozenWeight.plain, value)
+    return tree_map_only(FrozenWeight, FrozenWeight.materialized, value)
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> FrozenWeight | None:

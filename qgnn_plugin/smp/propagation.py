@@ -23,18 +23,18 @@ from torch_geometric.nn import MessagePassing
 
 from ..aliases import LayersOwn
 from ..config import SMPConfig
+from ..graph.adjacency import NormalizedGraph, NormalizedOperator
+from ..graph.samples import Samples
 from ..kernels.smp_step import step_factors
-from ..layers.graph import NormalizedGraph, NormalizedOperator
-from ..layers.samples import Samples
 from .constraint import BUFFERS, ConstraintState, Operator, SmoothLayer, attach_constraint, constraint_ratio, corrected
 from .multiplier import ascend
 
-__all__ = ["Descent", "Meter", "PropagationLayer", "SMPropagation", "Step", "Visit", "dropped_edges"]
+__all__ = ["Meter", "PropagationLayer", "SMPropagation", "Step", "StepFactors", "Visit", "dropped_edges"]
 
 StepOperator = Callable[[int, Tensor], Tensor]
 
 
-class Descent(NamedTuple):
+class StepFactors(NamedTuple):
     """The factors of one step, ``U = keep H + average A~ H + fidelity X0``."""
 
     keep: float
@@ -42,7 +42,7 @@ class Descent(NamedTuple):
     fidelity: float
 
     @classmethod
-    def of(cls, config: SMPConfig) -> Descent:
+    def of(cls, config: SMPConfig) -> StepFactors:
         """Those of step size ``eta`` and smoothness weight ``mu``."""
         keep, average, _ = step_factors(config.eta, config.mu, 0.0)
         return cls(keep, average, config.eta)
@@ -138,16 +138,16 @@ class PropagationLayer(SmoothLayer):
         return self._smp is not None and self._smp.schedule == "inner"
 
     @property
-    def descent(self) -> Descent:
+    def step_factors(self) -> StepFactors:
         """The factors of a step."""
         assert self._smp is not None
-        return Descent.of(self._smp)
+        return StepFactors.of(self._smp)
 
     @property
     def _step_size(self) -> float:
         """``eta`` of the explicit correction; a propagation without fidelity term takes that of its settings."""
         assert self._smp is not None
-        return self.descent.fidelity or self._smp.eta
+        return self.step_factors.fidelity or self._smp.eta
 
     @property
     def gap_messages(self) -> int:
@@ -191,7 +191,7 @@ class PropagationLayer(SmoothLayer):
             visit: Called with every step.
         """
         config = self._smp
-        descent, source = self.descent, self.descent.source(x0)
+        descent, source = self.step_factors, self.step_factors.source(x0)
         meter = None
         if config is not None and (self._measures or self._moves_itself):
             meter = Meter(config, graph.apply, graph.plan.num_edges)
@@ -226,7 +226,7 @@ class PropagationLayer(SmoothLayer):
         self, x0: Tensor, average: StepOperator, gap: StepOperator, meter: Any, visit: Visit | None
     ) -> Tensor:
         """The authors' update (see :meth:`SMPConfig.reference`); gradients flow through the multiplier, as there."""
-        config, descent, source = self._smp, self.descent, self.descent.source(x0)
+        config, descent, source = self._smp, self.step_factors, self.step_factors.source(x0)
         assert config is not None
         h, multiplier, slack = x0, x0.new_tensor(config.multiplier), x0.new_tensor(config.slack)
         for k in range(self.K):

@@ -16,9 +16,9 @@ from torch_geometric.nn import GAT, GCN, GIN, GCN2Conv, GCNConv, GraphConv, Grap
 
 import qgnn_plugin as qgnn
 from qgnn_plugin import QuantConfig, SMPConfig
-from qgnn_plugin.layers.graph import gcn_graph
+from qgnn_plugin.analysis.error_report import error_report
+from qgnn_plugin.graph.adjacency import gcn_graph
 from qgnn_plugin.smp.deep import StackPlace, find_stacks
-from qgnn_plugin.smp.error import error_report
 
 HIDDEN, LAYERS = 8, 6
 ALPHA, THETA = 0.1, 0.5

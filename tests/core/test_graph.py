@@ -7,8 +7,7 @@ from torch import Tensor
 from torch_geometric import EdgeIndex
 from torch_geometric.nn import GCNConv, GINConv, SAGEConv
 
-from qgnn_plugin.kernels.plan import plan_cache
-from qgnn_plugin.layers.graph import (
+from qgnn_plugin.graph.adjacency import (
     NormalizedGraph,
     edges_of,
     gcn_graph,
@@ -16,6 +15,7 @@ from qgnn_plugin.layers.graph import (
     mean_graph,
     plain_graph,
 )
+from qgnn_plugin.kernels.plan import plan_cache
 
 FORMATS = ("edge_index", "EdgeIndex", "csr", "coo")
 WIDTH = 5

@@ -13,7 +13,7 @@ from torch_geometric.utils import to_undirected
 
 import qgnn_plugin as qgnn
 from qgnn_plugin import QuantConfig, SMPConfig
-from qgnn_plugin.layers.graph import gcn_graph, mean_graph
+from qgnn_plugin.graph.adjacency import gcn_graph, mean_graph
 from qgnn_plugin.smp import ConstraintState, dirichlet_energy
 from qgnn_plugin.smp.constraint import corrected
 

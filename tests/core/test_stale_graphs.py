@@ -185,7 +185,7 @@ def test_learned_edge_weights_are_followed() -> None:
 
 def test_a_plan_holds_no_memory_of_the_callers() -> None:
     """A sorted int32 edge index, whose columns would be the plan's as they are, written while the plan lives."""
-    from qgnn_plugin.layers.graph import gcn_graph
+    from qgnn_plugin.graph.adjacency import gcn_graph
 
     edge_index = edges(0)
     edge_index = edge_index[:, edge_index[1].argsort(stable=True)].to(torch.int32).contiguous()

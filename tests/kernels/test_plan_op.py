@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from qgnn_plugin.graph.edges import Edges, LoopedPlan
 from qgnn_plugin.kernels.plan import GraphPlan
 from qgnn_plugin.kernels.plan_op import LOOPS, inverse_root
-from qgnn_plugin.layers.edges import Edges, LoopedPlan
 
 NODES = 12
 

@@ -69,7 +69,7 @@ def test_what_is_touched_beside_its_codes_is_written_as_floats() -> None:
     layer = Layer()
     x = layer.tensor()
     x.pending.packed(**RANGE)
-    assert torch.equal(x.plain(), layer.value)
+    assert torch.equal(x.materialized(), layer.value)
     assert layer.repeats == 1
 
 

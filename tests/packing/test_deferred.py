@@ -24,7 +24,7 @@ from qgnn_plugin.kernels.cpu.parallel import num_threads
 from qgnn_plugin.kernels.quantize_pack import quantize_pack
 from qgnn_plugin.packing import deferred, direct, producers
 from qgnn_plugin.packing.deferred import DeferredTensor, is_deferring
-from qgnn_plugin.packing.producers import Producer, added, computed
+from qgnn_plugin.packing.producers import Producer
 
 ROWS, WIDTH = 150, 7
 RANGE = {"out_scale": torch.tensor(0.3), "out_offset": torch.tensor(-1.0), "out_bits": 4}
@@ -35,7 +35,7 @@ class Counted:
 
     def __init__(self, value: Tensor) -> None:
         self.value, self.runs, self.repeats = value, 0, 0
-        self.inner = computed(value)
+        self.inner = Producer.of(value)
 
     def run(self, start: int, stop: int, **out: Any) -> Tensor:
         self.runs += 1
@@ -155,7 +155,7 @@ def test_changes_in_place(source: Counted) -> None:
 def test_sums_and_steps_of_producers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(producers, "BLOCK_FLOATS", 64 * WIDTH)
     first, second = Counted(torch.randn(ROWS, WIDTH)), Counted(torch.randn(ROWS, WIDTH))
-    total = added(computed(first.value), Producer(ROWS, WIDTH, torch.device("cpu"), second.run))
+    total = Producer.plus(Producer.of(first.value), Producer(ROWS, WIDTH, torch.device("cpu"), second.run))
     expected = first.value + second.value
     assert torch.equal(DeferredTensor(total).pending.packed(**RANGE), codes(expected))
     assert second.runs == 3  # blocks of 64 rows
@@ -166,7 +166,7 @@ def test_sums_and_steps_of_producers(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_empty_matrix() -> None:
     x = Counted(torch.empty(0, WIDTH)).tensor()
     assert x.relu().pending.packed(**RANGE).shape == (0, 1)
-    assert added(computed(torch.empty(0, 3)), computed(torch.empty(0, 3)))().shape == (0, 3)
+    assert Producer.plus(Producer.of(torch.empty(0, 3)), Producer.of(torch.empty(0, 3)))().shape == (0, 3)
 
 
 # In models ############################################################################################################

@@ -27,7 +27,7 @@ def test_a_sum_of_two_runs_each_once_and_gives_codes() -> None:
     expected = (one.value.relu() + other.value).relu()
     assert torch.equal(total.pending.packed(**RANGE), codes(expected))
     assert one.runs == other.runs == 1
-    assert torch.equal(total.plain(), expected)
+    assert torch.equal(total.materialized(), expected)
     assert (one.repeats, other.repeats) == (1, 1)  # asked for twice: both are told
 
 

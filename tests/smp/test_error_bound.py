@@ -36,11 +36,11 @@ from torch_geometric.utils import to_undirected
 
 import qgnn_plugin as qgnn
 from qgnn_plugin import QuantConfig, SMPConfig, SMPropagation
+from qgnn_plugin.analysis.error_report import LayerError
+from qgnn_plugin.analysis.operators import Correction, operator_bound, operator_of
+from qgnn_plugin.graph.adjacency import gcn_graph
 from qgnn_plugin.kernels.plan import GraphPlan
-from qgnn_plugin.layers.graph import gcn_graph
-from qgnn_plugin.smp.error import LayerError
-from qgnn_plugin.smp.operators import Correction, operator_bound, operator_of
-from qgnn_plugin.smp.propagation import Descent
+from qgnn_plugin.smp.propagation import StepFactors
 
 ROUNDING = 1e-9
 
@@ -436,9 +436,9 @@ def test_correction_does_what_is_claimed(multiplier: float, correction: Any, dir
 
     assert norm(dense) <= claimed.norm + ROUNDING
     assert norm(identity - dense) <= claimed.drift + ROUNDING
-    for descent in (Descent(0.0, 0.9, 0.1), Descent(0.5, 0.4, 0.1), Descent(-0.8, 1.5, 0.3)):
-        step = identity - dense + dense @ (descent.keep * identity + descent.average * operator)
-        assert norm(step) <= claimed.contraction(descent, bound) + ROUNDING
+    for factors in (StepFactors(0.0, 0.9, 0.1), StepFactors(0.5, 0.4, 0.1), StepFactors(-0.8, 1.5, 0.3)):
+        step = identity - dense + dense @ (factors.keep * identity + factors.average * operator)
+        assert norm(step) <= claimed.contraction(factors, bound) + ROUNDING
     if not directed and correction == "proximal":
         assert claimed.norm <= 1
-        assert claimed.contraction(Descent(0.0, 0.9, 0.1), bound) == pytest.approx(1 - 0.1 / (1 + 4 * multiplier))
+        assert claimed.contraction(StepFactors(0.0, 0.9, 0.1), bound) == pytest.approx(1 - 0.1 / (1 + 4 * multiplier))

@@ -18,7 +18,7 @@ from torch_geometric.utils import to_undirected
 
 import qgnn_plugin as qgnn
 from qgnn_plugin import QuantConfig, SMPConfig, SMPropagation
-from qgnn_plugin.layers.graph import NormalizedGraph
+from qgnn_plugin.graph.adjacency import NormalizedGraph
 from qgnn_plugin.quantizers import QLRQuantizer
 from qgnn_plugin.smp.constraint import attach_constraint
 from qgnn_plugin.smp.propagation import PropagationLayer

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..config import SMPConfig
+from ..graph.adjacency import NormalizedGraph
 from ..kernels.plan import GraphPlan
-from ..layers.graph import NormalizedGraph
-from .propagation import Descent
+from ..smp.propagation import StepFactors
 
 __all__ = ["Correction", "OperatorBound", "column_norm", "operator_bound", "operator_of"]
 
@@ -139,9 +139,9 @@ class Correction:
         least = 1 / (1 + weight) if operator.is_walk else None
         return cls(min(norm, 1.0) if operator.is_walk else norm, sum(powers[1:]), least, gap)
 
-    def contraction(self, descent: Descent, operator: OperatorBound) -> float:
+    def contraction(self, factors: StepFactors, operator: OperatorBound) -> float:
         r"""Bound of ``||I - C + C (c0 I + c1 P)||``, the factor on the error of the state in one step."""
-        factor = abs(descent.keep) + abs(descent.average) * operator.norm
+        factor = abs(factors.keep) + abs(factors.average) * operator.norm
         if self.least is None:
             return factor if self.drift == 0 else self.drift + self.norm * factor
         corners = [abs(1 - c * d) for c in (self.least, 1.0) for d in (1 - factor, 1 + factor)]

@@ -18,24 +18,24 @@ from ..convs.gcn import QuantizedGCNConv
 from ..convs.gin import QuantizedGINConv
 from ..convs.sage import QuantizedSAGEConv
 from ..convs.steps import QuantizedPropagation
+from ..graph.adjacency import NormalizedGraph, edges_of, gcn_graph, mean_graph, plain_graph
 from ..kernels.plan import GraphPlan
 from ..kernels.spmm import spmm
 from ..layers.base import QuantizedLayer
-from ..layers.graph import NormalizedGraph, edges_of, gcn_graph, mean_graph, plain_graph
 from ..layers.linear import QuantizedLinear
 from ..layers.message_passing import QuantizedMessagePassing
 from ..quantizers import QLRQuantizer
-from .constraint import corrected
-from .deep import DeepLayer
-from .finding import Finding, LayerRun
+from ..smp.constraint import corrected
+from ..smp.deep import DeepLayer
+from ..smp.propagation import StepFactors
 from .injection import Passed, bypassed, injection, watched
+from .measured_error import MeasuredError, Rerun
 from .operators import Correction, OperatorBound, column_norm, operator_bound, operator_of
-from .propagation import Descent
-from .propagation_error import propagation_finding
+from .propagation_error import measured_propagation
 
-__all__ = ["finding_of", "sites_of"]
+__all__ = ["measured_error_of", "sites_of"]
 
-AVERAGE = Descent(0.0, 1.0, 0.0)  # a convolution as a step of a propagation
+AVERAGE = StepFactors(0.0, 1.0, 0.0)  # a convolution as a step of a propagation
 
 # Messages that are the source's state, by a weight of the edge or alone.
 SCALED_MESSAGES = tuple(
@@ -46,14 +46,14 @@ SCALED_MESSAGES = tuple(
 Seen = dict[str, Passed]
 
 
-def finding_of(run: LayerRun) -> Finding:
+def measured_error_of(run: Rerun) -> MeasuredError:
     """Measure and bound the errors of a layer."""
     layer = run.layer
     if all(quantizer.bits == OFF for quantizer in sites_of(layer).values()):
-        return Finding(0.0, 0.0, 0.0, 0.0)
+        return MeasuredError(0.0, 0.0, 0.0, 0.0)
     if not isinstance(layer, DeepLayer):
         if isinstance(layer, QuantizedPropagation):
-            return propagation_finding(layer, run.call)
+            return measured_propagation(layer, run.call)
         if (found := _collected(run)) is not None:
             return found
     sites = sites_of(layer)
@@ -64,7 +64,8 @@ def finding_of(run: LayerRun) -> Finding:
     seen = dict(zip(sites, passed, strict=True))
     errors = [injection(sites[site], use, None).error for site, uses in seen.items() for use in uses]
     bound, growth = _bound(run, seen)
-    return Finding(max(errors, default=0.0), float((out - exact).norm()), bound, float(exact.norm()), growth=growth)
+    carried, norm = float((out - exact).norm()), float(exact.norm())
+    return MeasuredError(max(errors, default=0.0), carried, bound, norm, growth=growth)
 
 
 def sites_of(layer: Any) -> dict[str, QLRQuantizer]:
@@ -81,7 +82,7 @@ def sites_of(layer: Any) -> dict[str, QLRQuantizer]:
     return sites
 
 
-def _bound(run: LayerRun, seen: Seen) -> tuple[float | str, float | None]:
+def _bound(run: Rerun, seen: Seen) -> tuple[float | str, float | None]:
     """The bound of a layer's result, or why there is none, and the growth of errors of its input where known."""
     layer = run.layer
     if type(layer).quantizes_output:
@@ -123,13 +124,13 @@ def _norm(graph: NormalizedGraph) -> OperatorBound:
 # Bounds of a layer's result ###########################################################################################
 
 
-def _gcn(run: LayerRun, seen: Seen) -> float:
+def _gcn(run: Rerun, seen: Seen) -> float:
     graph = run.layer.normalized(run.call.edge_index, run.call.edge_weight, run.call.features.size(0))
     sent, operator = injection(run.layer.message_quantizer, seen["message_quantizer"][0], graph.source), _norm(graph)
     return _correction(run.layer, operator).norm * operator.norm * sent.bound
 
 
-def _sage(run: LayerRun, seen: Seen) -> float | str:
+def _sage(run: Rerun, seen: Seen) -> float | str:
     layer, size = run.layer, (run.call.features.size(0),) * 2
     if layer.message_quantizer is None:
         return "it maps after aggregating"
@@ -141,12 +142,12 @@ def _sage(run: LayerRun, seen: Seen) -> float | str:
     return _correction(layer, _norm(mean)).norm * _norm(graph).norm * sent.bound
 
 
-def _gat(run: LayerRun, seen: Seen) -> float:
+def _gat(run: Rerun, seen: Seen) -> float:
     """Logits come from unquantized values: the attention is the same with and without quantized messages."""
     return _attention_bound(run, seen, *_attention(run))
 
 
-def _gatv2(run: LayerRun, seen: Seen) -> float:
+def _gatv2(run: Rerun, seen: Seen) -> float:
     """Logits come from quantized values: what another attention does to exact messages comes on top."""
     layer = run.layer
     plan, attention = _attention(run)
@@ -164,7 +165,7 @@ def _gatv2(run: LayerRun, seen: Seen) -> float:
     return _attention_bound(run, seen, plan, attention) + moved
 
 
-def _attention(run: LayerRun) -> tuple[GraphPlan, Tensor]:
+def _attention(run: Rerun) -> tuple[GraphPlan, Tensor]:
     """The graph of an attention layer and its weights ``[E, H]``."""
     out, (edges, attention) = run(return_attention_weights=True)
     edges = edges_of(edges, None, run.layer.flow)
@@ -172,13 +173,13 @@ def _attention(run: LayerRun) -> tuple[GraphPlan, Tensor]:
     return plan, plan.sort(attention)
 
 
-def _attention_bound(run: LayerRun, seen: Seen, plan: GraphPlan, attention: Tensor) -> float:
+def _attention_bound(run: Rerun, seen: Seen, plan: GraphPlan, attention: Tensor) -> float:
     heads = [operator_bound(plan, attention[:, head]) for head in range(attention.size(1))]
     largest = max(_correction(run.layer, head).norm * head.norm for head in heads)
     return largest * injection(run.layer.message_quantizer, seen["message_quantizer"][0], None).bound
 
 
-_RESULTS: dict[type[QuantizedLayer], Callable[[LayerRun, Seen], float | str]] = {
+_RESULTS: dict[type[QuantizedLayer], Callable[[Rerun, Seen], float | str]] = {
     QuantizedGCNConv: _gcn,
     QuantizedSAGEConv: _sage,
     QuantizedGATConv: _gat,
@@ -189,7 +190,7 @@ _RESULTS: dict[type[QuantizedLayer], Callable[[LayerRun, Seen], float | str]] = 
 # Deep stacks ##########################################################################################################
 
 
-def _deep_gcn(run: LayerRun, seen: Seen) -> tuple[float, float]:
+def _deep_gcn(run: Rerun, seen: Seen) -> tuple[float, float]:
     r"""``M ((1 - a) C P Q(x) + a H0)`` with ``M = (1 - b) I + b W``; the input of ``W`` is quantized once more."""
     layer = run.layer
     graph = layer.normalized(run.call.edge_index, run.call.edge_weight, run.call.features.size(0))
@@ -202,12 +203,12 @@ def _deep_gcn(run: LayerRun, seen: Seen) -> tuple[float, float]:
     blend = float(torch.linalg.matrix_norm(mapped, 2))
     bound = blend * keep * _gcn(run, seen)
     for use in seen.get("lin.input_quantizer", ()):
-        entered = injection(layer.lin.input_quantizer, use, None)
-        bound += strength * float(torch.linalg.matrix_norm(weight, 2)) * entered.bound
+        of_input = injection(layer.lin.input_quantizer, use, None)
+        bound += strength * float(torch.linalg.matrix_norm(weight, 2)) * of_input.bound
     return bound, blend * keep * _correction(layer, operator).contraction(AVERAGE, operator)
 
 
-def _deep(run: LayerRun, seen: Seen, bound: float) -> float:
+def _deep(run: Rerun, seen: Seen, bound: float) -> float:
     """``(1 - b) ((1 - a) P Q(x) + a H0) + b C(...)`` around a convolution ``C`` whose own error has ``bound``."""
     layer, x = run.layer, run.call.features
     graph = gcn_graph(run.call.edge_index, None, x.size(0), flow=layer.flow, dtype=x.dtype)
@@ -219,7 +220,7 @@ def _deep(run: LayerRun, seen: Seen, bound: float) -> float:
 # Bounds of what neighbours bring, before maps of the layer's own ######################################################
 
 
-def _collected(run: LayerRun) -> Finding | None:
+def _collected(run: Rerun) -> MeasuredError | None:
     """Of a layer that maps what it has aggregated, the error of the aggregate; :obj:`None` for others."""
     layer, mixin = run.layer, type(run.layer).mixin
     features = run.call.features
@@ -234,7 +235,7 @@ def _collected(run: LayerRun) -> Finding | None:
     return None
 
 
-def _gin(run: LayerRun) -> Finding:
+def _gin(run: Rerun) -> MeasuredError:
     layer, nodes = run.layer, run.call.features.size(0)
     graph, own = plain_graph(run.call.edge_index, (nodes, nodes), layer.flow), float(1 + layer.eps)
     with watched(layer.message_quantizer) as (passed,):
@@ -243,7 +244,7 @@ def _gin(run: LayerRun) -> Finding:
     return _of_aggregate(layer.message_quantizer, passed[0], lambda v: graph.apply(v) + own * v, norm)
 
 
-def _sage_aggregate(run: LayerRun) -> Finding | None:
+def _sage_aggregate(run: Rerun) -> MeasuredError | None:
     layer, nodes = run.layer, run.call.features.size(0)
     found = _aggregation(run.call.edge_index, None, nodes, layer)
     if found is None:
@@ -253,7 +254,7 @@ def _sage_aggregate(run: LayerRun) -> Finding | None:
     return _of_aggregate(layer.input_quantizer, passed[0], *found)
 
 
-def _propagated(run: LayerRun) -> Finding | None:
+def _propagated(run: Rerun) -> MeasuredError | None:
     """Of a layer whose one ``propagate`` sends the quantized state, by a weight of the edge or alone."""
     layer, sites = run.layer, [q for _, q in run.layer.own_quantizers()]
     with watched(sites[0]) as (passed,), _propagations(layer) as calls:
@@ -309,10 +310,10 @@ def _largest(plan: GraphPlan, values: Tensor, x: Tensor) -> Tensor:
 
 def _of_aggregate(
     quantizer: QLRQuantizer, passed: tuple[Tensor, Any], aggregate: Callable[[Tensor], Tensor], norm: float
-) -> Finding:
+) -> MeasuredError:
     """The error of ``aggregate`` of quantized values; ``norm`` bounds what it makes of a difference."""
     values, sent = passed
     values = values if values.layout == torch.strided else values.to_dense()
     exact, injected = aggregate(values), injection(quantizer, passed, None)
     carried = float((aggregate(sent.dequantize()) - exact).norm())
-    return Finding(injected.error, carried, norm * injected.bound, float(exact.norm()))
+    return MeasuredError(injected.error, carried, norm * injected.bound, float(exact.norm()))

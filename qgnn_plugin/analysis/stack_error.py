@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .bounds import sites_of
-from .finding import Finding, LayerRun
 from .injection import bypassed
+from .measured_error import MeasuredError, Rerun
 
 __all__ = ["stack_errors"]
 
@@ -23,7 +23,7 @@ def _itself(x: Tensor) -> Tensor:
 BETWEEN: tuple[Callable[[Tensor], Tensor], ...] = (torch.relu, _itself, F.elu, F.leaky_relu, torch.tanh)
 
 
-def stack_errors(layers: Mapping[str, tuple[LayerRun, Finding]]) -> dict[str, tuple[float, float]]:
+def stack_errors(layers: Mapping[str, tuple[Rerun, MeasuredError]]) -> dict[str, tuple[float, float]]:
     """The error of every layer's result, counted from the stack's input on, and its bound.
 
     Args:
@@ -51,7 +51,7 @@ def stack_errors(layers: Mapping[str, tuple[LayerRun, Finding]]) -> dict[str, tu
     return errors
 
 
-def _between(run: LayerRun, following: LayerRun) -> Callable[[Tensor], Tensor] | None:
+def _between(run: Rerun, following: Rerun) -> Callable[[Tensor], Tensor] | None:
     """Which of :data:`BETWEEN` made the following layer's input of a layer's result."""
     out, features = run.call.out, following.call.features
     return next((f for f in BETWEEN if torch.equal(f(out), features)), None)

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Call", "Finding", "LayerRun"]
+__all__ = ["LayerCall", "MeasuredError", "Rerun"]
 
 
 @dataclass(frozen=True)
-class Call:
+class LayerCall:
     """One call of a layer."""
 
     args: tuple[Any, ...]
@@ -35,7 +35,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Finding:
+class MeasuredError:
     """Errors of a layer by itself; norms are Frobenius norms.
 
     Args:
@@ -55,7 +55,7 @@ class Finding:
     growth: float | None = None
 
 
-class LayerRun:
+class Rerun:
     """Runs a layer again, by default as it was called.
 
     Args:
@@ -64,7 +64,7 @@ class LayerRun:
         initial: Features that entered its deep stack, :obj:`None` outside of one.
     """
 
-    def __init__(self, layer: Any, call: Call, initial: Tensor | None = None) -> None:
+    def __init__(self, layer: Any, call: LayerCall, initial: Tensor | None = None) -> None:
         self.layer, self.call, self.initial = layer, call, initial
 
     def __call__(self, features: Any = None, **more: Any) -> Any:

@@ -13,14 +13,14 @@ from torch_geometric.data.data import BaseData
 from ..conversion import unquantized
 from ..converted import expect_converted, quantized_layers
 from ..copying import copy_model
+from ..graph.adjacency import gcn_graph
 from ..inputs import Forward, run_model
-from ..layers.graph import gcn_graph
 from ..layers.message_passing import QuantizedConv
+from ..smp.constraint import dirichlet_energy
+from ..smp.deep import DeepLayer
 from ..tables import table
-from .bounds import finding_of
-from .constraint import dirichlet_energy
-from .deep import DeepLayer
-from .finding import Call, Finding, LayerRun
+from .bounds import measured_error_of
+from .measured_error import LayerCall, MeasuredError, Rerun
 from .stack_error import stack_errors
 
 __all__ = ["ErrorReport", "LayerError", "StepError", "error_report"]
@@ -131,27 +131,27 @@ def error_report(
     reference = _energies(_calls(plain.double().eval(), batch, forward, names))
     layers = {n: m for n, m in quantized_layers(model).items() if n in calls and isinstance(m, QuantizedConv)}
     runs = {name: _run_of(layer, calls, name) for name, layer in layers.items()}
-    findings = {name: finding_of(run) for name, run in runs.items()}
-    stacks = _stacks(runs, findings)
+    measured = {name: measured_error_of(run) for name, run in runs.items()}
+    stacks = _stacks(runs, measured)
     return ErrorReport(
         [
-            _report(name, layer, findings[name], stacks.get(name), energies[name], reference.get(name))
+            _report(name, layer, measured[name], stacks.get(name), energies[name], reference.get(name))
             for name, layer in layers.items()
         ]
     )
 
 
-def _run_of(layer: Any, calls: dict[str, Call], name: str) -> LayerRun:
+def _run_of(layer: Any, calls: dict[str, LayerCall], name: str) -> Rerun:
     initial = calls[layer._deep_place.stack].features if isinstance(layer, DeepLayer) else None
-    return LayerRun(layer, calls[name], initial)
+    return Rerun(layer, calls[name], initial)
 
 
-def _stacks(runs: dict[str, LayerRun], findings: dict[str, Finding]) -> dict[str, tuple[float, float]]:
+def _stacks(runs: dict[str, Rerun], measured: dict[str, MeasuredError]) -> dict[str, tuple[float, float]]:
     """The errors that layers of deep stacks carry together."""
-    members: dict[str, dict[str, tuple[LayerRun, Finding]]] = {}
+    members: dict[str, dict[str, tuple[Rerun, MeasuredError]]] = {}
     for name, run in runs.items():
         if isinstance(run.layer, DeepLayer):
-            members.setdefault(run.layer._deep_place.stack, {})[name] = (run, findings[name])
+            members.setdefault(run.layer._deep_place.stack, {})[name] = (run, measured[name])
     found: dict[str, tuple[float, float]] = {}
     for stack in members.values():
         found |= stack_errors(stack)
@@ -161,7 +161,7 @@ def _stacks(runs: dict[str, LayerRun], findings: dict[str, Finding]) -> dict[str
 def _report(
     name: str,
     layer: Any,
-    found: Finding,
+    found: MeasuredError,
     stack: tuple[float, float] | None,
     energy: float | None,
     float_energy: float | None,
@@ -185,26 +185,28 @@ def _report(
 # What runs through the model ##########################################################################################
 
 
-def _calls(model: nn.Module, batch: Any, forward: Forward | None, names: list[str] | None = None) -> dict[str, Call]:
+def _calls(
+    model: nn.Module, batch: Any, forward: Forward | None, names: list[str] | None = None
+) -> dict[str, LayerCall]:
     """The first call of every converted convolution, or of the layers ``names``."""
-    calls: dict[str, Call] = {}
+    calls: dict[str, LayerCall] = {}
     with ExitStack() as stack:
         for name, layer in model.named_modules():
             if (name in names) if names is not None else isinstance(layer, QuantizedConv):
 
                 def note(layer: Any, args: Any, kwargs: Any, out: Any, name: str = name) -> None:
-                    calls.setdefault(name, Call(args, kwargs, out))
+                    calls.setdefault(name, LayerCall(args, kwargs, out))
 
                 stack.callback(layer.register_forward_hook(note, with_kwargs=True).remove)
         run_model(model, batch, forward)
     return calls
 
 
-def _energies(calls: dict[str, Call]) -> dict[str, float | None]:
+def _energies(calls: dict[str, LayerCall]) -> dict[str, float | None]:
     return {name: _energy(call) for name, call in calls.items()}
 
 
-def _energy(call: Call) -> float | None:
+def _energy(call: LayerCall) -> float | None:
     x = call.features
     if not (isinstance(x, Tensor) and isinstance(call.out, Tensor) and x.dim() == 2):  # not of several samples
         return None
