@@ -9,6 +9,7 @@ from typing import Any
 
 from .convs import appnp, attention, deep, gcn, gin, hops, sage
 from .graph import adjacency, edges, fixed, samples
+from .quantizers import packed
 
 __all__: list[str] = []
 
@@ -35,6 +36,7 @@ _MOVED = {f"layers.{module.__name__.rpartition('.')[2]}": module for module in (
 _MOVED |= {"layers.sage": sage, "packing.attention": attention}
 _MOVED |= {"packing.convs": _joined("convs", deep, gcn, gin, sage), "packing.propagation": _joined("hops", appnp, hops)}
 _MOVED |= {"layers.graph": adjacency, "layers.edges": edges, "layers.fixed": fixed, "layers.samples": samples}
+_MOVED |= {"packing.packed_tensor": packed}
 _MOVED |= {"smp.error": _later("analysis.error_report"), "smp.bounds": _later("analysis.bounds")}
 
 for _name, _module in _MOVED.items():

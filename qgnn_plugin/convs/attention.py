@@ -265,7 +265,7 @@ class FrozenAttention(Attention, Frozen):
     def _by_heads(self, sent: PackedTensor) -> QuantizedTensor:
         """Packed messages as codes ``[N, H, C]``."""
         shape = (-1, self.heads, self.out_channels)
-        quantized = sent.quantized()
+        quantized = QuantizedTensor.unpacked(sent)
         if sent.multiplier is not None:
             scale, lower, rows = quantized.scale.unsqueeze(2), quantized.lower.unsqueeze(2), quantized.rows
             assert rows is not None

@@ -20,7 +20,7 @@ from ..kernels.plan import GraphPlan
 from ..kernels.spmm import segment_sum, spmm
 from ..quantizers import QuantizedTensor
 from ..quantizers.functional import HALF
-from ..quantizers.packed import Packed
+from ..quantizers.packed import PackedTensor
 from ..quantizers.rows import MOST
 from . import compressed
 
@@ -101,15 +101,15 @@ def linear(x: QuantizedTensor, weight: QuantizedTensor, bias: Tensor | None, exa
     return y if bias is None else y + bias
 
 
-def _compressed_linear(x: QuantizedTensor, packed: Packed, weight: QuantizedTensor, exact: bool) -> Tensor:
+def _compressed_linear(x: QuantizedTensor, packed: PackedTensor, weight: QuantizedTensor, exact: bool) -> Tensor:
     """:func:`linear` without bias that keeps packed factors, from which it can be computed again."""
-    packed_weight = Packed.of(weight.codes, weight.scale, weight.lower, weight.bits, weight.unsigned)
+    packed_weight = PackedTensor.of(weight.codes, weight.scale, weight.lower, weight.bits, weight.unsigned)
     values = weight.codes
     if weight.qmax is not None:
         values = compressed.weight_values(values, weight.scale, weight.lower, packed_weight)
     factors = (x.detached(), weight.detached())
 
-    def again(x: Packed, w: Packed) -> Tensor:
+    def again(x: PackedTensor, w: PackedTensor) -> Tensor:
         return linear(QuantizedTensor.unpacked(x), QuantizedTensor.unpacked(w), None, exact)
 
     return compressed.linear(x.codes, values, packed, packed_weight, lambda: linear(*factors, None, exact), again)
@@ -248,7 +248,7 @@ def with_gradient_of(differentiable: Callable[[], Tensor], value: Tensor) -> Ten
 @torch.no_grad()
 def _kernel_sum(x: QuantizedTensor, plan: GraphPlan, weight: Tensor | None) -> Tensor:
     """:func:`aggregate_sum` of ``[num_src, F]`` by the kernel that packed layers run."""
-    packed = x.packed or Packed.of(x.codes, x.scale, x.lower, x.bits)
+    packed = x.packed or PackedTensor.of(x.codes, x.scale, x.lower, x.bits)
     scale, lower, multiplier = (*packed.kernel_range(), None)
     if x.rows is not None:
         scale, lower, multiplier = x.rows.scale, x.rows.lower, x.rows.integers()

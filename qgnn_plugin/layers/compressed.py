@@ -19,7 +19,7 @@ from ..kernels.spmm import edge_products, segment_sum, spmm
 from ..quantizers.autocast import backward_without_autocast
 from ..quantizers.compressed import Recipe, compressing, recipe
 from ..quantizers.first_order import first_order
-from ..quantizers.packed import Packed
+from ..quantizers.packed import PackedTensor
 
 __all__ = [
     "aggregate_sum",
@@ -77,7 +77,7 @@ def head_products(x: Tensor, vector: Tensor) -> Tensor:
 
 class _Multiple(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, codes: Tensor, factor: Tensor, packed: Packed) -> Tensor:
+    def forward(ctx: Any, codes: Tensor, factor: Tensor, packed: PackedTensor) -> Tensor:
         ctx.layout = packed.layout
         ctx.save_for_backward(factor, *(packed.tensors if ctx.needs_input_grad[1] else ()))
         return (codes * packed.scale + packed.lower) * factor
@@ -88,18 +88,18 @@ class _Multiple(torch.autograd.Function):
         factor, *rest = ctx.saved_tensors
         grad_factor = None
         if ctx.needs_input_grad[1]:
-            grad_factor = (grad * Packed(*rest, *ctx.layout).values()).sum_to_size(factor.shape)
+            grad_factor = (grad * PackedTensor(*rest, *ctx.layout).dequantize()).sum_to_size(factor.shape)
         return grad * factor, grad_factor, None
 
 
-def multiple(codes: Tensor, factor: Tensor, packed: Packed) -> Tensor:
+def multiple(codes: Tensor, factor: Tensor, packed: PackedTensor) -> Tensor:
     """``t (c s + l)`` of codes from ``quantize``, which are also ``packed``, and a factor that may be trained."""
     return _Multiple.apply(codes, factor, packed)
 
 
 class _WeightValues(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, codes: Tensor, scale: Tensor, lower: Tensor, packed: Packed) -> Tensor:
+    def forward(ctx: Any, codes: Tensor, scale: Tensor, lower: Tensor, packed: PackedTensor) -> Tensor:
         ctx.save_for_backward(*packed.tensors)
         ctx.layout, ctx.lower_shape = packed.layout, lower.shape
         return codes * scale + lower
@@ -107,13 +107,13 @@ class _WeightValues(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        packed = Packed(*ctx.saved_tensors, *ctx.layout)
+        packed = PackedTensor(*ctx.saved_tensors, *ctx.layout)
         grad_scale = (grad * packed.codes()).sum_to_size(packed.scale.shape) if ctx.needs_input_grad[1] else None
         grad_lower = grad.sum_to_size(ctx.lower_shape) if ctx.needs_input_grad[2] else None
         return grad * packed.scale, grad_scale, grad_lower, None
 
 
-def weight_values(codes: Tensor, scale: Tensor, lower: Tensor, packed: Packed) -> Tensor:
+def weight_values(codes: Tensor, scale: Tensor, lower: Tensor, packed: PackedTensor) -> Tensor:
     """``c s + l`` of codes whose gradient is their own, as those of weights; keeps them packed."""
     return _WeightValues.apply(codes, scale, lower, packed)
 
@@ -121,8 +121,8 @@ def weight_values(codes: Tensor, scale: Tensor, lower: Tensor, packed: Packed) -
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, codes: Tensor, weight: Tensor, x: Packed, w: Packed, product: Recipe,
-        again: Callable[[Packed, Packed], Tensor],
+        ctx: Any, codes: Tensor, weight: Tensor, x: PackedTensor, w: PackedTensor, product: Recipe,
+        again: Callable[[PackedTensor, PackedTensor], Tensor],
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(*x.tensors, *w.tensors)
         ctx.layouts = x.layout, w.layout
@@ -134,21 +134,26 @@ class _Linear(torch.autograd.Function):
     @backward_without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, w = _factors(ctx)
-        grad_codes = grad @ w.values() if ctx.needs_input_grad[0] else None
+        grad_codes = grad @ w.dequantize() if ctx.needs_input_grad[0] else None
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            grad_weight = grad.reshape(-1, grad.size(-1)).t() @ x.values().reshape(-1, x.shape[-1])
+            grad_weight = grad.reshape(-1, grad.size(-1)).t() @ x.dequantize().reshape(-1, x.shape[-1])
         return grad_codes, grad_weight, None, None, None, None
 
 
-def _factors(node: Any) -> tuple[Packed, Packed]:
+def _factors(node: Any) -> tuple[PackedTensor, PackedTensor]:
     """The packed factors that a node of :func:`linear` keeps."""
     saved, (x, w) = node.saved_tensors, node.layouts
-    return Packed(*saved[:3], *x), Packed(*saved[3:], *w)
+    return PackedTensor(*saved[:3], *x), PackedTensor(*saved[3:], *w)
 
 
 def linear(
-    codes: Tensor, weight: Tensor, x: Packed, w: Packed, product: Recipe, again: Callable[[Packed, Packed], Tensor]
+    codes: Tensor,
+    weight: Tensor,
+    x: PackedTensor,
+    w: PackedTensor,
+    product: Recipe,
+    again: Callable[[PackedTensor, PackedTensor], Tensor],
 ) -> Tensor:
     """``x^ W^^T``: ``product()`` computes it; the gradients are those of values.
 
@@ -173,7 +178,7 @@ def _edge_gradient(plan: GraphPlan, grad: Tensor, values: Tensor, weight: Tensor
 class _AggregateSum(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, codes: Tensor, weight: Tensor | None, plan: GraphPlan, packed: Packed, total: Recipe
+        ctx: Any, codes: Tensor, weight: Tensor | None, plan: GraphPlan, packed: PackedTensor, total: Recipe
     ) -> Tensor:
         ctx.plan, ctx.layout = plan, packed.layout
         # The codes matter to the gradient of the weights alone.
@@ -187,11 +192,11 @@ class _AggregateSum(torch.autograd.Function):
         grad_codes = spmm(plan.transpose, grad, None if weight is None else plan.transpose.sort(weight))
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            grad_weight = _edge_gradient(plan, grad, Packed(*rest, *ctx.layout).values(), weight)
+            grad_weight = _edge_gradient(plan, grad, PackedTensor(*rest, *ctx.layout).dequantize(), weight)
         return grad_codes, grad_weight, None, None, None
 
 
-def aggregate_sum(codes: Tensor, weight: Tensor | None, plan: GraphPlan, packed: Packed, total: Recipe) -> Tensor:
+def aggregate_sum(codes: Tensor, weight: Tensor | None, plan: GraphPlan, packed: PackedTensor, total: Recipe) -> Tensor:
     """``sum_j w_ij x^_j``, computed by ``total()``; the backward pass runs on the transposed plan.
 
     Args:
@@ -207,7 +212,7 @@ def aggregate_sum(codes: Tensor, weight: Tensor | None, plan: GraphPlan, packed:
 class _WeightedMean(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, codes: Tensor, weight: Tensor, divisor: Tensor, plan: GraphPlan, packed: Packed, mean: Recipe
+        ctx: Any, codes: Tensor, weight: Tensor, divisor: Tensor, plan: GraphPlan, packed: PackedTensor, mean: Recipe
     ) -> Tensor:
         ctx.plan, ctx.layout = plan, packed.layout
         ctx.save_for_backward(weight, divisor, *packed.tensors)
@@ -219,14 +224,14 @@ class _WeightedMean(torch.autograd.Function):
         plan, (weight, divisor, *rest) = ctx.plan, ctx.saved_tensors
         grad = grad / divisor.unsqueeze(-1)
         grad_codes = spmm(plan.transpose, grad, plan.transpose.sort(weight)) if ctx.needs_input_grad[0] else None
-        grad_weight = _edge_gradient(plan, grad, Packed(*rest, *ctx.layout).values(), weight)
+        grad_weight = _edge_gradient(plan, grad, PackedTensor(*rest, *ctx.layout).dequantize(), weight)
         # <grad_i, sum_j w_ij x_j>, with the products per edge instead of the sums.
         grad_divisor = -segment_sum(plan, weight * grad_weight) / divisor
         return grad_codes, grad_weight, grad_divisor, None, None, None
 
 
 def weighted_mean(
-    codes: Tensor, weight: Tensor, divisor: Tensor, plan: GraphPlan, packed: Packed, mean: Recipe
+    codes: Tensor, weight: Tensor, divisor: Tensor, plan: GraphPlan, packed: PackedTensor, mean: Recipe
 ) -> Tensor:
     """``sum_j w_ij x^_j / t_i``, computed by ``mean()``; keeps no sums.
 
@@ -249,7 +254,7 @@ def _hidden(source: Tensor, target: Tensor, plan: GraphPlan) -> Tensor:
 class _PairLogits(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, source_codes: Tensor, target_codes: Tensor, att: Tensor, source: Packed, target: Packed,
+        ctx: Any, source_codes: Tensor, target_codes: Tensor, att: Tensor, source: PackedTensor, target: PackedTensor,
         plan: GraphPlan, slope: float,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(att, *source.tensors, *target.tensors)
@@ -262,7 +267,8 @@ class _PairLogits(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         att, *rest = ctx.saved_tensors
         plan, (source, target) = ctx.plan, ctx.layouts
-        hidden = _hidden(Packed(*rest[:3], *source).values(), Packed(*rest[3:], *target).values(), plan)
+        source, target = PackedTensor(*rest[:3], *source), PackedTensor(*rest[3:], *target)
+        hidden = _hidden(source.dequantize(), target.dequantize(), plan)
         grad = grad.unsqueeze(-1)
         grad_att = (grad * F.leaky_relu(hidden, ctx.slope)).sum_to_size(att.shape)
         grad_hidden = torch.where(hidden > 0, grad, grad * ctx.slope) * att
@@ -275,8 +281,8 @@ def pair_logits(
     source_codes: Tensor,
     target_codes: Tensor,
     att: Tensor,
-    source: Packed,
-    target: Packed,
+    source: PackedTensor,
+    target: PackedTensor,
     plan: GraphPlan,
     slope: float,
 ) -> Tensor:

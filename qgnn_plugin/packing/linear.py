@@ -233,7 +233,7 @@ class PackedLinear(PackedLayer):
 
     def _wide(self, x: Activation, bias: Tensor | None) -> Tensor:
         """In floats over unpacked codes, as the converted layer computes it."""
-        quantized = x.quantized() if isinstance(x, PackedTensor) else x
+        quantized = QuantizedTensor.unpacked(x) if isinstance(x, PackedTensor) else x
         return linear(quantized, self._weight_codes(), bias, exact=True)
 
     def _weight_codes(self) -> QuantizedTensor:

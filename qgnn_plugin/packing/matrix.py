@@ -73,7 +73,7 @@ class PackedMatrix:
 
     def wide(self, x: Activation, bias: Tensor | None) -> Tensor:
         """In floats over unpacked codes, as the converted layer computes it."""
-        quantized = x.quantized() if isinstance(x, PackedTensor) else x
+        quantized = QuantizedTensor.unpacked(x) if isinstance(x, PackedTensor) else x
         return linear(quantized, self.codes(), bias, exact=True)
 
     def product(self, x: Activation, bias: Tensor | None, row_scale: Tensor | None = None) -> Producer | None:

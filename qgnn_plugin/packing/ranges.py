@@ -15,10 +15,10 @@ from ..kernels.layout import pack_codes, top_code
 from ..kernels.quantize_pack import quantize_pack
 from ..quantizers import QLRQuantizer, QuantizedTensor, quantize_codes
 from ..quantizers.functional import shown_range
+from ..quantizers.packed import PackedTensor, joined
 from ..quantizers.rows import RowRange, multipliers
 from ..quantizers.values import largest, peak, row_peaks, split
 from .deferred import DeferredTensor, Pending, materialized
-from .packed_tensor import PackedTensor, joined
 from .producers import Producer, row_blocks
 from .site_spec import UNSET, SiteSpec
 

@@ -197,5 +197,5 @@ class PackedWeights(MultipliesWeights, PackedLayer):
     def _times(self, x: Activation, weight: PackedMatrix | Tensor, bias: Tensor | None = None) -> Tensor:
         if isinstance(weight, PackedMatrix):
             return weight.times(x, bias)
-        taken = x if isinstance(x, QuantizedTensor) else x.quantized()
+        taken = x if isinstance(x, QuantizedTensor) else QuantizedTensor.unpacked(x)
         return linear(taken, QuantizedTensor.identity(weight), bias, exact=True)

@@ -28,11 +28,10 @@ from .autocast import backward_without_autocast
 from .first_order import first_order
 from .functional import passed
 from .masks import OneBitMasks
-from .packed import Packed, pack, unpack
+from .packed import PackedTensor, pack, unpack
 from .rows import RowRange
 
 __all__ = [
-    "Packed",
     "Recipe",
     "can_compress",
     "compressed_activations",
@@ -190,7 +189,9 @@ class _QuantizeSide(torch.autograd.Function):
     levels whether gradients pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, lower: Tensor, codes: Tensor, qmax: int, packed: Packed) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, lower: Tensor, codes: Tensor, qmax: int, packed: PackedTensor
+    ) -> Tensor:
         v = _steps(x, scale, lower)
         side = ~_outside(v, qmax) if qmax == 1 else (v >= codes) & ((codes < qmax) | (v > qmax))
         ctx.save_for_backward(pack(side, 1), packed.words)
@@ -211,7 +212,7 @@ class _QuantizeSide(torch.autograd.Function):
 
 
 def quantize(
-    x: Tensor, scale: Tensor, lower: Tensor, codes: Tensor, packed: Packed, qmax: int, codes_kept: bool = False
+    x: Tensor, scale: Tensor, lower: Tensor, codes: Tensor, packed: PackedTensor, qmax: int, codes_kept: bool = False
 ) -> Tensor:
     """``codes``, those of ``x``, with gradients for ``x`` and its range; their own gradient is that of the values.
 

@@ -13,6 +13,7 @@ from ..kernels.plan import GraphPlan
 from . import compressed
 from .fitting import FittedQuantizer, InputCheck
 from .functional import FINE_BITS, quantize_codes, shown_range
+from .packed import PackedTensor
 from .range_search import Sample
 from .rows import RowRange, multipliers
 from .state import RangeKind
@@ -247,7 +248,7 @@ class QLRQuantizer(FittedQuantizer):
         with torch.no_grad():
             codes = quantize_codes(x, scale, lower, self.qmax)
         unsigned = self.zero_code == 0
-        packed = compressed.Packed.of(codes, scale, lower, self.bits, unsigned)
+        packed = PackedTensor.of(codes, scale, lower, self.bits, unsigned)
         codes = compressed.quantize(x, scale, lower, codes, packed, self.qmax, codes_kept)
         return QuantizedTensor(codes, packed.scale, packed.lower, self.qmax, unsigned, packed=packed)
 

@@ -12,6 +12,7 @@ from ..kernels.layout import top_code
 from ..kernels.plan import GraphPlan
 from . import compressed
 from .functional import HALF
+from .packed import PackedTensor
 from .rows import RowRange
 
 __all__ = ["QuantizedTensor"]
@@ -41,7 +42,7 @@ class QuantizedTensor:
     qmax: int | None
     unsigned: bool = False
     pattern: GraphPlan | None = None
-    packed: compressed.Packed | None = None
+    packed: PackedTensor | None = None
     rows: RowRange | None = None
 
     @classmethod
@@ -51,10 +52,12 @@ class QuantizedTensor:
         return cls(x, one, torch.zeros_like(one), None, True, pattern)
 
     @classmethod
-    def unpacked(cls, packed: compressed.Packed) -> QuantizedTensor:
-        """Codes outside the autograd graph."""
-        qmax = None if packed.bits == OFF else top_code(packed.bits)
-        return cls(packed.codes(), packed.scale, packed.lower, qmax, packed.unsigned)
+    def unpacked(cls, packed: PackedTensor) -> QuantizedTensor:
+        """The same codes as floats, outside the autograd graph: what the arithmetic of converted layers takes."""
+        qmax, rows = None if packed.bits == OFF else top_code(packed.bits), None
+        if packed.multiplier is not None:
+            rows = RowRange(packed.multiplier.to(torch.float32).unsqueeze(1), packed.scale, packed.lower)
+        return cls(packed.codes(), *packed.row_range, qmax, packed.unsigned, rows=rows)
 
     @property
     def bits(self) -> int:
