@@ -17,7 +17,7 @@ from ..quantizers import QLRQuantizer, search_range
 from . import container
 from .base import PackedLayer
 from .ranges import PackedRange, SiteSpec
-from .search import Rows, Weights, candidates, largest, nearest
+from .topk import topk
 from .transform import Transform, transform_codes
 
 __all__ = ["PackedEmbeddings"]
@@ -25,8 +25,6 @@ __all__ = ["PackedEmbeddings"]
 KIND = "embeddings"
 CHUNK = 1 << 22  # codes unpacked at a time
 QUERY_BITS = 8  # of float queries with a range of their own
-MOST_QUERIES = 256  # at a time: with more, too few rows of the table are
-SMALL = 4096  # rows of a table whose products are all taken in float64
 FURTHER_BITS = 32  # of a rotated row: it takes the bytes of one with a range of its own
 MOST_BYTES = 1.25  # of a rotated table, over one with a range per row
 
@@ -256,19 +254,8 @@ class PackedEmbeddings:
         if type(chunk) is not int or chunk < 1:
             raise ValueError(f"Expected 'chunk' >= 1 (got {chunk!r})")
         single = isinstance(query, Tensor) and query.dim() == 1
-        packed = self._packed_query(query)
-        # Those of a block of the table, or of the candidates, are as many codes as are unpacked at a time.
-        queries = max(1, min(MOST_QUERIES, chunk // max(1, self.num_features), chunk // self._candidate_codes(k)))
-        parts = [self._topk(packed[begin : begin + queries], k, chunk) for begin in range(0, len(packed), queries)]
-        if not parts:
-            parts = [self._empty(k)]
-        scores, index = (torch.cat(part) for part in zip(*parts, strict=True))
+        scores, index = topk(self, self._packed_query(query), k, chunk)
         return (scores[0], index[0]) if single else (scores, index)
-
-    def _empty(self, k: int) -> tuple[Tensor, Tensor]:
-        device = self.words.device
-        scores = torch.zeros((0, k), dtype=torch.float64, device=device)
-        return scores, torch.zeros((0, k), dtype=torch.int64, device=device)
 
     def _packed_query(self, query: Tensor | PackedEmbeddings) -> PackedEmbeddings | Tensor:
         if not isinstance(query, (Tensor, PackedEmbeddings)):
@@ -294,87 +281,6 @@ class PackedEmbeddings:
             return PackedEmbeddings(*_quantized_rows(rows, QUERY_BITS), features, QUERY_BITS)
         words = quantize_pack(rows, self.scale, self.lower, self.bits)
         return PackedEmbeddings(words, self.scale, self.lower, features, self.bits)
-
-    def _topk(self, query: PackedEmbeddings | Tensor, k: int, chunk: int) -> tuple[Tensor, Tensor]:
-        rows = self._search_rows()
-        if len(self) < SMALL or not rows.is_fast or self._candidate_codes(k) > chunk:
-            return self._topk_of_all(query, k, chunk)
-        weights = self._query_weights(query)
-        block = max(1, chunk // (2 * max(1, len(query), self.num_features)))
-        scores, index, unsure = nearest(rows, weights, k, block, lambda index: self._candidate_products(query, index))
-        if bool(unsure.any()):
-            scores[unsure], index[unsure] = self._topk_of_all(query[unsure], k, chunk)
-        return scores, index
-
-    def _candidate_codes(self, k: int) -> int:
-        """How many codes the candidates of one query have."""
-        return candidates(k) * max(1, self._num_codes)
-
-    def _search_rows(self) -> Rows:
-        if self.transform is None:
-            return Rows(self.words, self.scale, self.lower, None, self.num_features, self.bits)
-        one, zero = self.scale.new_ones(()), self.scale.new_zeros(())
-        return Rows(self.words, one, zero, self.scale.flatten(), self._num_codes, self.bits)
-
-    def _query_weights(self, query: PackedEmbeddings | Tensor) -> Weights:
-        if isinstance(query, PackedEmbeddings):
-            codes = query._codes(0, len(query)).double()
-            values = codes * query.scale.double() + query.lower.double()
-            return Weights(values, values.new_zeros(len(query)))
-        assert self.transform is not None
-        query = query.double()
-        return Weights(query @ self.transform.basis().t(), query @ self.transform.center.double())
-
-    def _candidate_products(self, query: PackedEmbeddings | Tensor, index: Tensor) -> Tensor:
-        """Dot products ``[M, c]`` float64 of each query with the rows ``index`` ``[M, c]``, each row's in one order."""
-        found = self[index.flatten()]
-        codes = found._codes(0, len(found)).double().view(*index.shape, -1)
-        ends = (found.scale.double(), found.lower.double())
-        scale, lower = (t.view(index.shape) if t.dim() == 2 else t for t in ends)
-        if isinstance(query, Tensor):
-            weights = self._query_weights(query)
-            return ((codes * weights.of_codes.unsqueeze(1)).sum(-1) + weights.added.unsqueeze(1)) * scale
-        asked = query._codes(0, len(query)).double()
-        sums = (codes * asked.unsqueeze(1)).sum(-1), asked.sum(1, keepdim=True), codes.sum(-1)
-        return query._ranged(sums, scale, lower)
-
-    def _topk_of_all(self, query: PackedEmbeddings | Tensor, k: int, chunk: int) -> tuple[Tensor, Tensor]:
-        """By the products with every row, in float64."""
-        best: tuple[Tensor, Tensor] | None = None
-        # A block of products is as large as a block of codes.
-        rows = max(1, chunk // max(1, self.num_features, len(query)))
-        for begin in range(0, len(self), rows):
-            part = self[begin : begin + rows]
-            scores = part._rotated_products(query) if isinstance(query, Tensor) else query._products(part)
-            index = torch.arange(begin, begin + scores.size(1), device=scores.device).expand_as(scores)
-            if best is not None:
-                scores, index = torch.cat([best[0], scores], 1), torch.cat([best[1], index], 1)
-            # Candidates are in ascending order of index among equals: ties are deterministic.
-            order = largest(scores, k)
-            best = scores.gather(1, order), index.gather(1, order)
-        assert best is not None
-        return best
-
-    def _products(self, other: PackedEmbeddings) -> Tensor:
-        """Dot products ``[M, N]`` float64 with ``other``: the sums of codes are integers, exact up to ``2^53``."""
-        a, c = (unpack_codes(e.words, e.num_features, e.bits).double() for e in (self, other))
-        scale, lower = (t.double().reshape(1, -1) for t in (other.scale, other.lower))
-        return self._ranged((a @ c.t(), a.sum(1, keepdim=True), c.sum(1)), scale, lower)
-
-    def _ranged(self, sums: tuple[Tensor, Tensor, Tensor], s_c: Tensor, l_c: Tensor) -> Tensor:
-        """Sums of codes, of their products, of one's own ``[M, 1]`` and of others', with the ranges of both."""
-        product, own, others = sums
-        s_a, l_a = (t.double().reshape(-1, 1) for t in (self.scale, self.lower))
-        total = product * (s_a * s_c)
-        total += own * (s_a * l_c) + others * (l_a * s_c)
-        return total + self.num_features * (l_a * l_c)
-
-    def _rotated_products(self, query: Tensor) -> Tensor:
-        """Dot products ``[M, N]`` float64 of queries ``[M, F]`` with rotated embeddings."""
-        assert self.transform is not None
-        query = query.double()
-        products = (query @ self.transform.basis().t()) @ self._codes(0, len(self)).double().t()
-        return (products + (query @ self.transform.center.double()).unsqueeze(1)) * self.scale.double().t()
 
     def save(self, path: container.PathLike) -> None:
         """Write to a safetensors file, atomically, with checksums in its header."""
