@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qgnn_plugin import PackedEmbeddings
-from qgnn_plugin.packing import embeddings, search
+from qgnn_plugin.packing import search, topk
 
 ROWS = 6000  # more than are searched by the products with all
 FORMS = [(bits, granularity) for bits in (2, 4, 8) for granularity in ("rotated", "node", "tensor")]
@@ -21,7 +21,7 @@ def _table(rows: int = ROWS, features: int = 24, seed: int = 0) -> Tensor:
 
 
 def _by_all(table: PackedEmbeddings, query: Tensor | PackedEmbeddings, k: int) -> tuple[Tensor, Tensor]:
-    return table._topk_of_all(table._packed_query(query), k, 1 << 22)
+    return topk._topk_of_all(table, table._packed_query(query), k, 1 << 22)
 
 
 @pytest.mark.parametrize(("bits", "granularity"), FORMS)
@@ -72,9 +72,9 @@ def test_products_are_within_the_bound() -> None:
     for bits, granularity in FORMS:
         table = PackedEmbeddings.from_float(x, bits, granularity=granularity)
         query = table._packed_query(_table(seed=2)[:50] - 0.3)
-        rows, planes = table._search_rows(), search._Planes(table._query_weights(query))
+        rows, planes = topk._search_rows(table), search._Planes(topk._query_weights(table, query))
         index = torch.arange(ROWS).expand(50, -1)
-        off = (planes.products(rows, 0, ROWS).double() - table._candidate_products(query, index)).abs().amax(1)
+        off = (planes.products(rows, 0, ROWS).double() - topk._candidate_products(table, query, index)).abs().amax(1)
         assert bool((off <= planes.error(rows)).all())
 
 
@@ -82,9 +82,7 @@ def test_few_queries_take_all_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """The short way is taken: of ordinary queries none, or next to none, is uncertain."""
     table = PackedEmbeddings.from_float(_table(), 4)
     asked = []
-    monkeypatch.setattr(
-        embeddings.PackedEmbeddings, "_topk_of_all", lambda self, query, k, chunk: asked.append(len(query))
-    )
+    monkeypatch.setattr(topk, "_topk_of_all", lambda table, query, k, chunk: asked.append(len(query)))
     table.topk(_table(seed=3)[:40], 10)
     assert not asked
 
