@@ -33,7 +33,7 @@ test-all: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 # The tests on the oldest versions that pyproject.toml claims, in an environment of its own (ARGS="tests/core -x").
-FLOORS := $(CACHE)/floors
+FLOORS := build/floors
 .PHONY: test-floors
 test-floors: export OMP_NUM_THREADS ?= 1
 test-floors: export NUMBA_NUM_THREADS ?= 1
