@@ -27,6 +27,7 @@ from .layers.fast_paths import close_fast_paths, open_fast_paths
 from .layers.message_passing import QuantizedConv
 from .layers.normalized import still
 from .layers.registry import convert_layer, deep_mixin, mixin_for
+from .parameter_sums import warn_of_parameter_sums
 from .passed_by import check_methods, warn_of_comparisons
 from .saved import CONFIG_KEY, decode
 from .scripted import close_scripted, open_scripted
@@ -103,6 +104,7 @@ def quantize_model(
         raise
     open_checkpoints(model)
     warn_of_comparisons(model, stacklevel=2)
+    warn_of_parameter_sums(model, stacklevel=2)
     warn_of_unregistered(model, stacklevel=2)
     if include is None and exclude is None:
         with still(model):

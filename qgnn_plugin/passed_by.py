@@ -18,9 +18,9 @@ from .copying import reachable
 from .inputs import Forward, run_model, tensors_in
 from .layers.base import QuantizedLayer
 
-__all__ = ["Reached", "check_methods", "warn_of_comparisons"]
+__all__ = ["Reached", "check_methods", "compares_tensors", "functions_of", "warn_of_comparisons"]
 
-FRAMEWORK = ("torch.", "torch_geometric.", "pytorch_lightning.", "lightning.")
+FRAMEWORK = ("torch.", "torch_geometric.", "pytorch_lightning.", "lightning.", f"{__name__.partition('.')[0]}.")
 SHOWN = 5
 
 
@@ -48,6 +48,42 @@ def check_methods(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
             )
 
 
+# The user's code ######################################################################################################
+
+CALLED = 2  # how far functions are followed that methods call by their name
+
+
+def functions_of(owner: type) -> Iterator[tuple[str, ast.AST, _Names]]:
+    """The methods of ``owner``, and the functions that they call by name, apart from those of the framework's: what
+    they are called, their code, and what names mean in it."""
+    seen: set[Any] = set()
+    for base in owner.__mro__:
+        if base is object or f"{base.__module__}.".startswith(FRAMEWORK):
+            continue
+        for name, method in vars(base).items():
+            function = inspect.unwrap(method) if inspect.isfunction(method) else None
+            if function is not None and name != "__init__":
+                yield from _with_called(f"{base.__name__}.{name}", function, base, CALLED, seen)
+
+
+def _with_called(
+    name: str, function: types.FunctionType, owner: type, depth: int, seen: set[Any]
+) -> Iterator[tuple[str, ast.AST, _Names]]:
+    if function.__code__ in seen or f"{function.__module__}.".startswith(FRAMEWORK):
+        return
+    seen.add(function.__code__)
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, SyntaxError, TypeError):
+        return
+    known = _Names(function, owner)
+    yield name, tree, known
+    for called in function.__code__.co_names if depth else ():
+        value = known.names.get(called)
+        if inspect.isfunction(value):
+            yield from _with_called(called, inspect.unwrap(value), owner, depth - 1, seen)
+
+
 # Comparisons of classes ###############################################################################################
 
 
@@ -65,22 +101,31 @@ def warn_of_comparisons(model: nn.Module, stacklevel: int) -> None:
 
 
 def _comparisons(owner: type, classes: set[type]) -> Iterator[str]:
-    """Where methods of ``owner`` compare the class of something with one of ``classes``, in words."""
-    for base in owner.__mro__:
-        if base is object or f"{base.__module__}.".startswith(FRAMEWORK):
-            continue
-        for name, method in vars(base).items():
-            function = inspect.unwrap(method) if inspect.isfunction(method) else None
-            if function is None or name == "__init__":
-                continue
-            try:
-                tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-            except (OSError, SyntaxError, TypeError):
-                continue
-            known = _Names(function, base)
-            for node in ast.walk(tree):
-                if any(known.has_one_of(other, classes) for other in _compared_with(node)):
-                    yield f"'{ast.unparse(node)}' in {base.__name__}.{name}"
+    """Where code of ``owner`` compares the class of something with one of ``classes``, in words."""
+    for name, function, known in functions_of(owner):
+        for node in ast.walk(function):
+            if any(known.has_one_of(other, classes) for other in _compared_with(node)):
+                yield f"'{ast.unparse(node)}' in {name}"
+
+
+def compares_tensors(model: nn.Module) -> bool:
+    """Whether the model's own code asks whether the class of something is that of tensors, and no subclass."""
+    owners = {getattr(type(module), "float_class", type(module)) for module in model.modules()}
+    return any(_asks_for_tensors(owner) for owner in owners)
+
+
+def _asks_for_tensors(owner: type) -> bool:
+    for _, function, known in functions_of(owner):
+        for node in ast.walk(function):
+            if any(known.has_one_of(other, {torch.Tensor}) for other in _compared_with(node)):
+                return True
+            if isinstance(node, ast.Compare):
+                sides = [node.left, *node.comparators]
+                named = any(isinstance(s, ast.Attribute) and s.attr == "__name__" and _is_class(s.value) for s in sides)
+                texts = (part for side in sides for part in ast.walk(side) if isinstance(part, ast.Constant))
+                if named and any(part.value == "Tensor" for part in texts):
+                    return True
+    return False
 
 
 def _compared_with(node: ast.AST) -> list[ast.expr]:
@@ -106,7 +151,11 @@ class _Names:
     """What names mean in a function of a class."""
 
     def __init__(self, function: types.FunctionType, owner: type) -> None:
-        self.names = {**function.__globals__, **inspect.getclosurevars(function).nonlocals}
+        try:
+            nonlocals = inspect.getclosurevars(function).nonlocals
+        except ValueError:  # of names that are not given a value yet
+            nonlocals = {}
+        self.names = {**function.__globals__, **nonlocals}
         self.owner = owner
 
     def has_one_of(self, node: ast.expr, classes: set[type]) -> bool:

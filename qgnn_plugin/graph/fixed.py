@@ -48,14 +48,14 @@ class _Record:
     def is_of(self, parts: tuple[Tensor, ...]) -> bool:
         """Whether ``parts`` are the same memory, trusted not to have changed unseen, or hold the same."""
         placed = tuple(part.data_ptr() for part in parts) == self._fingerprint.addresses
-        if placed and tuple(map(_version, parts)) == self._versions:
+        if placed and None not in self._versions and tuple(map(_version, parts)) == self._versions:
             self._built.wait()
             return True
         return checksums(parts) == self.checksums
 
 
-def _version(part: Tensor) -> int:
-    return 0 if part.is_inference() else part._version
+def _version(part: Tensor) -> int | None:
+    return None if part.is_inference() else part._version  # one made in inference mode counts none
 
 
 class _Fixed:

@@ -19,6 +19,7 @@ from ..layers.message_passing import QuantizedMessagePassing
 from ..layers.normalized import still
 from ..layers.own_weights import own_tables
 from ..layers.registry import deep_mixin, mixin_for
+from ..passed_by import compares_tensors
 from ..quantizers import QLRQuantizer
 from ..saved import CONFIG_KEY
 from ..smp.constraint import constraint_names
@@ -122,7 +123,7 @@ def assemble(model: nn.Module, layers: Mapping[str, Any], specs: Iterable[LayerS
         parameter.requires_grad_(False)
     setattr(packed, SPECS, specs)
     connect_stacks(packed, stack_places(specs))
-    if not isinstance(packed, PackedLayer) or isinstance(packed, PackedOwnModule):
+    if (not isinstance(packed, PackedLayer) or isinstance(packed, PackedOwnModule)) and not compares_tensors(packed):
         defer_inside(packed)
     return packed.eval()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from inspect import Parameter
 from typing import Any, NamedTuple
 
 import torch
@@ -62,7 +63,8 @@ class Propagation:
         """The call with the sizes that PyG finds.
 
         Raises:
-            NotByRows: If they are not all known, or the graph is of a format that is not read here.
+            NotByRows: If they are not all known, the graph is of a format that is not read here, or the layer's
+                methods do not agree.
             ValueError: Of PyG, where sizes do not agree.
         """
         if not isinstance(edge_index, Tensor):
@@ -87,9 +89,20 @@ class Propagation:
 
     @cached_property
     def parameters(self) -> dict[str, Any]:
-        """Parameters of the stages, by name, with their defaults."""
-        params = self.layer.inspector.get_flat_param_dict(list(self.stages))
-        return {name: param.default for name, param in params.items()}
+        """Parameters of the stages, by name, with their defaults.
+
+        Raises:
+            NotByRows: If two stages have one of a name with different defaults.
+        """
+        found: dict[str, Any] = {}
+        for stage in self.stages:
+            # Not PyG's union of them, which refuses methods that annotate a name differently, or one that does not.
+            for name, param in self.layer.inspector.get_param_dict(stage).items():
+                known = found.get(name, Parameter.empty)
+                if Parameter.empty not in (known, param.default) and known != param.default:
+                    raise NotByRows(f"its methods have different defaults of '{name}'")
+                found[name] = param.default if known is Parameter.empty else known
+        return found
 
     @property
     def ends(self) -> tuple[int, int]:

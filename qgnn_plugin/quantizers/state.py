@@ -109,8 +109,9 @@ class QuantizerState(nn.Module):
         models, by a broadcast.
         """
         if not torch.compiler.is_compiling() and not self.kind.is_meta:
-            seen = (id(self.kind), 0 if self.kind.is_inference() else self.kind._version)
-            if seen != self._kind_seen:
+            # A tensor made in inference mode counts no versions: it is read in every call.
+            seen = None if self.kind.is_inference() else (id(self.kind), self.kind._version)
+            if seen is None or seen != self._kind_seen:
                 self._range_kind, self._kind_seen = RangeKind(int(self.kind)), seen
         return self._range_kind
 

@@ -52,9 +52,18 @@ class WalkTable(Walk):
         return self.KINDS.get(type(layer), False)
 
 
-@pytest.mark.parametrize("cls", [WalkIs, WalkIn, WalkTable])
+def is_gcn(layer: nn.Module) -> bool:
+    return type(layer) is GCNConv
+
+
+class WalkHelped(Walk):
+    def is_conv(self, layer: nn.Module) -> bool:
+        return is_gcn(layer)
+
+
+@pytest.mark.parametrize("cls", [WalkIs, WalkIn, WalkTable, WalkHelped])
 def test_classes_that_are_compared_are_told(cls: type[Walk]) -> None:
-    with pytest.warns(UserWarning, match=rf"in {cls.__name__}\.is_conv does not find"):
+    with pytest.warns(UserWarning, match=rf"in ({cls.__name__}\.is_conv|is_gcn) does not find"):
         qmodel = qgnn.quantize_model(cls(), bits=8)
     state = {name: value.clone() for name, value in qmodel.state_dict().items() if isinstance(value, Tensor)}
     with pytest.raises(ValueError, match=r"'layers\.0' \(GCNConv\) passed by\).*use isinstance"):

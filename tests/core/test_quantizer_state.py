@@ -95,6 +95,19 @@ def test_eval_changes_nothing(options: dict[str, object], kind: RangeKind) -> No
     assert_same_state(quantizer, before)
 
 
+def test_a_range_is_set_and_read_in_inference_mode() -> None:
+    x = torch.randn(5, 4)
+    with torch.inference_mode():
+        quantizer = QLRQuantizer(4)  # whose buffers count no versions
+        assert not quantizer.is_set
+        quantizer.set_range(x)
+        assert quantizer.range_kind == RangeKind.FREE
+        found = quantizer.eval()(x).dequantize()
+        quantizer.unset()
+        assert not quantizer.is_set
+    assert torch.equal(found, make({}, x).eval()(x).dequantize())
+
+
 def test_loading_an_unset_range_unsets() -> None:
     quantizer = make({}, torch.randn(5, 4))
     quantizer.load_state_dict(QLRQuantizer(4).state_dict())

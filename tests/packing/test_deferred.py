@@ -400,3 +400,49 @@ def test_compiled_models_write_floats() -> None:
         compiled = torch.compile(packed, backend="eager")
         assert torch.equal(compiled(*args), expected)
     assert torch.equal(packed(*args), expected)
+
+
+class Asking(nn.Module):
+    """Whose code asks for the class of tensors itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = GCNConv(FEATURES, HIDDEN), nn.Linear(HIDDEN, CLASSES)
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        h = self.conv(x, edge_index)
+        return self.head(2 * h if self.is_plain(h) else h)
+
+    def is_plain(self, h: Any) -> bool:
+        raise NotImplementedError
+
+
+class AskingIs(Asking):
+    def is_plain(self, h: Any) -> bool:
+        return type(h) is Tensor
+
+
+class AskingIn(Asking):
+    def is_plain(self, h: Any) -> bool:
+        return h.__class__ in (list, Tensor)
+
+
+class AskingName(Asking):
+    def is_plain(self, h: Any) -> bool:
+        return type(h).__name__ == "Tensor"
+
+
+def is_tensor(h: Any) -> bool:
+    return type(h) == Tensor  # noqa: E721 - as users write it
+
+
+class AskingElsewhere(Asking):
+    def is_plain(self, h: Any) -> bool:
+        return is_tensor(h)
+
+
+@pytest.mark.parametrize("cls", [AskingIs, AskingIn, AskingName, AskingElsewhere])
+def test_code_that_asks_for_the_class_of_tensors_is_given_tensors(cls: type[Asking]) -> None:
+    qmodel, packed, args = pair(cls())
+    assert torch.equal(packed(*args), qmodel(*args))
+    assert torch.equal(copy.deepcopy(packed)(*args), qmodel(*args))

@@ -508,3 +508,42 @@ def test_sums_of_relations_by_blocks_of_rows(options: Any, num_relations: int, m
         for _ in range(3):
             assert_same(packed(x(), graph(), types), qmodel(x(), graph(), types))
     assert packed.first._packed.defers
+
+
+class Untyped(MessagePassing):
+    """Whose methods say of `ptr`, as most users' do, nothing; PyG's own say that it may be None."""
+
+    def __init__(self) -> None:
+        super().__init__(aggr="add", node_dim=0)
+        self.key, self.value = nn.Linear(WIDTH, OUT), nn.Linear(WIDTH, OUT)
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        return self.propagate(edge_index, key=self.key(x), value=self.value(x))
+
+    def message(self, key_i, key_j, value_j, index, ptr, size_i):  # type: ignore[no-untyped-def]
+        return softmax((key_i * key_j).sum(-1, keepdim=True), index, ptr, size_i) * value_j
+
+
+class OtherDefaults(MessagePassing):
+    """Whose methods have defaults of their own for what nobody gives."""
+
+    def __init__(self) -> None:
+        super().__init__(aggr="add")
+        self.lin = nn.Linear(WIDTH, OUT)
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        return self.propagate(edge_index, x=self.lin(x))
+
+    def message(self, x_j: Tensor, scale: float = 2.0) -> Tensor:
+        return scale * x_j
+
+    def aggregate(self, inputs: Tensor, index: Tensor, dim_size: int | None = None, scale: float = 2.0) -> Tensor:
+        return scale * super().aggregate(inputs, index, dim_size=dim_size)
+
+
+@pytest.mark.parametrize("make", [Untyped, OtherDefaults])
+def test_methods_that_annotate_arguments_in_their_own_way(make: Callable[[], nn.Module]) -> None:
+    args = (x(), graph())
+    qmodel, packed = pair(make, args)
+    with torch.no_grad():
+        assert_same(packed(*args), qmodel(*args))
