@@ -20,13 +20,12 @@ from ..arithmetic import LARGEST_MULTIPLIER, attention_thresholds, is_per_row
 from ..cpu import jit
 from ..cpu.bytedot import permutes
 from ..cpu.epilogue import GROUP, code_pitch, epilogue, finish_rows, flat, opened
-from ..cpu.multiplied import multiplied_lanes
 from ..cpu.parallel import row_chunks, run_chunks
 from ..cpu.simd import atomic_add, keep, peek, poke, raw, vlanes
 from ..cpu.weighted import EDGE_BLOCK, LANES, add_edges, head_table, scale_heads, spread_sums
 from ..layout import parts_per_byte, top_code
 from . import FLOAT_BITS
-from .cpu_sums import HEADS, gat_kernel, head_groups
+from .cpu_sums import HEADS, gat_kernel, head_groups, tile_lanes
 
 __all__ = ["BLOCK_FLOATS", "are_bytes", "attention_aggregate", "thresholds_of"]
 
@@ -314,12 +313,11 @@ def attention_aggregate(
     if multiplier is not None and quantized:
         edge_block = min(EDGE_BLOCK, EXACT // (LARGEST_MULTIPLIER * top_code(attention_bits) * top_code(bits)))
     if not per_row and are_bytes(bits, attention_bits, heads, att):
-        lanes = multiplied_lanes(words.size(1), bits)
+        top, multiplied = top_code(attention_bits), multiplier is not None
+        lanes = tile_lanes(words.size(1), bits, top, multiplied)
         table, lanewise = head_groups(num_features, bits, heads, lanes)
         if lanewise is None or permutes():
-            kernel = gat_kernel(
-                bits, heads, lanes, int(words.size(1) % lanes == 0), top_code(attention_bits), multiplier is not None
-            )
+            kernel = gat_kernel(bits, heads, lanes, int(words.size(1) % lanes == 0), top, multiplied)
             run_chunks(
                 kernel, row_chunks(pointers), flat(words), words.size(1), pointers, flat(col), num_features, table,
                 lanewise, np.float32(negative_slope), (flat(alpha_src), flat(alpha_dst), flat(alpha_edge)),
@@ -341,8 +339,8 @@ def attention_aggregate(
 
 
 def are_bytes(bits: int, attention_bits: int, heads: int, att: Tensor | None) -> bool:
-    """Whether weights and codes fit the operands of byte dot products, and heads fill vectors."""
-    return att is None and bits in (2, 4) and attention_bits in (2, 4) and heads in HEADS
+    """Whether codes and digits of weights fit the operands of byte dot products, and heads fill vectors."""
+    return att is None and bits in (2, 4, 8) and attention_bits in (2, 4, 8) and heads in HEADS
 
 
 @cache

@@ -1,9 +1,9 @@
-"""Attention over rows whose numerators are a few bits wide: weights of eight bits and byte dot products.
+"""Attention over rows with quantized numerators: weights in digits of a byte, and byte dot products.
 
 A row's logits are computed for some edges at a time, several edges and all heads in one vector.  Their quantized
-numerators ``k``, times the multipliers ``m`` of the sources, are at most ``15 * 15`` and so unsigned bytes; four edges
-at a time meet in byte dot products (:mod:`..cpu.bytedot`).  All sums are integers: those of :mod:`.cpu` for
-GAT, bit for bit.
+numerators ``k``, times the multipliers ``m`` of the sources, are integers: at most ``15 * 15`` of up to four bits, and
+so unsigned bytes; at most ``255 * 15`` of eight bits, and so two digits of six bits.  Four edges at a time meet in byte
+dot products (:mod:`..cpu.bytedot`).  All sums are integers: those of :mod:`.cpu` for GAT, bit for bit.
 """
 # mypy: ignore-errors
 
@@ -15,10 +15,12 @@ import numpy as np
 import torch
 from numba import njit
 
+from ..arithmetic import LARGEST_MULTIPLIER
 from ..cpu import jit
 from ..cpu.bytedot import ROWS, vadd_heads, vmix, vquads, vunmix_heads
 from ..cpu.codesum import AHEAD, prefetch_rows
 from ..cpu.epilogue import GROUP, finish_rows, opened
+from ..cpu.multiplied import multiplied_lanes
 from ..cpu.simd import (
     atomic_add,
     keep,
@@ -27,9 +29,11 @@ from ..cpu.simd import (
     raw,
     raw_aligned,
     vcast,
+    vclimb,
     vfirst,
     vfold_max,
     vfold_sum,
+    vgather,
     vlanes,
     vlive,
     vload,
@@ -45,10 +49,12 @@ from ..cpu.simd import (
 )
 from ..layout import parts_per_byte, row_bytes
 
-__all__ = ["HEADS", "gat_kernel", "head_groups"]
+__all__ = ["HEADS", "gat_kernel", "head_groups", "tile_lanes"]
 
 HEADS = (1, 2, 4, 8, 16)  # numbers of heads that fill vectors
 EDGE_BLOCK = 256  # edges whose logits are held at a time
+FEW = 15  # thresholds that are counted one by one
+DIGIT = 6  # bits of a digit: a signed byte beside codes of eight bits, and two of their products in sixteen bits
 PAD = 64  # lanes by which buffers are longer than their contents
 
 
@@ -104,30 +110,61 @@ def _peaks(logits, count, wide, target, slope, alpha_edge, at, has_edge, peak):
     return peak
 
 
+def weight_digits(bits: int, top: int, multiplied: bool) -> int:
+    """How many digits the weights of codes of ``bits`` bits have: one where a byte of the dot product holds them."""
+    largest = top * (LARGEST_MULTIPLIER if multiplied else 1)
+    return 1 if largest <= (127 if bits == 8 else 255) else 2
+
+
+def tile_lanes(stride: int, bits: int, top: int, multiplied: bool) -> int:
+    """Words of a tile of rows of ``stride`` words, whose sums of every digit stay in registers."""
+    return max(4, multiplied_lanes(stride, bits) // weight_digits(bits, top, multiplied))
+
+
 @njit(forceinline=True)
-def _weigh(logits, count, wide, peak, thresholds, top, factors, multiplied, zero, one, weights):
-    """Weights of ``count`` edges and heads, by fours of edges; sums of numerators and of weights by head."""
+def _numerators(v, thresholds, top, zero):
+    """How many of ``top`` rising thresholds each logit reaches: counted if they are few, else by bisection."""
+    value = zero
+    if top <= FEW:
+        for q in range(top):
+            value = vreach(value, v, peek(thresholds, q))
+        return value
+    step = np.int32((top + 1) // 2)
+    while step:
+        below = vgather(thresholds, value + vsplat(step - np.int32(1), zero))
+        value = vclimb(value, v, below, step)
+        step //= np.int32(2)
+    return value
+
+
+@njit(forceinline=True)
+def _weigh(logits, count, wide, peak, thresholds, top, factors, multiplied, zero, one, weights, digits, second):
+    """Weights of ``count`` edges and heads, by fours of edges; sums of numerators and of weights by head.
+
+    Where they have two ``digits``, the upper one is ``second`` bytes further on.
+    """
     share = mass = zero
     for k in range(0, count, wide):
         v = vload(logits, k, peak) - peak
-        value = zero
-        for q in range(top):
-            value = vreach(value, v, peek(thresholds, q))
-        value = vfirst(value, count - k, zero)
+        value = vfirst(_numerators(v, thresholds, top, zero), count - k, zero)
         share = share + value
         if multiplied:
             value = value * vload(factors, k, zero)
             mass = mass + value
+        if digits > 1:
+            vstore(weights, second + k, vquads(vcast(value >> DIGIT, "u8"), one))
+            value = value & vsplat(np.int32((1 << DIGIT) - 1), zero)
         vstore(weights, k, vquads(vcast(value, "u8"), one))
     return vcast(vfold_sum(share, one), "i64"), vcast(vfold_sum(mass, one), "i64")
 
 
 @njit(forceinline=True)
 def _tile_sum(
-    words, stride, tile, lanes, live, col, final, low, high, weights, heads, table, start, lanewise, zero, none
+    words, stride, tile, lanes, live, col, final, low, high, weights, heads, table, start, lanewise, zero, none, digits,
+    second,
 ):  # fmt: skip
     """Weighted codes of one tile summed over some edges, int32 in the order of the tile's codes."""
-    acc, base, last = none, 0, high - 1
+    acc, upper, base, last = none, none, 0, high - 1
     for e in range(low, high, ROWS):
         prefetch_rows(words, stride, tile, lanes, col, final, e, ROWS)
         mixed = vmix(
@@ -137,7 +174,11 @@ def _tile_sum(
             vload_first(words, peek(col, min(e + 3, last)) * stride + tile, zero, live),
         )
         acc = vadd_heads(acc, mixed, zero, weights, base, table, start, lanewise)
+        if digits > 1:
+            upper = vadd_heads(upper, mixed, zero, weights, second + base, table, start, lanewise)
         base += heads
+    if digits > 1:
+        return vunmix_heads(acc, zero) + (vunmix_heads(upper, zero) << DIGIT)
     return vunmix_heads(acc, zero)
 
 
@@ -179,6 +220,8 @@ def gat_kernel(bits: int, heads: int, lanes: int, exact: int, top: int, multipli
     wide = max(16, ROWS * heads)
     entries = parts * 4 * lanes  # of the table by lane
     groups = parts * max(1, lanes // 16)  # and of the one by sixteen words
+    digits = weight_digits(bits, top, multiplied)
+    second = EDGE_BLOCK * heads  # bytes from a weight's lower digit to its upper one
 
     @jit.kernel
     def kernel(
@@ -192,7 +235,7 @@ def gat_kernel(bits: int, heads: int, lanes: int, exact: int, top: int, multipli
         sums_owner = np.empty(tiles * codes, np.int64)
         logits_owner = np.empty(EDGE_BLOCK * heads + PAD + GROUP, np.float32)
         factors_owner = np.empty(EDGE_BLOCK * heads + PAD, np.int32)
-        weights_owner = np.zeros(EDGE_BLOCK * heads // 4 + PAD, np.int32)
+        weights_owner = np.zeros(digits * second // 4 + PAD, np.int32)
         bytes_owner = weights_owner.view(np.uint8)
         inverse_owner, factor_owner = np.empty(heads, np.float32), np.empty(heads, np.float32)
         nothing_owner = np.zeros(block, np.float32)
@@ -243,7 +286,7 @@ def gat_kernel(bits: int, heads: int, lanes: int, exact: int, top: int, multipli
                             )  # fmt: skip
                         of_block = _weigh(
                             logits, (high - low) * heads, wide, peak, levels, top, factors, multiplied, flat, one,
-                            weight_bytes,
+                            weight_bytes, digits, second,
                         )  # fmt: skip
                         share, mass = share + of_block[0], mass + of_block[1]
                         for t in range(tiles):
@@ -251,7 +294,7 @@ def gat_kernel(bits: int, heads: int, lanes: int, exact: int, top: int, multipli
                             total = _tile_sum(
                                 source, stride, tile, lanes, vlive(stride - tile, exact), edges, final, low, high,
                                 weights, heads, place, t * (groups if lanewise is None else entries), lanewise, zero,
-                                none,
+                                none, digits, second // 4,
                             )  # fmt: skip
                             live_bytes = vlive(4 * (stride - tile), exact)
                             if single:

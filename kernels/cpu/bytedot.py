@@ -165,9 +165,9 @@ def vunmix(typingctx, acc, like):
 
 
 
-# Where the codes of a part are looked at, by width: how far a word is shifted, and the part then kept.  Codes are the
-# signed operand beside weights of eight bits, so none may have the top bit of its byte.
-_PLACES = {2: ((0, 0), (0, 1), (0, 2), (2, 2)), 4: ((0, 0), (4, 0))}
+# Where the codes of a part are looked at, by width: how far a word is shifted, and the part then kept.  Codes below eight
+# bits are the signed operand beside weights of eight bits, so none may have the top bit of its byte.
+_PLACES = {2: ((0, 0), (0, 1), (0, 2), (2, 2)), 4: ((0, 0), (4, 0)), 8: ((0, 0),)}
 
 
 def _isolated(builder, mixed: Vector, words, bits: int, part: int):
@@ -181,7 +181,8 @@ def _isolated(builder, mixed: Vector, words, bits: int, part: int):
 def vadd_heads(typingctx, acc, mixed, like, weights, base, table, start, lanewise):
     """Add what four rows, :func:`vmix`, times the weights of each head, come to.
 
-    Head ``h`` has its four weights, bytes without sign, in the int32 number ``weights[base + h]``.  ``table[start]`` on
+    Head ``h`` has its four weights, bytes from 0 to 255 (to 127 beside codes of eight bits), in the int32 number
+    ``weights[base + h]``.  ``table[start]`` on
     has the head of every sixteen words of every part, or of every lane of ``acc`` where ``lanewise`` is not None; then
     sixteen numbers are read from ``weights``.  ``like`` has the lanes of a row's words; :func:`vunmix_heads` ends it.
     """
@@ -218,7 +219,8 @@ def vadd_heads(typingctx, acc, mixed, like, weights, base, table, start, lanewis
         for part in range(parts):
             lanes = _order(range(part * mixed.lanes, (part + 1) * mixed.lanes))
             total = builder.shuffle_vector(args[0], args[0], lanes)
-            operands = (total, spread(part), _isolated(builder, mixed, args[1], bits, part))
+            factors, codes = spread(part), _isolated(builder, mixed, args[1], bits, part)
+            operands = (total, codes, factors) if bits == 8 else (total, factors, codes)
             results.append(_by_width(builder, mixed, operands, width, lambda x: _dot(context, builder, x)))
         return _concatenate(builder, results)
 

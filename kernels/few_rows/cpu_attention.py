@@ -10,11 +10,10 @@ from __future__ import annotations
 import numpy as np
 
 from ..attention_aggregate.cpu import BLOCK_FLOATS, are_bytes, thresholds_of
-from ..attention_aggregate.cpu_sums import gat_kernel, head_groups
+from ..attention_aggregate.cpu_sums import gat_kernel, head_groups, tile_lanes
 from ..cpu.bytedot import permutes
 from ..cpu.epilogue import HAS_BIAS
 from ..cpu.finish import ALIGNMENT
-from ..cpu.multiplied import multiplied_lanes
 from ..head_dots.cpu import dot_rows
 from ..layout import row_words, top_code
 from . import Range
@@ -38,7 +37,7 @@ class NeighbourAttention:
         width: Features of a row, those of all heads side by side.
         out: Range of the messages.
         heads: 1, 2, 4, 8 or 16.
-        attention_bits: Width of the numerators, 2 or 4.
+        attention_bits: Width of the numerators, 2, 4 or 8.
         slope: Of the negative side of LeakyReLU.
         concat: Whether heads stay side by side; their mean otherwise.
     """
@@ -51,11 +50,11 @@ class NeighbourAttention:
     def __init__(self, width: int, out: Range, heads: int, attention_bits: int, slope: float, concat: bool) -> None:
         self.packed, self.width, self.heads, self.concat = Rows(width, out), width, heads, concat
         self.stride, self.slope = row_words(width, out.bits), np.float32(slope)
-        lanes = multiplied_lanes(self.stride, out.bits)
+        top, multiplied = top_code(attention_bits), out.unit is not None
+        lanes = tile_lanes(self.stride, out.bits, top, multiplied)
         self.fixed = head_groups(width, out.bits, heads, lanes)
-        multiplied = out.unit is not None
         exact = int(self.stride % lanes == 0)
-        self.kernel = gat_kernel(out.bits, heads, lanes, exact, top_code(attention_bits), multiplied)
+        self.kernel = gat_kernel(out.bits, heads, lanes, exact, top, multiplied)
         self.thresholds, self.block = thresholds_of(attention_bits), max(1, BLOCK_FLOATS // width)
         self.step, self.step_at = _NO_FLOATS, 0
 

@@ -186,6 +186,17 @@ def vreach(typingctx, total, value, threshold):
 
 
 @intrinsic
+def vclimb(typingctx, total, value, threshold, amount):
+    """``total + amount`` in the int32 lanes where ``value`` reaches ``threshold``, both of float lanes."""
+
+    def codegen(context, builder, sig, args):
+        reached = builder.fcmp_ordered(">=", args[1], args[2])
+        return builder.add(args[0], builder.select(reached, _splat(builder, total, args[3]), _constant(total, 0)))
+
+    return signature(total, total, value, value, types.int32), codegen
+
+
+@intrinsic
 def vpositive(typingctx, v, positive, otherwise):
     """``positive`` where ``v > 0``, else ``otherwise``, on float lanes."""
 

@@ -9,6 +9,7 @@ from numba.core.typing.templates import signature
 from numba.extending import intrinsic
 
 from .vectors import (
+    _OF_DTYPE,
     _ZMM,
     Raw,
     Vector,
@@ -102,6 +103,27 @@ def vload_first(typingctx, array, offset, like, count):
         return _call(builder, name, vector.llvm, [pointer, alignment, mask, _constant(vector, 0)])
 
     return signature(vector, array, types.intp, like, count if whole else types.intp), codegen
+
+
+@intrinsic
+def vgather(typingctx, array, index):
+    """``array[index]`` for int32 lanes of ``index``."""
+    vector = Vector(_OF_DTYPE[array.dtype], index.lanes)
+
+    def codegen(context, builder, sig, args):
+        long = ir.VectorType(ir.IntType(64), vector.lanes)
+        start = _pointer(context, builder, array, args[0], ir.IntType(64)(0))
+        size = ir.Constant(long, [_alignment(vector)] * vector.lanes)
+        start = _splat(builder, Vector("i64", vector.lanes), builder.ptrtoint(start, ir.IntType(64)))
+        address = builder.add(start, builder.mul(builder.zext(args[1], long), size))
+        pointers = ir.VectorType(vector.llvm.element.as_pointer(), vector.lanes)
+        alignment = ir.Constant(ir.IntType(32), _alignment(vector))
+        mask = ir.Constant(ir.VectorType(ir.IntType(1), vector.lanes), [True] * vector.lanes)
+        name = f"llvm.masked.gather.{_suffix(vector)}.v{vector.lanes}p0"
+        found = [builder.inttoptr(address, pointers), alignment, mask, _constant(vector, 0)]
+        return _call(builder, name, vector.llvm, found)
+
+    return signature(vector, array, index), codegen
 
 
 @intrinsic(prefer_literal=True)

@@ -7,6 +7,7 @@ import torch
 from cpu_support import assert_equal, output_range, plan_of, random_range, random_words
 from torch import Tensor
 
+from qgnn_plugin.kernels.arithmetic import LARGEST_MULTIPLIER
 from qgnn_plugin.kernels.attention_aggregate import attention_aggregate
 from qgnn_plugin.kernels.cpu.weighted import head_table
 from qgnn_plugin.kernels.layout import pack_codes, parts_per_byte, row_bytes, top_code
@@ -110,6 +111,23 @@ def test_sums_past_an_int32() -> None:
         attention_bits=8, alpha_src=logits, alpha_dst=logits,
     )  # fmt: skip
     torch.testing.assert_close(out, torch.tensor([[255.0], [0.0]]).expand(2, width))
+
+
+@pytest.mark.parametrize("edges", [3, 256, 700])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_the_largest_weights_and_codes(bits: int, edges: int) -> None:
+    """All numerators, multipliers and codes at their largest: every digit of every sum is in use."""
+    heads, width = 4, 64
+    words = pack_codes(torch.full((edges, width), top_code(bits)), bits)
+    plan = GraphPlan(torch.tensor([0, edges, edges]), torch.arange(edges, dtype=torch.int32), edges)
+    out = attention_aggregate(
+        words, plan, torch.full((1,), 0.5), torch.full((1,), -3.0), width, bits, heads=heads, attention_bits=8,
+        alpha_src=torch.zeros(edges, heads), alpha_dst=torch.zeros(2, heads),
+        multiplier=torch.full((edges,), LARGEST_MULTIPLIER, dtype=torch.uint8),
+    )  # fmt: skip
+    expected = LARGEST_MULTIPLIER * (0.5 * top_code(bits) - 3.0)
+    torch.testing.assert_close(out[0], torch.full((width,), expected), rtol=1e-6, atol=0)
+    assert not out[1:].any()
 
 
 def test_attention_errors() -> None:
