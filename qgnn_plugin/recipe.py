@@ -3,9 +3,10 @@
 Train the float model; distil it from itself (born-again networks, Furlanello et al., 2018); set ranges on what came out
 by least mean-squared error and, of the fewest levels, move weights until the outputs match; then train the converted
 model from there with a cosine rate, on the float model's soft predictions for all nodes (and, with ``distillation``
-below 1, on the training labels).  The best validation epoch is kept in every stage; test labels are never read.  Where
-labels are floats, they are numbers to predict: losses are mean squared errors, and what is called accuracy is minus
-that error.
+below 1, on the training labels).  Of the fewest levels a second try trains without dropout, for longer: a model that
+can hardly follow its teacher needs every unit, one that can does better with some noise.  The best validation epoch is
+kept in every stage, and of both tries; test labels are never read.  Where labels are floats, they are numbers to
+predict: losses are mean squared errors, and what is called accuracy is minus that error.
 """
 
 from __future__ import annotations
@@ -82,6 +83,8 @@ class Recipe:
         generations: How often the float model is distilled from itself before it is converted.
         matching_steps: By which a model of at most two bits comes close to the outputs of the float model before it is
             trained (:func:`qgnn_plugin.matching.match_weights`); 0: none.
+        retry: Such a model is trained a second time from the same start, without dropout and for so many times the
+            epochs of ``quantized_stage``; the better of both on the validation nodes is kept.  0: no second time.
         range_lr: Rate of the learnable ranges.
         distillation: Weight of the float model's soft labels against the training labels, in [0, 1].
         temperature: Softening of both predictions.
@@ -90,7 +93,8 @@ class Recipe:
     float_stage: Stage = field(default_factory=lambda: Stage(evaluate_every=4, most_epochs=2000))
     quantized_stage: Stage = field(default_factory=lambda: Stage(epochs=100, lr=0.003, cosine=True, evaluate_every=4))
     generations: int = 1
-    matching_steps: int = 200
+    matching_steps: int = 400
+    retry: int = 2
     range_lr: float = 0.005
     distillation: float = 1.0
     temperature: float = 1.0
@@ -253,6 +257,25 @@ def born_again(
     return trained
 
 
+def _best_try(
+    qmodel: nn.Module, teacher: nn.Module, data: Any, recipe: Recipe, on_epoch: OnEpoch | None
+) -> StageResult:
+    """``qmodel`` trained as the recipe says, or else without dropout and for longer: the better one."""
+    stage = recipe.quantized_stage
+    longer = replace(stage, epochs=recipe.retry * stage.epochs, dropout=False)
+    both = stage.epochs + longer.epochs
+
+    def part(before: int) -> OnEpoch | None:
+        return on_epoch and (lambda model, epoch, _: on_epoch(model, before + epoch, both))
+
+    again = replace(recipe, quantized_stage=longer)
+    tries = [
+        distil(copy.deepcopy(qmodel), teacher, data, recipe, on_epoch=part(0)),
+        distil(qmodel, teacher, data, again, on_epoch=part(stage.epochs)),
+    ]
+    return max(tries, key=lambda result: result.val_accuracy)
+
+
 def fit_quantized(
     float_model: nn.Module,
     data: Any,
@@ -270,9 +293,11 @@ def fit_quantized(
     config = QuantConfig(bits=bits) if config is None else replace(config, bits=bits)
     plain = restore_model(float_model) if is_quantized(float_model) else float_model
     qmodel = calibrate(quantize_model(plain, config=config), data, method="ranges")
-    steps = (recipe or Recipe()).matching_steps
-    if config.bits <= FEWEST and steps:
-        match_weights(qmodel.eval(), [data], None, steps)
+    recipe = recipe or Recipe()
+    if config.bits <= FEWEST and recipe.matching_steps:
+        match_weights(qmodel.eval(), [data], None, recipe.matching_steps)
+    if config.bits <= FEWEST and recipe.retry:
+        return _best_try(qmodel, float_model, data, recipe, on_epoch)
     return distil(qmodel, float_model, data, recipe, on_epoch=on_epoch)
 
 
