@@ -1,6 +1,7 @@
 """The stages of the recipe: how long they train, and what each starts from."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -72,6 +73,31 @@ def test_the_quantized_model_follows_the_distilled_one() -> None:
         (result.quantized_result, quantized),
     ):
         assert_same_state(found.model, expected.model.state_dict())
+
+
+@pytest.mark.parametrize(("bits", "retry", "epochs"), [(2, 3, 16), (2, 0, 4), (4, 3, 4)])
+def test_two_bits_are_trained_again_without_dropout(bits: int, retry: int, epochs: int) -> None:
+    """From the same start; of both tries the better one is returned, and the first where they are as good."""
+    torch.manual_seed(0)
+    model, data = GCN(3, 8, 2, 3, dropout=0.5).eval(), _data()
+    recipe, seen, modes = replace(SHORT, retry=retry), [], []
+
+    def watch(model: torch.nn.Module, epoch: int, total: int) -> None:
+        seen.append((epoch, total))
+        modes.append(model.training)
+
+    torch.manual_seed(1)
+    result = fit_quantized(model, data, bits, recipe=recipe, on_epoch=watch)
+    assert seen == [(epoch, epochs) for epoch in range(1, epochs + 1)]
+    assert modes == [True] * 4 + [False] * (epochs - 4)
+    if epochs > 4:
+        torch.manual_seed(1)
+        once = fit_quantized(model, data, bits, recipe=replace(recipe, retry=0))
+        longer = Stage(12, lr=0.003, dropout=False)
+        quiet = fit_quantized(model, data, bits, recipe=replace(recipe, retry=0, quantized_stage=longer))
+        assert result.val_accuracy == max(once.val_accuracy, quiet.val_accuracy)
+        if quiet.val_accuracy > once.val_accuracy:
+            assert_same_state(result.model, quiet.model.state_dict())
 
 
 @pytest.mark.parametrize("bits", [2, 4])
