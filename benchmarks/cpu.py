@@ -8,7 +8,6 @@ finished and kept by later runs with the same machine, versions, code and settin
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 import time
@@ -16,9 +15,6 @@ import traceback
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-
-import qgnn_plugin
-from qgnn_plugin import kernels
 
 from . import (
     cpu_batches,
@@ -32,7 +28,7 @@ from . import (
     cpu_small,
 )
 from .cpu_report import target_table
-from .environment import compact_json, environment, write_atomically
+from .environment import code_digest, compact_json, environment, write_atomically
 from .stacks import WIDTHS
 
 RESULTS = Path(__file__).parent / "results"
@@ -51,16 +47,6 @@ SECTIONS: dict[str, ModuleType] = {
     "recall": cpu_recall,
     "search": cpu_search,
 }
-
-
-def code_digest() -> str:
-    """A digest of the library's sources: figures belong to the code that they were measured on."""
-    digest = hashlib.sha256()
-    for package in (qgnn_plugin, kernels):
-        folder = Path(str(package.__file__)).parent
-        for path in sorted(folder.rglob("*.py")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def markdown(document: dict[str, Any]) -> str:

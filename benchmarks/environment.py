@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -9,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["compact_json", "environment", "write_atomically"]
+__all__ = ["code_digest", "compact_json", "environment", "write_atomically"]
 
 PACKAGES = ("torch", "torch-geometric", "numba", "numpy", "triton", "pytorch-lightning")
 
@@ -24,6 +25,19 @@ def environment(threads: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
     }
+
+
+def code_digest() -> str:
+    """A digest of the library's sources: figures belong to the code that they were measured on."""
+    import qgnn_plugin
+    from qgnn_plugin import kernels
+
+    digest = hashlib.sha256()
+    for package in (qgnn_plugin, kernels):
+        folder = Path(str(package.__file__)).parent
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _version(name: str) -> str | None:

@@ -1,10 +1,11 @@
 """Every class that ``torch_geometric.nn.conv`` and ``.models`` export: ``make bench-layers``, resumable.
 
 Of each: the path that it takes packed, its error at 8, 4 and 2 bits, and the time and memory that it takes at 4 bits
-beside PyG's float, as :mod:`benchmarks.convolutions` measures them.  Finished
-ones are kept in ``layers.json``, and the table is written to ``docs/layers_table.md``.
+beside PyG's float, as :mod:`benchmarks.convolutions` measures them.  Each is
+kept in ``layers.json`` once it is finished, and the table is written to ``docs/layers_table.md``.
 
-    python -m benchmarks.layers                                     # everything that is not there yet
+    python -m benchmarks.layers                                     # everything that this code has not measured yet
+    python -m benchmarks.layers --missing                           # what no code has
     python -m benchmarks.layers GINEConv LightGCN --fresh           # these, again
     python -m benchmarks.layers --nodes 4000 --edges 40000          # on a smaller graph
 """
@@ -32,7 +33,7 @@ import qgnn_plugin as qgnn
 
 from .convolution_cases import CASES, LEFT_OUT, Case, Graph
 from .convolutions import BITS, EDGES, MEMORY_WIDTH, NODES, ROUNDS, WIDTH, flat, measure, sample
-from .environment import compact_json, environment, write_atomically
+from .environment import code_digest, compact_json, environment, write_atomically
 from .model_cases import MODELS, MODELS_LEFT_OUT
 
 __all__ = ["SECTIONS", "errors", "markdown", "names_of"]
@@ -45,6 +46,17 @@ SECTIONS: Mapping[str, tuple[Any, Mapping[str, Case], Mapping[str, str]]] = {
     "Convolutions": (torch_geometric.nn.conv, CASES, LEFT_OUT),
     "Models": (torch_geometric.nn.models, MODELS, MODELS_LEFT_OUT),
 }
+# Kinds of layers, how many times as fast as float they are to be, and which they are.
+AIMS: Mapping[str, tuple[int, tuple[str, ...]]] = {
+    "Layers of attention": (5, ("TransformerConv", "TransformerConv of edges", "SuperGATConv", "HGTConv")),
+    "Layers of relations": (
+        3,
+        (
+            "RGCNConv", "RGCNConv of bases", "RGCNConv of blocks", "FastRGCNConv", "RGATConv", "HGTConv", "HANConv",
+            "HEATConv",
+        ),
+    ),
+}  # fmt: skip
 
 NOTES = """\
 Written by `python -m benchmarks.layers` (`make bench-layers`). What the columns say:
@@ -127,8 +139,8 @@ def _cells(found: dict[str, Any]) -> Iterator[str]:
     yield f"{found['packed_bytes'] / 1e6:.0f} / {found['float_bytes'] / 1e6:.0f}"
 
 
-def markdown(cases: Mapping[str, dict[str, Any]], options: Mapping[str, int]) -> str:
-    """The page: a row for every exported name, by what was measured."""
+def markdown(cases: Mapping[str, dict[str, Any]], options: Mapping[str, int], code: str = "") -> str:
+    """The page: a row for every exported name, by what was measured; rows of other code than ``code`` are named."""
     size = {"nodes": options["nodes"], "edges": options["edges"], "width": WIDTH, "memory_width": MEMORY_WIDTH}
     smaller = options["nodes"] < NODES or options["edges"] < EDGES
     notes = NOTES.format(**size, smaller=SMALLER if smaller else "")
@@ -142,7 +154,7 @@ def markdown(cases: Mapping[str, dict[str, Any]], options: Mapping[str, int]) ->
             if name in left_out:
                 lines.append(f"| {name} | not measured: {left_out[name]} | | | |")
         lines.append("")
-    return "\n".join([*lines, _counts(cases)])
+    return "\n".join([*lines, _counts(cases), *_aims(cases), *_of_other_code(cases, code)])
 
 
 def _counts(cases: Mapping[str, dict[str, Any]]) -> str:
@@ -162,6 +174,23 @@ def _counts(cases: Mapping[str, dict[str, Any]]) -> str:
     )
 
 
+def _aims(cases: Mapping[str, dict[str, Any]]) -> list[str]:
+    """What kinds of layers are to reach, and what they do."""
+    lines = []
+    for what, (least, names) in AIMS.items():
+        found = {name: cases[name]["speed"] for name in names if "speed" in cases.get(name, {})}
+        if found:
+            shown = ", ".join(f"{name} {speed:.1f}" for name, speed in found.items())
+            lines.append(f"{what}, which are to be {least} times as fast as float: {shown}.\n")
+    return lines
+
+
+def _of_other_code(cases: Mapping[str, dict[str, Any]], code: str) -> list[str]:
+    """What tells the rows that another state of the code has measured."""
+    others = sorted(name for name, found in cases.items() if code and found.get("code") != code)
+    return [f"Measured on an earlier state of the code: {', '.join(others)}.\n"] if others else []
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="cases, all by default")
@@ -170,6 +199,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--jobs", type=int, default=1, help="processes, one thread each")
     parser.add_argument("--fresh", action="store_true", help="measure again what is there")
+    parser.add_argument("--missing", action="store_true", help="leave what was measured on another state of the code")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/layers.json"))
     parser.add_argument("--page", type=Path, default=Path("docs/layers_table.md"))
     parser.add_argument("--some", help=argparse.SUPPRESS)
@@ -187,19 +217,24 @@ def main() -> None:
     options = {"nodes": args.nodes, "edges": args.edges, "rounds": args.rounds}
     earlier = json.loads(args.out.read_text()) if args.out.exists() else {}
     cases = earlier["cases"] if earlier.get("options") == options else {}
+    code = code_digest()
 
     def save() -> None:
         text = {"environment": environment(threads=1), "options": options, "cases": cases}
         write_atomically(args.out, compact_json(text) + "\n")
-        write_atomically(args.page, markdown(cases, options))
+        write_atomically(args.page, markdown(cases, options, code))
 
-    wanted = [name for name in args.names or every if args.fresh or name not in cases or "failed" in cases[name]]
+    def is_wanted(name: str) -> bool:
+        found = cases.get(name, {"failed": "not measured"})
+        return args.fresh or "failed" in found or not (args.missing or found.get("code") == code)
+
+    wanted = [name for name in args.names or every if is_wanted(name)]
     lock = Lock()
 
     def run(names: list[str]) -> None:
         for name, found in _work(names, options):
             with lock:
-                cases[name] = found
+                cases[name] = {**found, "code": code}
                 save()
                 print(name, *_cells(found), sep=" | ", flush=True)
 

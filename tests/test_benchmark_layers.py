@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
+from benchmarks import layers
 from benchmarks.convolution_cases import CASES, Graph
 from benchmarks.layers import SECTIONS, errors, markdown, names_of, variants
 from benchmarks.model_cases import MODELS
@@ -48,4 +53,42 @@ def test_the_page_says_what_was_measured_and_what_was_not() -> None:
     assert "Of 1 convolutions and variants of them, by the first path of each: 1 kernel, 0 generated" in page
     assert "Slower than float: none." in page
     assert "smaller graph" not in page
+    assert "earlier state" not in page
     assert "smaller graph" in markdown(cases, {"nodes": 5_000, "edges": 50_000, "rounds": 3})
+
+
+def test_the_page_tells_rows_of_other_code_and_what_kinds_of_layers_reach() -> None:
+    cases = {"GCNConv": {**FOUND, "code": "now"}, "HANConv": {**FOUND, "code": "before"}, "HGTConv": {"failed": "x"}}
+    page = markdown(cases, {"nodes": 20_000, "edges": 200_000, "rounds": 5}, "now")
+    assert "Measured on an earlier state of the code: HANConv, HGTConv." in page
+    assert "Layers of relations, which are to be 3 times as fast as float: HANConv 2.0." in page
+    assert "Layers of attention" not in page
+
+
+def test_rows_of_this_code_are_not_measured_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured: list[str] = []
+
+    def work(names: list[str], options: dict[str, int]) -> Iterator[tuple[str, dict[str, Any]]]:
+        measured.extend(names)
+        yield from ((name, dict(FOUND)) for name in names)
+
+    def run(*arguments: str) -> list[str]:
+        measured.clear()
+        monkeypatch.setattr(
+            "sys.argv",
+            ["layers", "GCNConv", "GATConv", *arguments, "--out", f"{tmp_path}/a.json", "--page", f"{tmp_path}/a.md"],
+        )
+        layers.main()
+        return list(measured)
+
+    monkeypatch.setattr(layers, "_work", work)
+    monkeypatch.setattr(layers, "code_digest", lambda: "one")
+    assert run() == ["GCNConv", "GATConv"]
+    assert run() == []
+    monkeypatch.setattr(layers, "code_digest", lambda: "two")
+    assert run("--missing") == []
+    assert run() == ["GCNConv", "GATConv"]
+    assert run("--fresh") == ["GCNConv", "GATConv"]
+    assert "GCNConv | kernel" in capsys.readouterr().out
