@@ -157,10 +157,18 @@ def _run_triton(program: Program, plan: GraphPlan, arrays: Sequence[Arrays]) -> 
     options: dict[str, Any] = {"dtype": torch.float32, "device": plan.device}
     outs = [torch.empty((plan.num_dst, program.nodes[k].width), **options) for k in program.outputs]
     outs += [torch.empty((plan.num_edges, program.nodes[k].width), **options) for k in program.edge_outputs]
-    flat = [t.detach().contiguous() for given in arrays for t in given]
-    warps = 1 if max(node.width for node in program.nodes) <= FEW_FEATURES else 4
-    # Products are not fused with sums: results are those of other backends.
+    first = len(program.operands)
+    products = [_per_output(product, given) for product, given in zip(program.products, arrays[first:], strict=True)]
+    flat = [t.detach().contiguous() for given in (*arrays[:first], *products) for t in given]
+    warps = 8 if products else 1 if max(node.width for node in program.nodes) <= FEW_FEATURES else 4
+    # Products of floats are not fused with sums: results are those of other backends.
     _triton_kernel(program)[(plan.num_dst,)](
         plan.rowptr, plan.col, plan.edge_ids, *flat, *outs, num_warps=warps, enable_fp_fusion=False
     )
     return outs
+
+
+def _per_output(product: Product, given: Arrays) -> Arrays:
+    """The arrays of a linear map with a range of the weight for each of its outputs."""
+    words, w_scale, w_lower, *rest = given
+    return (words, *(t.reshape(-1).expand(product.num_out) for t in (w_scale, w_lower)), *rest)

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 
 from ..layout import parts_per_byte, row_bytes, row_words, top_code
 from .kept import arrays_of
-from .program import ELEMENTWISE, KEPT, REDUCTIONS, WITH_VALUE, Node, Operand, Program, Unsupported, Use
+from .program import ELEMENTWISE, REDUCTIONS, WITH_VALUE, Node, Operand, Product, Program, Unsupported, Use
 
 __all__ = ["write_triton"]
 
 MAX_ONE_HOT = 1 << 14  # numbers of a sum over runs of features
+MAX_WEIGHTS = 1 << 13  # numbers of the weights that edges are mapped by: more do not stay in registers
 
 HEADER = '''"""A kernel written by qgnn_plugin.kernels.generated.triton; changes are overwritten."""
 
@@ -24,6 +25,10 @@ import triton.language as tl
 from qgnn_plugin.kernels.generated.functions import expm1, log1p, sigmoid, softplus, tanh
 
 '''
+PRODUCTS = """
+from qgnn_plugin.kernels.generated.edge_product import column_terms, edge_product, weight_codes
+
+"""
 
 _CALLS = {
     "copy": "{0}", "neg": "-{0}", "abs": "tl.abs({0})", "relu": "tl.where({0} < 0.0, 0.0, {0})", "exp": "tl.exp({0})",
@@ -64,12 +69,16 @@ class _Writer:
         program = self.program
         operands = [name for k, o in enumerate(program.operands) for name in arrays_of(k, o)]
         outs = [f"out{k}" for k in range(len(program.outputs) + len(program.edge_outputs))]
+        operands += [name for k in range(len(program.products)) for name in _product_arrays(k)]
         self.lines += ["", "@triton.jit", f"def kernel({', '.join(['rowptr', 'col', 'edge', *operands, *outs])}):"]
         self.put("i = tl.program_id(0).to(tl.int64)")
         self.put("begin = tl.load(rowptr + i)")
         self.put("end = tl.load(rowptr + i + 1)")
-        for width in sorted({_block(node.width) for node in program.nodes}):
+        widths = [*(node.width for node in program.nodes), *(product.num_in for product in program.products)]
+        for width in sorted({_block(width) for width in widths}):
             self.put(f"f{width} = tl.arange(0, {width})")
+        for number, product in enumerate(program.products):
+            self.weight(number, product)
         done: set[int] = set()
         for index, node in enumerate(program.nodes):
             if node.op in REDUCTIONS and index not in done:
@@ -77,7 +86,7 @@ class _Writer:
             elif node.is_row and node.op not in ("literal", *REDUCTIONS):
                 self.known[index] = self.named(self.text(node))
         self.edge_outputs()
-        return HEADER + "\n".join(self.lines) + "\n"
+        return HEADER + PRODUCTS * bool(program.products) + "\n".join(self.lines) + "\n"
 
     def reductions(self, first: int) -> set[int]:
         """This reduction and those after it that need nothing more: one loop over the edges."""
@@ -165,6 +174,12 @@ class _Writer:
             return self.dot(node)
         if node.op == "map":
             return self.map(node)
+        if node.op == "top":
+            return self.top(node)
+        if node.op == "join":
+            return self.side_by_side(node.args, node.width)
+        if node.op == "linear":
+            return self.linear(node)
         args = [self.value(use, node.width) for use in node.args]
         if all(self.program.nodes[use.node].op == "literal" for use in node.args):
             args[0] = f"tl.full([{_block(node.width)}], {args[0]}, tl.float32)"
@@ -179,6 +194,52 @@ class _Writer:
             raise Unsupported(f"{node.width} sums over {width} features per edge")
         own = f"({f}[None, :] // {width // node.width} == f{heads}[:, None]) & ({f}[None, :] < {width})"
         return f"tl.sum(tl.where({own}, {value}[None, :], 0.0), 1)"
+
+    def top(self, node: Node) -> str:
+        """The largest of runs of few numbers."""
+        width = self.program.nodes[node.args[0].node].width
+        value, f = self.value(node.args[0], width), f"f{_block(width)}"
+        own = f"({f}[None, :] // {width // node.width} == f{_block(node.width)}[:, None]) & ({f}[None, :] < {width})"
+        return f"tl.max(tl.where({own}, {value}[None, :], float('-inf')), 1)"
+
+    def side_by_side(self, parts: tuple[Use, ...], width: int) -> str:
+        """What is read, one behind the other; lanes past ``width`` hold whatever is there."""
+        f, offset, joined = f"f{_block(width)}", 0, ""
+        for use in parts:
+            part = self.program.nodes[use.node]
+            value = self.value(Use(use.node), part.width)
+            if part.width == width:
+                return value
+            if part.width == 1 and part.op != "literal":
+                value = f"tl.sum({value}, 0)"
+            elif part.width > 1:
+                value = f"tl.gather({value}, tl.minimum(tl.maximum({f} - {offset}, 0), {part.width - 1}), 0)"
+            joined = self.named(f"tl.where({f} >= {offset}, {value}, {joined or '0.0'})")
+            offset += part.width
+        return joined
+
+    # -- linear maps of edges -------------------------------------------------------------------------------------
+
+    def weight(self, number: int, product: Product) -> None:
+        """A weight in registers, before the edges that are mapped by it."""
+        sizes = _sizes(product)
+        every = [_sizes(product) for product in self.program.products]
+        if sum(inner * outer for *_, inner, outer in every) > MAX_WEIGHTS:
+            raise Unsupported(f"a map of {product.num_in} to {product.num_out} features per edge on an accelerator")
+        words, scale, lower, *_ = _product_arrays(number)
+        layout = f"{product.w_bits}, {row_bytes(product.num_in, product.w_bits)}"
+        shape = ", ".join(map(str, sizes))
+        self.put(f"{words}_codes = weight_codes({words}, {shape}, {layout})")
+        self.put(f"{words}_columns = column_terms({words}_codes, {scale}, {lower}, {shape})")
+
+    def linear(self, node: Node) -> str:
+        number = int(node.value)
+        product = self.program.products[number]
+        x = self.side_by_side(node.args, product.num_in)
+        words, *others = _product_arrays(number)
+        options = f"{product.x_bits}, {product.has_unit}, {product.has_bias}"
+        shape = ", ".join(map(str, _sizes(product)))
+        return f"edge_product({x}, {words}_codes, {words}_columns, {', '.join(others)}, {shape}, {options})"
 
     def map(self, node: Node) -> str:
         x, matrix = (self.program.nodes[use.node] for use in node.args)
@@ -212,12 +273,21 @@ class _Writer:
         return f"{code} * {ends[0]} + {ends[1]}"
 
 
+def _sizes(product: Product) -> tuple[int, int, int, int]:
+    """Inputs and outputs, and the next powers of two."""
+    return product.num_in, product.num_out, _block(product.num_in), _block(product.num_out)
+
+
+def _product_arrays(number: int) -> list[str]:
+    """The arguments that a product takes, in the order of its arrays."""
+    name = f"p{number}"
+    return [name, f"{name}_scale", f"{name}_lower", f"{name}_bias", f"{name}_step", f"{name}_low", f"{name}_unit"]
+
+
 def write_triton(program: Program) -> str:
     """The source of a module with the Triton kernel ``kernel`` of ``program``.
 
     Raises:
         Unsupported: If there is no kernel of it.
     """
-    if any(node.op in (*KEPT, "top") for node in program.nodes):
-        raise Unsupported("linear maps of single edges on an accelerator")
     return _Writer(program.check()).write()

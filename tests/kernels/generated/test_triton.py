@@ -10,7 +10,7 @@ import torch
 from row_programs import PROGRAMS, arrays_for, load, node
 
 from qgnn_plugin.kernels.backend import use_backend
-from qgnn_plugin.kernels.generated.program import Operand, Program, Unsupported, reference
+from qgnn_plugin.kernels.generated.program import Operand, Product, Program, Unsupported, reference
 from qgnn_plugin.kernels.generated.run import row_program
 from qgnn_plugin.kernels.generated.triton import write_triton
 from qgnn_plugin.kernels.plan import GraphPlan
@@ -25,7 +25,7 @@ def graph() -> GraphPlan:
     return GraphPlan.from_edges(src, dst, SOURCES, TARGETS)
 
 
-@pytest.mark.parametrize("name", [name for name, program in PROGRAMS.items() if not program.products])
+@pytest.mark.parametrize("name", PROGRAMS)
 def test_interpreted_kernels_agree_with_their_reference(name: str) -> None:
     program, plan = PROGRAMS[name], graph()
     arrays = arrays_for(program, plan)
@@ -37,9 +37,23 @@ def test_interpreted_kernels_agree_with_their_reference(name: str) -> None:
         torch.testing.assert_close(got, wanted, rtol=2e-5, atol=2e-6 * max(1.0, scale))
 
 
-def test_linear_maps_of_edges_are_for_row_blocks() -> None:
-    with pytest.raises(Unsupported, match="linear maps"):
-        write_triton(PROGRAMS["maps of 32 features, multipliers"])
+def test_large_maps_of_edges_are_for_row_blocks() -> None:
+    product = Product(256, 128, 4, 4, True, True)
+    nodes = (load(0, 256), node("linear", 0, width=128), node("sum", 1, width=128, row=True))
+    with pytest.raises(Unsupported, match="a map of 256 to 128 features"):
+        write_triton(Program((Operand("source", 256),), nodes, (2,), products=(product,)))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_maps_of_what_is_not_finite_are_no_numbers(value: float) -> None:
+    program, plan = PROGRAMS["maps of 13 features, 8 bits"], graph()
+    arrays = arrays_for(program, plan)
+    arrays[2][0][:] = value  # of all edges
+    with use_backend("interpret"):
+        found = row_program(program, plan, arrays)
+    reached = plan.degree > 0
+    assert found[0][reached].isnan().all()
+    assert not found[0][~reached].isnan().any()
 
 
 def test_interpreted_functions() -> None:
@@ -72,7 +86,10 @@ def test_few_numbers_of_edges_times_a_matrix() -> None:
     torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-4)
 
 
-COMPILED = ("64 features, 4 bits", "4 heads of 16", "3 heads of 5", "softmax of 33 features")
+COMPILED = {
+    "64 features, 4 bits": 1, "4 heads of 16": 1, "3 heads of 5": 1, "softmax of 33 features": 1,
+    "maps of 32 features, multipliers": 8,
+}  # fmt: skip
 SCRIPT = """
 import sys
 from qgnn_plugin.kernels.generated.store import load_kernel
@@ -81,16 +98,17 @@ for path in sys.argv[1:]:
     kernel = load_kernel(open(path).read())
     types = {name: "*fp32" for name in kernel.arg_names} | {"rowptr": "*i64", "col": "*i32", "edge": "*i64"}
     types |= {name: "*i32" for name in kernel.arg_names if name + "_scale" in kernel.arg_names}
+    warps = int(path.rpartition("_")[2].removesuffix(".py"))
     for target in ("sm_80", "sm_90", "gfx942"):
-        binary = compile_case(Case("generated", path, kernel, types, {}, num_warps=1), target)
+        binary = compile_case(Case("generated", path, kernel, types, {}, num_warps=warps), target)
         print(target, binary.registers, binary.spills)
 """
 
 
 def test_kernels_compile_ahead_of_time_without_spills(tmp_path: Path) -> None:
     paths = []
-    for k, name in enumerate(COMPILED):
-        path = tmp_path / f"{k}.py"
+    for k, (name, warps) in enumerate(COMPILED.items()):
+        path = tmp_path / f"{k}_{warps}.py"
         path.write_text(write_triton(PROGRAMS[name]))
         paths.append(str(path))
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
