@@ -14,11 +14,12 @@ from torch import Tensor
 from .cache import PlanCache, pinned_plans
 from .edge_order import check_nodes, order_edges
 from .indices import inherit_csr
-from .streams import derived
+from .streams import derived, lasting
 
 __all__ = ["GraphPlan", "PlanCache", "check_nodes", "graph_plan", "pinned_plans", "plan_cache"]
 
 MAX_NODES = 2**31 - 1
+MOST_PARTS = 64  # of a plan, that are kept
 
 
 class GraphPlan:
@@ -105,7 +106,7 @@ class GraphPlan:
         return cls(pointers, col.to(torch.int32, copy=True), num_src)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_derived"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_derived", "_parts")}
 
     def __repr__(self) -> str:
         return f"GraphPlan(num_src={self.num_src}, num_dst={self.num_dst}, num_edges={self.num_edges})"
@@ -156,10 +157,24 @@ class GraphPlan:
             return slice(0, self.num_edges)
         return slice(int(self.rowptr[start]), int(self.rowptr[stop]))
 
+    @derived
+    def _parts(self) -> dict[tuple[int, int], GraphPlan]:
+        """Plans of some destinations, so that what is derived from them is kept."""
+        return {}
+
     def rows(self, start: int, stop: int) -> GraphPlan:
         """The plan of the destinations ``[start, stop)`` alone; sources keep their numbers."""
         if (start, stop) == (0, self.num_dst):
             return self
+        parts = self._parts if self.device.type == "cpu" and not torch.compiler.is_compiling() else {}
+        part = parts.get((start, stop))
+        if part is None:
+            part = lasting(lambda: self._rows(start, stop))
+            if len(parts) < MOST_PARTS:
+                parts[start, stop] = part
+        return part
+
+    def _rows(self, start: int, stop: int) -> GraphPlan:
         edges = self.edges(start, stop)
         perm = None if self.perm is None else self.perm[edges]
         part = GraphPlan(self.rowptr[start : stop + 1] - edges.start, self.col[edges], self.num_src, perm)

@@ -11,48 +11,22 @@ import torch
 from torch import Tensor, fx
 
 from ..kernels.generated.program import Node, Operand, Program, Use
-from .edge_maps import fits_a_kernel, joined, linear_map, product_of, softmax, widens
+from .edge_maps import joined, product_of, softmax, widens
 from .evaluate import Values
+from .leaves import SIDE, Leaf, PackedForm
 from .marks import LINEAR
 from .operations import OPERATIONS, Handle
-from .products import Part, affine_of, is_product, is_small, parts_of
+from .products import is_product, is_small
 from .shadow import NotTraceable
 from .spaces import CONST, EDGE, KERNEL, MIXED, OF_EDGES, ROW, SHAPED, SOURCE, TARGET, Spaces, reduction_of
+from .split_maps import product
+from .spreading import is_simple, mode
 from .trace import Trace
 
-__all__ = ["Built", "Leaf", "PackedForm", "build"]
+__all__ = ["Built", "build"]
 
 aten = torch.ops.aten
-_SIDE = {SOURCE: "source", TARGET: "target", EDGE: "edge"}
 Dims = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class PackedForm:
-    """Of packed features: bits, kind of ranges."""
-
-    bits: int
-    ranges: str
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """What an operand of the program holds.
-
-    Args:
-        node: Of the record.
-        is_packed: Whether it is an input that is taken as it is packed.
-        value: What is computed of the values, ``[rows, width]``; the default is the node's own, one row after another.
-    """
-
-    node: fx.Node
-    is_packed: bool = False
-    value: Callable[[Values], Tensor] | None = None
-
-    def rows(self, values: Values) -> Tensor:
-        if self.value is not None:
-            return self.value(values)
-        return values[self.node]
 
 
 @dataclass
@@ -141,14 +115,14 @@ class _Builder:
             return values[node].select(1, number)
 
         dims = self.record.shapes[node][2:]
-        return self.leaf(("part", node, number), _SIDE[self.spaces.of[node]], dims, Leaf(node, value=value))
+        return self.leaf(("part", node, number), SIDE[self.spaces.of[node]], dims, Leaf(node, value=value))
 
     def apply(self, op: str, *args: Handle | float, value: float = 0.0, is_row: bool = False) -> Handle:
         """An operation number by number, with broadcasting."""
         handles = [a if isinstance(a, Handle) else self.literal(a, is_row) for a in args]
         dims = tuple(torch.broadcast_shapes(*(h.dims for h in handles)))
         width = math.prod(dims)
-        uses = tuple(Use(h.index, _mode(h.dims, dims)) for h in handles)
+        uses = tuple(Use(h.index, mode(h.dims, dims)) for h in handles)
         return Handle(self.add(op, uses, width, value, is_row), dims)
 
     # -- from the record ------------------------------------------------------------------------------------------
@@ -222,12 +196,12 @@ class _Builder:
                 base = base.args[0]  # type: ignore[assignment]
             alone = len(node.users) == 1 and len(base.users) == 1
             if space == EDGE and base.target is LINEAR and alone and is_small(base, self.record):
-                return Handle(self._product(base).index, dims)
+                return Handle(product(self, base).index, dims)
             if space == EDGE and widens(self, node):
                 return self.operation(node)
             if not self.record.dtypes[node].is_floating_point:
                 raise NotTraceable("it computes with whole numbers of edges")
-            return self.leaf(node, _SIDE[space], dims, Leaf(node))
+            return self.leaf(node, SIDE[space], dims, Leaf(node))
         if space != MIXED:
             raise NotTraceable(f"a message of what is {space}")
         return self.operation(node)
@@ -277,7 +251,7 @@ class _Builder:
         def value(values: Values) -> Tensor:
             return values[arg].to(torch.float32).reshape(1, -1)
 
-        if _is_simple(dims, self.record.shapes[node][1:]):
+        if is_simple(dims, self.record.shapes[node][1:]):
             return self.leaf(("constant", arg, dims), "constant", dims, Leaf(arg, value=value))
         full = self.record.shapes[node][1:]
 
@@ -291,9 +265,9 @@ class _Builder:
         full = self.record.shapes[node][1:]
         shape = self.record.shapes[arg]
         single = self.spaces.of[arg] in (SOURCE, TARGET, EDGE) and node.target not in SHAPED
-        if not single or len(shape) != len(full) + 1 or _is_simple(shape[1:], full):
+        if not single or len(shape) != len(full) + 1 or is_simple(shape[1:], full):
             return self.edge(arg)
-        side = _SIDE[self.spaces.of[arg]]
+        side = SIDE[self.spaces.of[arg]]
 
         def value(values: Values) -> Tensor:
             return values[arg].expand(-1, *full)
@@ -314,7 +288,7 @@ class _Builder:
                 return Handle(handle.index, dims)
             if target is not aten.expand.default:
                 raise NotTraceable("a view of some numbers")
-            uses = (Use(handle.index, _mode((1,) * (len(dims) - len(handle.dims)) + handle.dims, dims)),)
+            uses = (Use(handle.index, mode((1,) * (len(dims) - len(handle.dims)) + handle.dims, dims)),)
             return Handle(self.add("copy", uses, math.prod(dims), is_row=is_row), dims)
         if target in (aten.select.int, aten.squeeze.dim) and not is_row:
             source = node.args[0]
@@ -331,7 +305,7 @@ class _Builder:
         if target in (aten.sum.dim_IntList, aten.mean.dim) and not is_row:
             return self._dot(node)
         if is_product(node) and not is_row:
-            return self._product(node)
+            return product(self, node)
         if target not in OPERATIONS:
             raise NotTraceable(f"no kernel for {str(target).removeprefix('aten.')}")
 
@@ -346,70 +320,6 @@ class _Builder:
         if math.prod(handle.dims) != math.prod(dims):
             raise NotTraceable(f"'{target}' broadcasts otherwise")
         return Handle(handle.index, dims)
-
-    def _product(self, node: fx.Node) -> Handle:
-        """A linear map as the sum of its parts, or of every edge by itself."""
-        dims: Dims = (math.prod(self.record.shapes[node][1:]),)
-        total = row_sum = None
-        try:
-            parts = parts_of(node, self.record, self.spaces)
-        except NotTraceable:
-            if not fits_a_kernel(node, self.record):
-                raise
-            return linear_map(self, node)
-        for part in parts:
-            side, key = _SIDE[self.spaces.of[part.node]], (node, part.node, part.first)
-            if part.codes is None or part.columns is None:
-                product = self.leaf(("product", *key), side, dims, Leaf(part.node, value=part.product))
-            else:
-                product = self._map(key, side, part, dims)
-            total = self._plus(total, product, part.sign)
-            if part.row_sum is not None:
-                of_row = self.leaf(("row sum", *key), side, (1,), Leaf(part.node, value=part.row_sum))
-                row_sum = self._plus(row_sum, of_row, part.sign)
-        assert total is not None
-        if row_sum is not None:
-            total = self._affine(node, total, row_sum)
-        elif node.target is aten.addmm.default:
-            total = self.apply("add", total, self._once(node.args[0], dims))
-        return Handle(total.index, self.record.shapes[node][1:])
-
-    def _map(self, key: Any, side: str, part: Part, dims: Dims) -> Handle:
-        """The product of few numbers of an edge, computed in the kernel."""
-        count = math.prod(self.record.shapes[part.node][1:])
-        x = self.leaf(("codes", *key), side, (count,), Leaf(part.node, value=part.codes))
-        columns = self.leaf(("columns", *key), "constant", (count * dims[0],), Leaf(part.node, value=part.columns))
-        return Handle(self.add("map", (Use(x.index), Use(columns.index)), dims[0]), dims)
-
-    def _plus(self, total: Handle | None, part: Handle, sign: int) -> Handle:
-        if total is None:
-            return part if sign > 0 else self.apply("neg", part)
-        return self.apply("add" if sign > 0 else "sub", total, part)
-
-    def _affine(self, node: fx.Node, product: Handle, row_sum: Handle) -> Handle:
-        """From sums of codes to numbers, by the operations of the packed linear map in their order."""
-        step, dims = affine_of(node, self.record), product.dims
-
-        def constant(name: str, value: Callable[[], Tensor]) -> Handle:
-            def spread(values: Values) -> Tensor:
-                return value().reshape(-1).expand(dims).reshape(1, -1)
-
-            return self.leaf((name, node), "constant", dims, Leaf(node, value=spread))
-
-        y = self.apply("mul", product, constant("weight scale", step.weight_scale))
-        y = self.apply("add", y, self.apply("mul", row_sum, constant("weight lower", step.weight_lower)))
-        y = self.apply("mul", y, constant("scale", step.scale))
-        y = self.apply("add", y, constant("term", step.term))
-        return y if step.bias is None else self.apply("add", y, constant("bias", step.bias))
-
-    def _once(self, arg: Any, dims: Dims) -> Handle:
-        """A vector that all edges share."""
-        assert isinstance(arg, fx.Node)
-
-        def value(values: Values) -> Tensor:
-            return values[arg].reshape(-1).expand(dims).reshape(1, -1)
-
-        return self.leaf(("once", arg, dims), "constant", dims, Leaf(arg, value=value))
 
     def _is_trailing(self, node: fx.Node, dims: Any) -> bool:
         shape = self.record.shapes[node]
@@ -436,31 +346,3 @@ class _Builder:
 
 def _shaped(rest: Dims) -> Callable[[Tensor], Tensor]:
     return lambda y: y.view(-1, *rest)
-
-
-def _mode(dims: Dims, full: Dims) -> str:
-    """How numbers of ``dims`` are spread over ``full``.
-
-    Raises:
-        NotTraceable: If neither way of kernels does it.
-    """
-    dims = (1,) * (len(full) - len(dims)) + tuple(dims)
-    if math.prod(dims) == math.prod(full):
-        return "full"
-    if math.prod(dims) == 1:
-        return "repeat"
-    wide = [k for k, n in enumerate(full) if n != 1]
-    own = [k for k in wide if dims[k] != 1]
-    if own == wide[: len(own)]:
-        return "repeat"
-    if own == wide[len(wide) - len(own) :]:
-        return "tile"
-    raise NotTraceable("numbers are spread over inner dimensions")
-
-
-def _is_simple(dims: Dims, full: Dims) -> bool:
-    """Whether kernels spread numbers of ``dims`` over ``full``: one number for a run of features, or all."""
-    try:
-        return _mode(dims, full) != "tile"
-    except NotTraceable:
-        return False

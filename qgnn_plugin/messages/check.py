@@ -16,17 +16,23 @@ MOST_EDGES = 1 << 14  # of these rows together
 TOLERANCE = 1e-4  # of the largest result: sums in another order round otherwise
 
 
-def expect_agreement(call: Any, found: Tensor) -> None:
+def expect_agreement(call: Any, found: Tensor, dim: int = 0) -> None:
     """Refuse a result that is not the layer's own, as far as some rows tell.
+
+    Args:
+        call: What was computed.
+        found: Its result.
+        dim: The dimension of nodes in it; those before it are of samples.
 
     Raises:
         NotTraceable: If it is not.
     """
     rows = _some_rows(call.plan)
     expected = _own_result(call, rows)
-    if expected.shape[1:] != found.shape[1:] or found.size(0) != call.plan.num_dst:
+    others = (*found.shape[:dim], *found.shape[dim + 1 :])
+    if (*expected.shape[:dim], *expected.shape[dim + 1 :]) != others or found.size(dim) != call.plan.num_dst:
         raise NotTraceable("its kernel gives another shape")
-    part = found[rows]
+    part = found.index_select(dim, rows)
     usual = expected[expected.isfinite()]
     peak = float(usual.abs().max()) if usual.numel() else 0.0
     if not bool(torch.isclose(part, expected, rtol=TOLERANCE, atol=TOLERANCE * peak, equal_nan=True).all()):
@@ -75,6 +81,6 @@ def _given(
         value, nodes = call.end(name), targets if name.endswith("_i") else sources
         if value is None or not (isinstance(value, Tensor) or hasattr(value, "take")):
             return value
-        return value.index_select(0, nodes) if isinstance(value, Tensor) else value.take(nodes)
+        return value.index_select(call.layer.node_dim, nodes) if isinstance(value, Tensor) else value.take(nodes)
     value = call.argument(name)
     return value.index_select(0, edges) if isinstance(value, Tensor) and call.is_per_edge(value) else value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor, fx
 
 from ..packing.deferred import materialized
+from ..packing.producers import gathered, row_blocks
 from .marks import LINEAR
-from .spaces import CONST, EDGE, ROW, SOURCE, TARGET, fill_value, reduction_of
+from .spaces import CONST, EDGE, KERNEL, ROW, SOURCE, TARGET, Spaces, fill_value, reduction_of
 from .trace import Trace
 
 __all__ = ["Values"]
@@ -24,17 +26,17 @@ class Values:
 
     Args:
         record: What was recorded.
-        spaces: Where its operations are computed.
+        sorted_: Where its operations are computed.
         inputs: What each input holds in this call: all rows of sources, targets and edges.
         counts: Number of sources, targets and edges.
         degree: ``[num_dst]`` float32.
     """
 
     def __init__(
-        self, record: Trace, spaces: dict[fx.Node, str], inputs: dict[fx.Node, Tensor], counts: dict[str, int],
-        degree: Tensor,
-    ) -> None:  # fmt: skip
-        self.record, self.spaces, self.counts, self.degree = record, spaces, counts, degree
+        self, record: Trace, sorted_: Spaces, inputs: dict[fx.Node, Tensor], counts: dict[str, int], degree: Tensor
+    ) -> None:
+        self.record, self.sorted, self.spaces = record, sorted_, sorted_.of
+        self.counts, self.degree = counts, degree
         self.known: dict[fx.Node, Any] = dict(inputs)
         self.found: dict[Any, Any] = {}
         self.own: set[fx.Node] = set()
@@ -62,7 +64,9 @@ class Values:
 
     def last(self, node: fx.Node) -> Any:
         """The value of ``node``, after which no other is asked for: each is let go of once nothing needs it."""
-        order = _needed(node, self.known, self._reads)
+        order = self.left_to(node)
+        if self._is_by_rows(node, order):
+            return self._by_rows(node)
         left = Counter(arg for later in order for arg in set(self._reads(later)))
         left[node] += 1
         self.found.clear()
@@ -80,6 +84,42 @@ class Values:
                 if not left[arg]:
                     del self.known[arg]
         return self[node]
+
+    # -- by rows --------------------------------------------------------------------------------------------------
+
+    def left_to(self, node: fx.Node) -> list[fx.Node]:
+        """The operations that ``node`` follows from and that are not computed yet, itself included, in order."""
+        return _needed(node, self.known, self._reads)
+
+    def are_row_wise(self, order: list[fx.Node]) -> bool:
+        """Whether each row has of these operations what it would have alone."""
+        return all(self.spaces[later] == CONST or self.sorted.is_row_wise(later) for later in order)
+
+    def rows(self, node: fx.Node, rows: slice) -> Values:
+        """What ``node`` follows from, of some rows alone; what all rows share is computed for all of them at once."""
+        reads = {arg for later in self.left_to(node) for arg in (later, *self._reads(later))}
+        shared = {arg: self[arg] for arg in reads if self.spaces[arg] == CONST}
+        known = {arg: self[arg][rows] for arg in reads if arg in self.known and self.spaces[arg] in (ROW, KERNEL)}
+        counts = self.counts | {TARGET: rows.stop - rows.start}
+        part = Values(self.record, self.sorted, shared | known, counts, self.degree[rows])
+        part.own = self.own
+        return part
+
+    def _is_by_rows(self, node: fx.Node, order: list[fx.Node]) -> bool:
+        """Whether :meth:`last` takes several blocks of rows: where the result is wider than what it is made of."""
+        shapes = self.record.shapes
+        inner = [math.prod(shapes[arg][1:]) for later in order for arg in self._reads(later) if arg in self.known]
+        if not inner or math.prod(shapes[node][1:]) <= max(inner) or len(self._row_blocks(node)) < 2:
+            return False
+        return self.are_row_wise(order)
+
+    def _by_rows(self, node: fx.Node) -> Tensor:
+        blocks = self._row_blocks(node)
+        return gathered(self.counts[TARGET], ((rows, self.rows(node, rows).last(node)) for rows in blocks))
+
+    def _row_blocks(self, node: fx.Node) -> list[slice]:
+        numbers = math.prod(self.record.shapes[node][1:])
+        return list(row_blocks(self.counts[TARGET], numbers, self.degree.device))
 
     def _reads(self, node: fx.Node) -> list[fx.Node]:
         if fill_value(node) is not None:

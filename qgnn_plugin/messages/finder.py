@@ -15,18 +15,21 @@ def find_traced(call: Propagation) -> MessageKernel | None:
     """A kernel for calls of this form; :obj:`None` where the layer's message has none."""
     # Tracing needs parts of torch that take their time to load.
     from ..kernels.generated.program import Unsupported
+    from .samples import SampledCalls, samples_of
     from .shadow import NotTraceable
-    from .traced import TracedCalls
 
-    calls = TracedCalls()
+    calls = SampledCalls()
     try:
-        calls.find(call)
+        if samples_of(call) is None:
+            calls.calls.find(call)
+        else:
+            calls.run(call)
     except (NotTraceable, Unsupported, NotByRows):
         return None
 
     def run(call: Propagation) -> Tensor | Producer:
         try:
-            return calls.find(call).run(call)
+            return calls.run(call)
         except (NotTraceable, Unsupported) as reason:
             raise NotByRows(str(reason)) from reason
 

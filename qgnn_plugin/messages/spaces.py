@@ -94,6 +94,18 @@ class Spaces:
         if not all(isinstance(node, fx.Node) and self.of[node] in OF_EDGES for node in self.written):
             raise NotTraceable("it writes what is not of edges to the layer")
 
+    def is_row_wise(self, node: fx.Node) -> bool:
+        """Whether an operation of rows gives each of them what it would have alone, bit for bit."""
+        if self.of[node] not in (ROW, KERNEL) or node.target in _PRODUCTS:
+            return False
+        if fill_value(node) is not None or reduction_of(node) is not None:
+            return True
+        try:
+            self._expect_row_wise(node, self.record.targets, (ROW, KERNEL))
+        except NotTraceable:
+            return False
+        return True
+
     def _space(self, node: fx.Node) -> str:
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             raise NotTraceable("it draws random numbers")
@@ -115,7 +127,7 @@ class Spaces:
             return KERNEL if KERNEL in kinds else ROW
         if not kinds <= set(OF_EDGES):
             raise NotTraceable("it mixes edges and rows")
-        self._expect_row_wise(node)
+        self._expect_row_wise(node, self.record.edges)
         return next(iter(kinds)) if len(kinds) == 1 else MIXED
 
     def _scattered(self, node: fx.Node) -> str:
@@ -148,18 +160,18 @@ class Spaces:
     def _refuse(self) -> str:
         raise NotTraceable("it selects from what is not of rows")
 
-    def _expect_row_wise(self, node: fx.Node) -> None:
-        """Refuse what does not treat every edge for itself."""
+    def _expect_row_wise(self, node: fx.Node, count: int, kinds: tuple[str, ...] = OF_EDGES) -> None:
+        """Refuse what does not treat every edge for itself, or every row, of which there are ``count``."""
         record, target = self.record, node.target
         shape = record.shapes.get(node)
-        edges = [arg for arg in node.all_input_nodes if self.of[arg] in OF_EDGES]
+        edges = [arg for arg in node.all_input_nodes if self.of[arg] in kinds]
         if target in (aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int):
-            shape = (record.edges,)
-        if shape is not None and (not shape or shape[0] != record.edges):
+            shape = (count,)
+        if shape is not None and (not shape or shape[0] != count):
             raise NotTraceable(f"'{_name(node)}' looks across edges")
         if target is operator.getitem:
             return
-        if any(len(record.shapes.get(arg, ())) == 0 or record.shapes[arg][0] != record.edges for arg in edges):
+        if any(len(record.shapes.get(arg, ())) == 0 or record.shapes[arg][0] != count for arg in edges):
             raise NotTraceable(f"'{_name(node)}' of other rows than those of edges")
         if torch.Tag.pointwise in getattr(target, "tags", ()):
             assert shape is not None
@@ -173,9 +185,9 @@ class Spaces:
             return
         if target in _CHOSEN | _SUMMED | _JOINED and self._leaves_rows(node, edges):
             return
-        if target in _PRODUCTS and self._is_product_of_rows(node):
+        if target in _PRODUCTS and self._is_product_of_rows(node, count, kinds):
             return
-        if target in _SELECTED and self._looks_up(node):
+        if target in _SELECTED and self._looks_up(node, kinds):
             return
         raise NotTraceable(f"'{_name(node)}' is no operation on single edges")
 
@@ -188,24 +200,24 @@ class Spaces:
         dims = dims if isinstance(dims, (tuple, list)) else [dims]
         return bool(dims) and all(isinstance(dim, int) and dim % rank != 0 for dim in dims)
 
-    def _is_product_of_rows(self, node: fx.Node) -> bool:
+    def _is_product_of_rows(self, node: fx.Node, count: int, kinds: tuple[str, ...]) -> bool:
         args = [arg for arg in node.args if isinstance(arg, fx.Node)]
         if node.target is aten.bmm.default:
-            return all(self.record.shapes[arg][0] == self.record.edges for arg in args)
+            return all(self.record.shapes[arg][0] == count for arg in args)
         if node.target is LINEAR:
             return True
         left, right = args[-2], args[-1]
         free = node.target is not aten.addmm.default or self.of[args[0]] == CONST
-        return free and self.of[left] in OF_EDGES and self.of[right] == CONST
+        return free and self.of[left] in kinds and self.of[right] == CONST
 
-    def _looks_up(self, node: fx.Node) -> bool:
+    def _looks_up(self, node: fx.Node, kinds: tuple[str, ...]) -> bool:
         """Rows of a constant table by a number that edges have."""
         source, index = node.args[0], node.args[-1]
         if node.target is aten.index.Tensor:
             assert isinstance(index, (list, tuple))
             index = index[0] if len(index) == 1 else None
         constant = isinstance(source, fx.Node) and self.of[source] == CONST
-        return constant and isinstance(index, fx.Node) and self.of[index] in (SOURCE, TARGET, EDGE)
+        return constant and isinstance(index, fx.Node) and self.of[index] in kinds and self.of[index] != MIXED
 
 
 def _name(node: fx.Node) -> str:

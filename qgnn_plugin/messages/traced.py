@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from threading import Lock
 from typing import Any
 
@@ -14,15 +15,17 @@ from ..kernels.arithmetic import multiplied
 from ..kernels.backend import backend_for
 from ..kernels.generated.program import Unsupported
 from ..kernels.generated.run import NotFinite, can_run, row_program
-from ..packing.producers import Producer
+from ..kernels.plan import GraphPlan
+from ..packing.producers import Producer, gathered, row_blocks
 from ..packing.propagation_call import NotByRows
 from ..packing.ranges import NOT_FINITE
-from .build import Built, Leaf, PackedForm, build
+from .build import Built, build
 from .check import expect_agreement
 from .edge_maps import product_arrays
 from .evaluate import Values
+from .leaves import Leaf, PackedForm
 from .shadow import NotTraceable, Snapshot, fingerprint
-from .spaces import Spaces
+from .spaces import KERNEL, ROW, Spaces
 from .sums import PlainSum
 from .trace import Input, Trace, trace
 
@@ -80,7 +83,7 @@ class TracedMessage:
         plan, layer = call.plan, call.layer
         counts = {"source": plan.num_src, "target": plan.num_dst, "edge": plan.num_edges}
         given = {node: _given(call, i) for node, i in self.inputs.items()}
-        values = Values(self.record, self.spaces.of, given, counts, plan.degree)
+        values = Values(self.record, self.spaces, given, counts, plan.degree)
         arrays = [self._arrays(call, values, leaf) for leaf in self.built.leaves]
         arrays += [product_arrays(lin) for lin in self.built.maps]
         program = self.built.program
@@ -88,19 +91,57 @@ class TracedMessage:
             producer = self.plain_sum.producer(program, arrays, call, values)
             if producer is not None:
                 return producer
-        try:
-            outs = row_program(program, plan, arrays)
-        except NotFinite as error:
-            where = self.built.maps[error.product].input_quantizer.site
-            raise ValueError(NOT_FINITE.format(where=where, found="NaN or infinity")) from None
-        by_index = dict(zip(program.outputs, outs, strict=False))
-        for (node, after), index in zip(self.built.results, self.built.indices, strict=True):
-            values.put(node, after(by_index[index]), is_own=self.built.indices.count(index) == 1)
+        if self.is_by_rows:
+            return self._by_rows(plan, arrays, values)
+        outs = self._reduced(plan, arrays, values)
         of_edges = outs[len(program.outputs) :]
         for name, node, value in zip(self.record.written, self.spaces.written, of_edges, strict=True):
             setattr(layer, name, value.view(-1, *self.record.shapes[node][1:]))
-        del arrays, outs, by_index, of_edges
+        del arrays, outs, of_edges
         return values.last(self.spaces.output)
+
+    @cached_property
+    def is_by_rows(self) -> bool:
+        """Whether the result, a matrix of sources and targets, may be made by blocks of rows."""
+        program, output = self.built.program, self.spaces.output
+        if any(operand.side == "edge" for operand in program.operands) or program.edge_outputs or program.products:
+            return False
+        reduced = {node for node, _ in self.built.results}
+        order, stack = set[fx.Node](), [output]
+        while stack:
+            node = stack.pop()
+            if node not in order and node not in reduced and self.spaces.of[node] in (ROW, KERNEL):
+                order.add(node)
+                stack += node.all_input_nodes
+        return len(self.record.shapes[output]) == 2 and all(map(self.spaces.is_row_wise, order))
+
+    def _by_rows(self, plan: GraphPlan, arrays: list[tuple[Tensor, ...]], values: Values) -> Tensor:
+        """The result by blocks, at once: what targets have belongs to the layer, which may write over it later."""
+        output, operands = self.spaces.output, self.built.program.operands
+
+        def block(rows: slice) -> Tensor:
+            part = values.rows(output, rows)
+            given = [
+                tuple(t[rows] if operand.side == "target" else t for t in held)
+                for operand, held in zip(operands, arrays, strict=True)
+            ]
+            self._reduced(plan.rows(rows.start, rows.stop), given, part)
+            return part.last(output)
+
+        blocks = row_blocks(plan.num_dst, self.record.shapes[output][1], plan.device)
+        return gathered(plan.num_dst, ((rows, block(rows)) for rows in blocks))
+
+    def _reduced(self, plan: GraphPlan, arrays: list[tuple[Tensor, ...]], values: Values) -> list[Tensor]:
+        """Run the kernel, and put its reductions to ``values``; what it gives, these and numbers of edges."""
+        try:
+            outs = row_program(self.built.program, plan, arrays)
+        except NotFinite as error:
+            where = self.built.maps[error.product].input_quantizer.site
+            raise ValueError(NOT_FINITE.format(where=where, found="NaN or infinity")) from None
+        by_index = dict(zip(self.built.program.outputs, outs, strict=False))
+        for (node, after), index in zip(self.built.results, self.built.indices, strict=True):
+            values.put(node, after(by_index[index]), is_own=self.built.indices.count(index) == 1)
+        return outs
 
     def _arrays(self, call: Any, values: Values, leaf: Leaf) -> tuple[Tensor, ...]:
         if leaf.is_packed:
@@ -110,7 +151,7 @@ class TracedMessage:
                 scale, lower = multiplied(scale, lower, packed.multiplier)
             return packed.words, scale.reshape(-1), lower.reshape(-1)
         rows = leaf.rows(values).to(torch.float32)
-        return (rows.reshape(rows.size(0), math.prod(rows.shape[1:])).contiguous(),)
+        return (rows.reshape(rows.size(0), math.prod(rows.shape[1:])),)
 
 
 def _given(call: Any, described: Input) -> Any:

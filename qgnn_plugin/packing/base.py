@@ -130,7 +130,7 @@ class LastUsed:
         self.lower, self.asked = LastProduct(), Asked()
         self.matrix: PackedMatrix | None = None
         self.direct: Direct | None = None
-        self.parts: tuple[tuple[Any, ...], list[Any]] | None = None
+        self.parts: dict[str, tuple[tuple[Any, ...], list[Any]]] = {}  # of weights, by their names
 
     def __reduce__(self) -> Any:
         return LastUsed, ()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,20 +9,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.aggregate import aggregate
-from ..kernels.checksum import checksum
 from ..kernels.unpack_dequantize import unpack_dequantize
 from ..layers.bilinear import INPUT, QuantizedBilinear, QuantizedHeteroLinear, RunsBilinear, RunsHeteroLinear
 from ..layers.embedding import QuantizedEmbedding
 from ..layers.grid import QuantizedGridConv, RunsGridConv
-from ..layers.multihead import QuantizedMultiheadAttention, RunsMultiheadAttention
+from ..layers.multihead import PROJECTIONS, QuantizedMultiheadAttention, RunsMultiheadAttention
 from ..layers.recurrent import QuantizedCell, QuantizedRecurrent, RunsCell, RunsSequence
 from ..layers.sparse_linear import QuantizedSparseLinear, adjacency_of
 from ..layers.watched import is_watched, own_propagate
 from .base import LayerSpec, register_packed
 from .deferred import materialized
 from .guard import inference
+from .linear import PackedLinear
 from .matrix import PackedMatrix
-from .producers import row_blocks
+from .producers import BLOCK_FLOATS, row_blocks
 from .ranges import PackedTensor
 from .weights import PackedWeights
 
@@ -140,23 +139,14 @@ class PackedHeteroLinear(RunsHeteroLinear, PackedWeights):
         return out
 
     def _parts_by_type(self: Any) -> list[tuple[PackedMatrix | Tensor, Tensor | None]]:
-        """Weight and bias of each type, made once for as long as they are the same and hold the same scales."""
-        site, bias, width = self._modules["weight_quantizer"], self.bias, self.out_channels
-        held = [t for t in (site.scale, site.lower_end) if t is not None]
-        key = (site.words, site.values, bias, *(checksum(t) for t in held))
-        last = self._packed.last
-        if last.parts is None or any(map(_differ, last.parts[0], key)):
-            weight, parts = self._weight("weight"), []
-            for kind in range(self.num_types):
-                own = self._part(weight, kind * width, (kind + 1) * width)
-                own = replace(own, prepared={}) if isinstance(own, PackedMatrix) else own
-                parts.append((own, None if bias is None else bias[kind]))
-            last.parts = (key, parts)
-        return last.parts[1]
-
-
-def _differ(one: Any, other: Any) -> bool:
-    return one != other if isinstance(one, int) else one is not other
+        """Weight and bias of each type."""
+        weights, last = self._equal_parts("weight", self.num_types), self._packed.last
+        if self.bias is None:
+            return [(weight, None) for weight in weights]
+        known = last.parts.get("bias")
+        if known is None or known[0][0] is not self.bias:
+            known = last.parts["bias"] = ((self.bias,), list(self.bias))
+        return list(zip(weights, known[1], strict=True))
 
 
 def _spans(type_vec: Tensor) -> list[int]:
@@ -170,7 +160,45 @@ class PackedMultiheadAttention(RunsMultiheadAttention, PackedWeights):
 
     @inference
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return self._attended(query, key, value, *args, **kwargs)
+        out = self._by_samples(query, key, value, *args, **kwargs)
+        return self._attended(query, key, value, *args, **kwargs) if out is None else (out, None)
+
+    def _by_samples(
+        self: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> Tensor | None:
+        """The result by blocks of samples, whose projections stay in the cache; :obj:`None` where one has all."""
+        inputs, out_proj = (query, key, value), self.out_proj
+        if torch.compiler.is_compiling() or need_weights or not self.batch_first or query.device.type != "cpu":
+            return None
+        if any(x.is_nested or x.dim() != 3 or x.size(0) != query.size(0) for x in inputs):
+            return None
+        if attn_mask is not None and attn_mask.dim() != 2:
+            return None
+        sites = [self._modules.get(name) for name in (INPUT, *(f"{name}_quantizer" for name in PROJECTIONS))]
+        if not isinstance(out_proj, PackedLinear) or out_proj._is_seen:
+            return None
+        if any(s is not None and not s.spec.is_row_local for s in (*sites, out_proj.input_quantizer)):
+            return None
+        each = sum(x.size(1) for x in inputs) * self.embed_dim
+        step = max(1, BLOCK_FLOATS // max(1, each))
+        if query.size(0) <= step:
+            return None
+        out = query.new_empty(query.shape)
+        for start in range(0, query.size(0), step):
+            rows = slice(start, start + step)
+            held = {id(x): x[rows] for x in inputs}  # what is given twice is quantized once
+            mask = None if key_padding_mask is None else key_padding_mask[rows]
+            part = self._attended(*(held[id(x)] for x in inputs), mask, False, attn_mask, is_causal=is_causal)
+            out[rows] = materialized(part[0])
+        return out
 
     @classmethod
     def _returns_tuples(cls, layer: Any) -> bool:

@@ -17,11 +17,12 @@ __all__ = ["PackedNodes", "is_features", "packed_nodes", "values_of"]
 
 @dataclass(frozen=True, eq=False)
 class PackedNodes:
-    """Node features of any shape as codes: one packed row per node.
+    """Node features of any shape as codes: one packed row per node, and sample where there are several.
 
     Args:
-        packed: ``[N, F]``, with ``F`` the numbers of one node in the order of the other dimensions.
-        shape: As the layer has them.
+        packed: ``[S N, F]``, sample after sample, with ``F`` the numbers of one node in the order of the dimensions
+            after that of nodes.
+        shape: As the layer has them: those of ``S`` samples, nodes, and the numbers of a node.
         dim: The dimension of nodes.
     """
 
@@ -32,17 +33,28 @@ class PackedNodes:
     def size(self, dim: int) -> int:
         return self.shape[dim]
 
+    @property
+    def num_samples(self) -> int:
+        return math.prod(self.shape[: self.dim])
+
+    def sample(self, number: int) -> PackedNodes:
+        """The features of one sample alone."""
+        shape = self.shape[self.dim :]
+        rows = self.packed.rows(number * shape[0], (number + 1) * shape[0])
+        return PackedNodes(rows, shape, 0)
+
     def values(self) -> Tensor:
         """What the codes stand for, in the layer's shape."""
-        return self._shaped(self.packed.dequantize())
+        return self.packed.dequantize().view(self.shape)
 
     def take(self, nodes: Tensor) -> Tensor:
         """The values of ``nodes`` ``[M]`` in the place of all: what ``index_select`` gives of :meth:`values`."""
-        return self._shaped(self.packed.take(nodes).dequantize())
-
-    def _shaped(self, rows: Tensor) -> Tensor:
-        rest = (*self.shape[: self.dim], *self.shape[self.dim + 1 :])
-        return rows.view(rows.size(0), *rest).movedim(0, self.dim)
+        rows = nodes
+        if self.dim:
+            firsts = torch.arange(self.num_samples, device=nodes.device) * self.shape[self.dim]
+            rows = (firsts.view(-1, 1) + nodes).view(-1)
+        shape = (*self.shape[: self.dim], nodes.numel(), *self.shape[self.dim + 1 :])
+        return self.packed.take(rows).dequantize().view(shape)
 
 
 def is_features(value: Any) -> bool:
@@ -77,11 +89,9 @@ def packed_nodes(site: PackedRange, x: Tensor, node_dim: int) -> PackedNodes | T
         packed = site(x)
         return PackedNodes(packed, x.shape, 0) if isinstance(packed, PackedTensor) else packed.dequantize()
     shape, x = x.shape, materialized(x)
-    rows = x.movedim(dim, 0)
     if x.numel() == 0:
         return _rounded(site, x)
-    if site.spec.granularity == "row" and dim > 0:  # a multiplier for a node in each sample
-        return site(x.flatten(dim + 1).flatten(0, dim)).dequantize().view(shape)
+    rows = x.flatten(0, dim)  # each node of each sample
     middle = math.prod(rows.shape[1:-1])
     if per_row and middle > 1:
         site.expect(x)

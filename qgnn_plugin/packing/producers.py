@@ -171,5 +171,5 @@ class Producer:
                 return other.run(start, stop, addend=y, **out)
             return with_epilogue(y.add_(other.run(start, stop)), **out)
 
-        only_kernels = (self.is_fused or self.only_kernels) and other.adds
+        only_kernels = other.adds and all(part.is_fused or part.only_kernels for part in (self, other))
         return Producer(self.num_rows, self.num_features, self.device, run, is_fused=False, only_kernels=only_kernels)

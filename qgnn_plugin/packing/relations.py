@@ -9,11 +9,12 @@ from typing import Any
 import torch
 import torch_geometric.typing
 from torch import Tensor
-from torch_geometric.nn import FastRGCNConv, RGCNConv
+from torch_geometric.nn import FastRGCNConv, HANConv, RGCNConv
 
 from ..kernels.aggregate import aggregate
 from ..kernels.plan import GraphPlan
 from .deferred import DeferredTensor, materialized
+from .han import han
 from .matrix import PackedMatrix
 from .nodes import PackedNodes
 from .plans import found_by_contents, plan_of
@@ -22,7 +23,7 @@ from .ranges import PackedTensor
 
 __all__ = ["own_form"]
 
-Form = Callable[..., Tensor | None]
+Form = Callable[..., Any]
 FLOAT_BITS = 32
 
 
@@ -112,7 +113,7 @@ class _Terms:
         self.terms: list[Producer] = []
         self.held_bits = 0  # per node and feature, of codes that terms hold
         self.weight = layer._weight("weight") if "weight" in layer._shapes else None
-        self.root = layer._weight("root") if "root" in layer._shapes else None
+        self.root = layer._equal_parts("root", 1)[0] if "root" in layer._shapes else None
         self.composed: Tensor | None = None
         if layer.num_bases is not None:
             weight = self._values().view(layer.num_bases, -1)
@@ -137,11 +138,10 @@ class _Terms:
         return all(matrix is None or isinstance(matrix, PackedMatrix) for matrix in (self.weight, self.root))
 
     def add_relation(self, h: Tensor | Producer, relation: int) -> None:
-        width = self.layer.out_channels
         if self.composed is None:
-            assert self.weight is not None
             assert isinstance(h, Tensor)
-            return self.add(h, "weight", self.weight.rows(relation * width, (relation + 1) * width))
+            return self.add(h, "weight", self.layer._equal_parts("weight", self.layer.num_relations)[relation])
+        width = self.layer.out_channels
         return self._put(_mapped(_producer(h), self.composed[relation], width, self.layer.num_blocks is not None))
 
     def add(self, x: Tensor, name: str, matrix: PackedMatrix) -> None:
@@ -168,14 +168,22 @@ def _producer(h: Tensor | Producer) -> Producer:
 def _mapped(h: Producer, weight: Tensor, width: int, is_blocks: bool) -> Producer:
     """``h W`` in floats, with ``W`` [in, out], or of diagonal blocks [B, in / B, out / B]."""
 
-    def run(start: int, stop: int, **out: Any) -> Any:
+    def run(start: int, stop: int, addend: Tensor | None = None, **out: Any) -> Any:
         rows = h.run(start, stop)
         if is_blocks:
-            blocks = rows.view(-1, weight.size(0), weight.size(1))
-            return with_epilogue(torch.einsum("abc,bcd->abd", blocks, weight).reshape(-1, width), **out)
-        return with_epilogue(rows @ weight, **out)
+            y = rows.new_zeros((rows.size(0), width)) if addend is None else addend
+            _by_block(y, weight).baddbmm_(_by_block(rows, weight), weight)
+            return with_epilogue(y, **out)
+        return with_epilogue(rows @ weight if addend is None else addend.add_(rows @ weight), **out)
 
-    return Producer(h.num_rows, width, h.device, run, is_fused=False)
+    return Producer(h.num_rows, width, h.device, run, is_fused=False, adds=True)
 
 
-_FORMS: dict[Callable[..., Any], Form] = {RGCNConv.forward: rgcn, FastRGCNConv.forward: fast_rgcn}
+def _by_block(rows: Tensor, weight: Tensor) -> Tensor:
+    """The features of ``[N, F]`` by diagonal block, ``[B, N, F / B]``, in the same memory."""
+    return rows.view(rows.size(0), weight.size(0), -1).transpose(0, 1)
+
+
+_FORMS: dict[Callable[..., Any], Form] = {
+    RGCNConv.forward: rgcn, FastRGCNConv.forward: fast_rgcn, HANConv.forward: han,
+}  # fmt: skip

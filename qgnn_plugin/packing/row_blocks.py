@@ -90,7 +90,7 @@ def widest(call: Propagation) -> int:
             continue
         value = call.end(name) if name[-2:] in ("_i", "_j") else call.arguments.get(name)
         if isinstance(value, PackedNodes):
-            most = max(most, value.packed.num_features)
+            most = max(most, value.num_samples * value.packed.num_features)
         elif isinstance(value, Tensor) and value.dim() and name[-2:] in ("_i", "_j"):
             most = max(most, value.numel() // max(1, value.size(call.layer.node_dim)))
         elif isinstance(value, Tensor) and call.is_per_edge(value):

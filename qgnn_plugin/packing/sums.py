@@ -17,14 +17,28 @@ __all__ = ["Stacked"]
 aten = torch.ops.aten
 
 
-def note_sum(x: Any, other: Any, **options: Any) -> DeferredTensor | None:
-    """``x + other`` of two matrices that are not computed yet."""
-    waits = not options and all(type(t) is DeferredTensor and t.pending.value is None for t in (x, other))
-    if not waits or other is x or other.shape != x.shape or x.device != other.device:
+def note_sum(x: Any, other: Any, **options: Any) -> Tensor | None:
+    """``x + other`` of two matrices that are not computed yet; of one of them by blocks of rows, without it as a whole.
+    """
+    if options or not (isinstance(x, Tensor) and isinstance(other, Tensor)):
         return None
+    if other is x or other.shape != x.shape or x.device != other.device:
+        return None
+    waits = [type(t) is DeferredTensor and t.pending.value is None for t in (x, other)]
+    if not all(waits):
+        return _onto(other, x) if waits[0] else _onto(x, other) if waits[1] else None
     pending = Pending(x.pending.composed().plus(other.pending.composed()))
     pending.runs = _BothRun(x.pending.runs, other.pending.runs)
     return DeferredTensor._of(pending)
+
+
+def _onto(known: Tensor, x: Any) -> Tensor | None:
+    """The sum of a matrix that is there and of one that is not computed yet; :obj:`None` where there is one block."""
+    plain_matrix = type(known) is Tensor and known.dtype is torch.float32 and known.layout == torch.strided
+    num_rows, num_features = x.shape
+    if not plain_matrix or known.requires_grad or len(list(row_blocks(num_rows, num_features, x.device))) < 2:
+        return None
+    return gathered(num_rows, ((rows, value.add_(known[rows])) for rows, value in x.pending.blocks()))
 
 
 class _BothRun:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..config import OFF
+from ..kernels.checksum import checksum
 from ..kernels.layout import pack_codes, row_words
 from ..layers.arithmetic import linear
 from ..layers.products import MultipliesWeights, is_computed
@@ -142,6 +144,21 @@ class PackedWeights(MultipliesWeights, PackedLayer):
         del layer
         return False
 
+    def _equal_parts(self: Any, name: str, count: int) -> list[PackedMatrix | Tensor]:
+        """The rows of the weight ``name`` in ``count`` parts of as many each, to be multiplied by one by one.
+
+        They are made once for as long as the weight is the same and its range holds the same.
+        """
+        site, known = self._modules[f"{name}_quantizer"], self._packed.last.parts.get(name)
+        held = [t for t in (site.scale, site.lower_end) if t is not None]
+        key = (count, site.words, site.values, *(checksum(t) for t in held))
+        if known is None or len(known[0]) != len(key) or any(map(_differ, known[0], key)):
+            weight, num_rows = self._weight(name), site.num_out // count
+            parts = [self._part(weight, k * num_rows, (k + 1) * num_rows) for k in range(count)]
+            parts = [replace(part, prepared={}) if isinstance(part, PackedMatrix) else part for part in parts]
+            self._packed.last.parts[name] = known = (key, parts)
+        return known[1]
+
     # The weights by name ##############################################################################################
 
     def __getattr__(self, name: str) -> Any:
@@ -199,3 +216,7 @@ class PackedWeights(MultipliesWeights, PackedLayer):
             return weight.times(x, bias)
         taken = x if isinstance(x, QuantizedTensor) else QuantizedTensor.unpacked(x)
         return linear(taken, QuantizedTensor.identity(weight), bias, exact=True)
+
+
+def _differ(one: Any, other: Any) -> bool:
+    return one != other if isinstance(one, int) else one is not other

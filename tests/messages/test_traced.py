@@ -1,7 +1,7 @@
 """Messages that are traced: results against the converted layer, guards, and what is refused."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Optional
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ import qgnn_plugin as qgnn
 from qgnn_plugin.kernels.backend import use_backend
 from qgnn_plugin.messages import sums, traced
 from qgnn_plugin.messages.shadow import Snapshot, fingerprint
+from qgnn_plugin.packing import producers
 from qgnn_plugin.packing.generic import PackedMessagePassing
 
 pytest.importorskip("numba")
@@ -382,3 +383,42 @@ def test_a_snapshot_sees_what_a_fingerprint_sees():
         change(layer)
         assert not snapshot.holds(layer)
     assert not Snapshot(Layer()).holds(Layer())
+
+
+# By blocks of rows ################################################################################
+
+
+@pytest.mark.parametrize("name", ["FiLMConv", "PNAConv", "GENConv", "ClusterGCNConv"])
+def test_by_blocks_of_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What follows a reduction, or the whole of a message of sources and targets: the same numbers."""
+    make, args = (EXACT | ROUNDED)[name]
+    qmodel, packed = packed_pair(make, *args)
+    with torch.no_grad():
+        whole = packed(*args)
+        monkeypatch.setattr(producers, "BLOCK_FLOATS", 64 * WIDTH)
+        assert torch.equal(packed(*args), whole)
+    agree(qmodel, packed, *args)
+    assert paths(packed) == {"generated kernel"}
+
+
+class Centred(MessagePassing):
+    """Looks at all rows after they were reduced."""
+
+    def __init__(self) -> None:
+        super().__init__(aggr="sum")
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        return self.propagate(edge_index, x=x)
+
+    def message(self, x_j: Tensor, x_i: Tensor) -> Tensor:
+        return x_j * x_i
+
+    def aggregate(self, inputs: Tensor, index: Tensor, dim_size: Optional[int] = None) -> Tensor:  # noqa: UP045
+        out = super().aggregate(inputs, index, dim_size=dim_size)
+        return torch.cat([out - out.mean(0, keepdim=True), out], 1)
+
+
+def test_what_looks_across_rows_is_not_made_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(producers, "BLOCK_FLOATS", 64 * WIDTH)
+    qmodel, packed = packed_pair(Centred, X, EDGE_INDEX)
+    agree(qmodel, packed, X, EDGE_INDEX)

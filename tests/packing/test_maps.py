@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch_geometric.nn import HeteroLinear
 
 import qgnn_plugin as qgnn
-from qgnn_plugin.packing import producers
+from qgnn_plugin.packing import maps, producers
 
 ROWS, WIDTH, OUT, TYPES = 90, 16, 6, 4
 
@@ -118,3 +118,49 @@ def test_cells_by_blocks_of_rows(make: type[nn.Module], monkeypatch: pytest.Monk
     monkeypatch.setattr(producers, "BLOCK_FLOATS", 64 * 4 * 8)
     assert torch.equal(packed(x), expected)
     assert torch.equal(expected, qmodel(x))
+
+
+class Attends(nn.Module):
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        return self.attention(x, other, other, need_weights=False)[0]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_by_blocks_of_samples(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padding of each sample, keys that are no queries, a mask of all samples; hooks see all samples at once."""
+    torch.manual_seed(0)
+    layer = nn.MultiheadAttention(WIDTH, 4, batch_first=True).eval()
+    x, other = torch.randn(7, 5, WIDTH), torch.randn(7, 9, WIDTH)
+    qmodel = qgnn.calibrate(qgnn.quantize_model(Attends(layer), bits=4), [(x, other)], method="ranges").eval()
+    packed = qgnn.pack_model(qmodel).attention
+    padding = torch.rand(7, 9) < 0.3
+    padding[:, 0] = False
+    more = {"key_padding_mask": padding, "attn_mask": torch.randn(5, 9)} if masked else {}
+    calls: list[int] = []
+    attended = type(packed)._attended
+
+    def counted(self: nn.Module, query: Tensor, *args: object, **kwargs: object) -> object:
+        calls.append(query.size(0))
+        return attended(self, query, *args, **kwargs)
+
+    monkeypatch.setattr(type(packed), "_attended", counted)
+    with torch.no_grad():
+        for inputs in ((x, other, other), (x, x, x)):
+            given = more if inputs[1] is other else {}
+            whole = packed(*inputs, need_weights=False, **given)[0]
+            monkeypatch.setattr(maps, "BLOCK_FLOATS", 2 * WIDTH * sum(t.size(1) for t in inputs))
+            parts = packed(*inputs, need_weights=False, **given)[0]
+            assert calls == [7, 2, 2, 2, 1]
+            torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-6)
+            calls.clear()
+            assert packed(*inputs, need_weights=True, **given)[1] is not None
+            handle = packed.out_proj.register_forward_hook(lambda module, args, out: None)
+            packed(*inputs, need_weights=False, **given)
+            handle.remove()
+            assert calls == [7, 7]
+            calls.clear()
+            monkeypatch.setattr(maps, "BLOCK_FLOATS", 1 << 19)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from packing.test_deferred import RANGE, ROWS, WIDTH, Counted, codes
 from torch import Tensor, nn
 from torch_geometric.nn import GraphConv, HeteroConv, SAGEConv
 
 import qgnn_plugin
+from qgnn_plugin.packing import producers
 from qgnn_plugin.packing.deferred import DeferredTensor
 from qgnn_plugin.packing.sums import Stacked
 
@@ -38,6 +40,25 @@ def test_a_sum_with_itself_or_with_numbers_is_computed() -> None:
     y = one.tensor()
     assert torch.equal(y + torch.ones(WIDTH), one.value + 1)
     assert torch.equal(torch.add(one.tensor(), one.tensor(), alpha=2), one.value + 2 * one.value)
+
+
+def test_a_sum_with_what_is_known_is_made_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the other term as a whole; with another shape or type, of what somebody else may write to, as ever."""
+    monkeypatch.setattr(producers, "BLOCK_FLOATS", 64 * WIDTH)
+    known = torch.randn(ROWS, WIDTH)
+    before = known.clone()
+    for turned in (False, True):
+        (one,) = sources(1)
+        x = one.tensor().relu()
+        total = known + x if turned else x + known
+        assert type(total) is Tensor
+        assert torch.equal(total, known + one.value.relu())
+        assert x.pending.value is None
+        assert torch.equal(known, before)
+        total.zero_()
+        assert torch.equal(x + known.double(), known.double() + one.value.relu())
+    (one,) = sources(1)
+    assert torch.equal(one.tensor() + known[:1], known[:1] + one.value)
 
 
 def test_the_sum_of_a_stack_is_that_of_torch() -> None:
