@@ -20,7 +20,7 @@ aten = torch.ops.aten
 def note_sum(x: Any, other: Any, **options: Any) -> Tensor | None:
     """``x + other`` of two matrices that are not computed yet; of one of them by blocks of rows, without it as a whole.
     """
-    if options or not (isinstance(x, Tensor) and isinstance(other, Tensor)):
+    if options or not all(isinstance(t, Tensor) for t in (x, other)):
         return None
     if other is x or other.shape != x.shape or x.device != other.device:
         return None
