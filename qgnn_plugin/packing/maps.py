@@ -251,6 +251,8 @@ class PackedEmbedding(PackedWeights):
         return self._rows(None)
 
     def _rows(self, index: Tensor | None) -> Tensor:
+        if index is not None and index.numel() > self.num_embeddings:  # types of edges, and the like
+            return self._rows(None).index_select(0, index)
         table = self._weight("weight")
         assert isinstance(table, PackedMatrix)
         words, scale, lower = table.words, table.scale, table.lower
