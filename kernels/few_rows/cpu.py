@@ -28,6 +28,7 @@ from ..cpu.epilogue import (
     HAS_TERM,
     HAS_UNIT,
     MULTIPLIED,
+    RELU,
     finish_rows,
     floats,
     opened,
@@ -139,42 +140,74 @@ def opened_message(out, rows, width, bits, scale, lower_at, zero, unit):
     return words, multipliers
 
 
-@jit.kernel
-def _mapped(fixed, x_at, rows, row_scale, addend, out):
-    given = carray(at(fixed, np.int64), (NUM_FIXED,))
-    num_in, num_out, count, bits = given[NUM_IN], given[NUM_OUT], given[W_COUNT], given[BITS]
-    if whole_checksum(given[WORDS], given[WORD_BYTES]) != given[CONTENTS]:
-        return REWRITTEN
-    x, weight, start = raw_at(x_at, np.float32), raw_at(given[WEIGHT], np.int32), raw_at(given[START], np.int32)
-    stretch, depth, unit, zeros = given[STRETCH], given[DEPTH], given[X_UNIT], floats(given[ZEROS], NUM_ZEROS)
-    top, flip = np.float32((1 << bits) - 1), SIGN if bits == FULL_BYTE else 0
-    # The ranges: of the input, where each row has a multiple of it, of the weight, and of the result.
-    step = floats(given[X_SCALE], 1)
-    lower_owner, w_lower = np.empty(1, np.float32), np.empty(count, np.float32)
-    _lower(given[X_LOWER], zeros[X_ZERO], step, 1, lower_owner)
+@njit(forceinline=True)
+def _opened_map(given, rows, out, w_lower, x_lower, multiples, row_scale, addend, relu):
+    """What follows the product with the weight of ``given``: its result at ``out``, as floats or as a message."""
+    zeros = floats(given[ZEROS], NUM_ZEROS)
+    num_out, count, bits, unit = given[NUM_OUT], given[W_COUNT], given[OUT_BITS], given[OUT_UNIT]
     _lower(given[W_LOWER], zeros[W_ZERO], floats(given[W_SCALE], count), count, w_lower)
-    unit_inverse = np.float32(1) / floats(unit, 1)[0] if unit else np.float32(0)
-    multiples_owner = np.empty(rows, np.uint8)
-    multiples = raw(multiples_owner)
     flags = HAS_DST | HAS_TERM | MULTIPLIED | (HAS_BIAS if given[BIAS] else 0) | (HAS_ROW_SCALE if row_scale else 0)
-    flags |= HAS_ADDEND if addend else 0
-    nothing, out_bits, out_unit, multipliers, lower_end = np.int64(0), given[OUT_BITS], given[OUT_UNIT], 0, 0
-    ranges = 1 if out_bits else 0
-    if out_bits:
+    flags |= (HAS_ADDEND if addend else 0) | (RELU if relu else 0)
+    nothing, multipliers, lower_end = np.int64(0), np.int64(0), np.int64(0)
+    ranges = np.int64(1 if bits else 0)
+    if bits:
         lower_end = out
         out, multipliers = opened_message(
-            out, rows, num_out, out_bits, given[OUT_SCALE], given[OUT_LOWER], zeros[OUT_ZERO], out_unit
+            out, rows, num_out, bits, given[OUT_SCALE], given[OUT_LOWER], zeros[OUT_ZERO], unit
         )
-        flags |= HAS_UNIT if out_unit else 0
+        flags |= HAS_UNIT if unit else 0
     spec = opened((
-        rows, num_out, out_bits, np.int64(flags), out, np.int64(multipliers), out_unit,
+        rows, num_out, bits, np.int64(flags), out, multipliers, unit,
         given[W_SCALE], count, np.int64(w_lower.ctypes.data), count, nothing, given[BIAS],
-        given[OUT_SCALE], np.int64(ranges), np.int64(lower_end), np.int64(ranges), nothing,
-        given[X_SCALE], nothing, np.int64(lower_owner.ctypes.data), nothing,
-        row_scale, addend, np.int64(multiples_owner.ctypes.data),
+        given[OUT_SCALE], ranges, lower_end, ranges, nothing,
+        given[X_SCALE], nothing, np.int64(x_lower.ctypes.data), nothing,
+        row_scale, addend, np.int64(multiples.ctypes.data),
     ))  # fmt: skip
-    fill_terms(spec.columns, floats(given[COLSUM], num_out), np.float32(num_in))
+    fill_terms(spec.columns, floats(given[COLSUM], num_out), np.float32(given[NUM_IN]))
+    return spec
 
+
+@njit(forceinline=True)
+def _quantize_rows(x, first, count, width, unit, step, lower, bits, multiples, codes, pitch, sums, tail):
+    """Codes and multipliers of the rows ``[first, first + count)``, and the sums of these codes; whether they are
+    finite.
+    """
+    unit_inverse = np.float32(1) / floats(unit, 1)[0] if unit else np.float32(0)
+    top, flip, finite = np.float32((1 << bits) - 1), SIGN if bits == FULL_BYTE else 0, True
+    for r in range(count):
+        base = (first + r) * width
+        peak = row_peak(x, base, width)
+        finite = finite and peak <= LARGEST
+        m = row_multiplier(peak, unit_inverse) if unit else np.int64(1)
+        poke(multiples, first + r, m)
+        factor = np.float32(m)
+        inverse, low = np.float32(1) / (step * factor), lower * factor
+        poke(sums, r, _quantize_row(x, base, width, low, inverse, top, flip, codes, r * pitch, tail))
+    return finite
+
+
+@jit.kernel
+def _mapped(fixed, x_at, rows, row_scale, addend, relu, out, other, other_out):
+    given = carray(at(fixed, np.int64), (NUM_FIXED,))
+    more = carray(at(other if other else fixed, np.int64), (NUM_FIXED,))
+    for one in (given, more):
+        if whole_checksum(one[WORDS], one[WORD_BYTES]) != one[CONTENTS]:
+            return REWRITTEN
+    num_in, bits, unit = given[NUM_IN], given[BITS], given[X_UNIT]
+    # The ranges: of the input, where each row has a multiple of it, of the weight, and of the result.
+    step, nothing = floats(given[X_SCALE], 1), np.int64(0)
+    lower_owner, w_lower = np.empty(1, np.float32), np.empty(given[W_COUNT], np.float32)
+    _lower(given[X_LOWER], floats(given[ZEROS], NUM_ZEROS)[X_ZERO], step, 1, lower_owner)
+    multiples_owner = np.empty(rows, np.uint8)
+    spec = _opened_map(given, rows, out, w_lower, lower_owner, multiples_owner, row_scale, addend, relu)
+    also, also_lower = spec, w_lower
+    if other:
+        also_lower = np.empty(more[W_COUNT], np.float32)
+        also = _opened_map(
+            more, rows, other_out, also_lower, lower_owner, multiples_owner, nothing, nothing, nothing
+        )
+
+    depth, stretch = given[DEPTH], max(given[STRETCH], more[STRETCH])
     pitch = (4 * depth + GROUP - 1) // GROUP * GROUP  # bytes of a row of codes
     block = min(BLOCK_ROWS, (rows + 5) // 6 * 6)
     codes_owner = np.empty(block * pitch, np.uint8)
@@ -182,27 +215,25 @@ def _mapped(fixed, x_at, rows, row_scale, addend, out):
     acc_owner = np.empty(block * stretch + GROUP, np.float32)
     acc = raw_aligned(raw(acc_owner))
     sums_owner, tail_owner = np.empty(block, np.float32), np.empty(GROUP, np.float32)
-    unpacked = np.empty(scratch_bytes(num_out, out_bits), np.uint8)
-    sums, tail = raw(sums_owner), raw(tail_owner)
-    found = DONE
+    most, widest = max(given[OUT_BITS], more[OUT_BITS]), max(given[NUM_OUT], more[NUM_OUT])
+    unpacked = np.empty(scratch_bytes(widest, most), np.uint8)
+    x, sums, tail, found = raw_at(x_at, np.float32), raw(sums_owner), raw(tail_owner), DONE
+    multiples = raw(multiples_owner)
     for first in range(0, rows, block):
         here = min(block, rows - first)
-        for r in range(here):
-            base = (first + r) * num_in
-            peak = row_peak(x, base, num_in)
-            if not peak <= LARGEST:
-                found = NOT_FINITE
-            m = row_multiplier(peak, unit_inverse) if unit else np.int64(1)
-            poke(multiples, first + r, m)
-            factor = np.float32(m)
-            inverse, low = np.float32(1) / (step[0] * factor), lower_owner[0] * factor
-            poke(sums, r, _quantize_row(x, base, num_in, low, inverse, top, flip, codes, r * pitch, tail))
-        if found != DONE:
+        if not _quantize_rows(
+            x, first, here, num_in, unit, step[0], lower_owner[0], bits, multiples, codes, pitch, sums, tail
+        ):
+            found = NOT_FINITE
             break
-        multiply(lanes, pitch // 4, here, weight, stretch, depth, start, acc)
-        finish_rows(acc, 0, stretch, sums, first, here, spec, raw(unpacked))
+        for part in range(2 if other else 1):
+            one, end = (given, spec) if part == 0 else (more, also)
+            weight, start = raw_at(one[WEIGHT], np.int32), raw_at(one[START], np.int32)
+            multiply(lanes, pitch // 4, here, weight, one[STRETCH], depth, start, acc)
+            finish_rows(acc, 0, one[STRETCH], sums, first, here, end, raw(unpacked))
     keep(lower_owner)
     keep(w_lower)
+    keep(also_lower)
     keep(multiples_owner)
     keep(codes_owner)
     keep(acc_owner)
@@ -283,7 +314,17 @@ class Dense(Fixed):
             [WORDS, W_SCALE, W_LOWER, BIAS, X_SCALE, X_LOWER, X_UNIT, OUT_SCALE, OUT_LOWER, OUT_UNIT]
         ] = self.places  # fmt: skip
 
-    def __call__(self, x_at: int, rows: int, out_at: int, row_scale_at: int = 0, addend_at: int = 0) -> bool:
+    def __call__(
+        self,
+        x_at: int,
+        rows: int,
+        out_at: int,
+        row_scale_at: int = 0,
+        addend_at: int = 0,
+        relu: bool = False,
+        other: Dense | None = None,
+        other_at: int = 0,
+    ) -> bool:
         """Write the result for ``rows`` contiguous rows at ``x_at`` to ``out_at``: ``[rows, O]`` float32, or a message.
 
         Args:
@@ -292,14 +333,22 @@ class Dense(Fixed):
             out_at: Where the result goes, aligned to a cache line for a message.
             row_scale_at: A factor of each row, float32 ``[rows]``; or 0.
             addend_at: Float32 ``[rows, O]``, which may be ``out_at``; or 0.
+            relu: Whether what is negative becomes 0, before the factor.
+            other: A map of the same codes, those of the same range, by another weight.
+            other_at: Where its result goes.
 
         Returns:
             Whether the rows are finite; what is written is of no use unless they are.
         """
-        if self._places() != self.places:
-            self._lay_out()
-        found = _mapped(self.place, x_at, rows, row_scale_at, addend_at, out_at)
+        for one in (self,) if other is None else (self, other):
+            if one._places() != one.places:
+                one._lay_out()
+        also = 0 if other is None else other.place
+        args = (self.place, x_at, rows, row_scale_at, addend_at, int(relu), out_at, also, other_at)
+        found = _mapped(*args)
         if found == REWRITTEN:
             self._lay_out()
-            found = _mapped(self.place, x_at, rows, row_scale_at, addend_at, out_at)
+            if other is not None:
+                other._lay_out()
+            found = _mapped(*args)
         return found == DONE

@@ -79,13 +79,17 @@ SIGNS = SIGN * ONES - (1 << 32)  # SIGN in each byte, as an int32
 
 
 def _weights(w_words: Tensor, in_features: int, bits: int, signed: bool) -> tuple[Any, ...]:
-    """Weights as ``[K / 4, ceil64(O)]`` words of four codes, the accumulators' start, column sums."""
+    """Weights as ``[O / 64, K / 4, 64]`` words of four codes, the accumulators' start, column sums.
+
+    What one step over the rows reads lies together: columns of a wide matrix would meet in a few sets of the cache.
+    """
     codes = unpack_codes(w_words, in_features, bits)
     channels, depth = codes.size(0), -(-in_features // FEATURES)
     stretch = -(-channels // LANES) * LANES
     padded = codes.new_zeros((stretch, depth * FEATURES))
     padded[:channels, :in_features] = codes
-    words = padded.view(stretch, depth, FEATURES).transpose(0, 1).contiguous().view(torch.int32)
+    tiles = padded.view(stretch // LANES, LANES, depth, FEATURES).transpose(1, 2)
+    words = tiles.contiguous().view(torch.int32)
     colsum = padded.sum(1, dtype=torch.int32)
     start = SIGN * colsum if signed else torch.zeros_like(colsum)
     return words, start, colsum[:channels].to(torch.float32)
@@ -113,11 +117,11 @@ def weights_of(w_words: Tensor, in_features: int, bits: int, signed: bool) -> tu
 
 
 @njit(forceinline=True)
-def _tile(x, base, pitch, weight, channel, stretch, depth, start):
-    """Dot products of six rows of bytes with ``LANES`` channels from ``channel``."""
+def _tile(x, base, pitch, weight, channel, depth, start):
+    """Dot products of six rows of bytes with ``LANES`` channels from ``channel``, a multiple of these."""
     a = b = c = d = e = f = start
     for k in range(depth):
-        w = vload(weight, channel + k * stretch, LANES)
+        w = vload(weight, channel * depth + k * LANES, LANES)
         at = base + k
         a = vdot(a, w, vsplat(peek(x, at), LANES))
         b = vdot(b, w, vsplat(peek(x, at + pitch), LANES))
@@ -134,7 +138,7 @@ def multiply(x, pitch, rows, weight, stretch, depth, start, acc):
     for o in range(0, stretch, LANES):
         begin = vload(start, o, LANES)
         for r in range(0, rows, MICRO_ROWS):
-            a, b, c, d, e, f = _tile(x, r * pitch, pitch, weight, o, stretch, depth, begin)
+            a, b, c, d, e, f = _tile(x, r * pitch, pitch, weight, o, depth, begin)
             at = r * stretch + o
             vstore(acc, at, vcast(a, "f32"))
             vstore(acc, at + stretch, vcast(b, "f32"))

@@ -104,7 +104,10 @@ class PackedGINConv(GIN, Frozen):
 
     def forward(self, x: Any, edge_index: Any, size: Any = None) -> Tensor:
         few = direct_gin(self, x, edge_index, size)
-        return self._convolved(x, edge_index, size) if few is None else self._through_network(few)
+        if few is None:
+            return self._convolved(x, edge_index, size)
+        out, is_whole = few
+        return out if is_whole else self._through_network(out)
 
     def _through_network(self, sums: Tensor) -> Tensor:
         try:

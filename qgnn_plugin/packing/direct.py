@@ -22,6 +22,7 @@ from .ranges import SiteSpec
 
 __all__ = [
     "Direct",
+    "direct_call",
     "direct_product",
     "has_hooks",
     "is_few",
@@ -171,14 +172,20 @@ def _made(layer: Any) -> Any:
     return None if site is None else prepared_map(layer, site, layer._parameters.get("bias"))
 
 
+def direct_call(layer: Any) -> Any:
+    """The prepared call of the packed linear ``layer``, :obj:`None` where it has none or somebody looks at its site."""
+    site = layer._modules.get("input_quantizer")
+    call = prepared(layer, (*sources_of_map(layer), *sources_of_range(site)), _made)
+    return None if call is None or not site.check or has_hooks(site) else call
+
+
 def direct_product(layer: Any, x: Any) -> Tensor | None:
     """What the packed linear ``layer`` gives for ``x``, :obj:`None` where that is for the long way to say."""
     if not is_plain_call(layer, x):
         return None
-    site = layer._modules.get("input_quantizer")
-    call = prepared(layer, (*sources_of_map(layer), *sources_of_range(site)), _made)
+    call = direct_call(layer)
     shape, num_in, num_out = x.shape, layer._num_in, layer._num_out
-    if call is None or not shape or shape[-1] != num_in or not site.check or has_hooks(site):
+    if call is None or not shape or shape[-1] != num_in:
         return None
     rows = x.numel() // num_in
     if rows == 0 or not is_few(rows * num_out) or is_shared(rows * (1 + num_in * num_out // ROW_COST)):

@@ -33,10 +33,10 @@ from .direct import (
     sources_of_map,
     sources_of_range,
 )
+from .direct_network import direct_steps, lines
 
 __all__ = ["NONE", "address_of", "direct_gcn", "direct_gin", "direct_sage", "fits", "result_of", "rows_of", "scratch"]
 
-LINE = 64  # bytes of a cache line
 ROOT, INVERSE, NONE = 1, 0, -1  # factors of nodes (:func:`.few_edges`)
 SUMS = {"mean": INVERSE, "sum": NONE, "add": NONE}
 
@@ -72,6 +72,12 @@ class _Scratch(threading.local):
             self.memory = torch.empty(size, dtype=torch.uint8)
             self.size, self.address, self.array = size, self.memory.data_ptr(), self.memory.numpy()
         return self.address
+
+    def copied(self, at: int, rows: int, width: int) -> Tensor:
+        """A copy of the float32 matrix ``[rows, width]`` at the address ``at``."""
+        assert self.memory is not None
+        start = at - self.address
+        return self.memory[start : start + 4 * rows * width].view(torch.float32).view(rows, width).clone()
 
 
 scratch = _Scratch()
@@ -182,19 +188,17 @@ def _sage_maps_first(left: Any, x: Tensor, graph: FewEdges, made: Any) -> Tensor
     rows, width = graph.num_src, left._num_out
     out = result_of(rows, width)
     at, x_at, out_at = scratch.at(mapped.room(rows)), x.data_ptr(), out.data_ptr()
-    if not mapped(x_at, rows, at):
+    if not mapped(x_at, rows, at, other=own, other_at=out_at):  # of the same codes
         return None
-    bias = left._parameters.get("bias")
-    sums(at, sent._buffers["scale"].data_ptr(), graph, out_at, graph.factor_at, address_of(bias))
-    if own is not None:
-        own(x_at, rows, out_at, 0, out_at)
+    bias, addend_at = left._parameters.get("bias"), 0 if own is None else out_at
+    sums(at, sent._buffers["scale"].data_ptr(), graph, out_at, graph.factor_at, address_of(bias), addend_at)
     return out
 
 
 def _sage_sums_first(left: Any, x: Tensor, graph: FewEdges, made: Any) -> Tensor | None:
     packed, sums, own, site, mapped = made
     rows, num_in = graph.num_src, left._num_in
-    out, room = result_of(rows, left._num_out), (packed.room(rows) + LINE - 1) // LINE * LINE
+    out, room = result_of(rows, left._num_out), lines(packed.room(rows))
     at, x_at, out_at = scratch.at(room + 4 * rows * num_in), x.data_ptr(), out.data_ptr()
     means_at = at + room
     if not packed(x_at, rows, at):
@@ -219,8 +223,10 @@ def _make_gin(layer: Any) -> Any:
     return {}, range_, epsilon
 
 
-def direct_gin(layer: Any, x: Any, edge_index: Any, size: Any) -> Tensor | None:
-    """What the packed GINConv ``layer`` gives to its network, :obj:`None` where that is for the long way to say."""
+def direct_gin(layer: Any, x: Any, edge_index: Any, size: Any) -> tuple[Tensor, bool] | None:
+    """What the packed GINConv ``layer`` gives, or what its network is given, and whether it is the former; :obj:`None`
+    where that is for the long way to say.
+    """
     rows = 0 if size is not None else rows_of(layer, x)
     if not rows:
         return None
@@ -236,9 +242,20 @@ def direct_gin(layer: Any, x: Any, edge_index: Any, size: Any) -> Tensor | None:
     if width not in known:
         known[width] = few_rows_packed(width, range_, epsilon), neighbour_sums(width, site.bits)
     packed, sums = known[width]
-    out = result_of(rows, width)
-    at, out_at = scratch.at(packed.room(rows)), out.data_ptr()
+    steps = direct_steps(layer._modules["nn"], rows, width)
+    room = lines(packed.room(rows))
+    if steps is None:
+        out = result_of(rows, width)
+        at, out_at = scratch.at(room), out.data_ptr()
+    else:
+        at = scratch.at(room + lines(4 * rows * width) + steps.room(rows))
+        out_at = at + room
     if not packed(x.data_ptr(), rows, at, out_at):
         return None
     sums(at, site._buffers["scale"].data_ptr(), graph, out_at, 0, 0, out_at)
-    return out
+    if steps is None:
+        return out, False
+    out = result_of(rows, steps.width)
+    if steps(out_at, rows, out_at + lines(4 * rows * width), out.data_ptr()):
+        return out, True
+    return scratch.copied(out_at, rows, width), False  # what is not finite is for the network to say

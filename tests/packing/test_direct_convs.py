@@ -100,9 +100,11 @@ def directly(layer: Any, x: Any, edge_index: Any, third: Any = None) -> Tensor |
     """The short way, :obj:`None` where it is not taken."""
     if isinstance(layer, GATConv):
         return direct_gat(layer, x, edge_index, None, third, None)
-    short = {"GCNConv": direct_gcn, "SAGEConv": direct_sage, "GINConv": direct_gin}[type(layer).__name__]
-    found = short(layer, x, edge_index, third)
-    return layer.nn(found) if found is not None and short is direct_gin else found
+    if isinstance(layer, GINConv):
+        few = direct_gin(layer, x, edge_index, third)
+        return few if few is None else few[0] if few[1] else layer.nn(few[0])
+    short = {"GCNConv": direct_gcn, "SAGEConv": direct_sage}[type(layer).__name__]
+    return short(layer, x, edge_index, third)
 
 
 def long_way(layer: Any, x: Tensor, edge_index: Any) -> Tensor:
