@@ -1,10 +1,16 @@
-"""Files of packed tensors: safetensors with a description and checksums in the header."""
+"""Files of packed tensors: safetensors with a description and checksums in the header.
+
+A description of more than a few fields is a third of a small file, most of it the same few names: it is compressed
+(zlib, in base 85, which JSON need not escape), and the version of the file says so.
+"""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -17,7 +23,8 @@ from . import tensor_file
 __all__ = ["PathLike", "kind_of", "read", "refuse", "write"]
 
 FORMAT = "qgnn_plugin"
-VERSION = 1
+PLAIN, COMPRESSED = VERSIONS = (1, 2)  # how the description is written
+LARGEST_DESCRIPTION = tensor_file.LARGEST_HEADER  # bytes, once it is no longer compressed
 DIGEST_BYTES = 8
 DIGEST_CHARS = 2 * DIGEST_BYTES
 
@@ -37,8 +44,9 @@ def write(path: PathLike, kind: str, tensors: Mapping[str, Tensor], description:
         ValueError: If a tensor is sparse or of a type that the format does not know.
     """
     stored = {name: _on_host(name, tensor) for name, tensor in tensors.items()}
+    version, description = _shorter(description)
     header = {
-        "version": VERSION,
+        "version": version,
         "layout": LAYOUT_VERSION,
         "kind": kind,
         "checksums": "".join(_digest(tensor_file.as_bytes(stored[name])) for name in sorted(stored)),
@@ -47,6 +55,28 @@ def write(path: PathLike, kind: str, tensors: Mapping[str, Tensor], description:
     text = json.dumps(header, separators=(",", ":"), allow_nan=False)
     with atomic_file(path) as file:
         tensor_file.write(file, stored, {FORMAT: _digest(text.encode()) + text})
+
+
+def _shorter(description: Any) -> tuple[int, Any]:
+    """The version of a file with this description, and what is written: the text of fewer bytes."""
+    text = json.dumps(description, separators=(",", ":"), allow_nan=False)
+    compressed = base64.b85encode(zlib.compress(text.encode(), 9)).decode()
+    return (COMPRESSED, compressed) if len(compressed) < len(text) else (PLAIN, description)
+
+
+def _description(path: PathLike, header: Mapping[str, Any]) -> Any:
+    """The description in a header, of either version."""
+    value = header.get("description")
+    if header["version"] == PLAIN:
+        return value
+    try:
+        stream = zlib.decompressobj()
+        text = stream.decompress(base64.b85decode(value), LARGEST_DESCRIPTION)
+        if not stream.eof:
+            raise ValueError("it is truncated or too long")
+        return tensor_file.parse_json(text.decode())
+    except (TypeError, ValueError, zlib.error) as error:
+        refuse(path, "description", f"a compressed text ({error})", value)
 
 
 def _on_host(name: str, tensor: Tensor) -> Tensor:
@@ -68,11 +98,13 @@ def read(path: PathLike, kind: str, *, verify: bool = True, mmap: bool = False) 
         ValueError: If it is damaged, truncated, foreign, or of another kind or version.
     """
     tensors, header = _opened(path, mmap=mmap)
-    for field, value in {"version": VERSION, "layout": LAYOUT_VERSION, "kind": kind}.items():
-        if header.get(field) != value:
-            raise ValueError(f"Expected {field} {value!r} in '{shown(path)}' (got {_brief(header.get(field))})")
+    for field, values in {"version": VERSIONS, "layout": (LAYOUT_VERSION,), "kind": (kind,)}.items():
+        found = header.get(field)
+        if not any(type(found) is type(value) and found == value for value in values):
+            wanted = " or ".join(map(repr, values))
+            raise ValueError(f"Expected {field} {wanted} in '{shown(path)}' (got {_brief(found)})")
     _check_sums(path, tensors, header.get("checksums"), verify)
-    return tensors, header.get("description")
+    return tensors, _description(path, header)
 
 
 def kind_of(path: PathLike) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
 import random
 import resource
 import struct
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -83,6 +85,8 @@ def rewrite(path: Path, change: Callable[[Any], Any], source: Path | None = None
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])
     inner = json.loads(header["__metadata__"]["qgnn_plugin"][container.DIGEST_CHARS :])
+    if inner["version"] == container.COMPRESSED:
+        inner |= {"version": container.PLAIN, "description": container._description(path, inner)}
     text = change(inner)
     text = text if isinstance(text, str) else json.dumps(text)
     header["__metadata__"]["qgnn_plugin"] = container._digest(text.encode("utf-8", "surrogatepass")) + text
@@ -186,6 +190,43 @@ def test_other_texts(what: str, tmp_path: Path) -> None:
     rewrite(path, TEXTS[what])
     with pytest.raises(ValueError, match=r"model'"):
         PackedEmbeddings.load(path)
+
+
+def folded(text: bytes) -> str:
+    return base64.b85encode(zlib.compress(text, 9)).decode()
+
+
+COMPRESSED: dict[str, Callable[[Any], Any]] = {
+    "no text": lambda text: {"model": "GCN"},
+    "none": lambda text: None,
+    "other letters": lambda text: "é" + text[1:],
+    "cut": lambda text: text[:-20],
+    "damaged": lambda text: text[:30] + text[31:] + text[30],
+    "no JSON": lambda text: folded(b"{"),
+    "no UTF-8": lambda text: folded(b'"\xff"'),
+    "a name twice": lambda text: folded(b'{"model": 1, "model": 1}'),
+    "a number that is none": lambda text: folded(b"[NaN]"),
+    "nested beyond the stack": lambda text: folded(b"[" * 100_000 + b"]" * 100_000),
+    "much of nothing": lambda text: folded(b" " * (container.LARGEST_DESCRIPTION + 1)),
+    "something else": lambda text: folded(b"[1]"),
+}
+
+
+@pytest.mark.parametrize("what", COMPRESSED)
+def test_other_compressed_descriptions(what: str, tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    qgnn_plugin.save_packed(packed_pair("gcn", bits=2)[1], path)
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    inner = json.loads(header["__metadata__"]["qgnn_plugin"][container.DIGEST_CHARS :])
+    assert inner["version"] == container.COMPRESSED
+    text = json.dumps({**inner, "description": COMPRESSED[what](inner["description"])})
+    header["__metadata__"]["qgnn_plugin"] = container._digest(text.encode()) + text
+    written = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(written)) + written + data[8 + length :])
+    with pytest.raises(ValueError, match=r"field 'description' of '.*model'"):
+        qgnn_plugin.load_packed(path, MODELS["gcn"]())
 
 
 def other_shape(header: dict[str, Any], **changes: Any) -> dict[str, Any]:
