@@ -38,8 +38,8 @@ def measured_propagation(layer: Any, call: LayerCall) -> MeasuredError:
     pairs = [(a.found, b.found) for a, b in zip(quantized, exact, strict=True)]
     carried = [float((a - b).norm()) for a, b in [*pairs, (out, expected)]]
     error = max([of_input.error, *(s.error for s in sent)])
-    states = tuple(zip(carried, bounds, strict=True))
-    return MeasuredError(error, carried[-1], bounds[-1], float(expected.norm()), states)
+    of_states = tuple(zip(carried, bounds, strict=True))
+    return MeasuredError(error, carried[-1], bounds[-1], float(expected.norm()), of_states)
 
 
 def _injected(quantizer: QLRQuantizer | None, passed: Passed, source: Tensor | None) -> Injection:

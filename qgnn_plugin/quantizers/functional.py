@@ -72,48 +72,50 @@ class _QuantizeCodes(torch.autograd.Function):
 
 _BITS = {top_code(bits): bits for bits in PACKED_BITS}
 _DEVICES = ("cpu", "cuda")  # of which the op has kernels, or may run its reference
+_DTYPES = (torch.float32, torch.float64)  # the latter on the CPU, past the dispatcher
 
 
 def _op_bits(x: Tensor, scale: Tensor, lower: Tensor, qmax: int) -> int | None:
-    """The width at which the op ``fake_quantize`` takes ``x`` ``[*, F]``; :obj:`None` where it does not.
+    """The width at which the op ``fake_quantize`` takes ``x`` ``[*, F]``; :obj:`None` where it does not."""
+    dtype, shape = x.dtype, scale.shape
+    if dtype not in _DTYPES or scale.dtype is not dtype or lower.dtype is not dtype or lower.shape != shape:
+        return None
+    fits = scale.numel() == 1 or (x.dim() >= 2 and shape == (*x.shape[:-1], 1))
+    return _BITS.get(qmax) if fits and x.numel() else None
+
+
+def _dispatched_bits(x: Tensor, scale: Tensor, lower: Tensor, qmax: int) -> int | None:
+    """:func:`_op_bits` where the op is called through the dispatcher.
 
     A compiler makes one kernel of the formula and what is around it, so it has the formula.
     """
-    if x.numel() == 0 or x.device.type not in _DEVICES or x.dtype not in (torch.float32, torch.float64):
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.device.type not in _DEVICES:
         return None
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not (scale.dtype == lower.dtype == x.dtype):
-        return None
-    per_row = x.dim() >= 2 and scale.shape == (*x.shape[:-1], 1)
-    known = lower.shape == scale.shape and (scale.numel() == 1 or per_row)
-    return _BITS.get(qmax) if known else None
+    return None if x.dtype is not torch.float32 else _op_bits(x, scale, lower, qmax)
 
 
 def _rounded(x: Tensor, scale: Tensor, lower: Tensor, qmax: int) -> Tensor:
     """Codes by the op; those that it does not know by the formula, bitwise the same."""
-    bits = _op_bits(x, scale, lower, qmax)
-    if bits is not None and x.is_cpu and is_direct():
-        codes: Tensor = implementation("fake_quantize", "cpu")(x, scale, lower, bits, True)
-        return codes
-    if bits is None or x.dtype != torch.float32:
-        return _codes(x, scale, lower, qmax)
-    out: Tensor = torch.ops.qgnn.fake_quantize(_matrix(x), *_ranges(scale, lower), bits, True)
-    return out.view(x.shape)
+    if x.is_cpu and is_direct():
+        if (bits := _op_bits(x, scale, lower, qmax)) is not None:
+            return implementation("fake_quantize", "cpu")(x, scale, lower, bits, True)
+    elif (bits := _dispatched_bits(x, scale, lower, qmax)) is not None:
+        return torch.ops.qgnn.fake_quantize(_matrix(x), *_ranges(scale, lower), bits, True).view(x.shape)
+    return _codes(x, scale, lower, qmax)
 
 
 def _rounded_backward(
     grad: Tensor, x: Tensor, scale: Tensor, lower: Tensor, qmax: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by the op; sums of rows and of rows' sums are in an order of its own."""
-    bits = _op_bits(x, scale, lower, qmax)
-    if bits is not None and x.is_cpu and is_direct():
-        gradients: tuple[Tensor, Tensor, Tensor] = implementation("fake_quantize_backward", "cpu")(
-            grad, x, scale, lower, bits, True
-        )
-        return gradients
-    if bits is None or x.dtype != torch.float32:
-        return _codes_backward(grad, x, scale, lower, qmax)
-    found = torch.ops.qgnn.fake_quantize_backward(_matrix(grad), _matrix(x), *_ranges(scale, lower), bits, True)
-    return tuple(g.view(like.shape) for g, like in zip(found, (x, scale, lower), strict=True))  # type: ignore[return-value]
+    """Gradients by the op, which adds up those of the range in an order of its own."""
+    if x.is_cpu and is_direct():
+        if (bits := _op_bits(x, scale, lower, qmax)) is not None:
+            return implementation("fake_quantize_backward", "cpu")(grad, x, scale, lower, bits, True)
+    elif (bits := _dispatched_bits(x, scale, lower, qmax)) is not None:
+        found = torch.ops.qgnn.fake_quantize_backward(_matrix(grad), _matrix(x), *_ranges(scale, lower), bits, True)
+        grad_x, grad_scale, grad_lower = found
+        return grad_x.view(x.shape), grad_scale.view(scale.shape), grad_lower.view(lower.shape)
+    return _codes_backward(grad, x, scale, lower, qmax)
 
 
 def _matrix(x: Tensor) -> Tensor:

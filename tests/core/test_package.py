@@ -1,7 +1,9 @@
 """What ``import qgnn_plugin`` offers, and what it does not load."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -46,6 +48,46 @@ def test_the_import_resolves_no_paths_of_other_modules() -> None:
         "import qgnn_plugin; print(len(paths))"
     )
     assert int(_run(code)) < 10
+
+
+# What is in a line may import what is in the lines before it, and each other.
+LEVELS = (
+    ("kernels",),
+    ("quantizers", "graph"),
+    ("smp",),
+    ("layers",),
+    ("packing", "messages"),
+    ("convs",),
+    ("analysis", "data", "onnx"),
+    ("cli",),
+)
+
+
+def _imported(file: Path, package: list[str]) -> set[str]:
+    """The sub-packages that a module imports from."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            path = [*package[: len(package) - node.level + 1], *(node.module or "").split(".")]
+            names = [path[1]] if len(path) > 1 and path[1] else [alias.name for alias in node.names]
+            found |= set(names)
+    return found
+
+
+def test_imports_go_down() -> None:
+    """Between the sub-packages; what is beside them, at the top, is the interface and what all of them share."""
+    root = Path(qgnn.__file__).parent
+    rank = {name: level for level, names in enumerate(LEVELS) for name in names}
+    folders = {folder.name for folder in root.iterdir() if (folder / "__init__.py").exists()}
+    assert folders - set(rank) <= {"kernels", "lightning_modules"}
+    upwards = [
+        f"{file.relative_to(root)} -> {name}"
+        for folder in folders & set(rank)
+        for file in (root / folder).rglob("*.py")
+        for name in _imported(file, ["qgnn_plugin", *file.relative_to(root).parts[:-1]]) & set(rank)
+        if rank[name] > rank[folder]
+    ]
+    assert not upwards
 
 
 def test_every_listed_name_is_there() -> None:

@@ -1,6 +1,8 @@
 """Schemas of the ops: what exported programs and compiled code name, so they stay as they are."""
 
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -88,6 +90,27 @@ def test_schemas_are_those_of_the_version_before() -> None:
             name = schema.name.removeprefix("qgnn::") + (f".{schema.overload_name}" if schema.overload_name else "")
             found[name] = str(schema).removeprefix(f"qgnn::{name}")
     assert found == SCHEMAS
+
+
+# Of functions that people call; plans stand for their arrays.
+PUBLIC = (
+    aggregate.aggregate, attention_aggregate.attention_aggregate, fake_quantize.fake_quantize, head_dots.head_dots,
+    head_linear.head_linear, linear.linear, quantize_pack.quantize_pack, smp_step.smp_step,
+    unpack_dequantize.unpack_dequantize,
+)  # fmt: skip
+NO_ARGUMENTS = {"plan", "is_checked", "addend"}  # how a call is executed, not what it computes
+
+
+@pytest.mark.parametrize("function", PUBLIC, ids=lambda function: function.__name__)
+def test_public_functions_have_the_arguments_of_the_op(function: Callable[..., Any]) -> None:
+    op = inspect.signature(implementation(function.__name__, "torch")).parameters
+    public = inspect.signature(function).parameters
+    own = set(public) - (NO_ARGUMENTS - set(op))
+    assert own == set(op) - ({"rowptr", "col"} if "plan" in public else set())
+    for name in own:
+        assert public[name].annotation == op[name].annotation, name
+        if op[name].default is not inspect.Parameter.empty:
+            assert public[name].default == op[name].default, name
 
 
 OWN = [name for name in SCHEMAS if "." not in name and name not in ("holds", "inverse_root", "plan")]
