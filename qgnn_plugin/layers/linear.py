@@ -12,7 +12,7 @@ from ..quantizers import QLRQuantizer, QuantizedTensor
 from ..quantizers.autocast import full_precision
 from .arithmetic import linear
 from .base import QuantizedLayer, SiteFactory
-from .errors import names_layer
+from .errors import expect_features, names_layer
 from .factors import not_reading, readings
 from .normalized import compute_weight
 
@@ -35,7 +35,11 @@ class QuantizedLinear(QuantizedLayer):
         layer.weight_quantizer = sites.weight("weight", layer.weight)
 
     @names_layer
-    def forward(self, x: Tensor | QuantizedTensor) -> Tensor:
+    def forward(self, x: Any = None, *, input: Any = None) -> Tensor:
+        """``[*, K]``, or codes of it, to ``[*, O]``; PyG's class calls its argument ``x``, torch's ``input``."""
+        x = input if x is None else x
+        if x is None:
+            expect_features(x)
         return self._mapped(x, self.bias)
 
     def unbiased(self, x: Tensor) -> Tensor:

@@ -131,8 +131,9 @@ class PackedLinear(PackedLayer):
         for name, old in {"_num_out": "out_features", "_num_in": "in_features", "_site": "site"}.items():
             state[name] = state[old]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Any = None, *, input: Any = None) -> Tensor:
         """``[*, K]`` float32 (or ``torch.sparse_csr`` ``[N, K]``) to ``[*, O]`` float32."""
+        x = input if x is None else x
         few = direct_product(self, x)
         return self._mapped_rows(x) if few is None else few
 

@@ -311,3 +311,14 @@ def test_attributes_that_users_look_up_are_left_to_them(tmp_path: Path) -> None:
         qgnn.save_packed(packed, tmp_path / "m.safetensors")
         assert torch.equal(qgnn.load_packed(tmp_path / "m.safetensors", model)(x, edge_index), packed(x, edge_index))
     assert torch.equal(qgnn.restore_model(qmodel)(x, edge_index), model(x, edge_index))
+
+
+@pytest.mark.parametrize(("make", "name"), [(nn.Linear, "input"), (Linear, "x")])
+def test_linear_layers_are_called_by_the_name_of_their_own_argument(make: type[nn.Module], name: str) -> None:
+    x, model = features(), make(WIDTH, OUT)
+    qmodel = qgnn.calibrate(qgnn.quantize_model(model, bits=8), (x,)).eval()
+    packed = qgnn.pack_model(qmodel)
+    for called in (qgnn.quantize_model(model, bits=32), qmodel, packed):
+        assert torch.equal(called(**{name: x}), called(x))
+        with pytest.raises(TypeError, match=r"tensor of features|NoneType"):
+            called()
