@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch_geometric.typing
 from torch import Tensor
-from torch_geometric.nn import FastRGCNConv, HANConv, RGCNConv
+from torch_geometric.nn import FastRGCNConv, HANConv, RGATConv, RGCNConv
 
 from ..kernels.aggregate import aggregate
 from ..kernels.plan import GraphPlan
@@ -20,6 +20,7 @@ from .nodes import PackedNodes
 from .plans import found_by_contents, plan_of
 from .producers import Producer, with_epilogue
 from .ranges import PackedTensor
+from .rgat import rgat
 
 __all__ = ["own_form"]
 
@@ -185,5 +186,5 @@ def _by_block(rows: Tensor, weight: Tensor) -> Tensor:
 
 
 _FORMS: dict[Callable[..., Any], Form] = {
-    RGCNConv.forward: rgcn, FastRGCNConv.forward: fast_rgcn, HANConv.forward: han,
+    RGCNConv.forward: rgcn, FastRGCNConv.forward: fast_rgcn, HANConv.forward: han, RGATConv.forward: rgat,
 }  # fmt: skip
