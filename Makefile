@@ -32,7 +32,7 @@ test: $(STAMP)
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
-# The tests on the oldest versions that pyproject.toml claims, in an environment of its own (ARGS="tests/core -x").
+# The tests on the oldest versions that pyproject.toml claims, in an environment of its own (ARGS="tests/layers -x").
 FLOORS := build/floors
 .PHONY: test-floors
 test-floors: export OMP_NUM_THREADS ?= 1

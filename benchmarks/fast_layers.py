@@ -1,6 +1,6 @@
 """PyG's layers with this project's float products, so that two hundred float trainings fit in an hour on one core.
 
-Same parameters, same function, to float rounding (``tests/test_benchmark_models.py``); features may be sparse.  They
+Same parameters, same function, to float rounding (``tests/benchmarks/test_models.py``); features may be sparse.  They
 are registered for conversion like the layers they stand for.
 """
 

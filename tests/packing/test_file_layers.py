@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from core.support import CONVS, WIDTH, features, graph
-from core.test_generic_convs import GENERIC
+from layers.test_generic_convs import GENERIC
 from torch import Tensor, nn
 
 import qgnn_plugin

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from core.test_stale_graphs import EDGES, FEATURES, LAYERS, NODES, WEIGHTED, edges, models
+from graph.test_stale_graphs import EDGES, FEATURES, LAYERS, NODES, WEIGHTED, edges, models
 from torch import Tensor, nn
 from torch_geometric import EdgeIndex
 from torch_geometric.nn import GCNConv, SAGEConv

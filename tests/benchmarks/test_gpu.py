@@ -19,7 +19,7 @@ from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import layout, precompile, profiles, record, report, sections, worker
 from benchmarks.gpu.worker import LOST, Unit, run_units
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def conduct(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, limits: dict[str, float], limit: float = 60):
