@@ -121,9 +121,10 @@ class Producer:
 
     def __call__(self, **epilogue: Any) -> Rows:
         """The whole matrix; ``epilogue`` as that of ``run``."""
-        if self.is_fused or self._is_one_block:
+        # What is being traced has one block, and a comparison with its size would bound the program's number of rows.
+        if self.is_fused or torch.compiler.is_compiling() or self._is_one_block:
             return self.run(0, self.num_rows, **epilogue)
-        if self.only_kernels and not torch.compiler.is_compiling() and backend_for(self.device) == "cpu":
+        if self.only_kernels and backend_for(self.device) == "cpu":
             return self._shared_out(**epilogue)
         return gathered(self.num_rows, self.blocks(**epilogue))
 

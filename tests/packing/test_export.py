@@ -92,6 +92,14 @@ def test_one_program_serves_every_graph(name: str) -> None:
             assert torch.equal(run(*args), model(*args)), kind
 
 
+@pytest.mark.parametrize("name", ["GCN", "GraphSAGE", "GIN"])
+@torch.no_grad()
+def test_a_program_has_no_largest_graph(name: str) -> None:
+    found, inputs = models(name)
+    program = qgnn.export_program(found["packed"], inputs(50, 300))
+    assert {str(sizes.upper) for sizes in program.range_constraints.values()} == {"int_oo"}
+
+
 @torch.no_grad()
 def test_strict_export_and_own_shapes() -> None:
     found, inputs = models("GCN")
