@@ -1,7 +1,8 @@
 """Pictures of the README from result files: ``python -m benchmarks.pictures``, or ``make pictures``.
 
 ``accuracy-size.png`` has test accuracy against the bytes of the packed model, ``speed.png`` speed over the fastest
-float path of PyG.  Each is drawn on a light and (``-dark``) on a dark ground, told apart by shape as well as by colour.
+float path of all peers.  Each is drawn on a light and (``-dark``) on a dark ground, told apart by shape as well as by
+colour.
 The float models are those that were distilled from themselves, as the low-bit ones are from them, where there are such.
 Nothing is measured here: accuracy and time are those of ``accuracy.json`` and ``cpu.json``; bytes are those of
 a converted model of the same shape, which do not depend on what was learned.
@@ -22,11 +23,12 @@ from qgnn_plugin.atomic import atomic_file
 from qgnn_plugin.summaries import model_bytes
 
 from .models import build_model
+from .peers import OVER_PEERS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["accuracy_against_size", "main", "speed_over_pyg"]
+__all__ = ["accuracy_against_size", "main", "speed_over_peers"]
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = {"Cora": (1433, 7), "PubMed": (500, 3), "Photo": (745, 8), "CS": (6805, 15)}  # features, classes
@@ -81,8 +83,8 @@ def _points(runs: Rows, dataset: str, model: str) -> list[tuple[int, float, floa
     return points
 
 
-def speed_over_pyg(rows: Rows, threads: int = 1) -> Drawing:
-    """Bars of speed over the fastest float path that PyG has, by model and width."""
+def speed_over_peers(rows: Rows, threads: int = 1) -> Drawing:
+    """Bars of speed over the fastest float path of all peers, by model and width."""
     shown = [row for row in rows if row["threads"] == threads]
     models = list(dict.fromkeys(row["model"] for row in shown))
     widths = [name for name in WIDTHS if name != "FP32"]
@@ -92,14 +94,14 @@ def speed_over_pyg(rows: Rows, threads: int = 1) -> Drawing:
         axes = figure.subplots()
         edge = figure.get_edgecolor()
         for place, (width, hatch) in enumerate(zip(widths, HATCHES, strict=True)):
-            times = {row["model"]: row["over best PyG"] for row in shown if row["side"] == width}
+            times = {row["model"]: row[OVER_PEERS] for row in shown if row["side"] == width}
             at = [i + (place - 1) * 0.27 for i, model in enumerate(models) if model in times]
             bars = axes.bar(at, list(times.values()), 0.25, hatch=hatch, edgecolor=edge, label=width)
             axes.bar_label(bars, fmt="%.1f", fontsize=7)
         axes.axhline(1, linestyle="--", color=axes.xaxis.label.get_color(), linewidth=1)
         axes.set_xticks(range(len(models)), models)
         axes.set_title(f"one forward pass, {threads} thread{'s' * (threads > 1)} of a CPU")
-        axes.set_ylabel("speed, float PyG = 1")
+        axes.set_ylabel("speed, fastest float = 1")
         axes.legend()
 
     return draw
@@ -117,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if (found := _read(options.results / "accuracy.json")) and found.get("runs"):
         drawings["accuracy-size"] = accuracy_against_size(found["runs"])
     if (found := _read(options.results / "cpu.json")) and "inference" in found:
-        drawings["speed"] = speed_over_pyg(found["inference"]["data"]["rows"])
+        drawings["speed"] = speed_over_peers(found["inference"]["data"]["rows"])
     for name, draw in drawings.items():
         for suffix, dark in (("", False), ("-dark", True)):
             with atomic_file(out / f"{name}{suffix}.png") as file:

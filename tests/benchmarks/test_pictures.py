@@ -39,7 +39,7 @@ def test_float_models_are_distilled_as_the_others_are() -> None:
 def test_pictures_are_of_what_is_there(tmp_path: Path) -> None:
     pictures.main(["--results", str(tmp_path)])
     assert not list(tmp_path.iterdir())
-    rows = [{"model": "GCN", "threads": 1, "side": side, "over best PyG": 2.0} for side in ("INT2", "INT8", "PyG")]
+    rows = [{"model": "GCN", "threads": 1, "side": side, "over best peer": 2.0} for side in ("INT2", "INT8", "PyG")]
     (tmp_path / "cpu.json").write_text(json.dumps({"inference": {"data": {"rows": rows}}}))
     (tmp_path / "accuracy.json").write_text(json.dumps({"runs": _runs()}))
     pictures.main(["--results", str(tmp_path), "--out", str(tmp_path / "out")])
