@@ -25,12 +25,11 @@ from ..cpu.simd import atomic_add, keep, peek, poke, raw, vlanes
 from ..cpu.weighted import EDGE_BLOCK, LANES, add_edges, head_table, scale_heads, spread_sums
 from ..layout import parts_per_byte, top_code
 from . import FLOAT_BITS
-from .cpu_sums import HEADS, gat_kernel, head_groups, tile_lanes
+from .cpu_sums import FEW, HEADS, gat_kernel, head_groups, numerator_levels, tile_lanes
 
 __all__ = ["BLOCK_FLOATS", "are_bytes", "attention_aggregate", "thresholds_of"]
 
 BLOCK_FLOATS = 1 << 12
-FEW_THRESHOLDS = 15
 EXACT = 1 << 24  # integers below are exact in float32
 
 
@@ -102,7 +101,7 @@ def numerators(logits, count, heads, peak, thresholds, top, values):
         for h in range(heads):
             poke(logits, q * heads + h, peek(logits, q * heads + h) - peek(peak, h))
             poke(values, q * heads + h, 0)
-    if 0 < top <= FEW_THRESHOLDS:
+    if 0 < top <= FEW:
         for q in range(top):
             threshold = peek(thresholds, q)
             for k in range(count * heads):
@@ -321,7 +320,7 @@ def attention_aggregate(
             run_chunks(
                 kernel, row_chunks(pointers), flat(words), words.size(1), pointers, flat(col), num_features, table,
                 lanewise, np.float32(negative_slope), (flat(alpha_src), flat(alpha_dst), flat(alpha_edge)),
-                np.empty(0, np.uint8) if multiplier is None else flat(multiplier), thresholds,
+                np.empty(0, np.uint8) if multiplier is None else flat(multiplier), numerator_levels(attention_bits),
                 *_per_feature(scale, offset, num_features), concat, closed, max(1, BLOCK_FLOATS // num_features),
                 code_pitch(width, out_bits),
             )  # fmt: skip

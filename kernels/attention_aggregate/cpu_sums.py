@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numba import njit
 
-from ..arithmetic import LARGEST_MULTIPLIER
+from ..arithmetic import LARGEST_MULTIPLIER, attention_thresholds
 from ..cpu import jit
 from ..cpu.bytedot import ROWS, vadd_heads, vmix, vquads, vunmix_heads
 from ..cpu.codesum import AHEAD, prefetch_rows
@@ -39,6 +39,7 @@ from ..cpu.simd import (
     vload,
     vload_first,
     vmax,
+    vmin,
     vpositive,
     vreach,
     vsplat,
@@ -49,11 +50,12 @@ from ..cpu.simd import (
 )
 from ..layout import parts_per_byte, row_bytes
 
-__all__ = ["HEADS", "gat_kernel", "head_groups", "tile_lanes"]
+__all__ = ["FEW", "HEADS", "gat_kernel", "head_groups", "numerator_levels", "tile_lanes"]
 
 HEADS = (1, 2, 4, 8, 16)  # numbers of heads that fill vectors
 EDGE_BLOCK = 256  # edges whose logits are held at a time
 FEW = 15  # thresholds that are counted one by one
+FINENESS = 256  # intervals of logits in which many thresholds are looked up, per unit; a power of two
 DIGIT = 6  # bits of a digit: a signed byte beside codes of eight bits, and two of their products in sixteen bits
 PAD = 64  # lanes by which buffers are longer than their contents
 
@@ -121,24 +123,43 @@ def tile_lanes(stride: int, bits: int, top: int, multiplied: bool) -> int:
     return max(4, multiplied_lanes(stride, bits) // weight_digits(bits, top, multiplied))
 
 
+@cache
+def numerator_levels(attention_bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rising thresholds of numerators; where they are many, also what :func:`_numerators` starts from.
+
+    Logits from the lowest threshold to 0 fall into intervals, :data:`FINENESS` of which are one long: the second array
+    has for each how many thresholds lie in the intervals below it.  No interval has two.
+    """
+    levels = attention_thresholds(attention_bits).numpy()
+    if levels.size <= FEW:
+        return levels, np.empty(0, np.int32)
+    interval = ((levels - levels[0]) * np.float32(FINENESS)).astype(np.int32)
+    last = int(-levels[0] * np.float32(FINENESS))
+    if np.unique(interval).size < levels.size:
+        raise ValueError(f"Expected thresholds of {attention_bits} bits at least {1 / FINENESS} apart")
+    below = np.searchsorted(interval, np.arange(last + 1, dtype=np.int32)).astype(np.int32)
+    return np.append(levels, np.float32(np.inf)), below
+
+
 @njit(forceinline=True)
-def _numerators(v, thresholds, top, zero):
-    """How many of ``top`` rising thresholds each logit reaches: counted if they are few, else by bisection."""
+def _numerators(v, thresholds, below, top, zero):
+    """How many of ``top`` rising thresholds each logit reaches: counted if they are few, else looked up."""
     value = zero
     if top <= FEW:
         for q in range(top):
             value = vreach(value, v, peek(thresholds, q))
         return value
-    step = np.int32((top + 1) // 2)
-    while step:
-        below = vgather(thresholds, value + vsplat(step - np.int32(1), zero))
-        value = vclimb(value, v, below, step)
-        step //= np.int32(2)
-    return value
+    lowest = vsplat(peek(thresholds, 0), v)
+    inside = vmin(vmax(v, lowest), vsplat(np.float32(0), v))
+    interval = vcast((inside - lowest) * vsplat(np.float32(FINENESS), v), "i32")
+    value = vgather(below, interval)
+    return vclimb(value, v, vgather(thresholds, value), np.int32(1))
 
 
 @njit(forceinline=True)
-def _weigh(logits, count, wide, peak, thresholds, top, factors, multiplied, zero, one, weights, digits, second):
+def _weigh(
+    logits, count, wide, peak, thresholds, below, top, factors, multiplied, zero, one, weights, digits, second
+):  # fmt: skip
     """Weights of ``count`` edges and heads, by fours of edges; sums of numerators and of weights by head.
 
     Where they have two ``digits``, the upper one is ``second`` bytes further on.
@@ -146,7 +167,7 @@ def _weigh(logits, count, wide, peak, thresholds, top, factors, multiplied, zero
     share = mass = zero
     for k in range(0, count, wide):
         v = vload(logits, k, peak) - peak
-        value = vfirst(_numerators(v, thresholds, top, zero), count - k, zero)
+        value = vfirst(_numerators(v, thresholds, below, top, zero), count - k, zero)
         share = share + value
         if multiplied:
             value = value * vload(factors, k, zero)
@@ -225,7 +246,7 @@ def gat_kernel(bits: int, heads: int, lanes: int, exact: int, top: int, multipli
 
     @jit.kernel
     def kernel(
-        words, stride, rowptr, col, features, table, lanewise, slope, gat, multiplier, thresholds, scale, offset,
+        words, stride, rowptr, col, features, table, lanewise, slope, gat, multiplier, numerators, scale, offset,
         concat, closed, block, code_row, bounds, counter,
     ):  # fmt: skip
         spec = opened(closed)
@@ -246,7 +267,8 @@ def gat_kernel(bits: int, heads: int, lanes: int, exact: int, top: int, multipli
         inverse, factor = raw(inverse_owner), raw(factor_owner)
         alpha_src, alpha_dst, alpha_edge, has_edge = raw(gat[0]), raw(gat[1]), raw(gat[2]), gat[2].size > 0
         source, edges, final, pointers, place = raw(words), raw(col), col.size - 1, raw(rowptr), raw(table)
-        levels, scales, offsets, sources = raw(thresholds), raw(scale), raw(offset), raw(multiplier)
+        levels, below, sources = raw(numerators[0]), raw(numerators[1]), raw(multiplier)
+        scales, offsets = raw(scale), raw(offset)
         zero, none = vlanes("i32", lanes), vlanes("i32", codes)
         one, flat = vlanes("f32", heads), vlanes("i32", wide)
         slopes, lowest = vsplat(np.float32(slope), flat), vsplat(np.float32(-np.inf), flat)
@@ -285,8 +307,8 @@ def gat_kernel(bits: int, heads: int, lanes: int, exact: int, top: int, multipli
                                 peak,
                             )  # fmt: skip
                         of_block = _weigh(
-                            logits, (high - low) * heads, wide, peak, levels, top, factors, multiplied, flat, one,
-                            weight_bytes, digits, second,
+                            logits, (high - low) * heads, wide, peak, levels, below, top, factors, multiplied, flat,
+                            one, weight_bytes, digits, second,
                         )  # fmt: skip
                         share, mass = share + of_block[0], mass + of_block[1]
                         for t in range(tiles):

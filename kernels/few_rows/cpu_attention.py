@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..attention_aggregate.cpu import BLOCK_FLOATS, are_bytes, thresholds_of
-from ..attention_aggregate.cpu_sums import gat_kernel, head_groups, tile_lanes
+from ..attention_aggregate.cpu import BLOCK_FLOATS, are_bytes
+from ..attention_aggregate.cpu_sums import gat_kernel, head_groups, numerator_levels, tile_lanes
 from ..cpu.bytedot import permutes
 from ..cpu.epilogue import HAS_BIAS
 from ..cpu.finish import ALIGNMENT
@@ -43,7 +43,7 @@ class NeighbourAttention:
     """
 
     __slots__ = (
-        "block", "concat", "fixed", "heads", "kernel", "packed", "slope", "step", "step_at", "stride", "thresholds",
+        "block", "concat", "fixed", "heads", "kernel", "levels", "packed", "slope", "step", "step_at", "stride",
         "width",
     )  # fmt: skip
 
@@ -55,7 +55,7 @@ class NeighbourAttention:
         self.fixed = head_groups(width, out.bits, heads, lanes)
         exact = int(self.stride % lanes == 0)
         self.kernel = gat_kernel(out.bits, heads, lanes, exact, top, multiplied)
-        self.thresholds, self.block = thresholds_of(attention_bits), max(1, BLOCK_FLOATS // width)
+        self.levels, self.block = numerator_levels(attention_bits), max(1, BLOCK_FLOATS // width)
         self.step, self.step_at = _NO_FLOATS, 0
 
     def room(self, rows: int) -> int:
@@ -109,7 +109,7 @@ class NeighbourAttention:
                 memory[terms + size : terms + 2 * size].view(np.float32),
                 _NO_FLOATS,
             ),
-            memory[multipliers : multipliers + rows] if unit else _NO_BYTES, self.thresholds, self._steps(),
+            memory[multipliers : multipliers + rows] if unit else _NO_BYTES, self.levels, self._steps(),
             np.full(width, lower[0], np.float32), self.concat, closed, self.block, 0, graph.bounds,
             np.zeros(1, np.int64),
         )  # fmt: skip

@@ -7,7 +7,7 @@ import torch
 from cpu_support import assert_equal, output_range, plan_of, random_range, random_words
 from torch import Tensor
 
-from qgnn_plugin.kernels.arithmetic import LARGEST_MULTIPLIER
+from qgnn_plugin.kernels.arithmetic import LARGEST_MULTIPLIER, attention_thresholds
 from qgnn_plugin.kernels.attention_aggregate import attention_aggregate
 from qgnn_plugin.kernels.cpu.weighted import head_table
 from qgnn_plugin.kernels.layout import pack_codes, parts_per_byte, row_bytes, top_code
@@ -111,6 +111,26 @@ def test_sums_past_an_int32() -> None:
         attention_bits=8, alpha_src=logits, alpha_dst=logits,
     )  # fmt: skip
     torch.testing.assert_close(out, torch.tensor([[255.0], [0.0]]).expand(2, width))
+
+
+@pytest.mark.parametrize("attention_bits", [4, 8])
+def test_logits_at_a_threshold_and_just_below_it(attention_bits: int) -> None:
+    """Every numerator by itself: the only message is that of one source, whose weight is then the output."""
+    levels = attention_thresholds(attention_bits)
+    below = torch.nextafter(levels, torch.tensor(-torch.inf))
+    logits = torch.cat([levels, below, torch.tensor([0.0, -1e-30, -1e30])])
+    count, top = logits.numel(), top_code(attention_bits)
+    numerators = torch.cat([torch.arange(1, top + 1), torch.arange(top), torch.tensor([top, top, 0])])
+    # Row i has edges from source i, the only one with a code, and from the last source, whose logit is 0.
+    col = torch.stack([torch.arange(count), torch.full((count,), count)], 1).reshape(-1).to(torch.int32)
+    plan = GraphPlan(torch.arange(0, 2 * count + 1, 2), col, count + 1)
+    codes = torch.ones(count + 1, 4)
+    codes[-1] = 0
+    out = attention_aggregate(
+        pack_codes(codes.long(), 8), plan, torch.ones(1), torch.zeros(1), 4, 8, heads=1, attention_bits=attention_bits,
+        negative_slope=1.0, alpha_src=torch.cat([logits, torch.zeros(1)]).unsqueeze(1), alpha_dst=torch.zeros(count, 1),
+    )  # fmt: skip
+    torch.testing.assert_close(out, (numerators / (numerators + top)).unsqueeze(1).expand(count, 4))
 
 
 @pytest.mark.parametrize("edges", [3, 256, 700])
