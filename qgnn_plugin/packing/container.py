@@ -66,7 +66,7 @@ def _shorter(description: Any) -> tuple[int, Any]:
 
 def _description(path: PathLike, header: Mapping[str, Any]) -> Any:
     """The description in a header, of either version."""
-    value = header.get("description")
+    value: Any = header.get("description")
     if header["version"] == PLAIN:
         return value
     try:
