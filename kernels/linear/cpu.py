@@ -81,7 +81,7 @@ SIGNS = SIGN * ONES - (1 << 32)  # SIGN in each byte, as an int32
 def _weights(w_words: Tensor, in_features: int, bits: int, signed: bool) -> tuple[Any, ...]:
     """Weights as ``[O / 64, K / 4, 64]`` words of four codes, the accumulators' start, column sums.
 
-    What one step over the rows reads lies together: columns of a wide matrix would meet in a few sets of the cache.
+    What one step over the rows reads lies together.
     """
     codes = unpack_codes(w_words, in_features, bits)
     channels, depth = codes.size(0), -(-in_features // FEATURES)
