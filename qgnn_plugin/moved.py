@@ -37,6 +37,7 @@ _MOVED |= {"layers.sage": sage, "packing.attention": attention}
 _MOVED |= {"packing.convs": _joined("convs", deep, gcn, gin, sage), "packing.propagation": _joined("hops", appnp, hops)}
 _MOVED |= {"layers.graph": adjacency, "layers.edges": edges, "layers.fixed": fixed, "layers.samples": samples}
 _MOVED |= {"packing.packed_tensor": packed}
+_MOVED |= {f"smp.{name}": _later(f"analysis.{name}") for name in ("injection", "operators", "stack_error")}
 _MOVED |= {"smp.error": _later("analysis.error_report"), "smp.bounds": _later("analysis.bounds")}
 
 for _name, _module in _MOVED.items():

@@ -16,6 +16,7 @@ from numba import njit
 from ..arithmetic import LARGEST_MULTIPLIER
 from . import jit
 from .dots import dot_row
+from .memory import ALIGNMENT
 from .simd import (
     peek,
     poke,
@@ -47,7 +48,6 @@ __all__ = [
 ]
 
 GROUP = 16  # features per step
-ALIGNMENT = 64  # bytes of a cache line
 
 SCALE, OFFSET, TERM, BIAS, INVERSE, LOW = range(6)  # rows of ``columns``
 # Bits of ``flags``:

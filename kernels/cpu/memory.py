@@ -24,7 +24,7 @@ from torch import Tensor
 __all__ = ["array_of", "empty", "release_cpu_memory"]
 
 RECYCLE_BYTES = 1 << 20
-ALIGNMENT = 64
+ALIGNMENT = 64  # bytes of a cache line
 SLACK = 1.25  # a buffer serves requests down to its size over this
 LIMIT_ENV = "QGNN_CPU_CACHE_MB"
 SHARE = 16  # the idle memory's default share of the machine's is one over this

@@ -12,7 +12,14 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Range", "few_rows_linear", "few_rows_packed", "neighbour_attention", "neighbour_sums"]
+from ..cpu.memory import ALIGNMENT
+
+__all__ = ["Range", "few_rows_linear", "few_rows_packed", "neighbour_attention", "neighbour_sums", "whole_lines"]
+
+
+def whole_lines(size: int) -> int:
+    """``size`` bytes, and those that are left of the last one's cache line."""
+    return (size + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
 
 
 class Range(NamedTuple):

@@ -190,9 +190,10 @@ def _quantize_rows(x, first, count, width, unit, step, lower, bits, multiples, c
 def _mapped(fixed, x_at, rows, row_scale, addend, relu, out, other, other_out):
     given = carray(at(fixed, np.int64), (NUM_FIXED,))
     more = carray(at(other if other else fixed, np.int64), (NUM_FIXED,))
-    for one in (given, more):
-        if whole_checksum(one[WORDS], one[WORD_BYTES]) != one[CONTENTS]:
-            return REWRITTEN
+    if whole_checksum(given[WORDS], given[WORD_BYTES]) != given[CONTENTS]:
+        return REWRITTEN
+    if other and whole_checksum(more[WORDS], more[WORD_BYTES]) != more[CONTENTS]:
+        return REWRITTEN
     num_in, bits, unit = given[NUM_IN], given[BITS], given[X_UNIT]
     # The ranges: of the input, where each row has a multiple of it, of the weight, and of the result.
     step, nothing = floats(given[X_SCALE], 1), np.int64(0)

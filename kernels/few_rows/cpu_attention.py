@@ -13,21 +13,15 @@ from ..attention_aggregate.cpu import BLOCK_FLOATS, are_bytes
 from ..attention_aggregate.cpu_sums import gat_kernel, head_groups, numerator_levels, tile_lanes
 from ..cpu.bytedot import permutes
 from ..cpu.epilogue import HAS_BIAS
-from ..cpu.finish import ALIGNMENT
 from ..head_dots.cpu import dot_rows
 from ..layout import row_words, top_code
-from . import Range
+from . import Range, whole_lines
 from .cpu import HEADER
 from .cpu_rows import Rows
 
 __all__ = ["NeighbourAttention", "neighbour_attention"]
 
 _NO_FLOATS, _NO_BYTES = np.empty(0, np.float32), np.empty(0, np.uint8)
-
-
-def _lines(size: int) -> int:
-    """Bytes of whole cache lines."""
-    return (size + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
 
 
 class NeighbourAttention:
@@ -60,10 +54,10 @@ class NeighbourAttention:
 
     def room(self, rows: int) -> int:
         """Bytes of memory that a call takes: floats ``[rows, width]`` first, which are there before it."""
-        return self._message(rows) + _lines(self.packed.room(rows)) + 8 * rows * self.heads
+        return self._message(rows) + whole_lines(self.packed.room(rows)) + 8 * rows * self.heads
 
     def _message(self, rows: int) -> int:
-        return _lines(4 * rows * self.width)
+        return whole_lines(4 * rows * self.width)
 
     def _steps(self) -> np.ndarray:
         """The step of each feature, read where it is."""
@@ -87,7 +81,7 @@ class NeighbourAttention:
         """
         width, heads = self.width, self.heads
         start = self._message(rows)
-        terms = start + _lines(self.packed.room(rows))
+        terms = start + whole_lines(self.packed.room(rows))
         if not self.packed(at, rows, at + start):
             return False
         size = 4 * rows * heads

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..graph.fixed import has_fixed_graph
 from ..kernels.cache import is_pinning
 from ..kernels.edge_order.few import FewEdges, few_edges
-from ..kernels.few_rows import few_rows_packed, neighbour_sums
+from ..kernels.few_rows import few_rows_packed, neighbour_sums, whole_lines
 from ..layers.watched import is_watched
 from .direct import (
     ROW_COST,
@@ -33,7 +33,7 @@ from .direct import (
     sources_of_map,
     sources_of_range,
 )
-from .direct_network import direct_steps, lines
+from .direct_network import direct_steps
 
 __all__ = ["NONE", "address_of", "direct_gcn", "direct_gin", "direct_sage", "fits", "result_of", "rows_of", "scratch"]
 
@@ -198,7 +198,7 @@ def _sage_maps_first(left: Any, x: Tensor, graph: FewEdges, made: Any) -> Tensor
 def _sage_sums_first(left: Any, x: Tensor, graph: FewEdges, made: Any) -> Tensor | None:
     packed, sums, own, site, mapped = made
     rows, num_in = graph.num_src, left._num_in
-    out, room = result_of(rows, left._num_out), lines(packed.room(rows))
+    out, room = result_of(rows, left._num_out), whole_lines(packed.room(rows))
     at, x_at, out_at = scratch.at(room + 4 * rows * num_in), x.data_ptr(), out.data_ptr()
     means_at = at + room
     if not packed(x_at, rows, at):
@@ -243,12 +243,12 @@ def direct_gin(layer: Any, x: Any, edge_index: Any, size: Any) -> tuple[Tensor, 
         known[width] = few_rows_packed(width, range_, epsilon), neighbour_sums(width, site.bits)
     packed, sums = known[width]
     steps = direct_steps(layer._modules["nn"], rows, width)
-    room = lines(packed.room(rows))
+    room = whole_lines(packed.room(rows))
     if steps is None:
         out = result_of(rows, width)
         at, out_at = scratch.at(room), out.data_ptr()
     else:
-        at = scratch.at(room + lines(4 * rows * width) + steps.room(rows))
+        at = scratch.at(room + whole_lines(4 * rows * width) + steps.room(rows))
         out_at = at + room
     if not packed(x.data_ptr(), rows, at, out_at):
         return None
@@ -256,6 +256,6 @@ def direct_gin(layer: Any, x: Any, edge_index: Any, size: Any) -> tuple[Tensor, 
     if steps is None:
         return out, False
     out = result_of(rows, steps.width)
-    if steps(out_at, rows, out_at + lines(4 * rows * width), out.data_ptr()):
+    if steps(out_at, rows, out_at + whole_lines(4 * rows * width), out.data_ptr()):
         return out, True
     return scratch.copied(out_at, rows, width), False  # what is not finite is for the network to say

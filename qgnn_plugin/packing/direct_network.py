@@ -6,17 +6,11 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from ..kernels.few_rows import whole_lines
 from .direct import ROW_COST, direct_call, has_hooks, is_few, is_shared
 from .linear import PackedLinear
 
-__all__ = ["Steps", "direct_steps", "lines"]
-
-LINE = 64  # bytes of a cache line
-
-
-def lines(size: int) -> int:
-    """Bytes of whole cache lines."""
-    return (size + LINE - 1) // LINE * LINE
+__all__ = ["Steps", "direct_steps"]
 
 
 class Steps(NamedTuple):
@@ -32,7 +26,7 @@ class Steps(NamedTuple):
 
     def room(self, rows: int) -> int:
         """Bytes of what is between the maps."""
-        return sum([lines(4 * rows * width) for _, width, _ in self.maps[:-1]])
+        return sum([whole_lines(4 * rows * width) for _, width, _ in self.maps[:-1]])
 
     def __call__(self, x_at: int, rows: int, between_at: int, out_at: int) -> bool:
         """Write the result for ``rows`` float32 rows at ``x_at`` to ``out_at``, with :meth:`room` bytes at
@@ -42,7 +36,7 @@ class Steps(NamedTuple):
         for call, width, relu in inner:
             if not call(x_at, rows, between_at, relu=relu):
                 return False
-            x_at, between_at = between_at, between_at + lines(4 * rows * width)
+            x_at, between_at = between_at, between_at + whole_lines(4 * rows * width)
         call, _, relu = last
         done: bool = call(x_at, rows, out_at, relu=relu)
         return done
