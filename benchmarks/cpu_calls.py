@@ -40,6 +40,7 @@ class Case:
         features, hidden, layers: Of the models.
         is_new: Whether every call gets a graph that was not seen before, in memory of its own.
         rounds: Calls of each side.
+        in_a_row: Of these before it is the next side's turn.
         least: The ratio to the best peer that the median has to reach; the tail has to reach 1.
     """
 
@@ -50,6 +51,7 @@ class Case:
     layers: int
     is_new: bool
     rounds: int
+    in_a_row: int = 1
     least: float = 1.0
 
     @property
@@ -165,8 +167,9 @@ def measure_cases(cases: Sequence[Case], args: argparse.Namespace) -> dict[str, 
                 packed = qgnn.pack_model(quantized_stack(model, BITS, case.widths, graphs[0]))
                 sides = _sides(case, graphs, peers, packed)
                 _check(sides, case)
-                rounds = min(case.rounds, args.rounds * case.rounds // 7 or 1)
-                rows += rows_of(model, case, interleaved(sides, rounds))
+                calls = min(case.rounds, args.rounds * case.rounds // 7 or 1)
+                rounds = -(-calls // case.in_a_row)
+                rows += rows_of(model, case, interleaved(sides, rounds, in_a_row=case.in_a_row))
     return {"rows": rows, "absent": absent}
 
 

@@ -39,6 +39,15 @@ def test_rounds_interleave_and_slow_sides_sit_out() -> None:
         interleaved(sides, rounds=4, slow={"b": 5})
 
 
+def test_calls_in_a_row_are_compared_one_by_one() -> None:
+    calls: list[str] = []
+    sides = {name: lambda name=name: calls.append(name) for name in "ab"}
+    timings = interleaved(sides, rounds=2, slow={"b": 1}, in_a_row=3)
+    assert "".join(calls) == "a" + "aaabbb" + "aaa"
+    assert list(timings["a"].wall) == list(range(6))
+    assert list(timings["b"].processor) == [0, 1, 2]
+
+
 def test_ratios_compare_within_the_round() -> None:
     # The machine is ten times slower in round 1: medians of times would hide the ratio.
     fast, slow = Timing({0: 1.0, 1: 10.0, 2: 1.0}, {}), Timing({1: 40.0, 2: 4.0}, {})
