@@ -18,7 +18,7 @@ CASES = (
 NOTES = """\
 As in the section on small graphs: every call gets a graph that was not seen before, as from a loader, and what is
 derived from it is part of the call, for PyG's sparse paths and DGL as for packed models.  Of molecules, ten calls of a
-side come in a row.
+side come in a row after one that is not counted.
 """
 
 

@@ -29,9 +29,7 @@ def _model(make: Callable[[int], nn.Module], *more: str, **options: Any) -> Case
 
 def _rows(make: Callable[[int], nn.Module], arguments: Callable[[Tensor], Any]) -> Case:
     """A model of features alone; ``arguments`` of a call, from the features."""
-    return Case(
-        lambda width, graph: make(width), lambda graph, width: arguments(graph.x(width)), twice=False
-    )
+    return Case(lambda width, graph: make(width), lambda graph, width: arguments(graph.x(width)), twice=False)
 
 
 class _Edges(nn.Module):

@@ -48,8 +48,8 @@ def interleaved(
         rounds: How many rounds.
         slow: Sides that take part in fewer rounds, evenly spread, and how many; they get no call beforehand.
         in_a_row: Calls of a side before it is the next one's turn, each timed and compared with the same call of other
-            sides.  Calls of tens of microseconds find their code and data in the caches in a process that runs one
-            model, and not after a call of another library.
+            sides.  If there are several, one that is not counted comes before them: in a process that runs one model,
+            short calls find their code and data in the caches, and not after a call of another library.
     """
     slow = slow or {}
     if not all(1 <= count <= rounds for count in slow.values()):
@@ -63,6 +63,8 @@ def interleaved(
         for name, run in sides.items():
             if i not in turns[name]:
                 continue
+            if in_a_row > 1:
+                run()
             for call in range(i * in_a_row, (i + 1) * in_a_row):
                 begin, begin_processor = time.perf_counter(), time.process_time()
                 result = run()

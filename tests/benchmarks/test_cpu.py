@@ -43,7 +43,7 @@ def test_calls_in_a_row_are_compared_one_by_one() -> None:
     calls: list[str] = []
     sides = {name: lambda name=name: calls.append(name) for name in "ab"}
     timings = interleaved(sides, rounds=2, slow={"b": 1}, in_a_row=3)
-    assert "".join(calls) == "a" + "aaabbb" + "aaa"
+    assert "".join(calls) == "a" + "aaaa" + "bbbb" + "aaaa"
     assert list(timings["a"].wall) == list(range(6))
     assert list(timings["b"].processor) == [0, 1, 2]
 

@@ -34,9 +34,7 @@ def conduct(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, limits
     file = tmp_path / "process.py"
     file.write_text(head + script)
     real = subprocess.Popen
-    monkeypatch.setattr(
-        subprocess, "Popen", lambda cmd, **kw: real([sys.executable, str(file), "-m", *cmd[4:]], **kw)
-    )
+    monkeypatch.setattr(subprocess, "Popen", lambda cmd, **kw: real([sys.executable, str(file), "-m", *cmd[4:]], **kw))
     out = tmp_path / "out"
     out.mkdir()
     options = command._parse(["--out", str(out), "--limit", str(limit)])
