@@ -8,7 +8,7 @@ One line converts a model, it trains as before, one more packs it::
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import convs, moved, training  # noqa: F401 - layers are known, and found, by these being imported
+from . import convs, messages, moved, training  # noqa: F401 - layers, and kernels, are known by these being imported
 from .calibration import calibrate
 from .config import QuantConfig, SMPConfig
 from .conversion import quantize_like, quantize_model, restore_model

@@ -6,13 +6,14 @@ from typing import Any
 
 from torch import nn
 
-from .layers.base import QuantizedLayer
+from .layers.base import QuantizedLayer, SwappedLayer
 from .quantizers import QLRQuantizer
 
 __all__ = [
     "check_unconverted",
     "expect_converted",
     "expect_trainable",
+    "is_packed",
     "is_quantized",
     "kind_of",
     "quantized_layers",
@@ -20,11 +21,11 @@ __all__ = [
     "range_parameters",
 ]
 
+SPECS = "_packed_specs"  # attribute of a packed model: the description of every converted layer, in order
+
 
 def _state(model: Any) -> str:
     """``"plain"``, ``"converted"``, ``"packed"``, or empty for what is no module."""
-    from .packing.model import is_packed  # which imports this module
-
     if not isinstance(model, nn.Module):
         return ""
     return "packed" if is_packed(model) else "converted" if is_quantized(model) else "plain"
@@ -78,6 +79,13 @@ def check_unconverted(model: nn.Module) -> None:
 def is_quantized(model: nn.Module) -> bool:
     """Whether ``model`` holds a converted layer."""
     return isinstance(model, nn.Module) and any(isinstance(module, QuantizedLayer) for module in model.modules())
+
+
+def is_packed(model: nn.Module) -> bool:
+    """Whether ``model`` was made by :func:`~qgnn_plugin.pack_model` or :func:`~qgnn_plugin.load_packed`."""
+    if not isinstance(model, nn.Module):
+        return False
+    return SPECS in vars(model) or any(isinstance(m, SwappedLayer) and m._is_packed for m in model.modules())
 
 
 def quantized_layers(model: nn.Module) -> dict[str, Any]:

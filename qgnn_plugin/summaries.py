@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from .config import OFF
-from .converted import expect_converted, is_quantized, quantized_layers
+from .converted import expect_converted, is_packed, is_quantized, quantized_layers
 from .coverage import Coverage, coverage
 from .layers.normalized import still
-from .packing.model import is_packed, packed_bytes
+from .packing.model import packed_bytes
 from .packing.report import PackedSummary, packed_summary
 from .quantizers import QLRQuantizer, RangeKind
 from .smp import smp_layers

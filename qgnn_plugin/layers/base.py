@@ -36,6 +36,7 @@ class SwappedLayer:
     float_class: ClassVar[type[nn.Module]]
     own_names: ClassVar[tuple[str, ...]]  # aliases that mean attributes of the layer's own
     notes: ClassVar[tuple[str, ...]] = ()  # for its ``repr``
+    _is_packed: ClassVar[bool] = False
     has_others: ClassVar[bool] = False  # whether its parameters may be more than a weight and what it is made of
 
     def own_sites(self) -> dict[str, int]:

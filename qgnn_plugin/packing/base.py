@@ -146,6 +146,7 @@ class PackedLayer(SwappedLayer):
 
     packed_mixin: ClassVar[type[PackedLayer]]
     notes = ("packed",)
+    _is_packed = True
     packs: ClassVar[tuple[str, ...]] = ()  # float parameters that packed words take the place of
     adds: ClassVar[tuple[str, ...]] = ()  # what takes it
     _runs_own_forward: ClassVar[bool] = False  # whether ``forward`` is that of the layer's own class

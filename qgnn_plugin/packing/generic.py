@@ -27,7 +27,6 @@ from ..kernels.checksum import checksum
 from ..layers.behaviour import is_generated
 from ..layers.message_passing import PropagationChange, QuantizedMessagePassing, SentFeatures
 from ..layers.watched import is_watched, own_propagate
-from ..messages import finder as _finder  # noqa: F401 - offers kernels of traced messages by being imported
 from .base import LayerSpec, register_packed
 from .conv import PackedConv
 from .deferred import DeferredTensor

@@ -12,7 +12,7 @@ from torch_geometric.nn.aggr import EquilibriumAggregation
 from torch_geometric.nn.models.rev_gnn import InvertibleModule
 
 from ..config import OFF
-from ..converted import is_quantized, quantized_layers
+from ..converted import SPECS, is_packed, is_quantized, quantized_layers
 from ..copying import copying_memo
 from ..layers.base import QuantizedLayer, attribute_names, clashes, float_state, names_kept
 from ..layers.message_passing import QuantizedMessagePassing
@@ -28,7 +28,6 @@ from .base import NEVER_RAN, WEIGHT, LayerSpec, PackedLayer, frozen_class, packe
 from .own_weights import PackedOwnModule, PackedOwnWeights
 from .ranges import PackedRange
 from .scoped import defer_inside
-from .settings import SPECS
 from .weights import PackedWeight
 
 __all__ = ["PackedBytes", "is_packed", "pack_model", "packed_bytes", "packed_layers"]
@@ -213,13 +212,6 @@ def _say_what_never_ran(specs: list[LayerSpec]) -> None:
         f"reach them and pack again, or leave it where they are not used",
         stacklevel=3,
     )
-
-
-def is_packed(model: nn.Module) -> bool:
-    """Whether ``model`` was made by :func:`pack_model` or :func:`qgnn_plugin.load_packed`."""
-    if not isinstance(model, nn.Module):
-        return False
-    return SPECS in vars(model) or any(isinstance(m, PackedLayer) for m in model.modules())
 
 
 def packed_layers(model: nn.Module) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from ..config import SMPConfig
+from ..converted import SPECS
 from ..layers.base import QuantizerDict, float_state
 from ..quantizers import QLRQuantizer
 from ..smp.constraint import CONSTRAINT_ATTRIBUTES, SmoothLayer
@@ -28,7 +29,6 @@ from .weights import PackedWeight
 
 __all__ = ["Difference", "ModuleSettings", "first_difference", "settings_of"]
 
-SPECS = "_packed_specs"  # attribute of a packed model: the description of every converted layer, in order
 # What changes initial values, training or speed, and nothing else.
 IRRELEVANT = {"training", "inplace", "cached", "explain", "momentum", "decomposed_layers", "fuse"}
 IRRELEVANT |= {"weight_initializer", "bias_initializer", *CONSTRAINT_ATTRIBUTES, SPECS}
