@@ -43,6 +43,18 @@ class _Edges(nn.Module):
         return self.lin(torch.cat([src, dst, edge_attr], dim=1)).relu()
 
 
+class _Kept(nn.Module):
+    """A model that frees the features which it is given, called with a copy."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        out: Tensor = self.model(x.clone(), edge_index)
+        return out
+
+
 class _Nodes(nn.Module):
     """The model of nodes in a ``MetaLayer``."""
 
@@ -108,7 +120,7 @@ MODELS: Mapping[str, Case] = {
     "GIN": _model(lambda w: pyg.GIN(w, w, LAYERS, w)),
     "GraphSAGE": _model(lambda w: pyg.GraphSAGE(w, w, LAYERS, w)),
     "GraphUNet": _model(lambda w: pyg.GraphUNet(w, w, w, depth=1)),
-    "GroupAddRev": _model(lambda w: pyg.GroupAddRev(pyg.SAGEConv(w // 2, w // 2), num_groups=2)),
+    "GroupAddRev": _model(lambda w: _Kept(pyg.GroupAddRev(pyg.SAGEConv(w // 2, w // 2), num_groups=2))),
     "HeteroJumpingKnowledge": _rows(
         lambda w: pyg.HeteroJumpingKnowledge(METADATA[0], "lstm", channels=w, num_layers=2),
         lambda x: ({kind: [x, x + 0.5] for kind in METADATA[0]},),
