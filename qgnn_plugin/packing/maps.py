@@ -76,7 +76,29 @@ class PackedRecurrent(RunsSequence, PackedWeights):
 
     @inference
     def forward(self, input: Any, hx: Any = None) -> Any:
-        return self._sequence(input, hx)
+        out = self._by_sequences(input, hx)
+        return self._sequence(input, hx) if out is None else out
+
+    def _by_sequences(self: Any, input: Any, hx: Any) -> tuple[Tensor, Any] | None:
+        """The result by blocks of sequences, whose gates stay in the cache; :obj:`None` where one has all."""
+        if torch.compiler.is_compiling() or not isinstance(input, Tensor) or input.dim() != 3:
+            return None
+        axis = 0 if self.batch_first else 1
+        batch, gates = input.size(axis), GATES * self.hidden_size * input.size(1 - axis)
+        blocks = list(row_blocks(batch, gates, input.device))
+        sites = [site for name, site in self._modules.items() if not name.startswith("weight")]
+        if len(blocks) == 1 or not all(site.spec.is_row_local for site in sites):
+            return None
+        state = None if hx is None else self._initial(hx, input, batch, None)
+        out, ends = None, []
+        for rows in blocks:
+            part = None if state is None else tuple(s[:, rows] for s in state)
+            y, end = self._sequence(input.narrow(axis, rows.start, rows.stop - rows.start), part)
+            if out is None:
+                out = y.new_empty((*input.shape[:2], y.size(-1)))
+            out.narrow(axis, rows.start, rows.stop - rows.start).copy_(y)
+            ends.append(end if isinstance(end, tuple) else (end,))
+        return out, self._final(tuple(torch.cat(parts, 1) for parts in zip(*ends, strict=True)), None)
 
     @classmethod
     def _returns_tuples(cls, layer: Any) -> bool:

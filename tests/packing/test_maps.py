@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -118,6 +120,45 @@ def test_cells_by_blocks_of_rows(make: type[nn.Module], monkeypatch: pytest.Monk
     monkeypatch.setattr(producers, "BLOCK_FLOATS", 64 * 4 * 8)
     assert torch.equal(packed(x), expected)
     assert torch.equal(expected, qmodel(x))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.GRU(WIDTH, 8, batch_first=True),
+        nn.RNN(WIDTH, 8, nonlinearity="relu", bidirectional=True),
+        nn.LSTM(WIDTH, 8, num_layers=2, bidirectional=True, batch_first=True),
+        nn.LSTM(WIDTH, 8, proj_size=4),
+    ],
+    ids=lambda layer: f"{layer.mode}-{layer.num_layers}",
+)
+@torch.no_grad()
+def test_sequences_by_blocks_of_them(layer: nn.RNNBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps, batch = 3, 270
+    x = features().repeat(3, 1).unsqueeze(0) * torch.tensor([1.0, -1.0, 0.5]).view(steps, 1, 1)
+    x = x.transpose(0, 1).contiguous() if layer.batch_first else x
+    runs = layer.num_layers * (2 if layer.bidirectional else 1)
+    state: Any = tuple(
+        torch.randn(runs, batch, width, generator=torch.Generator().manual_seed(width))
+        for width in [layer.proj_size or 8, 8]
+    )
+    state = state if layer.mode == "LSTM" else state[0]
+    qmodel = qgnn.calibrate(qgnn.quantize_model(layer.eval(), bits=4), [(x, state)], method="ranges").eval()
+    packed = qgnn.pack_model(qmodel)
+
+    def results(model: nn.Module) -> list[Tensor]:
+        found = []
+        for out, end in (model(x), model(x, state)):
+            found += [out, *(end if isinstance(end, tuple) else (end,))]
+        return found
+
+    expected = results(packed)
+    monkeypatch.setattr(producers, "BLOCK_FLOATS", 64 * 4 * 8 * steps)
+    for one, two, three in zip(results(packed), expected, results(qmodel), strict=True):
+        assert torch.equal(one, two)
+        assert torch.equal(two, three)
+    with pytest.raises(ValueError, match="Expected a state of the shape"):
+        packed(x, tuple(s[:, 1:] for s in state) if isinstance(state, tuple) else state[:, 1:])
 
 
 class Attends(nn.Module):
