@@ -5,8 +5,10 @@ by least mean-squared error and, of the fewest levels, move weights until the ou
 model from there with a cosine rate, on the float model's soft predictions for all nodes (and, with ``distillation``
 below 1, on the training labels).  Of the fewest levels a second try trains without dropout, for longer: a model that
 can hardly follow its teacher needs every unit, one that can does better with some noise.  The best validation epoch is
-kept in every stage, and of both tries; test labels are never read.  Where labels are floats, they are numbers to
-predict: losses are mean squared errors, and what is called accuracy is minus that error.
+kept in every stage, and of both tries; test labels are never read.  Best is the highest accuracy, but of the fewest
+levels the lowest loss: their accuracy goes up and down by points from one epoch to the next, and the highest of a
+hundred on a few hundred nodes is a lucky one.  Where labels are floats, they are numbers to predict: losses are mean
+squared errors, and what is called accuracy is minus that error.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +33,7 @@ from .smp import differential_multiplier_step
 from .training import distillation_loss, parameter_groups
 
 __all__ = [
+    "Criterion",
     "Recipe",
     "RecipeResult",
     "Stage",
@@ -43,6 +46,7 @@ __all__ = [
     "run_recipe",
 ]
 
+Criterion = Literal["accuracy", "loss"]
 FEWEST = 2  # bits of models whose weights are moved to matched outputs before they are trained
 
 
@@ -59,6 +63,8 @@ class Stage:
         evaluate_every: Epochs between evaluations on the validation nodes.
         dropout: Whether to train in training mode.  Distillation on every node needs no dropout: it only blurs what
             few levels can say, and off, the student is trained as it will be used.
+        choose_by: What of the validation nodes decides on the best epoch: ``"accuracy"``, or ``"loss"``, the cross
+            entropy (of numbers to predict, the mean squared error).
         most_epochs: Go on after ``epochs`` while the best evaluation lies in the later half of what was trained, up to
             so many: a model that has not converged trains until it has.  0: stop at ``epochs``.
     """
@@ -71,6 +77,7 @@ class Stage:
     evaluate_every: int = 1
     dropout: bool = True
     most_epochs: int = 0
+    choose_by: Criterion = "accuracy"
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,7 @@ class Recipe:
             trained (:func:`qgnn_plugin.matching.match_weights`); 0: none.
         retry: Such a model is trained a second time from the same start, without dropout and for so many times the
             epochs of ``quantized_stage``; the better of both on the validation nodes is kept.  0: no second time.
+        choose_by: The :class:`Stage`'s, of such a model; it decides on the better try as well.
         range_lr: Rate of the learnable ranges.
         distillation: Weight of the float model's soft labels against the training labels, in [0, 1].
         temperature: Softening of both predictions.
@@ -95,6 +103,7 @@ class Recipe:
     generations: int = 1
     matching_steps: int = 400
     retry: int = 2
+    choose_by: Criterion = "loss"
     range_lr: float = 0.005
     distillation: float = 1.0
     temperature: float = 1.0
@@ -108,6 +117,7 @@ class StageResult:
     val_accuracy: float
     test_accuracy: float
     epoch: int
+    val_loss: float = math.nan
 
 
 def _accuracy(logits: Tensor, labels: Tensor, mask: Tensor) -> float:
@@ -163,9 +173,9 @@ def _fit(
     args, kwargs = model_inputs(model, data)
     optimizer = torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(1, stage.epochs))
-    best, best_key, waited = None, (-math.inf, -math.inf), 0
+    best, best_key, best_state, waited = None, (-math.inf, -math.inf), {}, 0
     for epoch in range(1, max(stage.epochs, stage.most_epochs) + 1):
-        if epoch > stage.epochs and best is not None and 2 * best[2] < epoch:
+        if epoch > stage.epochs and best is not None and 2 * best.epoch < epoch:
             break
         model.train(stage.dropout)
         optimizer.zero_grad()
@@ -181,19 +191,19 @@ def _fit(
         model.eval()
         with torch.no_grad():
             logits = model(*args, **kwargs)
-        accuracy = _accuracy(logits, data.y, data.val_mask)
-        key = (accuracy, -float(_loss(logits, data.y, data.val_mask)))
+        accuracy, loss_now = _accuracy(logits, data.y, data.val_mask), float(_loss(logits, data.y, data.val_mask))
+        key = (accuracy, -loss_now) if stage.choose_by == "accuracy" else (-loss_now, accuracy)
         waited += 1
         if key > best_key:
-            best_key, waited = key, 0
-            best = (copy.deepcopy(model.state_dict()), _accuracy(logits, data.y, data.test_mask), epoch)
+            best_key, waited, best_state = key, 0, copy.deepcopy(model.state_dict())
+            best = StageResult(model, accuracy, _accuracy(logits, data.y, data.test_mask), epoch, loss_now)
         if stage.patience and waited >= stage.patience:
             break
     if best is None:
         raise ValueError(f"Expected at least one epoch (got {stage.epochs})")
-    model.load_state_dict(best[0])
+    model.load_state_dict(best_state)
     model.eval()
-    return StageResult(model, best_key[0], best[1], best[2])
+    return best
 
 
 def fit_float(
@@ -273,6 +283,8 @@ def _best_try(
         distil(copy.deepcopy(qmodel), teacher, data, recipe, on_epoch=part(0)),
         distil(qmodel, teacher, data, again, on_epoch=part(stage.epochs)),
     ]
+    if stage.choose_by == "loss":
+        return min(tries, key=lambda result: result.val_loss)
     return max(tries, key=lambda result: result.val_accuracy)
 
 
@@ -294,9 +306,12 @@ def fit_quantized(
     plain = restore_model(float_model) if is_quantized(float_model) else float_model
     qmodel = calibrate(quantize_model(plain, config=config), data, method="ranges")
     recipe = recipe or Recipe()
-    if config.bits <= FEWEST and recipe.matching_steps:
+    if config.bits > FEWEST:
+        return distil(qmodel, float_model, data, recipe, on_epoch=on_epoch)
+    if recipe.matching_steps:
         match_weights(qmodel.eval(), [data], None, recipe.matching_steps)
-    if config.bits <= FEWEST and recipe.retry:
+    recipe = replace(recipe, quantized_stage=replace(recipe.quantized_stage, choose_by=recipe.choose_by))
+    if recipe.retry:
         return _best_try(qmodel, float_model, data, recipe, on_epoch)
     return distil(qmodel, float_model, data, recipe, on_epoch=on_epoch)
 
