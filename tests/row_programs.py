@@ -147,6 +147,7 @@ PROGRAMS = {
     "softmax of 33 features": softmax_of_features(33, 2),
     "maps of 32 features, multipliers": mapped(32, 5, 4, True, True),
     "maps of 13 features, 8 bits": mapped(13, 3, 8, False, False),
+    "maps of 20 features, 8 bits, multipliers": mapped(20, 7, 8, True, True),  # tiles of two widths
     "maps of 30 features, 2 bits, multipliers": mapped(30, 9, 2, True, False),
     "maps of 70 features, 2 bits, multipliers": mapped(70, 9, 2, True, False),
 }

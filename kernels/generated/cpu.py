@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .kept import CALLS, NARROW, arrays_of, base_of, fills, is_filled, scalars
-from .program import KEPT, REDUCTIONS, Program, Unsupported, Use
+from .kept import CALLS, NARROW, arrays_of, base_of, fills, is_filled, pitch_of, scalars
+from .program import KEPT, REDUCTIONS, Node, Program, Unsupported, Use
 from .stage import TILE, Stage, Tiling, runs
 
 __all__ = ["write_source"]
@@ -85,9 +85,9 @@ class Writer:
         for name, size in kept.items():
             self.put(f"{name}_owner = np.zeros({size}, np.float32)")
             self.put(f"{name} = raw({name}_owner)")
-        for index, node in enumerate(self.nodes):
-            if node.op == "linear":
-                self.put(f"p{index} = open_product(c{int(node.value)}, s{index}_owner, max_degree)")
+        maps = [index for index, node in enumerate(self.nodes) if node.op == "linear"]
+        for index in maps:
+            self.put(f"p{index}_owner, p{index} = open_product(c{int(self.nodes[index].value)})")
         self.put("final = col.size - 1")
         self.put("while True:")
         self.put("    chunk = atomic_add(counter, 0, 1)")
@@ -96,7 +96,7 @@ class Writer:
         self.put("    for i in range(bounds[chunk], bounds[chunk + 1]):")
         self.put("        begin, end = np.int64(peek(rowptr_, i)), np.int64(peek(rowptr_, i + 1))")
         self.lines += body.lines
-        for name in kept:
+        for name in (*kept, *(f"p{index}" for index in maps)):
             self.put(f"keep({name}_owner)")
         header = HEADER + PRODUCTS * bool(self.program.products)
         return header + "\n".join(self.lines) + "\n"
@@ -110,8 +110,8 @@ class Writer:
             elif (index in self.scalar and node.op != "literal") or node.op in KEPT:
                 kept[f"s{index}"] = f"max_degree * {node.width} + {TILE}"
             if node.op == "linear":
-                width = self.program.products[int(node.value)].num_in
-                kept[f"z{index}"] = str(BLOCK_EDGES * width + TILE)
+                pitch = pitch_of(self.program.products[int(node.value)].num_in)
+                kept[f"z{index}"] = str(BLOCK_EDGES * pitch + TILE)
         for index, position in fills(self.program, self.scalar):
             kept[f"f{index}_{position}"] = f"max_degree * {self.nodes[index].width} + {TILE}"
         return kept
@@ -168,11 +168,25 @@ class Writer:
         self.put("for e in range(begin, end):")
         self.put(f"    at = (e - begin) * {node.width}")
         at = self.place(use.node)
+        if node.width <= LANES:  # what is written past an edge's numbers, the next edge writes over
+            self.put(f"    vstore({name}, at, {self._few(at, arg, use, node.width)})")
+            return name
         shift = f"h % {arg.width}" if use.mode == "tile" else f"h // {node.width // arg.width}"
         shift = "0" if arg.width == 1 else "h" if arg.width == node.width else shift
         self.put(f"    for h in range({node.width}):")
         self.put(f"        poke({name}, at + h, peek({at[0]}, {at[1]} + {shift}))")
         return name
+
+    def _few(self, place: tuple[str, str], arg: Node, use: Use, width: int) -> str:
+        """The vector of an argument of an edge, spread to ``width`` numbers, at most :data:`LANES`."""
+        array, at = place
+        if arg.width == 1:
+            return f"vsplat(peek({array}, {at}), {LANES})"
+        if arg.width == width:
+            return f"vload_first({array}, {at}, {LANES}, {width})"
+        run = width // arg.width
+        numbers = [k % arg.width if use.mode == "tile" else k // run for k in range(width)]
+        return f"vpattern({array}, {at}, {arg.width}, '{runs(numbers + [0] * (LANES - width))}')"
 
     def place(self, index: int) -> tuple[str, str]:
         """The array and the position of the numbers of edge ``e``."""
@@ -184,20 +198,20 @@ class Writer:
         return f"s{index}", f"(e - begin) * {node.width}"
 
     def reduce_scalar(self, index: int) -> None:
+        """Few numbers of a row's edges, sixteen at a time: each is reduced in the order of the edges."""
         node = self.nodes[index]
-        use = node.args[0]
-        array, at = self.place(use.node)
-        self.put(f"for h in range({node.width}):")
-        self.put("    total = np.float32(0)")
-        join = {"sum": "total + x", "max": "max(total, x)", "min": "min(total, x)"}[node.op]
-        if node.op != "sum":
-            self.put("    if begin < end:")
-            self.put("        e = begin")
-            self.put(f"        total = peek({array}, {at} + h)")
-        self.put("    for e in range(begin, end):")
-        self.put(f"        x = peek({array}, {at} + h)")
-        self.put(f"        total = {join}")
-        self.put(f"    poke(row{index}, h, total)")
+        array, at = self.place(node.args[0].node)
+        for first in range(0, node.width, LANES):
+            count = min(LANES, node.width - first)
+            number = f"vload_first({array}, {at} + {first}, {LANES}, {count})"
+            self.put(f"few = vsplat(0.0, {LANES})")
+            if node.op != "sum":
+                self.put("if begin < end:")
+                self.put("    e = begin")
+                self.put(f"    few = {number}")
+            self.put("for e in range(begin, end):")
+            self.put(f"    few = {_JOIN[node.op].format('few', number)}")
+            self.put(f"vstore(row{index}, {first}, few)")
 
     def row_values(self, index: int) -> None:
         """A node of the row itself."""
@@ -269,9 +283,10 @@ class Writer:
         self.put(f"for block in range(begin, end, {BLOCK_EDGES}):")
         self.depth += 1
         self.put(f"until = min(block + {BLOCK_EDGES}, end)")
-        self.side_by_side(node.args, f"z{index}", self.program.products[int(node.value)].num_in, "block", "until")
+        pitch = pitch_of(self.program.products[int(node.value)].num_in)
+        self.side_by_side(node.args, f"z{index}", pitch, "block", "until")
         for k in same:
-            self.put(f"if not run_product(p{k}, z{index}, until - block, block - begin):")
+            self.put(f"if not run_product(p{k}, z{index}, s{k}, until - block, block - begin):")
             self.put(f"    bad[{int(self.nodes[k].value)}] = 1")
         self.depth -= 1
         return set(same)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .program import ELEMENTWISE, KEPT, WITH_VALUE, Node, Operand, Program, Unsupported, Use
 
-__all__ = ["CALLS", "NARROW", "arrays_of", "base_of", "fills", "is_filled", "scalars"]
+__all__ = ["CALLS", "NARROW", "arrays_of", "base_of", "fills", "is_filled", "pitch_of", "scalars"]
 
 NARROW = 64  # the most numbers per edge that are kept
 FEW = 16  # of linear maps: of more numbers, what is made of them is computed where it is reduced
@@ -19,6 +19,14 @@ CALLS = {
     "where": "vwhere({0}, {1}, {2})", "leaky_relu": "vleaky({0}, {value!r})",
 }  # fmt: skip
 assert set(CALLS) == set(ELEMENTWISE) | set(WITH_VALUE)
+
+
+GROUP = 16  # numbers of a step over what is mapped
+
+
+def pitch_of(num_in: int) -> int:
+    """Numbers from one edge's row to the next in what a linear map takes: whole groups, zeros behind the last one."""
+    return -(-num_in // GROUP) * GROUP
 
 
 def arrays_of(number: int, operand: Operand) -> list[str]:

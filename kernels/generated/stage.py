@@ -76,6 +76,7 @@ class Stage:
         self.fixed: dict[int, str] = {}
         self.spread: dict[tuple[Use, int], str] = {}
         self.sources: set[int] = set()
+        self.edges: set[int] = set()
         self.ranges: dict[int, tuple[str, str]] = {}
         self.in_edge: dict[int, str] = {}
         self.before = True
@@ -100,6 +101,11 @@ class Stage:
             writer.put(f"ahead = np.int64(peek(col_, min(e + AHEAD, final))) * {stride}")
             for line in lines:
                 writer.put(f"prefetch(a{number}_, ahead + {line})")
+        for number in sorted(self.edges):  # in the caller's order, which is that of no row
+            width = writer.program.operands[number].width
+            writer.put(f"ahead = np.int64(peek(edge_, min(e + AHEAD, final))) * {width}")
+            for line in range(self.first, min(width, self.first + self.tiling.lanes), 16):
+                writer.put(f"prefetch(a{number}_, ahead + {line})")
 
     def value(self, index: int, invariant_only: bool = False) -> str:
         """The name of a node's vector; before the loop only what all edges share is written."""
@@ -120,8 +126,8 @@ class Stage:
         if node.op == "load":
             operand = writer.program.operands[int(node.value)]
             if operand.side in ("source", "edge"):
-                if operand.side == "source" and index not in writer.scalar:
-                    self.sources.add(int(node.value))
+                if index not in writer.scalar:
+                    (self.sources if operand.side == "source" else self.edges).add(int(node.value))
                 if operand.bits:
                     self._range(int(node.value), operand)
                 return False

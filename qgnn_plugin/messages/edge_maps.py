@@ -23,7 +23,6 @@ from .spaces import CONST, EDGE, MIXED, SHAPED
 __all__ = ["fits_a_kernel", "joined", "linear_map", "product_arrays", "product_of", "softmax", "widens"]
 
 aten = torch.ops.aten
-WIDE = 32  # outputs of a map of edges, from which on they are not written for all edges at once
 
 
 def product_of(lin: Any) -> Product | None:
@@ -58,8 +57,8 @@ def fits_a_kernel(node: fx.Node, record: Any) -> bool:
 
 
 def widens(builder: Any, node: fx.Node) -> bool:
-    """Whether ``node`` has many numbers of an edge that follow from a linear map of few."""
-    if builder.spaces.of.get(node) != EDGE or math.prod(builder.record.shapes.get(node, (0,))[1:]) < WIDE:
+    """Whether ``node`` follows, number by number, from a linear map of edges, which are then mapped in the kernel."""
+    if builder.spaces.of.get(node) != EDGE or node not in builder.record.shapes:
         return False
     if fits_a_kernel(node, builder.record):
         return True

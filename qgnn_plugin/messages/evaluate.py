@@ -67,7 +67,7 @@ class Values:
         order = self.left_to(node)
         if self._is_by_rows(node, order):
             return self._by_rows(node)
-        left = Counter(arg for later in order for arg in set(self._reads(later)))
+        left = Counter(arg for later in order for arg in self._reads(later))
         left[node] += 1
         self.found.clear()
         for known in [known for known in self.known if not left[known]]:
@@ -79,7 +79,7 @@ class Values:
                 self.known[later] = self[first].div_(self[later.args[1]])  # type: ignore[index]
             else:
                 self.known[later] = self._compute(later)
-            for arg in set(self._reads(later)):
+            for arg in self._reads(later):
                 left[arg] -= 1
                 if not left[arg]:
                     del self.known[arg]
@@ -89,7 +89,10 @@ class Values:
 
     def left_to(self, node: fx.Node) -> list[fx.Node]:
         """The operations that ``node`` follows from and that are not computed yet, itself included, in order."""
-        return _needed(node, self.known, self._reads)
+        orders, key = self.sorted.orders, (node, frozenset(self.known))
+        if key not in orders:  # which are few: what is known of a record is the same in each call, and each block of it
+            orders[key] = _needed(node, self.known, self._reads)
+        return orders[key]
 
     def are_row_wise(self, order: list[fx.Node]) -> bool:
         """Whether each row has of these operations what it would have alone."""
@@ -97,21 +100,26 @@ class Values:
 
     def rows(self, node: fx.Node, rows: slice) -> Values:
         """What ``node`` follows from, of some rows alone; what all rows share is computed for all of them at once."""
-        reads = {arg for later in self.left_to(node) for arg in (later, *self._reads(later))}
-        shared = {arg: self[arg] for arg in reads if self.spaces[arg] == CONST}
-        known = {arg: self[arg][rows] for arg in reads if arg in self.known and self.spaces[arg] in (ROW, KERNEL)}
+        shared, own = self.once(("left", node), lambda: self._left(node))
+        known = shared | {arg: self[arg][rows] for arg in own}
         counts = self.counts | {TARGET: rows.stop - rows.start}
-        part = Values(self.record, self.sorted, shared | known, counts, self.degree[rows])
+        part = Values(self.record, self.sorted, known, counts, self.degree[rows])
         part.own = self.own
         return part
 
+    def _left(self, node: fx.Node) -> tuple[dict[fx.Node, Any], list[fx.Node]]:
+        """Of what ``node`` follows from, the values that all rows share, and what is known of each row."""
+        reads = {arg for later in self.left_to(node) for arg in (later, *self._reads(later))}
+        shared = {arg: self[arg] for arg in reads if self.spaces[arg] == CONST}
+        return shared, [arg for arg in reads if arg in self.known and self.spaces[arg] in (ROW, KERNEL)]
+
     def _is_by_rows(self, node: fx.Node, order: list[fx.Node]) -> bool:
         """Whether :meth:`last` takes several blocks of rows: where the result is wider than what it is made of."""
+        if len(self._row_blocks(node)) < 2:
+            return False
         shapes = self.record.shapes
         inner = [math.prod(shapes[arg][1:]) for later in order for arg in self._reads(later) if arg in self.known]
-        if not inner or math.prod(shapes[node][1:]) <= max(inner) or len(self._row_blocks(node)) < 2:
-            return False
-        return self.are_row_wise(order)
+        return bool(inner) and math.prod(shapes[node][1:]) > max(inner) and self.are_row_wise(order)
 
     def _by_rows(self, node: fx.Node) -> Tensor:
         blocks = self._row_blocks(node)
@@ -122,6 +130,13 @@ class Values:
         return list(row_blocks(self.counts[TARGET], numbers, self.degree.device))
 
     def _reads(self, node: fx.Node) -> list[fx.Node]:
+        """What the value of ``node`` is computed from, each once."""
+        reads = self.sorted.reads
+        if node not in reads:
+            reads[node] = list(dict.fromkeys(self._read_by(node)))
+        return reads[node]
+
+    def _read_by(self, node: fx.Node) -> list[fx.Node]:
         if fill_value(node) is not None:
             return []
         if reduction_of(node) is not None:  # of ones: degrees

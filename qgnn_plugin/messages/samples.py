@@ -91,7 +91,7 @@ class SampledCalls:
         if found is None or found.record.written:
             raise NotTraceable("no samples, or something is written to the layer for each")
         outs = [found.run(part) for part in parts]
-        values = torch.stack([out() if isinstance(out, Producer) else out for out in outs])
+        values = torch.stack([out.whole() if isinstance(out, Producer) else out for out in outs])
         values = values.view(*lead, *values.shape[1:])
         if not any(found is other for other in self.agreed):
             expect_agreement(call, values, len(lead))

@@ -44,10 +44,11 @@ _REDUCED = {"sum": "sum", "amax": "max", "amin": "min"}
 
 def fill_value(node: fx.Node) -> float | None:
     """The number that a tensor is filled with; :obj:`None` where it is not."""
-    if node.target is aten.expand.default and isinstance(node.args[0], fx.Node):
-        return fill_value(node.args[0])
-    target: Any = node.target
-    return _FILLED.get(target)
+    if "filled" not in node.meta:  # told once: comparing operations takes its time, and calls ask again and again
+        target: Any = node.target
+        inner = node.args[0] if target is aten.expand.default else None
+        node.meta["filled"] = fill_value(inner) if isinstance(inner, fx.Node) else _FILLED.get(target)
+    return node.meta["filled"]
 
 
 def reduction_of(node: fx.Node) -> str | None:
@@ -56,10 +57,15 @@ def reduction_of(node: fx.Node) -> str | None:
     Raises:
         NotTraceable: If it is one that has no kernel.
     """
-    if node.target not in _SCATTERED:
-        return None
+    if "reduction" not in node.meta:
+        node.meta["reduction"] = _reduction_of(node) if node.target in _SCATTERED else None
+    return node.meta["reduction"]
+
+
+def _reduction_of(node: fx.Node) -> str:
     start, _, _, source, *more = node.args
-    name = _SCATTERED[node.target] or _REDUCED.get(str(more[0]))
+    target: Any = node.target
+    name = _SCATTERED[target] or _REDUCED.get(str(more[0]))
     if name is None or not isinstance(start, fx.Node) or fill_value(start) != 0 or not isinstance(source, fx.Node):
         raise NotTraceable(f"a scatter by '{more[0] if more else 'sum'}'")
     if name != "sum" and node.kwargs.get("include_self", True):
@@ -76,6 +82,9 @@ class Spaces:
 
     def __init__(self, record: Trace) -> None:
         self.record, self.of = record, dict[fx.Node, str]()
+        # What follows from that, told once (:mod:`.evaluate`): what an operation reads, what is left to be computed.
+        self.reads: dict[fx.Node, list[fx.Node]] = {}
+        self.orders: dict[Any, list[fx.Node]] = {}
         inputs = iter(record.inputs)
         for node in record.graph.nodes:
             if node.op == "placeholder":

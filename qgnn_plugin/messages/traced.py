@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from threading import Lock
@@ -16,7 +17,9 @@ from ..kernels.backend import backend_for
 from ..kernels.generated.program import Unsupported
 from ..kernels.generated.run import NotFinite, can_run, row_program
 from ..kernels.plan import GraphPlan
-from ..packing.producers import Producer, gathered, row_blocks
+from ..packing.columns import Late, waits
+from ..packing.deferred import materialized
+from ..packing.producers import Producer, with_epilogue
 from ..packing.propagation_call import NotByRows
 from ..packing.ranges import NOT_FINITE
 from .build import Built, build
@@ -30,6 +33,8 @@ from .sums import PlainSum
 from .trace import Input, Trace, trace
 
 __all__ = ["TracedCalls", "TracedMessage"]
+
+Arrays = tuple[Any, ...]  # of an operand: tensors, or rows of results that are not computed yet
 
 MOST_TRACES = 8  # of one form of call: what changes from call to call is not traced again and again
 
@@ -92,7 +97,9 @@ class TracedMessage:
             if producer is not None:
                 return producer
         if self.is_by_rows:
-            return self._by_rows(plan, arrays, values)
+            producer = self._by_rows(plan, arrays, values)
+            # What the layer has given belongs to it: it may write over that before somebody asks for the result.
+            return producer.whole() if _are_given(call, self.inputs.values(), arrays) else producer
         outs = self._reduced(plan, arrays, values)
         of_edges = outs[len(program.outputs) :]
         for name, node, value in zip(self.record.written, self.spaces.written, of_edges, strict=True):
@@ -102,9 +109,9 @@ class TracedMessage:
 
     @cached_property
     def is_by_rows(self) -> bool:
-        """Whether the result, a matrix of sources and targets, may be made by blocks of rows."""
+        """Whether the result, of sources and targets, may be made by blocks of rows."""
         program, output = self.built.program, self.spaces.output
-        if any(operand.side == "edge" for operand in program.operands) or program.edge_outputs or program.products:
+        if any(operand.side == "edge" for operand in program.operands) or program.edge_outputs:
             return False
         reduced = {node for node, _ in self.built.results}
         order, stack = set[fx.Node](), [output]
@@ -113,25 +120,28 @@ class TracedMessage:
             if node not in order and node not in reduced and self.spaces.of[node] in (ROW, KERNEL):
                 order.add(node)
                 stack += node.all_input_nodes
-        return len(self.record.shapes[output]) == 2 and all(map(self.spaces.is_row_wise, order))
+        return len(self.record.shapes[output]) > 1 and all(map(self.spaces.is_row_wise, order))
 
-    def _by_rows(self, plan: GraphPlan, arrays: list[tuple[Tensor, ...]], values: Values) -> Tensor:
-        """The result by blocks, at once: what targets have belongs to the layer, which may write over it later."""
+    def _by_rows(self, plan: GraphPlan, arrays: list[Arrays], values: Values) -> Producer:
+        """The result by blocks of rows, for which what targets have may still have to be computed."""
         output, operands = self.spaces.output, self.built.program.operands
+        shape = self.record.shapes[output][1:]
 
-        def block(rows: slice) -> Tensor:
+        def run(start: int, stop: int, **out: Any) -> Any:
+            rows, made = slice(start, stop), dict[int, Tensor]()
             part = values.rows(output, rows)
             given = [
-                tuple(t[rows] if operand.side == "target" else t for t in held)
-                for operand, held in zip(operands, arrays, strict=True)
-            ]
-            self._reduced(plan.rows(rows.start, rows.stop), given, part)
-            return part.last(output)
+                tuple(t.rows(rows, made) if isinstance(t, Late) else t[rows] for t in held)
+                if operand.side == "target" else held
+                for operand, held in zip(operands, arrays, strict=False)
+            ]  # fmt: skip
+            self._reduced(plan.rows(start, stop), [*given, *arrays[len(operands) :]], part)
+            return with_epilogue(part.last(output).flatten(1), **out)
 
-        blocks = row_blocks(plan.num_dst, self.record.shapes[output][1], plan.device)
-        return gathered(plan.num_dst, ((rows, block(rows)) for rows in blocks))
+        dims = shape if len(shape) > 1 else ()
+        return Producer(plan.num_dst, math.prod(shape), plan.device, run, is_fused=False, dims=dims)
 
-    def _reduced(self, plan: GraphPlan, arrays: list[tuple[Tensor, ...]], values: Values) -> list[Tensor]:
+    def _reduced(self, plan: GraphPlan, arrays: list[Arrays], values: Values) -> list[Tensor]:
         """Run the kernel, and put its reductions to ``values``; what it gives, these and numbers of edges."""
         try:
             outs = row_program(self.built.program, plan, arrays)
@@ -143,15 +153,31 @@ class TracedMessage:
             values.put(node, after(by_index[index]), is_own=self.built.indices.count(index) == 1)
         return outs
 
-    def _arrays(self, call: Any, values: Values, leaf: Leaf) -> tuple[Tensor, ...]:
+    def _arrays(self, call: Any, values: Values, leaf: Leaf) -> Arrays:
         if leaf.is_packed:
             packed = call.end(self.inputs[leaf.node].name).packed
             scale, lower = packed.scale, packed.lower
             if getattr(packed, "multiplier", None) is not None:
                 scale, lower = multiplied(scale, lower, packed.multiplier)
             return packed.words, scale.reshape(-1), lower.reshape(-1)
-        rows = leaf.rows(values).to(torch.float32)
-        return (rows.reshape(rows.size(0), math.prod(rows.shape[1:])),)
+        rows = leaf.rows(values)
+        if waits(rows) and rows.dim() == 2 and self.is_by_rows:
+            return (Late.of(rows),)
+        rows = materialized(rows).to(torch.float32)
+        return (rows.reshape(rows.size(0), math.prod(rows.shape[1:])).contiguous(),)  # once for all blocks
+
+
+def _are_given(call: Any, inputs: Iterable[Input], arrays: list[Arrays]) -> bool:
+    """Whether a kernel reads memory that the layer has given it, packed features and the layer's own weights aside."""
+    if any(described.kind == "other" for described in inputs):
+        return True
+    sides = [s for value in call.arguments.values() for s in (value if isinstance(value, (tuple, list)) else (value,))]
+    given = {_memory(t) for t in sides if isinstance(t, Tensor) and t.layout == torch.strided and not waits(t)}
+    return any(_memory(t) in given for held in arrays for t in held if not isinstance(t, Late))
+
+
+def _memory(t: Tensor) -> int:
+    return t.untyped_storage().data_ptr()
 
 
 def _given(call: Any, described: Input) -> Any:
@@ -236,7 +262,7 @@ def _traced(call: Any) -> TracedMessage:
     try:
         found = TracedMessage.of(call)
         out = found.run(call)
-        expect_agreement(call, out() if isinstance(out, Producer) else out)
+        expect_agreement(call, out.whole() if isinstance(out, Producer) else out)
     except (NotTraceable, Unsupported, NotByRows, ImportError):
         raise
     except Exception as error:  # of a record unlike those that are known here: the layer runs as it is

@@ -7,14 +7,14 @@ from typing import Any
 __all__ = ["Asked", "key_of"]
 
 Out = dict[str, Any]  # a range, as kernels take it
-Key = tuple[int, int]
+Key = tuple[int, int, Any]
 
-MOST = 4  # ranges of one result
+MOST = 8  # ranges of one result
 
 
 def key_of(out: Out) -> Key:
     """What tells ranges apart, for as long as they are held."""
-    return id(out["out_scale"]), out["out_bits"]
+    return id(out["out_scale"]), out["out_bits"], out.get("columns")
 
 
 class Asked:

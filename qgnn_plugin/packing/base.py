@@ -17,7 +17,8 @@ from ..layers.own_weights import outside_compiler
 from ..smp.constraint import constraint_names
 from ..smp.deep import StackPlace
 from .asked import Asked
-from .deferred import DeferredTensor, is_deferring, materialized
+from .columns import deferred_result
+from .deferred import is_deferring, materialized
 from .direct import Direct
 from .guard import inference
 from .matrix import PackedMatrix
@@ -256,8 +257,8 @@ class PackedLayer(SwappedLayer):
     def deferred(self, producer: Producer) -> Tensor:
         """What ``producer`` computes, put off where the packed model around may never need it as floats."""
         if not (self._packed.defers and is_deferring()) or self._forward_hooks:
-            return producer()
-        return DeferredTensor(producer, self._packed.write_floats, self._packed.last.asked)
+            return producer.whole()
+        return deferred_result(producer, self._packed.write_floats, self._packed.last.asked)
 
     def _holds_range(self, site: str) -> bool:
         """Whether a site is a range for features, not that of a weight."""

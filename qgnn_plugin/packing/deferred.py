@@ -50,11 +50,13 @@ class Pending:
     ) -> None:
         self.producer, self.runs = producer, _Runs(on_repeat, Asked() if asked is None else asked)
         self.steps: tuple[Step, ...] = ()
-        self.value: Tensor | None = None
+        self.value = None
         self.first: dict[str, Any] | None = None  # the range that it was packed in first, since its last step
         self.codes: dict[Any, Rows] = {}  # in other ranges, packed with it
 
     runs: Any
+    producer: Any
+    value: Any
 
     def then(self, step: Step) -> Pending:
         after = Pending.__new__(Pending)
@@ -62,6 +64,8 @@ class Pending:
         after.steps = (*self.steps, step)
         after.first, after.codes = None, {}
         return after
+
+    is_whole = True  # and no view of another result, which a change in place would have to reach
 
     def composed(self) -> Producer:
         """The producer with the steps after it."""
@@ -100,7 +104,7 @@ class Pending:
 
     def packed(self, **out: Any) -> Rows:
         """The codes, ``[N, row_words(F, out_bits)]`` int32, in a range of one element or ``[F]``; ``out`` as in
-        :class:`Producer`.
+        :class:`Producer`, and ``columns`` where only these are wanted.
         """
         if self.value is None:
             if (codes := self.codes.pop(key_of(out), None)) is not None:
@@ -116,10 +120,10 @@ class Pending:
                 if others:
                     return self._packed_with(others, out)
         producer, (relu, steps) = self.producer, self._fused()
-        if self.value is None and not steps:
+        if self.value is None and not steps and "columns" not in out:
             self.runs.add()
             return producer(relu=relu, **out)
-        return gathered(producer.num_rows, ((rows, with_epilogue(value, **out)) for rows, value in self.blocks()))
+        return gathered(producer.num_rows, ((rows, _codes(value, **out)) for rows, value in self.blocks()))
 
     def _packed_with(self, others: list[dict[str, Any]], first: dict[str, Any]) -> Rows:
         """The codes in the range ``first``; those in ``others``, of the same floats, are kept until they are wanted."""
@@ -129,13 +133,19 @@ class Pending:
             value = producer.run(start, stop, **epilogue)
             for step in steps:
                 value = step(value)
-            return tuple(with_epilogue(value, **out) for out in (first, *others))
+            return tuple(_codes(value, **out) for out in (first, *others))
 
         self.runs.add()
-        only_kernels = not steps and (producer.is_fused or producer.only_kernels)
+        whole_rows = not any("columns" in out for out in (first, *others))
+        only_kernels = not steps and whole_rows and (producer.is_fused or producer.only_kernels)
         codes = replace(producer, run=run, is_fused=False, adds=False, only_kernels=only_kernels)(relu=relu)
         self.codes = {key_of(out): rows for out, rows in zip(others, codes[1:], strict=True)}
         return codes[0]
+
+
+def _codes(value: Tensor, columns: tuple[int, int] | None = None, **out: Any) -> Rows:
+    """Codes of rows of floats, or of some columns of them."""
+    return with_epilogue(value if columns is None else value[:, columns[0] : columns[1]].contiguous(), **out)
 
 
 class DeferredTensor(Tensor):
@@ -156,9 +166,9 @@ class DeferredTensor(Tensor):
         return cls._of(Pending(producer, on_repeat=on_repeat, asked=asked))
 
     @classmethod
-    def _of(cls, pending: Pending) -> DeferredTensor:
+    def _of(cls, pending: Pending, dims: tuple[int, ...] = ()) -> DeferredTensor:
         producer = pending.producer
-        shape = (producer.num_rows, producer.num_features)
+        shape = (producer.num_rows, *(dims or (producer.num_features,)))
         tensor = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.float32, device=producer.device)
         tensor.pending = pending
         scope = _scope.get()
@@ -221,11 +231,14 @@ def materialized(value: Any) -> Any:
     """Replace deferred tensors in nested tuples, lists and dictionaries by their values."""
     if isinstance(value, Tensor):
         return value.materialized() if isinstance(value, DeferredTensor) else value
-    return tree_map_only(DeferredTensor, DeferredTensor.materialized, value)
+    return tree_map_only(DeferredTensor, lambda tensor: tensor.materialized(), value)
 
 
 # What other modules note: the operation, and what gives its result or None.
 NOTES: dict[Any, Callable[..., Tensor | None]] = {}
+
+# The same of operations on one that is not computed yet which give views of it.
+VIEWS: dict[Any, Callable[..., Any]] = {}
 
 # Operations that treat every row alike and for itself, by their in-place form where there is one.
 ROW_WISE = {
@@ -251,12 +264,14 @@ def _note(x: DeferredTensor, func: Any, args: Any, kwargs: Any) -> Any:
     if func in BY_NUMBER and len(args) == 1 and type(args[0]) in (int, float) and not kwargs:
         in_place, number = BY_NUMBER[func], args[0]
         return DeferredTensor._of(pending.then(lambda y: in_place(y, number)))
-    if func in _IN_PLACE:
+    if func in _IN_PLACE and pending.is_whole:
         pending.steps = (*pending.steps, _step(_IN_PLACE[func], args, kwargs))
         pending.first, pending.codes = None, {}
         return x
     if func in _ALIASES and (not args or _is_shape_of(x, args[0])):
         return DeferredTensor._of(pending)
+    if func in VIEWS:
+        return VIEWS[func](x, *args, **kwargs)
     if func is aten.native_batch_norm.default:
         return _note_batch_norm(pending, *args, **kwargs)
     return None

@@ -245,7 +245,7 @@ class PackedMessagePassing(SentFeatures, PropagationChange, PackedConv):
         cls: Any = type(self).float_class
         if cls.update is MessagePassing.update:
             return self.deferred(out) if isinstance(out, Producer) else out
-        out = out() if isinstance(out, Producer) else out
+        out = out.whole() if isinstance(out, Producer) else out
         names = self.inspector.get_param_names("update")
         return self.update(out, **{name: values_of(sent[name]) for name in names if name in sent})
 

@@ -99,6 +99,7 @@ class Producer:
         is_fused: Whether packed codes come out of one kernel, without floats in between.
         adds: Whether ``run`` takes another matrix's rows as ``addend``, which it adds before ReLU.
         only_kernels: Whether ``run`` calls nothing but kernels, so that threads may share blocks among them.
+        dims: Where the matrix stands for more dimensions, those of a row, ``F`` numbers together.
     """
 
     num_rows: int
@@ -108,6 +109,7 @@ class Producer:
     is_fused: bool = True
     adds: bool = False
     only_kernels: bool = False
+    dims: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, value: Tensor) -> Producer:
@@ -127,6 +129,11 @@ class Producer:
         if self.only_kernels and backend_for(self.device) == "cpu":
             return self._shared_out(**epilogue)
         return gathered(self.num_rows, self.blocks(**epilogue))
+
+    def whole(self) -> Tensor:
+        """The float matrix in its own dimensions."""
+        value: Tensor = self()
+        return value.view(-1, *self.dims) if self.dims else value
 
     @property
     def _is_one_block(self) -> bool:

@@ -199,8 +199,8 @@ class MessageKernel(NamedTuple):
     """What computes calls of one form whole.
 
     Args:
-        run: Takes a :class:`Propagation` and gives what ``aggregate`` would return, as a tensor or, for a matrix
-            ``[N, F]`` in float32, as a :class:`~.producers.Producer`; raises :class:`NotByRows` where it cannot.
+        run: Takes a :class:`Propagation` and gives what ``aggregate`` would return, as a tensor or, for float32
+            numbers of nodes, as a :class:`~.producers.Producer`; raises :class:`NotByRows` where it cannot.
         name: For the summary: ``"kernel"`` or ``"generated kernel"``.
     """
 

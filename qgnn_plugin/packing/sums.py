@@ -12,7 +12,7 @@ from .asked import Asked
 from .deferred import NOTES, DeferredTensor, Pending, materialized
 from .producers import Producer, gathered, row_blocks
 
-__all__ = ["Stacked"]
+__all__ = ["BothRun", "Stacked"]
 
 aten = torch.ops.aten
 
@@ -28,7 +28,7 @@ def note_sum(x: Any, other: Any, **options: Any) -> Tensor | None:
     if not all(waits):
         return _onto(other, x) if waits[0] else _onto(x, other) if waits[1] else None
     pending = Pending(x.pending.composed().plus(other.pending.composed()))
-    pending.runs = _BothRun(x.pending.runs, other.pending.runs)
+    pending.runs = BothRun(x.pending.runs, other.pending.runs)
     return DeferredTensor._of(pending)
 
 
@@ -41,7 +41,7 @@ def _onto(known: Tensor, x: Any) -> Tensor | None:
     return gathered(num_rows, ((rows, value.add_(known[rows])) for rows, value in x.pending.blocks()))
 
 
-class _BothRun:
+class BothRun:
     """The runs of a sum are those of its terms."""
 
     def __init__(self, *terms: Any) -> None:
@@ -101,7 +101,7 @@ def _sum_of(parts: list[Pending]) -> Tensor:
     terms = [part.composed() for part in parts]
     if len(terms) <= IN_ORDER:
         pending = Pending(functools.reduce(Producer.plus, terms))
-        pending.runs = _BothRun(*(part.runs for part in parts))
+        pending.runs = BothRun(*(part.runs for part in parts))
         return DeferredTensor._of(pending)
     for part in parts:
         part.runs.add()
