@@ -9,7 +9,7 @@ from inspect import Parameter
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from torch_geometric.data import HeteroData
 from torch_geometric.data.data import BaseData
 
@@ -71,7 +71,8 @@ def is_data(value: Any) -> bool:
     """Whether ``value`` is one graph (or batch of graphs), not a collection of them."""
     if isinstance(value, BaseData):
         return True
-    if isinstance(value, (type, Dataset, Mapping, tuple, list)):  # a data set hands on what its graphs hold
+    # A data set hands on what its graphs hold, and a loader that samples one graph keeps its edges.
+    if isinstance(value, (type, Dataset, DataLoader, Mapping, tuple, list)):
         return False
     return any(hasattr(value, name) for name in (*ADJACENCY, "edge_index_dict"))
 

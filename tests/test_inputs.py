@@ -11,7 +11,7 @@ import torch
 from core.support import NODES, OUT, WIDTH, graph
 from torch import Tensor, nn
 from torch_geometric.data import Batch, Data, HeteroData, InMemoryDataset
-from torch_geometric.loader import DataLoader
+from torch_geometric.loader import DataLoader, RandomNodeLoader
 from torch_geometric.nn import GAE, GCNConv, HeteroConv, SAGEConv, Sequential
 
 import qgnn_plugin as qgnn
@@ -269,6 +269,11 @@ def test_collections_of_graphs_are_no_graph() -> None:
     assert not is_data([d])
     assert not is_data({"x": d.x})
     assert not is_data(Data)
+    loader = RandomNodeLoader(d, num_parts=2)
+    assert hasattr(loader, "edge_index")
+    assert not is_data(loader)
+    qmodel = qgnn.calibrate(qgnn.quantize_model(GCNConv(WIDTH, OUT)), loader)
+    assert all(q.is_set for q in qgnn.quantizers(qmodel).values())
 
 
 def test_tensors_of_a_batch() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch_geometric.nn import HeteroDictLinear
 
@@ -44,9 +45,46 @@ class GuardedEncoderLayer(WithoutFastPath):
 class GuardedEncoder(WithoutFastPath):
     """Guards :class:`torch.nn.TransformerEncoder`, which makes nested tensors for the fast path of its layers."""
 
+    layers: nn.ModuleList
+    norm: nn.Module | None
+
     @property
     def use_nested_tensor(self) -> bool:
         return self._is_off() and self.__dict__["use_nested_tensor"]
+
+    def forward(
+        self,
+        src: Tensor,
+        mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool | None = None,
+    ) -> Tensor:
+        out: Tensor = super().forward(src, mask, src_key_padding_mask, is_causal)  # type: ignore[misc]
+        if mask is not None or src_key_padding_mask is None or not self._drops_padding(src, src_key_padding_mask):
+            return out
+        blank = out.new_zeros(1, 1, out.size(-1))
+        return torch.where(src_key_padding_mask[..., None] != 0, blank if self.norm is None else self.norm(blank), out)
+
+    def _drops_padding(self, src: Tensor, padding: Tensor) -> bool:
+        """Whether the float encoder would make a nested tensor here, which comes back with zeros as padding.
+
+        It does so in eval mode without gradients, where all padding follows what it pads.
+        """
+        if self._is_off() or not vars(self).get("use_nested_tensor") or self.layers[0].training or src.dim() != 3:
+            return False
+        if src.is_nested or torch.is_autocast_enabled() or not torch.backends.mha.get_fastpath_enabled():
+            return False
+        if torch.is_grad_enabled() and (src.requires_grad or self._had_gradients()):
+            return False
+        if not getattr(self, "mask_check", True):
+            return True
+        valid = padding == 0
+        return not torch.compiler.is_compiling() and not bool((valid[:, 1:] & ~valid[:, :-1]).any())
+
+    def _had_gradients(self: Any) -> bool:
+        """Whether its weights want gradients; taken for granted of those that are packed."""
+        inside = [m for m in self.layers[0].modules() if isinstance(m, SwappedLayer)]
+        return any("packed" in m.notes for m in inside) or any(p.requires_grad for p in self.layers[0].parameters())
 
 
 class GuardedHeteroDictLinear(WithoutFastPath):

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..config import BITS, GRANULARITIES, OFF, Granularity, Levels, Truncation, _one_of, check_levels, shown_widths
@@ -171,10 +172,28 @@ class QLRQuantizer(FittedQuantizer):
                     f"or train for at least one step; where no such data come to this layer, exclude it from "
                     f"conversion (a packed model keeps it in floats)"
                 )
+            self._expect_one_process()
             self.set_range(x.detach(), pattern, may_be_zero_one=_looks_like_input(x))
         elif self._has_outgrown_zeros(x):
             self.set_range(x.detach(), pattern, may_be_zero_one=_looks_like_input(x))
         return self._quantize(x, pattern, codes_kept)
+
+    def _expect_one_process(self) -> None:
+        """Refuse to learn a range that starts from this process's own first batch.
+
+        Raises:
+            RuntimeError: If several processes train together: only gradients are averaged, so their ranges would differ
+                for good.
+        """
+        if not (self.is_activation and isinstance(self.log_scale, nn.Parameter) and dist.is_available()):
+            return
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            raise RuntimeError(
+                f"Expected ranges to be set before {dist.get_world_size()} processes train together (got none at "
+                f"'{self.site}', which each would take from its own first batch): call "
+                f"qgnn_plugin.calibrate(model, data, method='ranges') before DistributedDataParallel copies the model "
+                f"from rank 0; in Lightning add RangeCalibration()"
+            )
 
     def _outside_modes(self, x: Tensor) -> Tensor:
         """``x``, or a copy of it where it was made in inference mode and is to be kept for a backward pass.

@@ -176,3 +176,22 @@ def test_the_former_name_of_zero_one_data_is_deprecated() -> None:
     quantizer.set_range((torch.rand(20, 3) < 0.5).float())
     with pytest.warns(DeprecationWarning, match="is_zero_one"):
         assert quantizer.is_one_bit
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_processes_that_train_together_take_no_ranges_of_their_own(
+    processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only gradients are averaged: ranges from each process's own first batch would differ for good."""
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: processes)
+    x = torch.randn(30, 6)
+    learned, fixed, weight = QLRQuantizer(4), QLRQuantizer(4, learn=False), QLRQuantizer(4, channel_dim=0)
+    if processes == 1:
+        learned(x)
+    else:
+        with pytest.raises(RuntimeError, match=r"before 2 processes train .*calibrate\(model, data"):
+            learned(x)
+    assert learned.is_set == (processes == 1)
+    for same_everywhere in (fixed, weight, make({}, x).train()):  # a broadcast buffer, a shared weight, one that is set
+        assert same_everywhere(x).codes.shape == x.shape
