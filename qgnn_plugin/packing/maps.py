@@ -89,7 +89,8 @@ class PackedRecurrent(RunsSequence, PackedWeights):
         sites = [site for name, site in self._modules.items() if not name.startswith("weight")]
         if len(blocks) == 1 or not all(site.spec.is_row_local for site in sites):
             return None
-        state = None if hx is None else self._initial(hx, input, batch, None)
+        input = materialized(input)
+        state = None if hx is None else tuple(map(materialized, self._initial(hx, input, batch, None)))
         out, ends = None, []
         for rows in blocks:
             part = None if state is None else tuple(s[:, rows] for s in state)
