@@ -77,11 +77,21 @@ def _nearest(selector: Selector, names: list[str]) -> str:
 def _candidates(model: nn.Module, names: list[str]) -> str:
     if names:
         return f"Layers that can be converted: {', '.join(name or '(the model itself)' for name in names)}"
-    types = sorted({type(m).__name__ for m in model.modules()})
+    types = sorted({_described(type(m)) for m in model.modules()})
     return (
         f"It has no Linear, MultiheadAttention or MessagePassing layer, only {', '.join(types)}; "
         f"register your own layer type with qgnn_plugin.register_layer"
     )
+
+
+def _described(cls: type[nn.Module]) -> str:
+    base = _known(cls)
+    return cls.__name__ if base is None else f"{cls.__name__} (a {base.__name__} that computes something else)"
+
+
+def _known(cls: type[nn.Module]) -> type | None:
+    """The class with a conversion that ``cls`` is a subclass of."""
+    return next((base for base in cls.__mro__[1:] if issubclass(base, nn.Module) and mixin_for(base)), None)
 
 
 def _is_around(name: str, names: list[str]) -> bool:

@@ -14,7 +14,7 @@ from core.support import (
     quantized,
     state,
 )
-from torch import nn
+from torch import Tensor, nn
 from torch_geometric.nn import GATConv, GCNConv, Linear, SAGEConv
 
 import qgnn_plugin as qgnn
@@ -32,6 +32,16 @@ class Unconvertible(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(3)
+
+
+class Tripling(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 3 * super().forward(x)
+
+
+class Tripled(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(Tripling(3, 3), nn.LayerNorm(3))
 
 
 class Clashing(nn.Module):
@@ -78,6 +88,7 @@ def lazy() -> nn.Module:
     ("make", "options", "error", "message"),
     [
         (Unconvertible, {}, ValueError, r"Nothing to convert in Unconvertible.*only LayerNorm, Unc.*register_layer"),
+        (Tripled, {}, ValueError, r"only.* Tripling \(a Linear that computes something else\).*register_layer"),
         (Plain, {"include": "convs", "exclude": "convs.?"}, ValueError, "Nothing to convert.*encoder, convs.0"),
         (Plain, {"include": "encodr"}, ValueError, "'encodr' matches no layer; did you mean 'encoder'.*heads.main"),
         (Plain, {"exclude": ["encoder", "heads.mian"]}, ValueError, "did you mean 'heads.main'"),

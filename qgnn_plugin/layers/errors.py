@@ -26,7 +26,7 @@ def name_layer(error: Exception, name: str) -> None:
 def expect_features(x: Any) -> None:
     """Raise unless ``x``, the first argument of a layer, is a tensor or a pair of them."""
     if isinstance(x, Tensor):
-        if x.dim() == 0:
+        if x.dim() == 0 and x.is_floating_point():  # an index may be a single one
             raise ValueError("Expected a tensor of features (got a single number)")
         return
     if not isinstance(x, (tuple, list)) or not all(part is None or isinstance(part, Tensor) for part in x):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..config import OFF
 from ..kernels.plan import GraphPlan
+from .functional import passed
 from .range_search import SMALLEST, Sample, search_range
 from .rows import SMALLEST_STEP, RowSample, search_rows
 from .state import ZERO_ONE_KINDS, QuantizerState, RangeKind
@@ -83,6 +84,20 @@ class FittedQuantizer(QuantizerState):
             steps = lower.view_as(self.offset) / self.log_scale.exp().to(lower.dtype)
             middle = -(self.qmax + 1) / 2  # a whole number of steps: zero stays exact
             self.offset.copy_(torch.where(zeros.view_as(steps), middle, steps))
+        if not self.is_activation:
+            self._hold_single_values(rows)
+
+    def _hold_single_values(self, rows: Tensor) -> None:
+        """Widen ranges that all values of a weight lie outside of, by the rounding of its ends.
+
+        They are those of a channel of one magnitude, none of whose weights would get a gradient.
+        """
+        scale, lower = (end.view(-1, 1).to(rows.dtype) for end in self.range())
+        steps = (rows - lower) * (1 / scale)
+        least, most = passed(self.qmax)
+        outside = ((steps < least) | (steps > most)).all(1).view_as(self.log_scale)
+        few = 4 * torch.finfo(self.log_scale.dtype).eps * self.log_scale.abs().clamp_min(1)
+        self.log_scale.copy_(torch.where(outside, self.log_scale + few, self.log_scale))
 
     def _default_scale(self, others: Tensor) -> Tensor:
         """The step of a range that saw nothing but zeros: the largest of the other channels, or one that reaches 1."""

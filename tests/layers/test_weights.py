@@ -16,6 +16,7 @@ from core.support import NODES, WIDTH, features, graph
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch_geometric.nn import HeteroLinear, LightGCN
+from torch_geometric.nn import Linear as PyGLinear
 from torch_geometric.nn.models.linkx import SparseLinear
 
 import qgnn_plugin as qgnn
@@ -283,6 +284,44 @@ def test_indices_outside_of_a_packed_table() -> None:
     with pytest.raises(TypeError, match="indices"):
         packed(torch.rand(3))
     assert packed(torch.zeros(0, 2, dtype=torch.long)).shape == (0, 2, 7)
+
+
+def test_a_single_index_is_looked_up() -> None:
+    model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 3))
+    qmodel = qgnn.calibrate(qgnn.quantize_model(model, 8), [(torch.arange(20),)]).eval()
+    packed, index = qgnn.pack_model(qmodel), torch.tensor(3)
+    assert packed(index).shape == (3,)
+    torch.testing.assert_close(packed(index), qmodel(index).detach())
+    assert torch.equal(packed(index), packed(index[None])[0])
+
+
+@pytest.mark.parametrize(("make", "shape"), [(nn.Linear, (6, 0)), (nn.Linear, (0, 6)), (PyGLinear, (6, 0))])
+def test_maps_without_weights_stay_as_they_are(make: Any, shape: tuple[int, int]) -> None:
+    """Such as the last one of a model whose number of classes is read from data without any."""
+    model = nn.ModuleList([make(*shape), nn.Linear(6, 3)])
+    qmodel = qgnn.quantize_model(model, 4)
+    assert [type(m) for m in (model[0], qmodel[0])] == [make, make]
+    assert qmodel[0](torch.randn(2, shape[0])).shape == (2, shape[1])
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("width", [1, 5])
+def test_weights_of_one_magnitude_get_gradients(bits: int, width: int) -> None:
+    """The only value of a channel is an end of its range, and rounding of the end must not put it outside."""
+    for seed in range(5):
+        torch.manual_seed(seed)
+        lin = nn.Linear(width, 40, bias=False)
+        with torch.no_grad():
+            lin.weight.copy_(lin.weight[:, :1].expand(40, width))
+        x = torch.randn(30, width)
+        qlin: Any = qgnn.calibrate(qgnn.quantize_model(lin, bits), [(x,)], method="ranges")
+        found = qlin.weight_quantizer(lin.weight).dequantize()
+        torch.testing.assert_close(found, lin.weight, rtol=1e-5, atol=0)
+        qlin(x).sum().backward()
+        lin(x).sum().backward()
+        assert bool((qlin.weight.grad != 0).all())
+        if bits == 8:
+            assert float((qlin.weight.grad - lin.weight.grad).norm() / lin.weight.grad.norm()) < 0.05
 
 
 def test_tied_weights_stay_tied() -> None:
