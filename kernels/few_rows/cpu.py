@@ -230,7 +230,7 @@ def _mapped(fixed, x_at, rows, row_scale, addend, relu, out, other, other_out):
         for part in range(2 if other else 1):
             one, end = (given, spec) if part == 0 else (more, also)
             weight, start = raw_at(one[WEIGHT], np.int32), raw_at(one[START], np.int32)
-            multiply(lanes, pitch // 4, here, weight, one[STRETCH], depth, start, acc)
+            multiply(lanes, pitch // 4, here, weight, one[STRETCH], depth, start, acc, one[NUM_OUT])
             finish_rows(acc, 0, one[STRETCH], sums, first, here, end, raw(unpacked))
     keep(lower_owner)
     keep(w_lower)

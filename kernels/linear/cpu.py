@@ -116,36 +116,52 @@ def weights_of(w_words: Tensor, in_features: int, bits: int, signed: bool) -> tu
     return found
 
 
-@njit(forceinline=True)
-def _tile(x, base, pitch, weight, channel, depth, start):
-    """Dot products of six rows of bytes with ``LANES`` channels from ``channel``, a multiple of these."""
-    a = b = c = d = e = f = start
-    for k in range(depth):
-        w = vload(weight, channel * depth + k * LANES, LANES)
-        at = base + k
-        a = vdot(a, w, vsplat(peek(x, at), LANES))
-        b = vdot(b, w, vsplat(peek(x, at + pitch), LANES))
-        c = vdot(c, w, vsplat(peek(x, at + 2 * pitch), LANES))
-        d = vdot(d, w, vsplat(peek(x, at + 3 * pitch), LANES))
-        e = vdot(e, w, vsplat(peek(x, at + 4 * pitch), LANES))
-        f = vdot(f, w, vsplat(peek(x, at + 5 * pitch), LANES))
-    return a, b, c, d, e, f
+def _tile_of(lanes: int):
+    """Products with ``lanes`` channels, of the ``LANES`` that lie together: a function of its own for each width."""
 
-
-@jit.kernel
-def multiply(x, pitch, rows, weight, stretch, depth, start, acc):
-    """``acc[r, o]``, float32 of pitch ``stretch``, for the rows of bytes ``x`` (pitch in words)."""
-    for o in range(0, stretch, LANES):
-        begin = vload(start, o, LANES)
+    @njit(forceinline=True)
+    def tile(x, pitch, rows, weight, channel, stretch, depth, start, acc):
+        """``acc[r, channel:channel + lanes]`` of all rows of bytes, six at a time."""
+        begin = vload(start, channel, lanes)
         for r in range(0, rows, MICRO_ROWS):
-            a, b, c, d, e, f = _tile(x, r * pitch, pitch, weight, o, depth, begin)
-            at = r * stretch + o
+            base = r * pitch
+            a = b = c = d = e = f = begin
+            for k in range(depth):
+                w = vload(weight, channel * depth + k * LANES, lanes)
+                at = base + k
+                a = vdot(a, w, vsplat(peek(x, at), lanes))
+                b = vdot(b, w, vsplat(peek(x, at + pitch), lanes))
+                c = vdot(c, w, vsplat(peek(x, at + 2 * pitch), lanes))
+                d = vdot(d, w, vsplat(peek(x, at + 3 * pitch), lanes))
+                e = vdot(e, w, vsplat(peek(x, at + 4 * pitch), lanes))
+                f = vdot(f, w, vsplat(peek(x, at + 5 * pitch), lanes))
+            at = r * stretch + channel
             vstore(acc, at, vcast(a, "f32"))
             vstore(acc, at + stretch, vcast(b, "f32"))
             vstore(acc, at + 2 * stretch, vcast(c, "f32"))
             vstore(acc, at + 3 * stretch, vcast(d, "f32"))
             vstore(acc, at + 4 * stretch, vcast(e, "f32"))
             vstore(acc, at + 5 * stretch, vcast(f, "f32"))
+
+    return tile
+
+
+_whole_tile, _half_tile, _quarter_tile = _tile_of(LANES), _tile_of(LANES // 2), _tile_of(LANES // 4)
+
+
+@jit.kernel
+def multiply(x, pitch, rows, weight, stretch, depth, start, acc, channels):
+    """``acc[r, o]``, float32 of pitch ``stretch``, for the rows of bytes ``x`` (pitch in words) and the first
+    ``channels`` outputs; those behind them are not needed.
+    """
+    for o in range(0, channels, LANES):
+        left = channels - o
+        if left > LANES // 2:
+            _whole_tile(x, pitch, rows, weight, o, stretch, depth, start, acc)
+        elif left > LANES // 4:
+            _half_tile(x, pitch, rows, weight, o, stretch, depth, start, acc)
+        else:
+            _quarter_tile(x, pitch, rows, weight, o, stretch, depth, start, acc)
 
 
 @njit(forceinline=True)
@@ -205,7 +221,7 @@ def linear_kernel(bits: int, dotted: int = 0):
                             row = vview(vview(row, "i32") ^ signs, "u8")
                         vstore_parts(codes, r * pitch + 4 * tile, 4 * stride, row, parts, 4 * live)
                     sums[r] = _row_sum(lanes, r * (pitch // 4), depth) + FEATURES * depth * flip
-                multiply(lanes, pitch // 4, count, weight, stretch, depth, start, acc)
+                multiply(lanes, pitch // 4, count, weight, stretch, depth, start, acc, spec.width)
                 if dotted == 1:
                     vectors, number, heads, places, total = dots
                     of_heads = (raw_at(vectors, np.float32), number, heads, raw_at(places, np.float32), total)

@@ -9,7 +9,7 @@ __all__ = ["Asked", "key_of"]
 Out = dict[str, Any]  # a range, as kernels take it
 Key = tuple[int, int, Any]
 
-MOST = 8  # ranges of one result
+MOST = 12  # ranges of one result
 
 
 def key_of(out: Out) -> Key:

@@ -74,6 +74,15 @@ class Late:
         return made[id(self.base)][:, self.columns[0] : self.columns[1]]
 
 
+class _OnceRun(BothRun):
+    """The runs of a result whose columns share the rows that are computed of it."""
+
+    is_once = True
+
+    def __init__(self, runs: Any) -> None:
+        self.terms = (runs,)
+
+
 class Columns(Pending):
     """The columns ``[start, stop)`` of another result; its value is a view of that one's, as in torch."""
 
@@ -100,17 +109,30 @@ class Columns(Pending):
 
     @property
     def runs(self) -> Any:
-        return self.base.runs
+        known = self.base.__dict__.get("runs_of_columns")
+        return known or self.base.__dict__.setdefault("runs_of_columns", _OnceRun(self.base.runs))
 
     @property
     def producer(self) -> Producer:
         """Of the other result as it is now: steps that are noted on it later change it, not what was made before."""
-        whole, (first, last) = self.base.composed(), self.columns
+        whole, (first, last), latest = self.base.composed(), self.columns, self.latest()
 
         def run(start: int, stop: int, **out: Any) -> Rows:
-            return with_epilogue(whole.run(start, stop)[:, first:last].contiguous(), **out)
+            # Several columns are asked for these rows one after another: they are computed once.
+            if latest.get("rows") != (start, stop):
+                latest.clear()
+                latest.update(value=whole.run(start, stop), rows=(start, stop))
+            return with_epilogue(latest["value"][:, first:last].clone(), **out)
 
         return Producer(whole.num_rows, last - first, whole.device, run, is_fused=False)
+
+    def latest(self) -> dict[str, Any]:
+        """The rows of the other result that were computed last, shared by its columns while it has no further step."""
+        steps, held = self.base.__dict__.setdefault("latest", (self.base.steps, {}))
+        if steps != self.base.steps:
+            held = {}
+            self.base.__dict__["latest"] = (self.base.steps, held)
+        return held
 
     def then(self, step: Step) -> Pending:
         after = Pending.__new__(Pending)

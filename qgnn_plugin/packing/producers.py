@@ -181,3 +181,11 @@ class Producer:
 
         only_kernels = other.adds and all(part.is_fused or part.only_kernels for part in (self, other))
         return Producer(self.num_rows, self.num_features, self.device, run, is_fused=False, only_kernels=only_kernels)
+
+    def times(self, other: Producer) -> Producer:
+        """The product of both matrices, number by number."""
+
+        def run(start: int, stop: int, **out: Any) -> Rows:
+            return with_epilogue(self.run(start, stop).mul_(other.run(start, stop)), **out)
+
+        return Producer(self.num_rows, self.num_features, self.device, run, is_fused=False)

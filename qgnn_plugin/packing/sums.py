@@ -1,8 +1,9 @@
-"""Sums of results that are not computed yet: of two terms, and over a stack of relations without the stack."""
+"""Sums and products of results that are not computed yet, and sums over a stack of relations without the stack."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,32 +21,46 @@ aten = torch.ops.aten
 def note_sum(x: Any, other: Any, **options: Any) -> Tensor | None:
     """``x + other`` of two matrices that are not computed yet; of one of them by blocks of rows, without it as a whole.
     """
-    if options or not all(isinstance(t, Tensor) for t in (x, other)):
+    return None if options else _both(x, other, Producer.plus, Tensor.add_)
+
+
+def note_product(x: Any, other: Any) -> Tensor | None:
+    """``x * other``, as :func:`note_sum`."""
+    return _both(x, other, Producer.times, Tensor.mul_)
+
+
+def _both(x: Any, other: Any, combined: Callable[..., Producer], onto: Callable[..., Tensor]) -> Tensor | None:
+    if not all(isinstance(t, Tensor) for t in (x, other)) or other is x:
         return None
-    if other is x or other.shape != x.shape or x.device != other.device:
+    if other.shape != x.shape or x.device != other.device:
         return None
     waits = [type(t) is DeferredTensor and t.pending.value is None for t in (x, other)]
     if not all(waits):
-        return _onto(other, x) if waits[0] else _onto(x, other) if waits[1] else None
-    pending = Pending(x.pending.composed().plus(other.pending.composed()))
+        return _onto(other, x, onto) if waits[0] else _onto(x, other, onto) if waits[1] else None
+    pending = Pending(combined(x.pending.composed(), other.pending.composed()))
     pending.runs = BothRun(x.pending.runs, other.pending.runs)
     return DeferredTensor._of(pending)
 
 
-def _onto(known: Tensor, x: Any) -> Tensor | None:
-    """The sum of a matrix that is there and of one that is not computed yet; :obj:`None` where there is one block."""
+def _onto(known: Tensor, x: Any, combine: Callable[..., Tensor]) -> Tensor | None:
+    """A matrix that is there with one that is not computed yet; :obj:`None` where there is one block."""
     plain_matrix = type(known) is Tensor and known.dtype is torch.float32 and known.layout == torch.strided
     num_rows, num_features = x.shape
     if not plain_matrix or known.requires_grad or len(list(row_blocks(num_rows, num_features, x.device))) < 2:
         return None
-    return gathered(num_rows, ((rows, value.add_(known[rows])) for rows, value in x.pending.blocks()))
+    return gathered(num_rows, ((rows, combine(value, known[rows])) for rows, value in x.pending.blocks()))
 
 
 class BothRun:
-    """The runs of a sum are those of its terms."""
+    """The runs of a sum are those of its terms; columns of one result, whose rows are computed once, are one."""
+
+    is_once = False
+    terms: tuple[Any, ...]
 
     def __init__(self, *terms: Any) -> None:
-        self.terms = terms
+        every = [one for term in terms for one in (term.terms if type(term) is BothRun else (term,))]
+        firsts = {id(term): k for k, term in reversed(list(enumerate(every)))}
+        self.terms = tuple(t for k, t in enumerate(every) if not getattr(t, "is_once", False) or firsts[id(t)] == k)
 
     @property
     def asked(self) -> Asked:
@@ -124,4 +139,5 @@ class _StackedPending:
 
 
 NOTES[aten.add.Tensor] = note_sum
+NOTES[aten.mul.Tensor] = note_product
 NOTES[aten.stack.default] = Stacked.of

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,11 +13,14 @@ from torch import Tensor, nn
 from torch_geometric.nn import FiLMConv, MessagePassing, PNAConv
 
 import qgnn_plugin as qgnn
+from qgnn_plugin.kernels.backend import use_backend
 from qgnn_plugin.packing import producers
 from qgnn_plugin.packing.asked import Asked
 from qgnn_plugin.packing.columns import Shaped, deferred_result
 from qgnn_plugin.packing.deferred import DeferredTensor
 from qgnn_plugin.packing.producers import Producer
+
+pytest.importorskip("numba")
 
 ROWS, TOWERS, WIDTH = 150, 3, 4
 NODES, EDGES, FEATURES = 90, 700, 12
@@ -25,6 +28,13 @@ X = torch.randn(NODES, FEATURES, generator=torch.Generator().manual_seed(0))
 EDGE_INDEX = torch.randint(NODES - 5, (2, EDGES), generator=torch.Generator().manual_seed(1))
 EDGE_TYPE = torch.randint(3, (EDGES,), generator=torch.Generator().manual_seed(2))
 DEGREES = torch.bincount(torch.bincount(EDGE_INDEX[1]))
+
+
+@pytest.fixture(autouse=True)
+def reference_backend() -> Iterator[None]:
+    """Kernels, in the place of the references that other tests of this folder run."""
+    with use_backend("cpu"):
+        yield
 
 
 @pytest.fixture
@@ -128,6 +138,17 @@ def test_towers_are_packed_in_one_pass_from_the_second_call_on(source: Counted) 
             assert torch.equal(found, expected)
         assert source.runs == runs
     assert source.repeats == 0
+
+
+def test_columns_that_meet_again_are_computed_once(source: Counted) -> None:
+    """As those of FiLM's own term, whose factor and shift one linear map gives."""
+    one, two = towers(source).flatten(1).split(6, dim=1)
+    out = (one.relu() * 2 + two).relu()
+    factor, shift = source.value[:, :6], source.value[:, 6:]
+    expected = (factor.relu() * 2 + shift).relu()
+    assert torch.equal(out.pending.packed(**RANGE), codes(expected))
+    assert (source.runs, source.repeats) == (1, 0)
+    assert torch.equal(out + 0, expected)
 
 
 # Layers ###############################################################################################################

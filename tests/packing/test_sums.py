@@ -33,6 +33,23 @@ def test_a_sum_of_two_runs_each_once_and_gives_codes() -> None:
     assert (one.repeats, other.repeats) == (1, 1)  # asked for twice: both are told
 
 
+def test_a_product_of_two_runs_each_once_and_gives_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = sources(2)
+    product = one.tensor().relu() * other.tensor()
+    assert isinstance(product, DeferredTensor)
+    expected = one.value.relu() * other.value
+    assert torch.equal(product.pending.packed(**RANGE), codes(expected))
+    assert one.runs == other.runs == 1
+    x = one.tensor()
+    assert torch.equal(x * x, one.value * one.value)
+    assert torch.equal(one.tensor() * torch.ones(WIDTH), one.value)
+    monkeypatch.setattr(producers, "BLOCK_FLOATS", 64 * WIDTH)
+    known = torch.randn(ROWS, WIDTH)
+    x = one.tensor()
+    assert torch.equal(known * x, known * one.value)
+    assert x.pending.value is None
+
+
 def test_a_sum_with_itself_or_with_numbers_is_computed() -> None:
     (one,) = sources(1)
     x = one.tensor()
