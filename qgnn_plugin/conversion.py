@@ -31,7 +31,7 @@ from .parameter_sums import warn_of_parameter_sums
 from .passed_by import check_methods, warn_of_comparisons
 from .saved import CONFIG_KEY, decode
 from .scripted import close_scripted, open_scripted
-from .selection import Selector, output_layer, select, selectors
+from .selection import Selector, is_in_copy, output_layer, select, selectors
 from .smp.deep import DeepLayer, StackPlace, close_scopes, connect_stacks, conv_widths, find_stacks
 
 __all__ = [
@@ -249,7 +249,7 @@ def _can_stack(conv: nn.Module, deep: bool) -> bool:
 
 def _convert(model: nn.Module, names: list[str], config_of: ConfigOf, places: dict[str, StackPlace]) -> None:
     layers = dict(model.named_modules())
-    first = [True]
+    first, at_input = [True], ""
     last = output_layer(names, {name: mixin_for(layers[name]) or QuantizedLayer for name in names})
     for name in names:
         layer = layers[name]
@@ -261,8 +261,11 @@ def _convert(model: nn.Module, names: list[str], config_of: ConfigOf, places: di
         device, dtype = _placement(layer, model)
         settings = config_of(name)
         output = name == last and settings.bits_for("output") != OFF
+        before = first[0] = first[0] or is_in_copy(model, name, at_input)
         sites = SiteFactory(name, settings, device, dtype, first, config_of, place)
         convert_layer(layer, mixin, sites, output=output)
+        if before and not first[0]:
+            at_input = at_input or name
 
 
 def _kind_of_state(state: Mapping[str, Any]) -> str:

@@ -6,13 +6,16 @@ import difflib
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from .layers.base import QuantizedLayer
 from .layers.own_weights import QuantizedOwnModule
 from .layers.registry import mixin_for
+from .quantizers import QLRQuantizer
 
-__all__ = ["Selector", "output_layer", "select", "selectors"]
+__all__ = ["Selector", "is_in_copy", "output_layer", "select", "selectors"]
 
 Selector = str | type[nn.Module]
 
@@ -106,3 +109,44 @@ def output_layer(names: list[str], mixin_of: Mapping[str, type[QuantizedLayer]])
     inner = [name for name in names if not (issubclass(mixin_of[name], QuantizedOwnModule) and _is_around(name, names))]
     names = inner or names
     return [name for name in names if not any(name != outer and is_within(name, outer) for outer in names)][-1]
+
+
+def is_in_copy(model: nn.Module, name: str, original: str) -> bool:
+    """Whether layer ``name`` has the place in a copy of a part of ``model`` that ``original`` has in that part.
+
+    A copy has the weights that the part has, or those of the past and no gradients, as the encoder of targets that
+    follows another one by averages: ``for a, b in zip(part.parameters(), copy.parameters())``.  Of lists, whose parts
+    may as well follow one another, none is taken for one.
+    """
+    ours, theirs = name.split("."), original.split(".")
+    places = [place for place, (one, other) in enumerate(zip(ours, theirs, strict=False)) if one != other]
+    if len(ours) != len(theirs) or len(places) != 1 or ours[places[0]].isdigit():
+        return False
+    copied, part = (model.get_submodule(".".join(path[: places[0] + 1])) for path in (ours, theirs))
+    if _float_class(copied) is not _float_class(part):
+        return False
+    weights, others = _float_weights(copied), _float_weights(part)
+    if not weights or weights.keys() != others.keys():
+        return False
+    if not all(_is_like(weights[key], others[key]) for key in weights):
+        return False
+    if not any(weight.requires_grad for weight in weights.values()) and any(w.requires_grad for w in others.values()):
+        return True
+    return all(torch.equal(weights[key], others[key]) for key in weights)
+
+
+def _float_class(module: nn.Module) -> type:
+    return getattr(type(module), "float_class", type(module))
+
+
+def _float_weights(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of ``module``, by name, apart from those of ranges."""
+    inside = ((name, m) for name, m in module.named_modules() if not isinstance(m, QLRQuantizer))
+    return {f"{name}.{key}": w for name, m in inside for key, w in m._parameters.items() if w is not None}
+
+
+def _is_like(weight: nn.Parameter, other: nn.Parameter) -> bool:
+    """Whether a weight, which is not the other one itself, can be compared with it."""
+    if weight is other or isinstance(weight, UninitializedParameter) or isinstance(other, UninitializedParameter):
+        return False
+    return weight.shape == other.shape and weight.device == other.device and not weight.is_meta

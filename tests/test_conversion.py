@@ -1,5 +1,6 @@
 """quantize_model: what is converted, and what stays."""
 
+import copy
 import inspect
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from core.support import (
     state,
 )
 from torch import Tensor, nn
-from torch_geometric.nn import GATConv, GCNConv, GraphConv, Linear, MessagePassing, SAGEConv
+from torch_geometric.nn import GCN, GATConv, GCNConv, GraphConv, Linear, MessagePassing, SAGEConv
 from torch_geometric.typing import OptTensor
 
 import qgnn_plugin as qgnn
@@ -199,6 +200,49 @@ def test_input_site_is_the_first_layers_and_output_site_the_last_ones() -> None:
     assert sites["convs.0.lin.input_quantizer"].bits == 4
     assert sites["convs.0.message_quantizer"].bits == 32
     assert [name for name in sites if "output" in name] == ["shared.output_quantizer"]
+
+
+class Bootstrapped(nn.Module):
+    """A target encoder that follows the other one by averages, as in BGRL and momentum contrast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.online, self.other = GCN(WIDTH, 8, 2, OUT), GCN(WIDTH, 8, 2, OUT)
+        self.target = copy.deepcopy(self.online).requires_grad_(False)
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        for a, b in zip(self.online.parameters(), self.target.parameters(), strict=True):
+            b.mul_(0.5).add_(a, alpha=0.5)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_copy_of_a_part_has_the_parameters_of_the_part(trained: bool) -> None:
+    model = Bootstrapped()
+    if trained:
+        nn.init.normal_(model.online.convs[0].bias)
+    qmodel: Any = qgnn.quantize_model(model)
+    for online, target in zip(qmodel.online.named_parameters(), qmodel.target.named_parameters(), strict=True):
+        assert online[0] == target[0]
+    assert len(list(qmodel.other.parameters())) > len(list(qmodel.target.parameters()))  # what follows another part
+    run = lambda m, _: (m.online(features(), graph()), m.target(features(), graph()))  # noqa: E731
+    qgnn.calibrate(qmodel, [0], forward=run)
+    for parameter in qmodel.online.parameters():
+        parameter.data.add_(0.25)
+    before = [b.clone() for b in qmodel.target.parameters()]
+    qmodel.follow()
+    for a, b, was in zip(qmodel.online.parameters(), qmodel.target.parameters(), before, strict=True):
+        torch.testing.assert_close(b, (a + was) / 2)
+
+
+def test_parts_that_follow_one_another_are_no_copies() -> None:
+    conv = GCNConv(WIDTH, WIDTH)
+    tied = nn.ModuleDict({"a": conv, "b": GCNConv(WIDTH, WIDTH)})
+    tied["b"].lin.weight = conv.lin.weight  # type: ignore[union-attr]
+    for model in (tied, nn.ModuleList([conv, copy.deepcopy(conv)])):
+        first, second = qgnn.quantize_model(model).children()
+        assert isinstance(second.lin.input_quantizer.log_scale, nn.Parameter)  # type: ignore[union-attr]
+        assert not isinstance(first.lin.input_quantizer.log_scale, nn.Parameter)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
