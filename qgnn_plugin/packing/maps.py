@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.aggregate import aggregate
+from ..kernels.cpu.memory import empty
 from ..kernels.unpack_dequantize import unpack_dequantize
 from ..layers.bilinear import INPUT, QuantizedBilinear, QuantizedHeteroLinear, RunsBilinear, RunsHeteroLinear
 from ..layers.embedding import QuantizedEmbedding
@@ -99,6 +100,7 @@ class PackedRecurrent(RunsSequence, PackedWeights):
                 out = y.new_empty((*input.shape[:2], y.size(-1)))
             out.narrow(axis, rows.start, rows.stop - rows.start).copy_(y)
             ends.append(end if isinstance(end, tuple) else (end,))
+        assert out is not None
         return out, self._final(tuple(torch.cat(parts, 1) for parts in zip(*ends, strict=True)), None)
 
     @classmethod
@@ -151,7 +153,7 @@ class PackedHeteroLinear(RunsHeteroLinear, PackedWeights):
             order = type_vec.argsort(stable=True)
             type_vec, taken = type_vec[order], taken.take(order)
             firsts = _spans(type_vec)
-        out = x.new_empty(x.size(0), width)
+        out = empty((x.size(0), width), x.dtype) if x.is_cpu else x.new_empty(x.size(0), width)
         kinds = type_vec[torch.tensor(firsts, device=x.device)].tolist()
         for kind, start, stop in zip(kinds, firsts, [*firsts[1:], x.size(0)], strict=True):
             y = self._times(taken.rows(start, stop), *parts[kind])
