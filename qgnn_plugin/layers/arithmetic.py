@@ -242,7 +242,11 @@ def own_copy(x: Tensor) -> Tensor:
 
 def with_gradient_of(differentiable: Callable[[], Tensor], value: Tensor) -> Tensor:
     """``value`` with the gradient of ``differentiable()``, the same but for rounding; not called where none is due."""
-    return _Replaced.apply(differentiable(), value) if torch.is_grad_enabled() else value
+    if not torch.is_grad_enabled():
+        return value
+    if not torch.compiler.is_compiling() and value._is_view():  # large results lie in memory that is used again
+        value = value.clone()
+    return _Replaced.apply(differentiable(), value)
 
 
 @torch.no_grad()
