@@ -279,9 +279,11 @@ def _propagations(layer: Any) -> Iterator[list[tuple[Any, dict[str, Any]]]]:
         return propagate(edge_index, **arguments)
 
     layer.float_propagate = noted
+    hook = layer.register_propagate_forward_pre_hook(lambda *_: None)  # it propagates, whatever kernels it has
     try:
         yield calls
     finally:
+        hook.remove()
         del layer.float_propagate
 
 

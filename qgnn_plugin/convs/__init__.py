@@ -4,6 +4,6 @@ Importing this package enters every one of them into the registries.  Nothing be
 so that a layer is known whatever is imported first.
 """
 
-from . import appnp, attention, deep, gcn, gin, hops, sage
+from . import appnp, attention, deep, gcn, gin, graph_conv, hops, sage
 
-__all__ = ["appnp", "attention", "deep", "gcn", "gin", "hops", "sage"]
+__all__ = ["appnp", "attention", "deep", "gcn", "gin", "graph_conv", "hops", "sage"]

@@ -226,7 +226,7 @@ class Frozen(Convolution, PackedConv):
         return self.aggregation(sent, graph, bias=bias)
 
     def _product(self, lin: Any, x: Any) -> Result:
-        if is_hooked(lin):
+        if is_hooked(lin) or not isinstance(lin, PackedLinear):
             return materialized(lin(self._floats(x)) if isinstance(x, (Producer, Tensor)) else mapped_by_call(lin, x))
         if isinstance(x, Producer):
             x = lin.input_quantizer.of(x)

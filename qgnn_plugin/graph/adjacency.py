@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -104,13 +104,30 @@ def plain_graph(
     """The graph as it is: no self-loops added, no normalization.
 
     A ``torch.sparse`` adjacency is a matrix: its values multiply.  As in PyG's unweighted layers, those of a
-    ``SparseTensor`` do not.  ``copies`` of it stand side by side.
+    ``SparseTensor`` do not.  ``copies`` of it stand side by side.  Of edge weights that are being learned only the
+    plan is cached.
     """
+    if _is_learned(edge_index, weight):
+        return _weighted(plain_graph(edge_index, size, flow), edge_index, size, flow, weight).repeated(copies)
 
     def build() -> NormalizedGraph:
         return _plain(edge_index, size, flow, weight)
 
     return _cached(edge_index, weight, ("plain", size, flow), build, copies)
+
+
+def _is_learned(edge_index: Any, weight: Tensor | None) -> bool:
+    """Whether edges have weights that require a gradient."""
+    return isinstance(weight, Tensor) and weight.requires_grad and not is_sparse(edge_index)
+
+
+def _weighted(
+    graph: NormalizedGraph, edge_index: Any, size: tuple[int, int], flow: str, weight: Tensor | None
+) -> NormalizedGraph:
+    """``graph``, that of ``edge_index`` without weights, with some."""
+    values = edges_of(edge_index, weight, flow, size).weight
+    assert values is not None
+    return replace(graph, weight=own_order(graph.plan, values))
 
 
 def _plain(edge_index: Any, size: tuple[int, int], flow: str, weight: Tensor | None = None) -> NormalizedGraph:
@@ -121,19 +138,30 @@ def _plain(edge_index: Any, size: tuple[int, int], flow: str, weight: Tensor | N
 
 
 def mean_graph(
-    edge_index: Any, size: tuple[int, int], flow: str, dtype: torch.dtype = torch.float32, *, copies: int = 1
+    edge_index: Any,
+    size: tuple[int, int],
+    flow: str,
+    dtype: torch.dtype = torch.float32,
+    weight: Tensor | None = None,
+    *,
+    copies: int = 1,
 ) -> NormalizedGraph:
-    """The graph with ``P`` the mean over neighbours, 0 where there are none; values as in :func:`plain_graph`."""
+    """The graph with ``P`` the mean over neighbours, 0 where there are none; values as in :func:`plain_graph`.
+
+    Weights multiply what the mean is of, and do not normalize it.
+    """
+    if _is_learned(edge_index, weight):
+        return _weighted(mean_graph(edge_index, size, flow, dtype), edge_index, size, flow, weight).repeated(copies)
 
     def build() -> NormalizedGraph:
-        graph = _plain(edge_index, size, flow)
+        graph = _plain(edge_index, size, flow, weight)
         if dtype is torch.float32:
             target = inverse_degree(graph.plan.rowptr)
         else:
             target = 1 / graph.plan.degree.to(dtype).clamp_min(1)
         return NormalizedGraph(graph.plan, graph.weight, None, target.view(-1, 1))
 
-    return _cached(edge_index, None, ("mean", size, flow, dtype), build, copies)
+    return _cached(edge_index, weight, ("mean", size, flow, dtype), build, copies)
 
 
 def gcn_graph(

@@ -18,7 +18,7 @@ NODES, WIDTH, HIDDEN, OUT = 40, 12, 20, 5
 
 
 class SumConv(GraphConv):
-    """``W_1 x_i + W_2 sum_j w_ij x_j``, as a class of its own: that of PyG is converted by what its nodes send."""
+    """``W_1 x_i + W_2 sum_j w_ij x_j``, as a class of its own."""
 
 
 class WeightedSum(extension.Convolution):

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
 from torch_geometric import EdgeIndex
 from torch_geometric.nn import (
     APPNP,
+    GAT,
+    GCN,
+    GIN,
     GATConv,
     GATv2Conv,
     GCNConv,
     GINConv,
     GraphConv,
+    GraphSAGE,
     LGConv,
     Linear,
     SAGEConv,
@@ -24,6 +29,7 @@ from torch_geometric.nn import (
 )
 
 import qgnn_plugin as qgnn
+from qgnn_plugin.converted import quantized_layers
 
 NODES, WIDTH, OUT = 40, 12, 6
 
@@ -81,6 +87,8 @@ CONVS: dict[str, Callable[[], nn.Module]] = {
     "SAGEConv max": lambda: SAGEConv(WIDTH, OUT, aggr="max"),
     "SAGEConv project": lambda: SAGEConv(WIDTH, OUT, project=True, normalize=True),
     "GINConv": _gin,
+    "GraphConv": lambda: GraphConv(WIDTH, OUT),
+    "GraphConv mean": lambda: GraphConv(WIDTH, OUT, aggr="mean", bias=False),
     "APPNP": lambda: APPNP(4, 0.1),
     "APPNP cached": lambda: APPNP(4, 0.1, cached=True, dropout=0.3),
     "SGConv": lambda: SGConv(WIDTH, OUT, K=3),
@@ -93,13 +101,20 @@ CONVS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+class Summed(GraphConv):
+    """A GraphConv with a message of its own: the same one, which nothing knows."""
+
+    def message(self, x_j: Tensor, edge_weight: Optional[Tensor]) -> Tensor:  # noqa: UP045
+        return x_j if edge_weight is None else edge_weight.view(-1, 1) * x_j
+
+
 class Plain(nn.Module):
     """An ordinary model: a convolution, a generic one, a container, a shared layer, an arbitrary forward."""
 
     def __init__(self) -> None:
         super().__init__()
         self.encoder = Linear(WIDTH, 8)
-        self.convs = nn.ModuleList([GCNConv(8, 8), GraphConv(8, 8)])
+        self.convs = nn.ModuleList([GCNConv(8, 8), Summed(8, 8)])
         self.heads = nn.ModuleDict({"main": nn.Linear(8, OUT), "other": nn.Linear(8, OUT)})
         self.shared = nn.Linear(8, 8)
         self.again = self.shared
@@ -113,12 +128,32 @@ class Plain(nn.Module):
         return self.heads[head](x)
 
 
+# Whole models, [N, WIDTH] features to OUT classes.
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "GCN": lambda: GCN(WIDTH, 8, 2, OUT, norm="batch_norm"),
+    "GAT": lambda: GAT(WIDTH, 8, 2, OUT),
+    "GraphSAGE": lambda: GraphSAGE(WIDTH, 8, 2, OUT),
+    "GIN": lambda: GIN(WIDTH, 8, 2, OUT),
+    "Plain": Plain,
+}
+
+
+def through_pickle(model: nn.Module) -> nn.Module:
+    """A copy by way of a pickle."""
+    return pickle.loads(pickle.dumps(model))
+
+
 def quantized(model: nn.Module, *args: Any, bits: int = 8, **options: Any) -> nn.Module:
     """Converted, calibrated on one batch of arguments, in eval mode."""
     qmodel = qgnn.quantize_model(model, bits, **options) if "config" not in options else (
         qgnn.quantize_model(model, **options)
     )  # fmt: skip
     return qgnn.calibrate(qmodel, [args], method="ranges").eval()
+
+
+def names(model: nn.Module) -> list[str]:
+    """Those of its converted layers."""
+    return list(quantized_layers(model))
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:

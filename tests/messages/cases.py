@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from core.support import Summed
 from torch import Tensor, nn
 from torch_geometric.nn import (
     AGNNConv,
@@ -22,7 +23,6 @@ from torch_geometric.nn import (
     GeneralConv,
     GINEConv,
     GMMConv,
-    GraphConv,
     HANConv,
     HEATConv,
     HGTConv,
@@ -80,16 +80,16 @@ Case = tuple[Callable[[], nn.Module], tuple[Any, ...]]
 EXACT: dict[str, Case] = {
     "ChebConv": (lambda: ChebConv(WIDTH, WIDTH, K=3), (X, EDGE_INDEX)),
     "ClusterGCNConv": (lambda: ClusterGCNConv(WIDTH, WIDTH), (X, EDGE_INDEX)),
-    "DirGNNConv": (lambda: DirGNNConv(GraphConv(WIDTH, WIDTH)), (X, EDGE_INDEX)),
+    "DirGNNConv": (lambda: DirGNNConv(Summed(WIDTH, WIDTH)), (X, EDGE_INDEX)),
     "EGConv": (lambda: EGConv(WIDTH, 8, aggregators=["symnorm", "mean", "max", "min"]), (X, EDGE_INDEX)),
     "GatedGraphConv": (lambda: GatedGraphConv(WIDTH, num_layers=2), (X, EDGE_INDEX)),
     "GCN2Conv": (lambda: GCN2Conv(WIDTH, alpha=0.1), (X, floats(NODES, WIDTH, seed=6), EDGE_INDEX)),
     "GeneralConv": (lambda: GeneralConv(WIDTH, WIDTH), (X, EDGE_INDEX)),
     "GINEConv": (lambda: GINEConv(mlp(WIDTH, WIDTH), edge_dim=EDGE_WIDTH), (X, EDGE_INDEX, ATTRIBUTES)),
     "GINEConv of wide edges": (lambda: GINEConv(mlp(WIDTH, WIDTH)), (X, EDGE_INDEX, WIDE)),
-    "GraphConv": (lambda: GraphConv(WIDTH, WIDTH), (X, EDGE_INDEX)),
-    "GraphConv, weighted mean": (lambda: GraphConv(WIDTH, WIDTH, aggr="mean"), (X, EDGE_INDEX, WEIGHTS)),
-    "GraphConv, maximum": (lambda: GraphConv(WIDTH, WIDTH, aggr="max"), (X, EDGE_INDEX)),
+    "Summed": (lambda: Summed(WIDTH, WIDTH), (X, EDGE_INDEX)),
+    "Summed, weighted mean": (lambda: Summed(WIDTH, WIDTH, aggr="mean"), (X, EDGE_INDEX, WEIGHTS)),
+    "Summed, maximum": (lambda: Summed(WIDTH, WIDTH, aggr="max"), (X, EDGE_INDEX)),
     "HypergraphConv": (lambda: HypergraphConv(WIDTH, WIDTH), (X, hyperedges())),
     "LEConv": (lambda: LEConv(WIDTH, WIDTH), (X, EDGE_INDEX, WEIGHTS)),
     "MFConv": (lambda: MFConv(WIDTH, WIDTH, max_degree=4), (X, EDGE_INDEX)),

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from messages.cases import ATTRIBUTES, DEGREES, EDGE_INDEX, EDGE_TYPES, EDGE_WIDTH, NODE_TYPES, NODES, floats, mlp
-from messages.test_traced import agree, paths
+from messages.traced_support import agree, paths
 from torch import Tensor, nn
 from torch_geometric.nn import (
     CGConv,

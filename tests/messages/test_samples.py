@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from core.support import Summed
 from messages.cases import EDGE_INDEX, EDGES, NODES, WIDTH, X
-from messages.test_traced import agree, paths
+from messages.traced_support import agree, paths
 from torch import Tensor, nn
-from torch_geometric.nn import ARMAConv, GraphConv, MessagePassing, TransformerConv
+from torch_geometric.nn import ARMAConv, MessagePassing, TransformerConv
 
 import qgnn_plugin as qgnn
 from qgnn_plugin.messages.samples import samples_of
@@ -31,7 +32,7 @@ def packed_pair(layer: nn.Module, *args: Any, **options: Any) -> tuple[nn.Module
 @pytest.mark.parametrize("granularity", ["row", "tensor", "node"])
 def test_each_sample_by_one_kernel(granularity: str) -> None:
     torch.manual_seed(0)
-    qmodel, packed = packed_pair(GraphConv(WIDTH, 6), SAMPLES, EDGE_INDEX, WEIGHT, granularity=granularity)
+    qmodel, packed = packed_pair(Summed(WIDTH, 6), SAMPLES, EDGE_INDEX, WEIGHT, granularity=granularity)
     for x in (SAMPLES, SAMPLES[:1], torch.stack([SAMPLES, SAMPLES + 1])):
         agree(qmodel, packed, x, EDGE_INDEX, WEIGHT, exact=True)
     assert paths(packed) == {"generated kernel"}
@@ -47,7 +48,7 @@ def test_stacks_of_a_layer() -> None:
 def test_one_set_of_targets_for_all_samples() -> None:
     torch.manual_seed(0)
     edges = torch.stack([EDGE_INDEX[0], EDGE_INDEX[1] % 40])
-    layer = GraphConv((WIDTH, WIDTH), 6, aggr="max")
+    layer = Summed((WIDTH, WIDTH), 6, aggr="max")
     qmodel, packed = packed_pair(layer, (SAMPLES, X[:40]), edges)
     agree(qmodel, packed, (SAMPLES, X[:40]), edges, exact=True)
     assert paths(packed) == {"generated kernel"}
@@ -106,7 +107,7 @@ def test_heads_are_no_samples() -> None:
 
 @pytest.mark.parametrize("node_dim", [-2, 1, 0])
 def test_packed_features_of_samples_are_those_that_were_given(node_dim: int) -> None:
-    _, packed = packed_pair(GraphConv(WIDTH, 6), X, EDGE_INDEX)
+    _, packed = packed_pair(Summed(WIDTH, 6), X, EDGE_INDEX)
     site = packed.argument_quantizers["x"]
     found = packed_nodes(site, SAMPLES, node_dim)
     assert isinstance(found, PackedNodes)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from core.support import Summed
 from torch import Tensor, nn
 from torch_geometric.nn import conv as pyg
 
@@ -60,13 +61,13 @@ HYPEREDGES = torch.stack([torch.randint(NODES, (60,)), torch.randint(12, (60,))]
 # Name to a maker and the arguments of a call.
 GENERIC: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...]]] = {
     "AGNNConv": _simple(lambda: pyg.AGNNConv()),
-    "AntiSymmetricConv": _simple(lambda: pyg.AntiSymmetricConv(WIDTH, phi=pyg.GraphConv(WIDTH, WIDTH))),
+    "AntiSymmetricConv": _simple(lambda: pyg.AntiSymmetricConv(WIDTH, phi=Summed(WIDTH, WIDTH))),
     "ARMAConv": _simple(lambda: pyg.ARMAConv(WIDTH, OUT, num_stacks=2, num_layers=2)),
     "ARMAConv of one layer": _simple(lambda: pyg.ARMAConv(WIDTH, OUT)),  # whose second weight nothing reads
     "CGConv": _simple(lambda: pyg.CGConv(WIDTH, EDGE), per_edge(EDGE)),
     "ChebConv": _simple(lambda: pyg.ChebConv(WIDTH, OUT, K=3)),
     "ClusterGCNConv": _simple(lambda: pyg.ClusterGCNConv(WIDTH, OUT)),
-    "DirGNNConv": _simple(lambda: pyg.DirGNNConv(pyg.GraphConv(WIDTH, OUT))),
+    "DirGNNConv": _simple(lambda: pyg.DirGNNConv(Summed(WIDTH, OUT))),
     "DNAConv": (lambda: pyg.DNAConv(WIDTH, heads=2), (torch.randn(NODES, 3, WIDTH), graph())),
     "EdgeConv": _simple(lambda: pyg.EdgeConv(mlp(2 * WIDTH, OUT))),
     "EGConv": _simple(lambda: pyg.EGConv(WIDTH, OUT, aggregators=["symnorm", "max"], num_heads=2)),
@@ -81,8 +82,8 @@ GENERIC: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...]]] = {
     "GeneralConv": _simple(lambda: pyg.GeneralConv(WIDTH, OUT, in_edge_channels=EDGE, attention=True), per_edge(EDGE)),
     "GINEConv": _simple(lambda: pyg.GINEConv(mlp(WIDTH, OUT), edge_dim=EDGE), per_edge(EDGE)),
     "GMMConv": _simple(lambda: pyg.GMMConv(WIDTH, OUT, dim=EDGE, kernel_size=3), per_edge(EDGE)),
-    "GPSConv": _simple(lambda: pyg.GPSConv(WIDTH, pyg.GraphConv(WIDTH, WIDTH), heads=2)),
-    "GraphConv": _simple(lambda: pyg.GraphConv(WIDTH, OUT), per_edge()),
+    "GPSConv": _simple(lambda: pyg.GPSConv(WIDTH, Summed(WIDTH, WIDTH), heads=2)),
+    "GraphConv of the user's": _simple(lambda: Summed(WIDTH, OUT), per_edge()),
     "GraphConv max": _simple(lambda: pyg.GraphConv(WIDTH, OUT, aggr="max")),
     "GraphConv median": _simple(lambda: pyg.GraphConv(WIDTH, OUT, aggr="median")),
     "HEATConv": _simple(
@@ -126,7 +127,7 @@ GENERIC: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...]]] = {
     "HANConv": (lambda: pyg.HANConv(WIDTH, OUT * 2, _types_of(3), heads=2), _hetero()),
     "HGTConv": (lambda: pyg.HGTConv(WIDTH, OUT * 2, _types_of(3), heads=2), _hetero()),
     "HeteroConv": (
-        lambda: pyg.HeteroConv({kind: pyg.GraphConv(WIDTH, OUT) for kind in _types_of(3)[1]}, aggr="sum"), _hetero()
+        lambda: pyg.HeteroConv({kind: Summed(WIDTH, OUT) for kind in _types_of(3)[1]}, aggr="sum"), _hetero()
     ),
 }
 # No messages between nodes, several packages that are not installed, or integers that are no features.

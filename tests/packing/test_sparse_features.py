@@ -28,7 +28,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "csc": Tensor.to_sparse_csc,
 }
 LAYERS = {
-    **{name: make for name, make in CONVS.items() if name.startswith(("GCN", "GAT", "SAGE", "GIN", "APPNP"))},
+    **{name: make for name, make in CONVS.items() if name.startswith(("GCN", "GAT", "SAGE", "GIN", "Graph", "APPNP"))},
     "Linear": lambda: nn.Linear(WIDTH, OUT),
 }
 

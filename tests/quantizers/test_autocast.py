@@ -21,7 +21,7 @@ def _edge_conv() -> nn.Module:
 
 # Layers on the generic path: what is theirs follows autocast, their quantizers and linear maps do not.
 GENERIC: dict[str, Callable[[], nn.Module]] = {
-    "GraphConv": lambda: pyg.GraphConv(WIDTH, OUT),
+    "GraphConv max": lambda: pyg.GraphConv(WIDTH, OUT, aggr="max"),
     "TransformerConv": lambda: pyg.TransformerConv(WIDTH, OUT, heads=2),
     "ResGatedGraphConv": lambda: pyg.ResGatedGraphConv(WIDTH, OUT),
     "EdgeConv": _edge_conv,
