@@ -27,17 +27,17 @@ __all__ = [
 ]
 
 LAYOUT_VERSION = 1
-PACKED_BITS = (1, 2, 4, 8)
+PACKED_BITS = (1, 2, 4, 8)  # every width that divides a byte
 
 BITS_PER_BYTE = 8
 BYTES_PER_WORD = 4
 _LANE_ONES = 0x01010101  # one in each byte lane of a word
 
 
-def check_bits(bits: int, what: str = "bits") -> int:
-    """Return ``bits`` if rows can be packed at that width; raise ValueError otherwise."""
-    if type(bits) is not int or bits not in PACKED_BITS:
-        raise ValueError(f"Expected '{what}' to be one of {PACKED_BITS} (got {bits!r})")
+def check_bits(bits: int, what: str = "bits", widths: tuple[int, ...] = PACKED_BITS) -> int:
+    """Return ``bits`` if rows can be packed at that width, one of ``widths``; raise ValueError otherwise."""
+    if type(bits) is not int or bits not in widths:
+        raise ValueError(f"Expected '{what}' to be one of {widths} (got {bits!r})")
     return bits
 
 

@@ -9,11 +9,13 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
+from .kernels.layout import PACKED_BITS
+
 __all__ = ["BITS", "MULTILEVEL_BITS", "OFF", "QuantConfig", "SMPConfig", "Site", "check_levels", "shown_widths"]
 
 OFF = 32
-BITS = (1, 2, 4, 8, OFF)
-MULTILEVEL_BITS = (2, 4, 8, OFF)  # of what two levels cannot hold: attention numerators, gap messages, states
+BITS = (*PACKED_BITS, OFF)
+MULTILEVEL_BITS = BITS[1:]  # of what two levels cannot hold: attention numerators, gap messages, states
 Granularity = Literal["tensor", "channel", "node", "row"]
 GRANULARITIES: tuple[Granularity, ...] = ("tensor", "channel", "node", "row")
 Levels = Literal["affine", "unsigned", "symmetric", "half"]

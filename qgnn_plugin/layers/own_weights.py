@@ -19,7 +19,7 @@ from .message_passing import QuantizedMessagePassing
 from .products import QuantizedWeights
 from .reads import reads_of
 
-__all__ = ["OwnWeights", "QuantizedOwnConv", "QuantizedOwnModule", "own_tables", "own_weights"]
+__all__ = ["OwnWeights", "QuantizedOwnConv", "QuantizedOwnModule", "WeightsAsRows", "own_tables", "own_weights"]
 
 
 def own_weights(layer: nn.Module) -> dict[str, int]:
@@ -58,11 +58,8 @@ def is_matrix(shape: tuple[int, ...]) -> bool:
     return len(shape) >= 2 and min(shape[-2:]) > 1
 
 
-class OwnWeights(QuantizedWeights):
-    """What such layers have in common.
-
-    Sites: of each weight ``W`` one for it and one for the features that it is multiplied by, ``W_input``.
-    """
+class WeightsAsRows:
+    """Mixin of such layers, converted and packed: their weights, whichever dimension is summed over, as rows."""
 
     has_others = True
 
@@ -77,6 +74,20 @@ class OwnWeights(QuantizedWeights):
     @classmethod
     def _of_matrix(cls, layer: Any, name: str, matrix: Tensor, shape: torch.Size) -> Tensor:
         return weight_of(matrix, shape, own_weights(layer)[name])
+
+    @full_precision
+    def _times_features(self: Any, x: Tensor, name: str, matrix: Any) -> Tensor:
+        """``x`` ``[*, K]`` by the weight ``name``, as ``matrix``: ``[*, O]``."""
+        rows = x if x.dim() == 2 else x.reshape(-1, x.size(-1))
+        y: Tensor = self._times(self._taken(rows, f"{name}_input_quantizer"), matrix)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.size(-1))
+
+
+class OwnWeights(WeightsAsRows, QuantizedWeights):
+    """What converted layers of this kind have in common.
+
+    Sites: of each weight ``W`` one for it and one for the features that it is multiplied by, ``W_input``.
+    """
 
     @classmethod
     def attach(cls, layer: Any, sites: SiteFactory) -> None:
@@ -117,13 +128,6 @@ class OwnWeights(QuantizedWeights):
         matrix = site(rows_of(weight, summed))
         values = weight_of(matrix.dequantize(), weight.shape, summed).contiguous()
         return UsedWeight.of(values, factor(self, name, matrix, weight.shape))
-
-    @full_precision
-    def _times_features(self, x: Tensor, name: str, matrix: Any) -> Tensor:
-        if x.dim() == 2:
-            return self._times(self._taken(x, f"{name}_input_quantizer"), matrix)
-        y = self._times(self._taken(x.reshape(-1, x.size(-1)), f"{name}_input_quantizer"), matrix)
-        return y.view(*x.shape[:-1], y.size(-1))
 
 
 def factor(layer: Any, name: str, matrix: Any, shape: tuple[int, ...]) -> Factor:

@@ -8,7 +8,6 @@ the same order, so what a model returns does not depend on what was deferred.
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -21,6 +20,7 @@ from torch.utils._pytree import tree_map_only
 
 from .asked import Asked, key_of
 from .producers import Block, Producer, Rows, Step, gathered, row_blocks, with_epilogue
+from .stand_in import StandIn
 
 __all__ = ["NOTES", "DeferredTensor", "Pending", "Scope", "is_deferring", "materialized"]
 
@@ -148,7 +148,7 @@ def _codes(value: Tensor, columns: tuple[int, int] | None = None, **out: Any) ->
     return with_epilogue(value if columns is None else value[:, columns[0] : columns[1]].contiguous(), **out)
 
 
-class DeferredTensor(Tensor):
+class DeferredTensor(StandIn, Tensor):
     """A float32 matrix ``[N, F]`` that its producer has not computed yet.
 
     Shape, dtype and device are known; every operation that is neither noted (see :data:`ROW_WISE`) nor an alias
@@ -194,37 +194,10 @@ class DeferredTensor(Tensor):
         return next((t for t in touched if out is t.pending.value), out)
 
     def materialized(self) -> Tensor:
-        """The value, an ordinary tensor; computed on the first call."""
         if not torch.is_grad_enabled():
             return self.pending.materialize()
         with torch.no_grad():
             return self.pending.materialize()
-
-    # What reads memory without passing the dispatcher:
-
-    def numpy(self, *args: Any, **kwargs: Any) -> Any:
-        return self.materialized().numpy(*args, **kwargs)
-
-    def tolist(self) -> Any:
-        return self.materialized().tolist()
-
-    def data_ptr(self) -> int:
-        return self.materialized().data_ptr()
-
-    def untyped_storage(self) -> Any:
-        return self.materialized().untyped_storage()
-
-    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.materialized().__dlpack__(*args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        return copy.deepcopy(self.materialized(), memo)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.materialized().__reduce_ex__(protocol)
-
-    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
-        return self.materialized().__repr__(**kwargs)
 
 
 def materialized(value: Any) -> Any:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..atomic import shown
-from ..kernels.layout import check_bits, check_packed, pack_codes, row_words, top_code, unpack_codes
+from ..kernels.layout import PACKED_BITS, check_bits, check_packed, pack_codes, row_words, top_code, unpack_codes
 from ..kernels.quantize_pack import quantize_pack
 from ..kernels.unpack_dequantize import unpack_dequantize
 from ..layers.base import QuantizedLayer
@@ -126,8 +126,7 @@ class PackedEmbeddings:
         """
         if x.dim() != 2 or not x.is_floating_point() or not x.numel():
             raise ValueError(f"Expected a float matrix [N, F] (got {x.dtype}, {list(x.shape)})")
-        if bits not in (2, 4, 8):
-            raise ValueError(f"Expected 'bits' to be 2, 4 or 8 (got {bits!r})")
+        check_bits(bits, widths=PACKED_BITS[1:])
         if granularity not in ("auto", "rotated", "node", "tensor"):
             raise ValueError(
                 f"Expected 'granularity' to be 'auto', 'rotated', 'node' or 'tensor' (got {granularity!r})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -220,7 +221,8 @@ class PackedLinear(PackedLayer):
         assert scale is not None
         site, shape = self._site, (self._num_out, row_words(self._num_in, self._site.bits))
         fits = words.shape == shape and scale.numel() == lower.numel() and scale.numel() in (1, self._num_out)
-        made = PackedMatrix(words, scale, lower, self._num_in, site.bits, site.zero_code == 0, {} if fits else None)
+        made = PackedMatrix.of(words, scale, lower, self._num_in, site.bits, site.zero_code == 0)
+        made = replace(made, prepared={}) if fits else made
         if not torch.compiler.is_compiling():
             last.matrix = made
         return made

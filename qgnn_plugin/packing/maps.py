@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..kernels.aggregate import aggregate
 from ..kernels.cpu.memory import empty
-from ..kernels.unpack_dequantize import unpack_dequantize
 from ..layers.bilinear import INPUT, QuantizedBilinear, QuantizedHeteroLinear, RunsBilinear, RunsHeteroLinear
 from ..layers.embedding import QuantizedEmbedding
 from ..layers.grid import QuantizedGridConv, RunsGridConv
@@ -280,15 +279,9 @@ class PackedEmbedding(PackedWeights):
             return self._rows(None).index_select(0, index)
         table = self._weight("weight")
         assert isinstance(table, PackedMatrix)
-        words, scale, lower = table.words, table.scale, table.lower
-        if index is not None:
-            words = words[index]
-            scale, lower = (v[index] if table.scale.numel() > 1 else v for v in (scale, lower))
-        if table.scale.numel() > 1:
-            scale, lower = scale.view(-1, 1), lower.view(-1, 1)
-        values = unpack_dequantize(words, scale, lower, table.num_in, table.bits)
+        values = (table.packed if index is None else table.packed.take(index)).dequantize()
         if self.padding_row is not None and self.padding_idx is not None:
-            taken = torch.arange(len(words), device=words.device) if index is None else index
+            taken = torch.arange(len(values), device=values.device) if index is None else index
             values[taken == self.padding_idx] = self.padding_row
         return values
 
@@ -307,10 +300,8 @@ class PackedSparseLinear(PackedWeights):
             out = own_propagate(self)(self, edge_index, weight=values, edge_weight=edge_weight)
             return out if self.bias is None else out + self.bias
         graph = adjacency_of(self, edge_index, edge_weight)
-        scale, lower = (v.view(-1, 1) if table.scale.numel() > 1 else v for v in (table.scale, table.lower))
-        return aggregate(
-            table.words, graph.plan, scale, lower, table.num_in, table.bits, edge_weight=graph.weight, bias=self.bias
-        )
+        rows, options = table.packed, {"edge_weight": graph.weight, "bias": self.bias}
+        return aggregate(rows.words, graph.plan, rows.scale, rows.lower, rows.num_features, rows.bits, **options)
 
 
 for _mixin, _packed in {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,40 +31,48 @@ class PackedMatrix:
     r"""A weight ``[O, K]``, :math:`\hat w = c s + l` with one range or one per row.
 
     Args:
-        words: ``[O, row_words(K, bits)]`` int32.
-        scale: One element or ``[O]``, float32.
+        packed: Its rows.
+        scale: One element or ``[O]``, float32, as products take it.
         lower: Lower end, of the same shape.
-        num_in: ``K``.
-        bits: Width of a code.
-        unsigned: Whether the lower end is known to be zero.
         prepared: Products by it that are prepared, by whether codes of the input fill a byte; :obj:`None` where its
             tensors are not known to be as described.
     """
 
-    words: Tensor
+    packed: PackedTensor
     scale: Tensor
     lower: Tensor
-    num_in: int
-    bits: int
-    unsigned: bool
     prepared: dict[bool, Any] | None = None
+
+    @classmethod
+    def of(cls, words: Tensor, scale: Tensor, lower: Tensor, num_in: int, bits: int, unsigned: bool) -> PackedMatrix:
+        """Of words ``[O, row_words(K, bits)]`` int32; ``unsigned`` where the lower end is known to be zero."""
+        ends = (v.view(-1, 1) if v.numel() > 1 else v for v in (scale, lower))
+        return cls(PackedTensor(words, *ends, num_in, bits, unsigned), scale, lower)
+
+    @property
+    def words(self) -> Tensor:
+        return self.packed.words
+
+    @property
+    def num_in(self) -> int:
+        return self.packed.num_features
 
     @property
     def num_out(self) -> int:
-        return self.words.size(0)
+        return self.packed.words.size(0)
+
+    @property
+    def bits(self) -> int:
+        return self.packed.bits
 
     def rows(self, start: int, stop: int) -> PackedMatrix:
         """The rows ``[start, stop)``."""
-        per_row = self.scale.numel() > 1
-        scale, lower = (v[start:stop] if per_row else v for v in (self.scale, self.lower))
-        return replace(self, words=self.words[start:stop], scale=scale, lower=lower, prepared=None)
+        packed = self.packed.rows(start, stop)
+        return PackedMatrix(packed, packed.scale.view(-1), packed.lower.view(-1))
 
     def codes(self) -> QuantizedTensor:
         """The matrix unpacked."""
-        codes = unpack_codes(self.words, self.num_in, self.bits).to(torch.float32)
-        return QuantizedTensor(
-            codes, self.scale.view(-1, 1), self.lower.view(-1, 1), top_code(self.bits), self.unsigned
-        )
+        return QuantizedTensor.unpacked(self.packed)
 
     def times(self, x: Activation, bias: Tensor | None = None) -> Tensor:
         """``x W^T + b`` of ``[N, K]``: by integer products where that can be, else as the converted layer does."""

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.factors import Factor, FactorTensor
-from ..layers.own_weights import QuantizedOwnConv, QuantizedOwnModule, factor, own_weights, rows_of, weight_of
+from ..layers.own_weights import QuantizedOwnConv, QuantizedOwnModule, WeightsAsRows, factor, own_weights
 from ..layers.reads import reads_of
-from ..quantizers.autocast import full_precision
 from .base import register_packed
 from .generic import PackedMessagePassing
 from .weight import FrozenWeight
@@ -36,22 +35,8 @@ def _item(view: Callable[[Tensor], Any], place: int, weight: Tensor) -> Tensor:
     return view(weight)[place]
 
 
-class PackedOwnWeights(PackedWeights):
+class PackedOwnWeights(WeightsAsRows, PackedWeights):
     """What such modules have in common: their code runs as it is."""
-
-    has_others = True
-
-    @classmethod
-    def _weight_names(cls, layer: Any) -> tuple[str, ...]:
-        return tuple(own_weights(layer))
-
-    @classmethod
-    def _as_matrix(cls, layer: Any, name: str, weight: Tensor) -> Tensor:
-        return rows_of(weight, own_weights(layer)[name])
-
-    @classmethod
-    def _of_matrix(cls, layer: Any, name: str, matrix: Tensor, shape: torch.Size) -> Tensor:
-        return weight_of(matrix, shape, own_weights(layer)[name])
 
     @classmethod
     def _read_by(cls, float_class: type[nn.Module]) -> Iterable[str]:
@@ -63,7 +48,6 @@ class PackedOwnWeights(PackedWeights):
         weight._factor = factor(self, name, self._weight(name), self._shapes[name])
         return weight
 
-    @full_precision
     def _times_features(self: Any, x: Tensor, name: str, matrix: Any) -> Tensor:
         if self.training or (torch.is_grad_enabled() and x.requires_grad):
             what = "training mode" if self.training else "an input that requires a gradient"
@@ -73,9 +57,7 @@ class PackedOwnWeights(PackedWeights):
                 f"packed one under torch.no_grad()"
             )
         with torch.no_grad():
-            rows = x if x.dim() == 2 else x.reshape(-1, x.size(-1))
-            y = self._times(self._taken(rows, f"{name}_input_quantizer"), matrix)
-            return y if x.dim() == 2 else y.view(*x.shape[:-1], y.size(-1))
+            return super()._times_features(x, name, matrix)
 
 
 class PackedOwnModule(PackedOwnWeights):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels.layout import row_words
+from ..kernels.layout import PACKED_BITS, check_bits, row_words
 from ..kernels.quantize_pack import quantize_pack
 from ..kernels.unpack_dequantize import unpack_dequantize
 
@@ -39,8 +39,7 @@ class PackedRows(nn.Module):
         if not isinstance(rows, Tensor) or rows.dim() != 2 or not rows.is_floating_point():
             found = f"{rows.dtype}, {list(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
             raise ValueError(f"Expected rows of floats [N, F] (got {found})")
-        if type(bits) is not int or bits not in (2, 4, 8):
-            raise ValueError(f"Expected 'bits' to be 2, 4 or 8 (got {bits!r})")
+        check_bits(bits, widths=PACKED_BITS[1:])
         self.bits, self.num_features, self.dtype = bits, rows.size(1), rows.dtype
         count = rows.size(0)
         self.register_buffer("words", rows.new_zeros((count, row_words(rows.size(1), bits)), dtype=torch.int32))

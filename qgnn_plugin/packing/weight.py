@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+from .stand_in import StandIn
 
 __all__ = ["FrozenWeight", "read_only", "refuse_dtype"]
 
@@ -37,7 +38,7 @@ def refuse_dtype(what: str, fn: Callable[[Tensor], Tensor]) -> None:
         )
 
 
-class FrozenWeight(Tensor):
+class FrozenWeight(StandIn, Tensor):
     """A float32 matrix that is dequantized when its values are touched; what would write to it raises.
 
     Shape, dtype and device are known without.  Views of it, such as ``.t()`` or ``.data``, are read-only too.
@@ -94,7 +95,6 @@ class FrozenWeight(Tensor):
         return tree_map_only(Tensor, lambda view: cls(layer, view, view.shape, view.device, is_same), out)
 
     def materialized(self) -> Tensor:
-        """The matrix as an ordinary tensor."""
         if not isinstance(self._value, Tensor):
             with torch.no_grad():
                 self._value = self._value()
@@ -113,7 +113,7 @@ class FrozenWeight(Tensor):
             raise read_only(self._layer, "requires_grad_()")
         return self
 
-    # What reads memory without passing the dispatcher:
+    # What reads memory, without a way to write to it:
 
     def numpy(self, *args: Any, **kwargs: Any) -> Any:
         array = self.materialized().numpy(*args, **kwargs)
@@ -123,26 +123,8 @@ class FrozenWeight(Tensor):
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
         return self.materialized().__array__(*args, **kwargs).copy()
 
-    def tolist(self) -> Any:
-        return self.materialized().tolist()
-
-    def data_ptr(self) -> int:
-        return self.materialized().data_ptr()
-
-    def untyped_storage(self) -> Any:
-        return self.materialized().untyped_storage()
-
     def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
         return self.materialized().clone().__dlpack__(*args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        return copy.deepcopy(self.materialized(), memo)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.materialized().__reduce_ex__(protocol)
-
-    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
-        return self.materialized().__repr__(**kwargs)
 
 
 aten = torch.ops.aten

@@ -82,7 +82,8 @@ class PackedWeight(nn.Module):
         if self.values is not None:
             return self.values
         assert self.words is not None
-        return PackedMatrix(self.words, self.scale, self.lower, self.num_in, self.spec.bits, self.spec.zero_code == 0)
+        spec = self.spec
+        return PackedMatrix.of(self.words, self.scale, self.lower, self.num_in, spec.bits, spec.zero_code == 0)
 
     def dequantize(self) -> Tensor:
         """``[O, K]`` float32."""
