@@ -21,7 +21,8 @@ from qgnn_plugin import QuantConfig
 
 from .environment import compact_json, environment, write_atomically
 from .smp_report import markdown, plot
-from .smp_runs import FLOAT_PARTS, PARTS, Settings, cells, run_cell
+from .smp_runs import run_cell
+from .smp_settings import FLOAT_PARTS, PARTS, Settings, cells
 
 Task = tuple[tuple[Any, ...], Settings, str, Path]
 

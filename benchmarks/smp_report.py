@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .smp_runs import BASELINES, PLAIN_WIDTHS, WIDTHS
+from .smp_settings import BASELINES, PLAIN_WIDTHS, WIDTHS
 
 __all__ = ["markdown", "plot"]
 

@@ -13,9 +13,11 @@ from core.support import (
     OUT,
     WIDTH,
     Plain,
+    Summed,
     assert_same_state,
     features,
     graph,
+    names,
     quantized,
     state,
 )
@@ -25,7 +27,6 @@ from torch_geometric.typing import OptTensor
 
 import qgnn_plugin as qgnn
 from qgnn_plugin import QuantConfig, QuantizedLayer
-from qgnn_plugin.converted import quantized_layers
 from qgnn_plugin.layers import QuantizedMessagePassing, register_layer
 from qgnn_plugin.layers.linear import QuantizedLinear
 
@@ -33,12 +34,6 @@ PLAIN_LAYERS = [
     "encoder", "convs.0", "convs.0.lin", "convs.1", "convs.1.lin_rel", "convs.1.lin_root",
     "heads.main", "heads.other", "shared",
 ]  # fmt: skip
-
-
-
-
-def names(model: nn.Module) -> list[str]:
-    return list(quantized_layers(model))
 
 
 # What is converted ###################################################################################
@@ -91,7 +86,7 @@ def test_a_lone_layer_is_converted(name: str) -> None:
 
 
 def test_generic_layers_keep_their_signature() -> None:
-    conv = GraphConv(WIDTH, OUT)
+    conv = Summed(WIDTH, OUT)
     for bits in (32, 8):
         config = QuantConfig(bits=4, output_bits=bits)
         qconv = qgnn.quantize_model(conv, config=config)

@@ -1,31 +1,15 @@
 """What conversion refuses, before anything is changed."""
 
-
 import pytest
 import torch
-from core.support import (
-    NODES,
-    OUT,
-    WIDTH,
-    Plain,
-    assert_same_state,
-    features,
-    graph,
-    quantized,
-    state,
-)
+from core.support import NODES, OUT, WIDTH, Plain, assert_same_state, features, graph, names, quantized, state
 from torch import Tensor, nn
 from torch_geometric.nn import GATConv, GCNConv, Linear, SAGEConv
 
 import qgnn_plugin as qgnn
 from qgnn_plugin import QuantConfig
-from qgnn_plugin.converted import quantized_layers
 from qgnn_plugin.layers import register_layer
 from qgnn_plugin.layers.linear import QuantizedLinear
-
-
-def names(model: nn.Module) -> list[str]:
-    return list(quantized_layers(model))
 
 
 class Unconvertible(nn.Module):

@@ -5,17 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from core.support import (
-    CONVS,
-    OUT,
-    WIDTH,
-    Plain,
-    assert_same_state,
-    features,
-    graph,
-    quantized,
-    state,
-)
+from core.support import CONVS, OUT, WIDTH, Plain, assert_same_state, features, graph, quantized, state
 from torch_geometric.nn import GCN
 
 import qgnn_plugin as qgnn

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.smp import main
 from benchmarks.smp_report import paired
-from benchmarks.smp_runs import Settings, cells
+from benchmarks.smp_settings import Settings, cells
 
 
 def test_runs_resumes_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,38 +5,18 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from core.support import CONVS, NODES, OUT, WIDTH, features, graph, quantized
 from graphs import erdos_renyi, star
+from layers.arithmetic_support import assert_near, fitted
 from torch import Tensor, nn
-from torch_geometric.nn import APPNP, GCNConv, SAGEConv
 
 import qgnn_plugin as qgnn
-from qgnn_plugin import QLRQuantizer, QuantConfig
-from qgnn_plugin.convs.attention import attention_numerators
+from qgnn_plugin import QLRQuantizer
 from qgnn_plugin.kernels.aggregate import aggregate
 from qgnn_plugin.kernels.backend import use_backend
 from qgnn_plugin.kernels.layout import pack_codes
 from qgnn_plugin.kernels.plan import GraphPlan
 from qgnn_plugin.layers.arithmetic import aggregate_sum, exact_sum, linear
-from qgnn_plugin.layers.numerators import attention_codes, attention_thresholds
 from qgnn_plugin.quantizers import QuantizedTensor
-
-
-def assert_near(actual: Tensor, expected: Tensor, tolerance: float = 2e-6) -> None:
-    """Relative to the largest value."""
-    error = float((actual.detach().double() - expected.detach()).abs().max())
-    largest = float(expected.detach().abs().max())
-    assert error <= tolerance * largest + 1e-12, f"off by {error / largest:.2g} of the largest value"
-
-
-def fitted(x: Tensor, bits: int, **options: Any) -> QLRQuantizer:
-    quantizer = QLRQuantizer(bits, **options)
-    quantizer.set_range(x)
-    return quantizer.eval()
-
-
-# The two sums ########################################################################################
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "channel", "node", "row"])
@@ -196,6 +176,18 @@ def test_sums_in_eval_are_those_of_the_packed_kernel(
     assert torch.equal(outs[1], expected)
 
 
+def test_large_sums_in_eval_have_a_gradient() -> None:
+    """Of results that lie in memory that is used again."""
+    plan = GraphPlan.from_edges(torch.arange(20_000), torch.arange(20_000).flip(0), 20_000, 20_000)
+    x, weight = torch.randn(20_000, 64), torch.rand(20_000)
+    leaf = x.clone().requires_grad_()
+    aggregate_sum(fitted(x, 4, granularity="row")(leaf), plan, weight, exact=True).sum().backward()
+    assert leaf.grad is not None
+    inside = leaf.grad != 0
+    assert inside.float().mean() > 0.9
+    torch.testing.assert_close(leaf.grad, weight.flip(0).unsqueeze(1) * inside)  # they are in the order of targets
+
+
 @pytest.mark.parametrize("degree", [65_793, 65_794, 100_000, 1_200_000])
 @pytest.mark.parametrize("high", [255, 254])
 def test_sums_of_codes_are_rounded_once(degree: int, high: int) -> None:
@@ -242,223 +234,3 @@ def test_hubs_sum_exactly_beyond_two_to_the_24() -> None:
     assert out[0, 0] == torch.tensor(float(total)) * scale
     order = torch.cat([torch.zeros(1, dtype=torch.long), 1 + torch.randperm(leaves)])
     assert torch.equal(aggregate_sum(quantizer(x[order]), plan)[0], out[0])
-
-
-# Whole layers ########################################################################################
-
-
-class Trace:
-    """What every quantizer of a converted layer was given and made of it, followed step by step.
-
-    A step of the reference must agree with what the layer's quantizer was given; it then goes on from the layer's
-    own codes: near the border of two codes, float64 and float32 may rightly differ.
-    """
-
-    def __init__(self, layer: nn.Module, *args: Any) -> None:
-        self.calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        self.sites = qgnn.quantizers(layer)
-        handles = [q.register_forward_hook(self._recorder(name)) for name, q in self.sites.items()]
-        self.out = layer(*args)
-        for handle in handles:
-            handle.remove()
-
-    def _recorder(self, name: str) -> Any:
-        def record(module: nn.Module, args: Any, out: Any) -> None:
-            self.calls.setdefault(name, []).append((args[0].detach(), out.dequantize().double().detach()))
-
-        return record
-
-    def __call__(self, site: str, values: Tensor) -> Tensor:
-        name = f"{site}_quantizer" if "step" not in site else site
-        if name not in self.calls and self.sites[name].bits == 32:
-            return values.double()  # a layer may pass by a site that is off
-        given, made = self.calls[name].pop(0)
-        assert_near(given, values.double())
-        return made
-
-    def linear(self, name: str, layer: Any, x: Tensor, bias: bool = True) -> Tensor:
-        """``x`` in float64 through a converted linear layer."""
-        if layer.input_quantizer is not None:
-            x = self(f"{name}.input", x)
-        out = x @ self(f"{name}.weight", layer.weight).t()
-        return out + layer.bias.detach().double() if bias and layer.bias is not None else out
-
-    def finish(self, expected: Tensor) -> None:
-        """The layer's output is ``expected``, and nothing was quantized that the reference did not follow."""
-        assert_near(self.out, expected)
-        assert not any(self.calls.values()), self.calls
-
-
-def dense_adjacency(edge_index: Tensor, weight: Tensor | None = None) -> Tensor:
-    matrix = torch.zeros(NODES, NODES, dtype=torch.float64)
-    values = torch.ones(edge_index.size(1)) if weight is None else weight
-    return matrix.index_put((edge_index[1], edge_index[0]), values.double(), accumulate=True)
-
-
-def with_loops(adjacency: Tensor) -> Tensor:
-    missing = (adjacency.diagonal() == 0).double()
-    return adjacency + torch.diag(missing)
-
-
-CONFIGS = {
-    "4 bits": QuantConfig(bits=4),
-    "8 bits": QuantConfig(bits=8),
-    "2 bits": QuantConfig(bits=2),
-    "mixed": QuantConfig(bits=4, weight_bits=2, message_bits=8, weight_levels="affine", attention_bits=4),
-    "half messages": QuantConfig(bits=4, message_levels="half", weight_granularity="tensor"),
-    "per node": QuantConfig(bits=4, granularity="node"),
-    "per row": QuantConfig(bits=4, granularity="row"),
-    "per channel": QuantConfig(bits=4, granularity="channel"),
-    "float weights": QuantConfig(bits=4, weight_bits=32),
-    "float messages": QuantConfig(bits=4, message_bits=32, attention_bits=32),
-}
-
-
-@pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("weighted", [False, True])
-def test_gcn(config: str, weighted: bool) -> None:
-    x, edge_index = features(), graph()
-    weight = torch.rand(edge_index.size(1)) + 0.1 if weighted else None
-    args = (x, edge_index, weight)
-    layer: Any = quantized(GCNConv(WIDTH, OUT), *args, config=CONFIGS[config])
-    matrix = with_loops(dense_adjacency(edge_index, weight))
-    factor = matrix.sum(1).rsqrt().unsqueeze(1)
-    trace = Trace(layer, *args)
-    messages = trace("message", trace.linear("lin", layer.lin, x) * factor)
-    trace.finish(factor * (matrix @ messages) + layer.bias.detach().double())
-
-
-@pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("out", [OUT, 2 * WIDTH])
-@pytest.mark.parametrize("aggr", ["mean", "sum"])
-def test_sage(config: str, out: int, aggr: str) -> None:
-    x, edge_index = features(), graph()
-    layer: Any = quantized(SAGEConv(WIDTH, out, aggr=aggr), x, edge_index, config=CONFIGS[config])
-    matrix = dense_adjacency(edge_index)
-    operator = matrix / matrix.sum(1, keepdim=True).clamp_min(1) if aggr == "mean" else matrix
-    trace = Trace(layer, x, edge_index)
-    sent = trace("input", x)
-    bias = layer.lin_l.bias.detach().double()
-    if out <= WIDTH:
-        neighbours = operator @ trace("message", trace.linear("lin_l", layer.lin_l, sent, bias=False))
-    else:
-        neighbours = trace.linear("lin_l", layer.lin_l, operator @ sent, bias=False)
-    trace.finish(neighbours + bias + trace.linear("lin_r", layer.lin_r, sent))
-
-
-@pytest.mark.parametrize("config", CONFIGS)
-def test_gin(config: str) -> None:
-    x, edge_index = features(), graph()
-    conv = CONVS["GINConv"]()
-    conv.eps.data.fill_(0.3)
-    layer: Any = quantized(conv, x, edge_index, config=CONFIGS[config])
-    trace = Trace(layer, x, edge_index)
-    sent = trace("message", x)
-    hidden = dense_adjacency(edge_index) @ sent + 1.3 * sent
-    trace.finish(trace.linear("nn.2", layer.nn[2], trace.linear("nn.0", layer.nn[0], hidden).relu()))
-
-
-@pytest.mark.parametrize("config", CONFIGS)
-def test_appnp(config: str) -> None:
-    x, edge_index = features(), graph()
-    layer: Any = quantized(APPNP(3, 0.2), x, edge_index, config=CONFIGS[config])
-    matrix = with_loops(dense_adjacency(edge_index))
-    factor = matrix.sum(1).rsqrt().unsqueeze(1)
-    trace = Trace(layer, x, edge_index)
-    start = out = trace("input", x)
-    for step in range(3):
-        out = 0.8 * factor * (matrix @ trace(f"step_quantizers.{step}", out * factor)) + 0.2 * start
-    trace.finish(out)
-
-
-@pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("name", ["GATConv", "GATv2Conv"])
-def test_attention(config: str, name: str) -> None:
-    """Softmax over a dense matrix of logits, its numerators rounded half up to ``Q`` levels."""
-    x, edge_index = features(), graph()
-    layer: Any = quantized(CONVS[name](), x, edge_index, config=CONFIGS[config])
-    shape = (NODES, layer.heads, layer.out_channels)
-    mask = with_loops(dense_adjacency(edge_index)).unsqueeze(-1) > 0
-    trace = Trace(layer, x, edge_index)
-    if name == "GATConv":
-        z = trace.linear("lin", layer.lin, x).view(shape)
-        sent = trace("message", z)
-        logits = (z * layer.att_src.double()).sum(-1) + (z * layer.att_dst.double()).sum(-1).unsqueeze(1)
-        logits = F.leaky_relu(logits, layer.negative_slope)
-    else:
-        sent = trace("message", trace.linear("lin_l", layer.lin_l, x).view(shape))
-        target = trace("target", trace.linear("lin_r", layer.lin_r, x).view(shape))
-        hidden = F.leaky_relu(sent.unsqueeze(0) + target.unsqueeze(1), layer.negative_slope)
-        logits = (hidden * layer.att.double()).sum(-1)
-    logits = logits.detach().masked_fill(~mask, -torch.inf)
-    numerator = (logits - logits.amax(1, keepdim=True)).exp()
-    if layer.attention_bits != 32:
-        numerator = torch.floor(numerator * (2**layer.attention_bits - 1) + 0.5)
-    expected = torch.einsum("ijh,jhc->ihc", numerator, sent) / numerator.sum(1).unsqueeze(-1)
-    trace.finish(expected.flatten(1) + layer.bias.detach().double())
-
-
-@pytest.mark.parametrize("config", CONFIGS)
-def test_linear_layer(config: str) -> None:
-    x = features()
-    layer: Any = quantized(nn.Linear(WIDTH, OUT), x, config=CONFIGS[config])
-    trace = Trace(layer, x)
-    given, _ = trace.calls["input_quantizer"][0]
-    assert torch.equal(given, x)
-    made = trace("input", x) @ trace("weight", layer.weight).t()
-    trace.finish(made + layer.bias.detach().double())
-
-
-# Attention codes #####################################################################################
-
-
-@pytest.mark.parametrize("bits", [2, 4, 8])
-def test_attention_codes_round_the_numerator(bits: int) -> None:
-    qmax = 2**bits - 1
-    shifted = -torch.rand(5000, dtype=torch.float64) * 8
-    expected = torch.floor(shifted.exp() * qmax + 0.5)
-    assert torch.equal(attention_codes(shifted, bits), expected)
-    assert attention_codes(torch.zeros(1), bits).item() == qmax
-    assert attention_codes(torch.tensor([-1e4, -float("inf")]), bits).tolist() == [0, 0]
-    thresholds = attention_thresholds(bits)
-    assert len(thresholds) == qmax
-    assert list(thresholds) == sorted(thresholds)
-
-
-@pytest.mark.parametrize("bits", [2, 4, 8])
-def test_attention_has_the_gradient_of_the_softmax(bits: int) -> None:
-    # One node with 400 neighbours of nearly equal logits, another with one far ahead: with few levels, the codes of
-    # either sum to something else than the numerators do.
-    dst = torch.tensor([0] * 400 + [1] * 50)
-    plan = GraphPlan.from_edges(torch.arange(450), dst, 450, 2)
-    logits = torch.randn(450, 3, dtype=torch.float64)
-    logits[400] += 6
-    logits.requires_grad_()
-    value = torch.randn(450, 3, dtype=torch.float64)
-    peak = torch.stack([logits[:400].amax(0), logits[400:].amax(0)]).detach()
-    numerator, total = attention_numerators(logits - peak[dst], plan, bits)
-    codes = attention_codes(logits - peak[dst], bits)
-    assert torch.equal(numerator, codes)
-    assert torch.equal(total[0], codes[:400].sum(0))
-    (grad,) = torch.autograd.grad((numerator / total[dst] * value).sum(), logits)
-    softmax = torch.cat([logits[:400].softmax(0), logits[400:].softmax(0)])
-    (expected,) = torch.autograd.grad((softmax * value).sum(), logits)
-    torch.testing.assert_close(grad, expected)
-
-
-def test_attention_gradient_is_that_of_the_float_layer_to_quantization_error() -> None:
-    torch.manual_seed(1)
-    x, edge_index = features(), graph()
-    conv = CONVS["GATConv"]()
-    qconv = qgnn.quantize_model(conv, 8)
-    qgnn.calibrate(qconv, (x, edge_index))
-    grad = torch.randn(NODES, 18)
-    for layer in (conv, qconv):
-        layer.train()(x, edge_index).backward(grad)
-    # Values an ulp beyond a fitted range, such as a row's largest weight, pass no gradient.
-    bounds = {"lin.weight": 0.2}
-    for name, parameter in conv.named_parameters():
-        actual = qconv.get_parameter(name).grad
-        assert actual is not None
-        assert parameter.grad is not None
-        assert (actual - parameter.grad).norm() < bounds.get(name, 0.05) * parameter.grad.norm(), name
