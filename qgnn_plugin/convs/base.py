@@ -229,6 +229,7 @@ class Frozen(Convolution, PackedConv):
         if is_hooked(lin) or not isinstance(lin, PackedLinear):
             return materialized(lin(self._floats(x)) if isinstance(x, (Producer, Tensor)) else mapped_by_call(lin, x))
         if isinstance(x, Producer):
+            assert lin.input_quantizer is not None
             x = lin.input_quantizer.of(x)
         elif isinstance(x, Tensor):
             x = lin.quantize(x)

@@ -148,7 +148,7 @@ def _codes(value: Tensor, columns: tuple[int, int] | None = None, **out: Any) ->
     return with_epilogue(value if columns is None else value[:, columns[0] : columns[1]].contiguous(), **out)
 
 
-class DeferredTensor(StandIn, Tensor):
+class DeferredTensor(StandIn, Tensor):  # type: ignore[misc]
     """A float32 matrix ``[N, F]`` that its producer has not computed yet.
 
     Shape, dtype and device are known; every operation that is neither noted (see :data:`ROW_WISE`) nor an alias

@@ -300,8 +300,11 @@ class PackedSparseLinear(PackedWeights):
             out = own_propagate(self)(self, edge_index, weight=values, edge_weight=edge_weight)
             return out if self.bias is None else out + self.bias
         graph = adjacency_of(self, edge_index, edge_weight)
-        rows, options = table.packed, {"edge_weight": graph.weight, "bias": self.bias}
-        return aggregate(rows.words, graph.plan, rows.scale, rows.lower, rows.num_features, rows.bits, **options)
+        rows, weight = table.packed, graph.weight
+        return aggregate(
+            rows.words, graph.plan, rows.scale, rows.lower, rows.num_features, rows.bits, edge_weight=weight,
+            bias=self.bias,
+        )  # fmt: skip
 
 
 for _mixin, _packed in {

@@ -46,8 +46,8 @@ class PackedMatrix:
     @classmethod
     def of(cls, words: Tensor, scale: Tensor, lower: Tensor, num_in: int, bits: int, unsigned: bool) -> PackedMatrix:
         """Of words ``[O, row_words(K, bits)]`` int32; ``unsigned`` where the lower end is known to be zero."""
-        ends = (v.view(-1, 1) if v.numel() > 1 else v for v in (scale, lower))
-        return cls(PackedTensor(words, *ends, num_in, bits, unsigned), scale, lower)
+        step, start = (v.view(-1, 1) if v.numel() > 1 else v for v in (scale, lower))
+        return cls(PackedTensor(words, step, start, num_in, bits, unsigned), scale, lower)
 
     @property
     def words(self) -> Tensor:

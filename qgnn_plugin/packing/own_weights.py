@@ -20,7 +20,7 @@ from .weights import PackedWeights
 __all__ = ["PackedOwnConv", "PackedOwnModule", "PackedOwnWeights"]
 
 
-class FrozenFactor(FactorTensor, FrozenWeight):
+class FrozenFactor(FactorTensor, FrozenWeight):  # type: ignore[misc]
     """A packed weight while its layer's code runs: products with it are of integers, its values are dequantized."""
 
     def _viewed(self, view: Callable[[Tensor], Any], own: Factor | list[Factor]) -> Any:

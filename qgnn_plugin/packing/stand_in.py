@@ -38,5 +38,5 @@ class StandIn:
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.materialized().__reduce_ex__(protocol)
 
-    def __repr__(self, **kwargs: Any) -> str:
-        return self.materialized().__repr__(**kwargs)
+    def __repr__(self, *args: Any, **kwargs: Any) -> str:
+        return self.materialized().__repr__(*args, **kwargs)

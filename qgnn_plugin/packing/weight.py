@@ -38,7 +38,7 @@ def refuse_dtype(what: str, fn: Callable[[Tensor], Tensor]) -> None:
         )
 
 
-class FrozenWeight(StandIn, Tensor):
+class FrozenWeight(StandIn, Tensor):  # type: ignore[misc]
     """A float32 matrix that is dequantized when its values are touched; what would write to it raises.
 
     Shape, dtype and device are known without.  Views of it, such as ``.t()`` or ``.data``, are read-only too.
