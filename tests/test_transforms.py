@@ -64,6 +64,17 @@ def test_samples_of_vmap_are_refused() -> None:
             torch.func.vmap(call)(samples)
 
 
+def test_batches_of_parameters_are_refused() -> None:
+    """An ensemble by :func:`torch.func.functional_call` under ``vmap``: ranges are batches, features are not."""
+    x, edge_index = features(), graph()
+    qmodel = qgnn.calibrate(qgnn.quantize_model(CONVS["GCNConv"](), 8), (x, edge_index)).eval()
+    state = {name: p.detach() for name, p in qmodel.named_parameters()}
+    call = lambda state: torch.func.functional_call(qmodel, state, (x, edge_index))  # noqa: E731
+    assert torch.equal(call(state), qmodel(x, edge_index))
+    with pytest.raises(ValueError, match=r"no torch\.func\.vmap over a quantized layer .*in a loop"):
+        torch.func.vmap(call)({name: torch.stack([p, p]) for name, p in state.items()})
+
+
 def test_features_made_in_inference_mode() -> None:
     x, edge_index = features(), graph()
     qmodel = quantized(LGConv(), x, edge_index).eval()

@@ -19,7 +19,7 @@ from .range_search import Sample
 from .rows import RowRange, multipliers
 from .state import RangeKind
 from .tensor import QuantizedTensor
-from .transforms import FORWARD, VMAP, transform_of
+from .transforms import FORWARD, VMAP, is_vmapping, transform_of
 from .values import largest, peak, row_peaks, split
 
 __all__ = ["QLRQuantizer", "RangeKind"]
@@ -202,7 +202,7 @@ class QLRQuantizer(FittedQuantizer):
             ValueError: Where it is a batch of :func:`torch.func.vmap`: whether values are finite cannot
                 be asked; or has a forward-mode derivative, which rounding has none of.
         """
-        transform = transform_of((x,))
+        transform = VMAP if is_vmapping() else transform_of((x,))  # of an input, or of parameters
         if transform == VMAP:
             raise ValueError(
                 f"Expected no torch.func.vmap over a quantized layer (got one at '{self.site}'): give samples as a "

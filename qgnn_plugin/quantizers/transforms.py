@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["FORWARD", "VMAP", "transform_of"]
+__all__ = ["FORWARD", "VMAP", "is_vmapping", "transform_of"]
 
 VMAP, FORWARD = "torch.func.vmap", "forward-mode derivative"
 
@@ -31,6 +31,14 @@ def transform_of(values: Iterable[Any]) -> str | None:
             if differentiates and forward_ad.unpack_dual(value).tangent is not None:
                 return FORWARD
     return None
+
+
+def is_vmapping() -> bool:
+    """Whether :func:`torch.func.vmap` runs what is called here, of whatever it makes batches."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
+        return False
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
 
 
 def _is_batched(value: Tensor) -> bool:
