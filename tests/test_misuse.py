@@ -96,6 +96,10 @@ class Recorded:
             ),
             "save to a folder": (lambda: qgnn.save_packed(packed, folder), IsADirectoryError, r"name of a file"),
             "save a converted model": (lambda: qgnn.save_packed(converted, file), ValueError, r"pack it first"),
+            "save what holds a packed model": (
+                lambda: qgnn.save_packed(nn.Sequential(packed), file),
+                ValueError, r"got a Sequential.*its '0' is one: pass that",
+            ),
             "load, swapped": (lambda: qgnn.load_packed(plain, file), TypeError, r"load_packed\(path, model\)"),
             "load a lazy model": (
                 lambda: qgnn.load_packed(file, GCN(-1, 8, 2, 4)), ValueError, r"lazy layers: convs\.0.*run it once"

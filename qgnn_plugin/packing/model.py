@@ -227,10 +227,11 @@ def specs_of(model: nn.Module) -> list[LayerSpec]:
     """
     specs: list[LayerSpec] | None = vars(model).get(SPECS)  # not of what a wrapper passes attributes on from
     if specs is None:
-        raise ValueError(
-            f"Expected a model made by pack_model (got a {type(model).__name__}); "
-            f"pack it first: qgnn_plugin.pack_model(qmodel)"
-        )
+        inside = next((name for name, module in model.named_modules() if SPECS in vars(module)), None)
+        remedy = "pack it first: qgnn_plugin.pack_model(qmodel)"
+        if inside is not None:
+            remedy = f"its '{inside}' is one: pass that, or pack a {type(model).__name__} around the converted model"
+        raise ValueError(f"Expected a model made by pack_model (got a {type(model).__name__}); {remedy}")
     return specs
 
 
