@@ -6,8 +6,7 @@ import copy
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
+from torch import nn
 from torch_geometric.nn import HeteroLinear, MessagePassing, SAGEConv
 from torch_geometric.nn import Linear as PyGLinear
 from torch_geometric.nn.models.linkx import SparseLinear
@@ -107,7 +106,9 @@ def _is_as_made(layer: nn.Module, base: type[nn.Module]) -> bool:
         return False
     if base is SAGEConv and layer.aggr not in ("mean", "add", "sum", "max"):  # what its own form computes with codes
         return False
-    if isinstance(layer, (nn.Linear, PyGLinear)) and 0 in _known_shape(layer.weight):
+    if isinstance(layer, nn.Linear) and 0 in (layer.in_features, layer.out_features):
+        return False
+    if isinstance(layer, PyGLinear) and 0 in (layer.in_channels, layer.out_channels):
         return False
     if isinstance(layer, nn.Embedding):  # of one number a row, its range would be the row itself
         return layer.embedding_dim > 1
@@ -115,10 +116,6 @@ def _is_as_made(layer: nn.Module, base: type[nn.Module]) -> bool:
         return True
     inner = (layer._modules.get(name) for name in _LINEAR)
     return aggregates_as_named(layer) and all(m is None or mixin_for(m) is QuantizedLinear for m in inner)
-
-
-def _known_shape(weight: Tensor) -> tuple[int, ...]:
-    return () if isinstance(weight, UninitializedParameter) else tuple(weight.shape)
 
 
 def convert_layer(

@@ -26,7 +26,7 @@ def test_every_case_runs_in_floats(name):
 
 
 def test_figures_of_a_small_graph():
-    found = measure("GraphConv", nodes=300, edges=1_500, width=16, memory_width=16, rounds=2)
+    found = measure("GINEConv", nodes=300, edges=1_500, width=16, memory_width=16, rounds=2)
     assert found.path == "generated kernel"
     assert found.speed > 0
     assert found.float_ms > 0
