@@ -2,7 +2,7 @@
 
 For each data set, model and seed: the float model, the float model distilled from itself, and the model converted from
 that at 8, 4 and 2 bits, all by the default :class:`qgnn_plugin.recipe.Recipe`.  Reported is the test accuracy of the
-epoch with the best validation accuracy.  Runs with ``--one-bit`` have a table of their own, and so have those with
+best validation epoch.  Runs with ``--one-bit`` have a table of their own, and so have those with
 ``--calibrated``: the same float models after :func:`qgnn_plugin.calibrate` alone, by its default method.  Finished runs
 are kept one file each: an interrupted table goes on where it stopped.
 What is known about the rows, written by hand in ``accuracy-notes.md``, follows the table.
@@ -46,10 +46,11 @@ AIMS = {"INT8": ("FP32", 0.3), "INT4": ("FP32", 0.3), "INT2": ("FP32 self-distil
 CALIBRATED_AIMS = {"INT8": ("FP32", 0.1), "INT4": ("FP32", 0.5), "INT2": ("FP32", 2.0)}
 
 NOTES = """\
-Test accuracy in percent at the best validation epoch, mean and standard deviation over seeds.  Inputs, weights,
-activations, messages and attention coefficients are at the stated width (0/1 inputs, also with one scale per row, are
-exact in one bit).  Wider, in float32: biases, attention vectors and logits, code sums and their affine step, the state
-of a propagation between its steps, ranges, and the logits that the model returns.
+Test accuracy in percent at the best validation epoch (that of the highest accuracy, at two bits of the lowest loss),
+mean and standard deviation over seeds.  Inputs, weights, activations, messages and attention coefficients are at the
+stated width (0/1 inputs, also with one scale per row, are exact in one bit).  Wider, in float32: biases, attention
+vectors and logits, code sums and their affine step, the state of a propagation between its steps, ranges, and the
+logits that the model returns.
 Data sets without a public split use a random one per seed, 20 / 30 / rest per class.  One recipe serves every row; its
 settings were chosen on validation accuracy.
 """
