@@ -33,9 +33,20 @@ class CarriesConfiguration:
         saved = {"version": 1, "config": self._config.to_dict(), "settings": self.computing_settings()}
         destination[prefix + CONFIG_KEY] = encode(saved)
 
-    def _load_from_state_dict(self: Any, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    def _load_from_state_dict(
+        self: Any,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         state = state_dict.pop(prefix + CONFIG_KEY, None)
         message = None if state is None else refusal(self._qualified_name, self.computing_settings(), state, "settings")
         if message is not None:
-            refuse(rest[-1], message)  # to the messages of errors
-        super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[misc]
+            refuse(error_msgs, message)
+        super()._load_from_state_dict(  # type: ignore[misc]
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )

@@ -97,9 +97,10 @@ class Columns(Pending):
     def of(cls, base: Pending, start: int, stop: int) -> Pending:
         if (start, stop) == (0, base.producer.num_features):
             return base
-        return cls(base.base, base.columns[0] + start, base.columns[0] + stop) if isinstance(base, cls) else cls(
-            base, start, stop
-        )  # fmt: skip
+        if not isinstance(base, Columns):
+            return cls(base, start, stop)
+        first = base.columns[0]
+        return cls(base.base, first + start, first + stop)
 
     @property
     def value(self) -> Tensor | None:
@@ -109,8 +110,9 @@ class Columns(Pending):
 
     @property
     def runs(self) -> Any:
-        known = self.base.__dict__.get("runs_of_columns")
-        return known or self.base.__dict__.setdefault("runs_of_columns", _OnceRun(self.base.runs))
+        if self.base.runs_of_columns is None:
+            self.base.runs_of_columns = _OnceRun(self.base.runs)
+        return self.base.runs_of_columns
 
     @property
     def producer(self) -> Producer:
@@ -128,11 +130,10 @@ class Columns(Pending):
 
     def latest(self) -> dict[str, Any]:
         """The rows of the other result that were computed last, shared by its columns while it has no further step."""
-        steps, held = self.base.__dict__.setdefault("latest", (self.base.steps, {}))
-        if steps != self.base.steps:
-            held = {}
-            self.base.__dict__["latest"] = (self.base.steps, held)
-        return held
+        known = self.base.rows_of_columns
+        if known is None or known[0] != self.base.steps:
+            known = self.base.rows_of_columns = (self.base.steps, {})
+        return known[1]
 
     def then(self, step: Step) -> Pending:
         after = Pending.__new__(Pending)
@@ -165,20 +166,8 @@ class Columns(Pending):
 class Shaped(DeferredTensor):
     """A result ``[N, *dims]`` that is not computed yet; a row has its numbers one after another."""
 
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        note = NOTES.get(func)
-        if note is not None and (noted := note(*args, **kwargs)) is not None:
-            return noted
-        x = args[0] if args else None
-        if func in VIEWS and isinstance(x, cls) and x.pending.value is None:
-            noted = VIEWS[func](x, *args[1:], **kwargs)
-            if noted is not None:
-                return noted
-        return func(*materialized(args), **materialized(kwargs))
+    def _noted(self, func: Any, args: Any, kwargs: Any) -> Any:
+        return VIEWS[func](self, *args, **kwargs) if func in VIEWS else None
 
     def materialized(self) -> Tensor:
         return super().materialized().view(self.shape)

@@ -57,6 +57,9 @@ class Pending:
     runs: Any
     producer: Any
     value: Any
+    # What views of some of its columns share: the runs of all, and the rows that were computed last, by the steps then.
+    runs_of_columns: Any = None
+    rows_of_columns: tuple[tuple[Step, ...], dict[str, Any]] | None = None
 
     def then(self, step: Step) -> Pending:
         after = Pending.__new__(Pending)
@@ -185,13 +188,17 @@ class DeferredTensor(StandIn, Tensor):  # type: ignore[misc]
         if note is not None and (noted := note(*args, **kwargs)) is not None:
             return noted
         if args and isinstance(args[0], cls) and args[0].pending.value is None:
-            noted = _note(args[0], func, args[1:], kwargs)
+            noted = args[0]._noted(func, args[1:], kwargs)
             if noted is not None:
                 return noted
         out = func(*materialized(args), **materialized(kwargs))
         # What was changed in place is the same tensor still.
         touched = [a for a in (*args, *kwargs.values()) if isinstance(a, cls)]
         return next((t for t in touched if out is t.pending.value), out)
+
+    def _noted(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The result of ``func(self, ...)`` without computing this one; :obj:`None` where that takes its value."""
+        return _note(self, func, args, kwargs)
 
     def materialized(self) -> Tensor:
         if not torch.is_grad_enabled():
@@ -230,7 +237,6 @@ _ALIASES = (aten.view.default, aten._unsafe_view.default, aten.alias.default, at
 
 
 def _note(x: DeferredTensor, func: Any, args: Any, kwargs: Any) -> Any:
-    """The result of ``func(x, ...)`` without computing ``x``; :obj:`None` where that takes its value."""
     pending = x.pending
     if func in ROW_WISE:
         return DeferredTensor._of(pending.then(_step(func, args, kwargs)))

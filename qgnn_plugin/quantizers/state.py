@@ -75,11 +75,20 @@ class QuantizerState(nn.Module):
         if message is not None:
             raise ValueError(message + REMEDY)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         key = f"{prefix}_extra_state"
         message = refusal(self.site, self.settings, state_dict[key]) if key in state_dict else None
         if message is not None:
-            refuse(rest[-1], message)  # to the messages of errors
+            refuse(error_msgs, message)
             return
         given = [name for name in ("log_scale", "unit") if f"{prefix}{name}" in state_dict]
         if key not in state_dict and self.unit is not None and given == ["log_scale"]:
@@ -88,7 +97,9 @@ class QuantizerState(nn.Module):
         state_dict[key] = self.get_extra_state()  # which it did not have either
         shift = state_dict.get(f"{prefix}shift")
         self.shift = None if shift is None else torch.zeros_like(shift, device=self.log_scale.device)
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     @property
     def range_kind(self) -> RangeKind:
