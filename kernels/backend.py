@@ -23,6 +23,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -47,6 +48,7 @@ __all__ = [
     "has_numba",
     "implementation",
     "is_direct",
+    "onnx_forms",
     "rehearsing",
     "use_backend",
 ]
@@ -56,7 +58,7 @@ _ENV = "QGNN_BACKEND"
 # The variables of the environment past their decoding, which takes longer than some kernels do.
 _variables: Any = getattr(os.environ, "_data", os.environ)
 _KEY: Any = getattr(os.environ, "encodekey", str)(_ENV)
-_MODULE = {"cpu": "cpu", "triton": "triton", "interpret": "triton"}
+_MODULE = {"cpu": "cpu", "triton": "triton", "interpret": "triton", "onnx": "onnx"}
 
 
 class _Other(NamedTuple):
@@ -217,6 +219,17 @@ def implementation(op: str, backend: str) -> Callable[..., Any]:
         module = f"{reference.__module__}.{_MODULE[backend]}"
     function = getattr(importlib.import_module(module), op)
     return selecting(function, inspect.signature(reference).parameters)
+
+
+def onnx_forms() -> dict[str, Callable[..., Any]]:
+    """What ops are in operations that ONNX has, by name: of those whose folder tells it, in ``onnx.py``."""
+    forms = {}
+    for op, reference in _references.items():
+        package = sys.modules[reference.__module__]
+        is_told = hasattr(package, "__path__") and importlib.util.find_spec(f"{package.__name__}.onnx") is not None
+        if is_told and hasattr(importlib.import_module(f"{package.__name__}.onnx"), op):
+            forms[op] = implementation(op, "onnx")
+    return forms
 
 
 def dispatch(op: str, device: torch.device) -> Callable[..., Any]:

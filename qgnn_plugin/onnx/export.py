@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..atomic import PathLike, atomic_file
 from ..exporting import check_exported, export_program, free_dimensions
-from .standard import STANDARD
+from .standard import standard_forms
 
 __all__ = ["DOMAIN", "export_onnx"]
 
@@ -80,7 +80,7 @@ def export_onnx(
         shapes = free_dimensions(args) if dynamic_shapes is None else dynamic_shapes
         program = export_program(_Poisoned(model), args, dynamic_shapes=(tuple(shapes),))
         if standard_ops:
-            program = program.run_decompositions({**torch.export.default_decompositions(), **STANDARD})
+            program = program.run_decompositions({**torch.export.default_decompositions(), **standard_forms()})
         translations = _translations(program, standard_ops)
         exported = torch.onnx.export(
             program,
