@@ -7,10 +7,12 @@ these two methods.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from torch import nn
 
+from .converted import expect_trainable, is_quantized
 from .saved import CONFIG_KEY
 
 __all__ = ["ConvertsOnLoad", "checkpointed_class", "close_checkpoints", "open_checkpoints"]
@@ -22,15 +24,14 @@ class ConvertsOnLoad:
     Only in ``load_from_checkpoint``.  A module that is handed to a trainer stays what it is.
     """
 
-    def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
-        from .conversion import quantize_like  # which imports this module
-        from .converted import is_quantized
+    _quantize_like: ClassVar[Callable[..., nn.Module]]  # that of :mod:`.conversion`, which sets it
 
+    def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
         state = checkpoint.get("state_dict", {})
         converted = any(key.endswith(CONFIG_KEY) for key in state)
         if converted and getattr(self, "_trainer", None) is None and not is_quantized(self):
             close_checkpoints(self)
-            quantize_like(self, state, inplace=True)
+            ConvertsOnLoad._quantize_like(self, state, inplace=True)
         super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
 
 
@@ -45,8 +46,6 @@ class _Checkpointed(ConvertsOnLoad):
         Raises:
             ValueError: If so.
         """
-        from .converted import expect_trainable  # which imports this module's users
-
         if not any(p.requires_grad for p in self.parameters()):
             expect_trainable(self)
         super().on_fit_start()  # type: ignore[misc]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from .checkpoints import close_checkpoints, open_checkpoints
+from .checkpoints import ConvertsOnLoad, close_checkpoints, open_checkpoints
 from .config import OFF, QuantConfig
 from .converted import (
     check_unconverted,
@@ -171,6 +171,9 @@ def quantize_like(model: nn.Module, state_dict: Mapping[str, Any], *, inplace: b
     convert_as(model, configs)
     open_checkpoints(model)
     return model
+
+
+ConvertsOnLoad._quantize_like = staticmethod(quantize_like)
 
 
 def _saved_configs(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, QuantConfig]:

@@ -13,54 +13,19 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 from qgnn_plugin.kernels.triton.launch import Config, launch_options
 
+from .aot_cases import BUILDERS
+from .case import TARGETS, Case, is_hip
 from .sass import Binary, read_amdgcn, read_cubin
 
-__all__ = ["GRIDS", "TARGETS", "Case", "cases", "compile_case", "main"]
+__all__ = ["GRIDS", "cases", "compile_case", "main"]
 
-TARGETS: dict[str, tuple[str, int | str, int]] = {
-    "sm_80": ("cuda", 80, 32),
-    "sm_90": ("cuda", 90, 32),
-    "gfx942": ("hip", "gfx942", 64),
-}
 GRIDS = ("small", "full")
-
-
-@dataclass(frozen=True)
-class Case:
-    """One specialization of one kernel.
-
-    Attributes:
-        op: The op that launches it.
-        label: What distinguishes the case, for people.
-        kernel: The jitted function.
-        types: Triton types of the run-time arguments; every other argument is a constant.
-        constants: Values of the constants (absent tensors are :obj:`None`).
-        num_warps, num_stages, max_registers: Launch options.
-        codes_per_iteration: Codes that one thread handles per turn of the inner loop, or 0.
-        facts: Further figures for the report.
-    """
-
-    op: str
-    label: str
-    kernel: Any
-    types: dict[str, str]
-    constants: dict[str, Any]
-    num_warps: int = 4
-    num_stages: int = 2
-    max_registers: int = 0
-    codes_per_iteration: float = 0
-    facts: dict[str, Any] = field(default_factory=dict)
-
-
-def is_hip(target: str) -> bool:
-    return TARGETS[target][0] == "hip"
 
 
 def compile_case(case: Case, target: str) -> Binary:
@@ -96,9 +61,7 @@ def compile_case(case: Case, target: str) -> Binary:
 
 def cases(grid: str, target: str) -> Iterator[Case]:
     """The specializations of ``grid`` (``"small"`` for quick tests, ``"full"``) for ``target``."""
-    from . import aot_cases
-
-    for build in aot_cases.BUILDERS:
+    for build in BUILDERS:
         yield from build(grid, target)
 
 

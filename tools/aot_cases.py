@@ -29,7 +29,7 @@ from qgnn_plugin.kernels.triton.launch import (
 )
 from qgnn_plugin.kernels.unpack_dequantize import triton as unpack_module
 
-from .aot import TARGETS, Case
+from .case import TARGETS, Case, is_hip
 
 __all__ = ["BUILDERS", "shapes"]
 
@@ -318,7 +318,7 @@ def _linear(
     bytes_out: int, target: str,
 ) -> Case:  # fmt: skip
     """``ranges``: whether every output channel of the weight has a range of its own."""
-    hip = TARGETS[target][0] == "hip"
+    hip = is_hip(target)
     rows = "out_unit" in more
     config = _config("linear_rows" if rows else "linear", row_words(features, x_bits), target)
     with rehearsed_for(target):

@@ -23,7 +23,7 @@ from triton.backends.driver import DriverBase
 from qgnn_plugin.kernels.backend import rehearsing, use_backend
 from qgnn_plugin.kernels.triton.launch import rehearsed_for
 
-from .aot import TARGETS, is_hip
+from .case import TARGETS, is_hip
 from .sass import Binary, read_cubin
 
 __all__ = ["Launch", "rehearse"]
@@ -123,7 +123,7 @@ def rehearse(target: str) -> Iterator[list[Launch]]:
     """Ops on CPU tensors choose the Triton backend in this context and launch on a card that is not there.
 
     Args:
-        target: A key of :data:`.aot.TARGETS`.
+        target: A key of :data:`.case.TARGETS`.
 
     Yields:
         The launches, in order, as they are made.

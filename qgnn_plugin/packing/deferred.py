@@ -310,11 +310,3 @@ class Scope:
 def is_deferring() -> bool:
     """Whether a packed model is running in a :class:`Scope`; never while compiling."""
     return not torch.compiler.is_compiling() and not torch.jit.is_tracing() and _scope.get() is not None
-
-
-def __getattr__(name: str) -> Any:
-    if name not in ("_enter", "_leave", "_rebuild"):  # by which pickles of earlier versions know them
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import scoped
-
-    return getattr(scoped, name)

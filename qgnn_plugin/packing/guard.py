@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,9 +12,6 @@ from torch import Tensor
 from ..layers.errors import REFUSALS, expect_features, name_layer
 from ..quantizers.autocast import full_precision
 from ..quantizers.transforms import transform_of
-
-if TYPE_CHECKING:
-    from .base import PackedLayer
 
 __all__ = ["inference"]
 
@@ -31,7 +28,7 @@ def inference(forward: Forward) -> Forward:
 
     @functools.wraps(forward)
     @full_precision
-    def guarded(self: PackedLayer, *args: Any, **kwargs: Any) -> Any:
+    def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.training:
             raise RuntimeError(
                 f"Expected the packed '{self._packed.spec.name}' in eval mode (got training mode): packed "
@@ -55,7 +52,7 @@ def inference(forward: Forward) -> Forward:
         with torch.no_grad():
             return run(self, args, kwargs)
 
-    def run(self: PackedLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch.compiler.is_compiling():
             return concluded(self, forward(self, *args, **kwargs))
         try:
@@ -66,7 +63,7 @@ def inference(forward: Forward) -> Forward:
             name_layer(error, self._packed.spec.name)
             raise
 
-    def concluded(self: PackedLayer, out: Any) -> Any:
+    def concluded(self: Any, out: Any) -> Any:
         if self.output_quantizer is None:
             return out
         if self._runs_own_forward and isinstance(out, tuple):  # with attention weights

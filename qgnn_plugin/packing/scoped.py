@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from . import deferred
 from .deferred import Scope, materialized
 from .weight import refuse_dtype
 
@@ -120,3 +121,7 @@ def _enter(model: nn.Module, args: Any) -> None:
 
 def _leave(model: nn.Module, args: Any, output: Any) -> None:
     """Nothing: :func:`_enter` has taken it off."""
+
+
+# The module by which pickles of earlier versions know them.
+vars(deferred).update(_enter=_enter, _leave=_leave, _rebuild=_rebuild)

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Union
-
 import torch
 from torch import Tensor
 
 from ..kernels.layout import unpack_codes
 from .search import Rows, Weights, candidates, largest, nearest
-
-if TYPE_CHECKING:
-    from .embeddings import PackedEmbeddings
+from .table import PackedTable
 
 __all__ = ["topk"]
 
 MOST_QUERIES = 256  # at a time: with more, too few rows of the table are
 SMALL = 4096  # rows of a table whose products are all taken in float64
 
-Query = Union["PackedEmbeddings", Tensor]  # codes with their range, or float32 rows for a table that is rotated
+Query = PackedTable | Tensor  # codes with their range, or float32 rows for a table that is rotated
 
 
-def topk(table: PackedEmbeddings, query: Query, k: int, chunk: int) -> tuple[Tensor, Tensor]:
+def topk(table: PackedTable, query: Query, k: int, chunk: int) -> tuple[Tensor, Tensor]:
     """See :meth:`.embeddings.PackedEmbeddings.topk`; of queries ``[M, F]``."""
     # Those of a block of the table, or of the candidates, are as many codes as are unpacked at a time.
     queries = max(1, min(MOST_QUERIES, chunk // max(1, table.num_features), chunk // _candidate_codes(table, k)))
@@ -31,13 +27,13 @@ def topk(table: PackedEmbeddings, query: Query, k: int, chunk: int) -> tuple[Ten
     return scores, index
 
 
-def _empty(table: PackedEmbeddings, k: int) -> tuple[Tensor, Tensor]:
+def _empty(table: PackedTable, k: int) -> tuple[Tensor, Tensor]:
     device = table.words.device
     scores = torch.zeros((0, k), dtype=torch.float64, device=device)
     return scores, torch.zeros((0, k), dtype=torch.int64, device=device)
 
 
-def _block_topk(table: PackedEmbeddings, query: Query, k: int, chunk: int) -> tuple[Tensor, Tensor]:
+def _block_topk(table: PackedTable, query: Query, k: int, chunk: int) -> tuple[Tensor, Tensor]:
     rows = _search_rows(table)
     if len(table) < SMALL or not rows.is_fast or _candidate_codes(table, k) > chunk:
         return _topk_of_all(table, query, k, chunk)
@@ -49,19 +45,19 @@ def _block_topk(table: PackedEmbeddings, query: Query, k: int, chunk: int) -> tu
     return scores, index
 
 
-def _candidate_codes(table: PackedEmbeddings, k: int) -> int:
+def _candidate_codes(table: PackedTable, k: int) -> int:
     """How many codes the candidates of one query have."""
     return candidates(k) * max(1, table._num_codes)
 
 
-def _search_rows(table: PackedEmbeddings) -> Rows:
+def _search_rows(table: PackedTable) -> Rows:
     if table.transform is None:
         return Rows(table.words, table.scale, table.lower, None, table.num_features, table.bits)
     one, zero = table.scale.new_ones(()), table.scale.new_zeros(())
     return Rows(table.words, one, zero, table.scale.flatten(), table._num_codes, table.bits)
 
 
-def _query_weights(table: PackedEmbeddings, query: Query) -> Weights:
+def _query_weights(table: PackedTable, query: Query) -> Weights:
     if not isinstance(query, Tensor):
         codes = query._codes(0, len(query)).double()
         values = codes * query.scale.double() + query.lower.double()
@@ -71,7 +67,7 @@ def _query_weights(table: PackedEmbeddings, query: Query) -> Weights:
     return Weights(query @ table.transform.basis().t(), query @ table.transform.center.double())
 
 
-def _candidate_products(table: PackedEmbeddings, query: Query, index: Tensor) -> Tensor:
+def _candidate_products(table: PackedTable, query: Query, index: Tensor) -> Tensor:
     """Dot products ``[M, c]`` float64 of each query with the rows ``index`` ``[M, c]``, each row's in one order."""
     found = table[index.flatten()]
     codes = found._codes(0, len(found)).double().view(*index.shape, -1)
@@ -85,7 +81,7 @@ def _candidate_products(table: PackedEmbeddings, query: Query, index: Tensor) ->
     return _ranged(query, sums, scale, lower)
 
 
-def _topk_of_all(table: PackedEmbeddings, query: Query, k: int, chunk: int) -> tuple[Tensor, Tensor]:
+def _topk_of_all(table: PackedTable, query: Query, k: int, chunk: int) -> tuple[Tensor, Tensor]:
     """By the products with every row, in float64."""
     best: tuple[Tensor, Tensor] | None = None
     # A block of products is as large as a block of codes.
@@ -103,14 +99,14 @@ def _topk_of_all(table: PackedEmbeddings, query: Query, k: int, chunk: int) -> t
     return best
 
 
-def _products(table: PackedEmbeddings, other: PackedEmbeddings) -> Tensor:
+def _products(table: PackedTable, other: PackedTable) -> Tensor:
     """Dot products ``[M, N]`` float64 with ``other``: the sums of codes are integers, exact up to ``2^53``."""
     a, c = (unpack_codes(e.words, e.num_features, e.bits).double() for e in (table, other))
     scale, lower = (t.double().reshape(1, -1) for t in (other.scale, other.lower))
     return _ranged(table, (a @ c.t(), a.sum(1, keepdim=True), c.sum(1)), scale, lower)
 
 
-def _ranged(table: PackedEmbeddings, sums: tuple[Tensor, Tensor, Tensor], s_c: Tensor, l_c: Tensor) -> Tensor:
+def _ranged(table: PackedTable, sums: tuple[Tensor, Tensor, Tensor], s_c: Tensor, l_c: Tensor) -> Tensor:
     """Sums of codes, of their products, of one's own ``[M, 1]`` and of others', with the ranges of both."""
     product, own, others = sums
     s_a, l_a = (t.double().reshape(-1, 1) for t in (table.scale, table.lower))
@@ -119,7 +115,7 @@ def _ranged(table: PackedEmbeddings, sums: tuple[Tensor, Tensor, Tensor], s_c: T
     return total + table.num_features * (l_a * l_c)
 
 
-def _rotated_products(table: PackedEmbeddings, query: Tensor) -> Tensor:
+def _rotated_products(table: PackedTable, query: Tensor) -> Tensor:
     """Dot products ``[M, N]`` float64 of queries ``[M, F]`` with rotated embeddings."""
     assert table.transform is not None
     query = query.double()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from .deferred import is_deferring
 from .stand_in import StandIn
 
 __all__ = ["FrozenWeight", "read_only", "refuse_dtype"]
@@ -137,8 +138,6 @@ _MADE_LIKE = {
 
 def _warn_of_others(layers: list[str]) -> None:
     """Warn where a packed model that runs reads weights that its converted form takes in floats."""
-    from .deferred import is_deferring  # which imports this module
-
     if layers and is_deferring():
         listed = ", ".join(f"'{name}'" for name in layers)
         warnings.warn(
