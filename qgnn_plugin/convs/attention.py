@@ -20,6 +20,7 @@ from ..kernels.plan import GraphPlan
 from ..layers import compressed
 from ..layers.arithmetic import with_gradient_of
 from ..layers.base import SiteFactory
+from ..layers.message_passing import SUM
 from ..layers.numerators import attention_codes, attention_thresholds
 from ..layers.registry import register_layer
 from ..layers.watched import is_watched
@@ -158,6 +159,8 @@ class GATv2(WatchedPairs, Attention):
 
 class TrainableAttention(Attention, Trainable):
     """The end of converted attention layers; in eval mode by the kernel that packed ones run."""
+
+    aggregations = SUM
 
     @property
     def is_off(self) -> bool:

@@ -10,7 +10,7 @@ from ..graph.adjacency import gcn_graph
 from ..graph.samples import Samples
 from ..layers.base import SiteFactory
 from ..layers.errors import names_layer
-from ..layers.message_passing import QuantizedConv, QuantizedMessagePassing, require_sum
+from ..layers.message_passing import QuantizedConv, QuantizedMessagePassing
 from ..layers.own_weights import QuantizedOwnConv
 from ..layers.registry import register_deep
 from ..packing.base import LayerSpec, register_packed
@@ -51,7 +51,6 @@ class DeepGCNConv(DeepGCN, QuantizedGCNConv):
 
     @classmethod
     def attach(cls, layer: Any, sites: SiteFactory) -> None:
-        require_sum(layer, sites)
         layer._deep_place, layer._deep_config = sites.place, sites.config.smp
         # What is sent are the features themselves, often non-negative: levels of messages are not for them.
         if sites.first[0]:

@@ -12,7 +12,7 @@ from ..config import OFF
 from ..graph.adjacency import NormalizedGraph, gcn_graph
 from ..graph.samples import Samples
 from ..layers.base import SiteFactory
-from ..layers.message_passing import require_sum
+from ..layers.message_passing import SUM
 from ..layers.registry import register_layer
 from ..layers.watched import is_watched, watched_graph
 from ..packing.base import register_packed
@@ -33,7 +33,6 @@ class GCN(Convolution):
 
     @classmethod
     def attach(cls, layer: Any, sites: SiteFactory) -> None:
-        require_sum(layer, sites)
         layer.message_quantizer = sites.message("message", layer.out_channels)
         attach_constraint(layer, sites.config.smp, sites.device)
 
@@ -84,6 +83,7 @@ def refusal(layer: Any) -> str | None:
 class QuantizedGCNConv(GCN, Trainable):
     """Quantized :class:`torch_geometric.nn.GCNConv`."""
 
+    aggregations = SUM
     forward = trainable(GCN.forward)
 
     def _runs_floats(self, x: Any) -> bool:

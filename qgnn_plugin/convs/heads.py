@@ -19,11 +19,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch_geometric import EdgeIndex
-from torch_geometric.utils import add_self_loops, remove_self_loops, to_edge_index
+from torch_geometric.utils import add_self_loops, remove_self_loops
 from torch_geometric.utils.sparse import set_sparse_value
 
 from ..config import OFF
 from ..graph.adjacency import edges_of, graph_size, is_sparse, looped_plan, plain_graph
+from ..graph.edges import entries_of
 from ..graph.samples import layer_name
 from ..kernels.head_dots import head_dots
 from ..kernels.plan import GraphPlan
@@ -214,7 +215,7 @@ class Attention(WatchedAttention, Convolution):
             options = {"fill_value": self.fill_value, "num_nodes": min(size)}
             adjacency, edge_attr = add_self_loops(adjacency, edge_attr, **options)
         if matrix and as_pyg:  # in the order of its entries
-            (dst, src), values = to_edge_index(adjacency)
+            (dst, src), values = entries_of(adjacency)
             plan = GraphPlan.from_edges(src, dst, *size)
             edge_attr = values if edge_attr is None and values.dim() > 1 else edge_attr
         elif as_pyg and torch.compiler.is_compiling():  # a traced plan of the caller's edges numbers these

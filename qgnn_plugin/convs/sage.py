@@ -180,6 +180,7 @@ class QuantizedSAGEConv(SAGE, Trainable):
     """Quantized :class:`torch_geometric.nn.SAGEConv`."""
 
     units = ("lin_l", "lin_r")
+    aggregations = (*SUMS, "max")
     forward = trainable(SAGE.forward)
 
     @property

@@ -14,7 +14,7 @@ from ..graph.samples import Samples
 from ..layers.arithmetic import own_copy
 from ..layers.base import QuantizerDict, SiteFactory
 from ..layers.errors import names_layer
-from ..layers.message_passing import require_sum
+from ..layers.message_passing import SUM
 from ..layers.watched import is_watched, watched_graph
 from ..packing.base import LayerSpec
 from ..packing.guard import inference
@@ -48,12 +48,7 @@ class Propagation(PropagationLayer, Convolution):
 
     @classmethod
     def attach_steps(cls, layer: Any, sites: SiteFactory, steps: list[QLRQuantizer]) -> None:
-        """Add what every step needs; ``steps`` are the sites of the messages.
-
-        Raises:
-            ValueError: If ``layer`` does not sum.
-        """
-        require_sum(layer, sites)
+        """Add what every step needs; ``steps`` are the sites of the messages."""
         layer.step_quantizers = QuantizerDict({str(k): site for k, site in enumerate(steps)})
         smp = cls.settings(layer, sites)
         layer.gap_quantizer = None if smp is None else _gap_site(sites, smp)
@@ -126,6 +121,8 @@ class Propagation(PropagationLayer, Convolution):
 
 class QuantizedPropagation(Propagation, Trainable):
     """Base of quantized propagations."""
+
+    aggregations = SUM
 
     @property
     def follows_autocast(self) -> bool:

@@ -14,7 +14,17 @@ from ..kernels.plan import GraphPlan
 from ..kernels.plan_op import traced_plan
 from .samples import layer_name
 
-__all__ = ["Edges", "LoopedPlan", "edges_of", "graph_size", "is_sparse", "may_look", "memory_of", "own_order"]
+__all__ = [
+    "Edges",
+    "LoopedPlan",
+    "edges_of",
+    "entries_of",
+    "graph_size",
+    "is_sparse",
+    "may_look",
+    "memory_of",
+    "own_order",
+]
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 MATRICES = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc)
@@ -71,8 +81,19 @@ def edges_of(
             f"use 'to_sparse_csr()'"
         )
     # Entries that a compressed matrix repeats are several: a mean counts them, a maximum picks one of them.
-    (dst, src), values = to_edge_index(edge_index.coalesce() if edge_index.layout == torch.sparse_coo else edge_index)
+    (dst, src), values = entries_of(edge_index)
     return Edges(src, dst, _unless_ones(_checked(values, src, dtype, "values")))
+
+
+def entries_of(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions ``[2, E]`` and values of the entries of a ``torch.sparse`` matrix, which is only read.
+
+    PyG's own function marks a COO matrix as coalesced, in place, which autograd takes for a change of its values.
+    """
+    if matrix.layout != torch.sparse_coo:
+        return to_edge_index(matrix)
+    matrix = matrix.coalesce()
+    return matrix.indices().detach().long(), matrix.values()
 
 
 def _checked_pair(edge_index: Tensor) -> Tensor:

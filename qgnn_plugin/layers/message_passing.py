@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Collection, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,26 +23,14 @@ from .base import QuantizedLayer, QuantizerDict, SiteFactory
 from .usage import is_position, is_relative
 from .watched import own_propagate, source_side
 
-__all__ = ["PropagationChange", "QuantizedConv", "QuantizedMessagePassing", "SentFeatures", "require_sum"]
+__all__ = ["SUM", "PropagationChange", "QuantizedConv", "QuantizedMessagePassing", "SentFeatures"]
 
 # Arguments called as the scalars of an attention mechanism or a normalization are.  Shapes decide whether they are.
 SCALARS = frozenset({"alpha", "alpha_l", "alpha_r", "norm", "deg", "score", "index"})
 
 SITES = "argument_quantizers."
+SUM = ("add", "sum")  # the names of that aggregation
 COMPARING = ("max", "min")  # aggregations that pick a value instead of adding
-
-
-def require_sum(layer: Any, sites: SiteFactory) -> None:
-    """Refuse to convert a layer that is a sum over neighbours by definition, and was made with another aggregation.
-
-    Raises:
-        ValueError: If it was.
-    """
-    if layer.aggr not in ("add", "sum"):
-        raise ValueError(
-            f"Expected the aggregation 'add' in '{sites.name}', a {type(layer).__name__} (got {layer.aggr!r}): its "
-            f"quantized form sums over neighbours; exclude the layer"
-        )
 
 
 class PropagationChange(SmoothLayer):
@@ -93,8 +81,13 @@ class PropagationChange(SmoothLayer):
 
 
 class QuantizedConv(QuantizedLayer, PropagationChange):
-    """Base of converted ``MessagePassing`` layers: a smoothness constraint around ``propagate``."""
+    """Base of converted ``MessagePassing`` layers: a smoothness constraint around ``propagate``.
 
+    ``aggregations`` are those that the quantized form computes, :obj:`None` for any; a layer that was made with another
+    one is converted by what it sends.
+    """
+
+    aggregations: ClassVar[tuple[str, ...] | None] = None
     flow: str
     explain: bool | None
     decomposed_layers: int

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
-from torch_geometric.nn import HeteroLinear, MessagePassing, SAGEConv
+from torch_geometric.nn import HeteroLinear, MessagePassing
 from torch_geometric.nn import Linear as PyGLinear
 from torch_geometric.nn.models.linkx import SparseLinear
 
@@ -104,7 +104,8 @@ def _is_as_made(layer: nn.Module, base: type[nn.Module]) -> bool:
     """Whether ``layer`` itself holds nothing that its class would not have made."""
     if bound_changes(layer):
         return False
-    if base is SAGEConv and layer.aggr not in ("mean", "add", "sum", "max"):  # what its own form computes with codes
+    aggregations = getattr(_REGISTRY[base], "aggregations", None)
+    if aggregations is not None and getattr(layer, "aggr", None) not in aggregations:
         return False
     if isinstance(layer, nn.Linear) and 0 in (layer.in_features, layer.out_features):
         return False

@@ -19,11 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch_geometric.nn import MessagePassing
 from torch_geometric.nn.conv.gcn_conv import gcn_norm
-from torch_geometric.utils import scatter, to_edge_index
+from torch_geometric.utils import scatter
 from torch_geometric.utils.sparse import is_torch_sparse_tensor, set_sparse_value
 
 from ..config import OFF
 from ..graph.adjacency import NormalizedGraph, edges_of
+from ..graph.edges import entries_of
 from ..graph.samples import Samples
 from ..quantizers import QuantizedTensor
 from .normalized import weight_hooks
@@ -138,7 +139,7 @@ def _dropped(edge_index: Any, edge_weight: Tensor | None, p: float, training: bo
     if not isinstance(edge_index, Tensor):
         return edge_index.set_value(F.dropout(edge_index.storage.value(), p=p), layout="coo"), edge_weight
     if is_torch_sparse_tensor(edge_index):
-        return set_sparse_value(edge_index, F.dropout(to_edge_index(edge_index)[1], p=p)), edge_weight
+        return set_sparse_value(edge_index, F.dropout(entries_of(edge_index)[1], p=p)), edge_weight
     assert edge_weight is not None
     return edge_index, F.dropout(edge_weight, p=p)
 

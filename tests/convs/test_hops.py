@@ -12,7 +12,17 @@ import pytest
 import torch
 from core.support import NODES, OUT, WIDTH, features, graph, quantized, relative
 from torch import Tensor, nn
-from torch_geometric.nn import APPNP, GCNConv, LGConv, LightGCN, MessagePassing, SGConv, SSGConv, TAGConv
+from torch_geometric.nn import (
+    GATConv,
+    GATv2Conv,
+    GCNConv,
+    LGConv,
+    LightGCN,
+    MessagePassing,
+    SGConv,
+    SSGConv,
+    TAGConv,
+)
 from torch_geometric.utils import to_undirected
 
 import qgnn_plugin as qgnn
@@ -258,10 +268,26 @@ def test_features_of_one_value_per_row_stay_exact() -> None:
     torch.testing.assert_close(layer(x, edge_index), qgnn.restore_model(layer)(x, edge_index), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("conv", [SGConv(3, 3, aggr="mean"), APPNP(2, 0.1, aggr="mean"), GCNConv(3, 3, aggr="max")])
-def test_other_aggregations_are_refused(conv: nn.Module) -> None:
-    with pytest.raises(ValueError, match=r"aggregation 'add'.*exclude the layer"):
-        qgnn.quantize_model(nn.Sequential(conv, nn.Linear(2, 2)))
+@pytest.mark.parametrize("aggr", ["mean", "max", "median"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda aggr: SGConv(8, 8, 2, aggr=aggr),
+        lambda aggr: TAGConv(8, 8, aggr=aggr),
+        lambda aggr: GCNConv(8, 8, aggr=aggr),
+        lambda aggr: GATConv(8, 4, 2, aggr=aggr),
+        lambda aggr: GATv2Conv(8, 4, 2, aggr=aggr),
+    ],
+    ids=["SG", "TAG", "GCN", "GAT", "GATv2"],
+)
+def test_other_aggregations_are_kept(make: Callable[[str], nn.Module], aggr: str) -> None:
+    """Layers whose quantized form sums are converted by what they send."""
+    conv, args = make(aggr), (torch.randn(NODES, 8), graph())
+    want = conv(*args)
+    assert torch.equal(qgnn.quantize_model(conv, bits=32)(*args), want)
+    qconv = qgnn.calibrate(qgnn.quantize_model(conv, bits=8), args).eval()
+    assert (qconv(*args) - want).norm() < 0.05 * want.norm()
+    torch.testing.assert_close(qgnn.pack_model(qconv)(*args), qconv(*args), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch_geometric import EdgeIndex
-from torch_geometric.nn import APPNP, GATConv, GCNConv, GINConv, SAGEConv, SGConv, SSGConv, TAGConv
+from torch_geometric.nn import APPNP, GATConv, GCNConv, GINConv, MessagePassing, SAGEConv, SGConv, SSGConv, TAGConv
 
 import qgnn_plugin as qgnn
 
@@ -212,3 +212,28 @@ def test_graphs_without_edges_or_nodes(name: str, nodes: int, fmt: str) -> None:
     assert packed.shape == LAYERS[name]()(x[:nodes], empty).shape
     assert packed.isfinite().all()
     assert torch.equal(packed, converted)
+
+
+class Product(MessagePassing):
+    """Its adjacency is kept for the backward pass, at the version it had."""
+
+    def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:
+        out: Tensor = self.propagate(adjacency, x=x)
+        return out
+
+    def message(self, x_j: Tensor) -> Tensor:
+        return x_j
+
+    def message_and_aggregate(self, adjacency: Tensor, x: Tensor) -> Tensor:
+        return adjacency @ x
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_a_matrix_of_the_caller_is_only_read(layout: torch.layout) -> None:
+    matrix = torch.rand(NODES, NODES).to_sparse(layout=layout)
+    for bits in (4, 32):
+        x = torch.randn(NODES, FEATURES, requires_grad=True)
+        qgnn.quantize_model(Product(), bits=bits).train()(x, matrix).sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, matrix.to_dense().sum(0)[:, None].expand_as(x))
+    assert matrix._version == 0
