@@ -103,6 +103,10 @@ class Columns(Pending):
         return cls(base.base, first + start, first + stop)
 
     @property
+    def row_stride(self) -> int:
+        return self.base.row_stride
+
+    @property
     def value(self) -> Tensor | None:
         if self.view is None and self.base.value is not None:
             self.view = self.base.value[:, self.columns[0] : self.columns[1]]

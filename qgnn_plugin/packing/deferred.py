@@ -8,6 +8,7 @@ the same order, so what a model returns does not depend on what was deferred.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -69,6 +70,11 @@ class Pending:
         return after
 
     is_whole = True  # and no view of another result, which a change in place would have to reach
+
+    @property
+    def row_stride(self) -> int:
+        """Numbers from one row to the next, as views of the value have it."""
+        return self.producer.num_features
 
     def composed(self) -> Producer:
         """The producer with the steps after it."""
@@ -171,8 +177,10 @@ class DeferredTensor(StandIn, Tensor):  # type: ignore[misc]
     @classmethod
     def _of(cls, pending: Pending, dims: tuple[int, ...] = ()) -> DeferredTensor:
         producer = pending.producer
-        shape = (producer.num_rows, *(dims or (producer.num_features,)))
-        tensor = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.float32, device=producer.device)
+        dims = dims or (producer.num_features,)
+        strides = (pending.row_stride, *(math.prod(dims[k + 1 :]) for k in range(len(dims))))
+        shape, kind = (producer.num_rows, *dims), {"dtype": torch.float32, "device": producer.device}
+        tensor = Tensor._make_wrapper_subclass(cls, shape, strides, **kind)
         tensor.pending = pending
         scope = _scope.get()
         if scope is not None:
@@ -195,6 +203,22 @@ class DeferredTensor(StandIn, Tensor):  # type: ignore[misc]
         # What was changed in place is the same tensor still.
         touched = [a for a in (*args, *kwargs.values()) if isinstance(a, cls)]
         return next((t for t in touched if out is t.pending.value), out)
+
+    @property
+    def data(self) -> Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        value = materialized(value)
+        if (value.shape, value.dtype, value.device) != (self.shape, self.dtype, self.device):
+            raise ValueError(
+                f"Expected data of shape {list(self.shape)}, {self.dtype}, on {self.device}, as the result of a packed "
+                f"layer has (got {list(value.shape)}, {value.dtype}, on {value.device}); use the new tensor instead"
+            )
+        value = value.flatten(1)
+        self.pending = Pending(Producer.of(value))  # views keep what they had
+        self.pending.value = value
 
     def _noted(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The result of ``func(self, ...)`` without computing this one; :obj:`None` where that takes its value."""

@@ -23,6 +23,10 @@ class StandIn:
     def tolist(self) -> Any:
         return self.materialized().tolist()
 
+    def apply_(self, function: Any) -> Any:
+        self.materialized().apply_(function)
+        return self
+
     def data_ptr(self) -> int:
         return self.materialized().data_ptr()
 
