@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import copyreg
 import functools
 import types
+import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,7 +26,9 @@ def copy_model(model: nn.Module) -> nn.Module:
     A tensor that the model has computed and kept, such as its last embedding, is detached in the copy: it belongs to a
     graph through the original's parameters.  The parameters of a copied ``torch.jit.ScriptModule`` are leaves.  A
     function that the model holds and that refers to a part of it, such as ``self.read = lambda x: self.head(x)``,
-    refers to that of the copy.
+    refers to that of the copy, as a weak reference does that one part holds to another.  Hooks on gradients of
+    parameters are kept, which a deep copy drops.  What cannot be copied and holds no part of the model, such as a lock,
+    an open file or a writer of logs, is shared.
     """
     memo = copying_memo(model)
     copied = copy.deepcopy(model, memo)
@@ -38,7 +42,7 @@ class CopyingMemo(dict[int, Any]):
     def __init__(self) -> None:
         super().__init__()
         self.functions: list[tuple[types.FunctionType, types.FunctionType]] = []
-        self.own: set[int] = set()  # parts of the model, by identity
+        self.parts: dict[int, Any] = {}  # of the model, by identity
 
     def add_function(self, function: types.FunctionType) -> None:
         """Have a copy of ``function`` take its place."""
@@ -51,7 +55,16 @@ class CopyingMemo(dict[int, Any]):
         self.functions.append((function, copied))
 
     def complete(self) -> None:
-        """Have copied functions refer to the parts of the copy."""
+        """Have copied functions and references refer to the parts of the copy, and its parameters keep their hooks."""
+        for part in self.parts.values():
+            copied = self.get(id(part))
+            if isinstance(part, nn.Module) and isinstance(copied, nn.Module):
+                for name, value in vars(part).items():
+                    if isinstance(value, weakref.ref) and id(value()) in self.parts:
+                        vars(copied)[name] = weakref.ref(self[id(value())])
+            elif isinstance(part, nn.Parameter) and isinstance(copied, nn.Parameter) and copied.requires_grad:
+                for hook in _gradient_hooks(part):
+                    copied.register_hook(self._taken(hook))
         for function, copied in self.functions:
             for cell, target in zip(function.__closure__ or (), copied.__closure__ or (), strict=True):
                 if (content := _content(cell)) is not cell:
@@ -66,7 +79,7 @@ class CopyingMemo(dict[int, Any]):
 
     def refers(self, value: Any, depth: int = 4) -> bool:
         """Whether ``value`` is a part of the model, or holds one where functions have them."""
-        if id(value) in self.own:
+        if id(value) in self.parts:
             return True
         if depth == 0 or isinstance(value, (Tensor, nn.Module, *ATOMIC)):
             return False
@@ -85,8 +98,9 @@ def copying_memo(model: nn.Module) -> CopyingMemo:
     It is to be completed when everything is copied.
     """
     memo = CopyingMemo()
-    memo.own = {id(part) for part in (*model.modules(), *model.parameters(), *model.buffers())}
-    for value in reachable(model):
+    memo.parts = {id(part): part for part in (*model.modules(), *model.parameters(), *model.buffers())}
+    memo.update({id(value): value for value in _shared(model, memo.parts)})
+    for value in reachable([model, *(hook for p in model.parameters() for hook in _gradient_hooks(p))]):
         if isinstance(value, types.FunctionType):
             if memo.refers(value):
                 memo.add_function(value)
@@ -99,6 +113,37 @@ def copying_memo(model: nn.Module) -> CopyingMemo:
         elif value.grad is not None and not value.grad.is_leaf:  # of backward(create_graph=True)
             memo[id(value)] = _copy_leaf(value)
     return memo
+
+
+def _gradient_hooks(parameter: Tensor) -> list[Any]:
+    return list((parameter._backward_hooks or {}).values())
+
+
+def _shared(model: nn.Module, own: dict[int, Any]) -> Iterator[Any]:
+    """The outermost objects that cannot be copied, or hold such a thing, and hold nothing of ``own``."""
+    if not any(map(_is_uncopyable, _walk(model))):
+        return
+    for value in _walk(model, enter=lambda value: not _is_apart(value, own)):
+        if _is_apart(value, own) and any(map(_is_uncopyable, _walk(value))):
+            yield value
+
+
+def _is_apart(value: Any, own: dict[int, Any]) -> bool:
+    """Whether ``value`` is an object that holds nothing of ``own``."""
+    return not isinstance(value, (nn.Module, Tensor, *_TRANSPARENT)) and all(id(v) not in own for v in _walk(value))
+
+
+def _is_uncopyable(value: Any) -> bool:
+    """Whether :func:`copy.deepcopy` refuses ``value`` itself, not something inside it."""
+    cls: Any = type(value)
+    known = cls in copy._deepcopy_dispatch or cls in copyreg.dispatch_table or hasattr(cls, "__deepcopy__")  # type: ignore[attr-defined]
+    if known or isinstance(value, torch.jit.ScriptModule):
+        return False
+    try:
+        value.__reduce_ex__(4)
+    except Exception:  # of any class
+        return True
+    return False
 
 
 def _copy_leaf(value: Tensor) -> Tensor:
@@ -122,21 +167,30 @@ def _copy_scripted(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
 
 def reachable(root: Any) -> Iterator[Any]:
     """Every tensor, scripted module, function and method that a deep copy of ``root`` comes to."""
+    kinds = (Tensor, torch.jit.ScriptModule, types.FunctionType, types.MethodType)
+    return (value for value in _walk(root) if isinstance(value, kinds))
+
+
+def _walk(root: Any, enter: Callable[[Any], bool] = lambda value: True) -> Iterator[Any]:
+    """All that a deep copy of ``root`` comes to, but for constants and what is inside of tensors and scripted modules.
+
+    Args:
+        root: Where to begin.
+        enter: Whether to go on inside of a value.
+    """
     seen: set[int] = set()
     held = []  # containers made on the way: an id is unique only while its object lives
     queue: deque[Any] = deque([root])
     while queue:
         value = queue.popleft()
-        if value is None or isinstance(value, ATOMIC) or id(value) in seen:
+        is_constant = isinstance(value, ATOMIC) and not isinstance(value, types.ModuleType)
+        if value is None or id(value) in seen or is_constant:
             continue
         seen.add(id(value))
         held.append(value)
-        if isinstance(value, (Tensor, torch.jit.ScriptModule)):
-            yield value
-            continue
-        if isinstance(value, (types.FunctionType, types.MethodType)):
-            yield value
-        queue.extend(_parts(value))
+        yield value
+        if not isinstance(value, (Tensor, torch.jit.ScriptModule, types.ModuleType)) and enter(value):
+            queue.extend(_parts(value))
 
 
 def _parts(value: Any) -> list[Any]:
@@ -152,7 +206,7 @@ def _parts(value: Any) -> list[Any]:
         return [part for part in _held(value) if isinstance(part, _CALLABLE)]
     else:
         parts = []
-    parts += getattr(value, "__dict__", {}).values()
+    parts += _state(value).values()
     for cls in type(value).__mro__:
         slots = cls.__dict__.get("__slots__", ())
         for name in (slots,) if isinstance(slots, str) else slots:
@@ -160,7 +214,17 @@ def _parts(value: Any) -> list[Any]:
     return parts
 
 
+def _state(value: Any) -> dict[str, Any]:
+    """The attributes of ``value`` that are copied: a LightningModule leaves its trainer out."""
+    own = getattr(type(value), "__getstate__", None)
+    if own in (None, getattr(object, "__getstate__", None)):
+        return getattr(value, "__dict__", {})
+    state = value.__getstate__()
+    return state if isinstance(state, dict) else {}
+
+
 _CALLABLE = (types.FunctionType, types.MethodType, functools.partial)
+_TRANSPARENT = (*_CALLABLE, list, tuple, set, frozenset, dict, deque)
 
 
 def _held(function: types.FunctionType) -> list[Any]:

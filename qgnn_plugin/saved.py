@@ -9,33 +9,45 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["CONFIG_KEY", "decode", "encode", "refusal", "refuse"]
+__all__ = ["CONFIG_KEY", "decode", "encode", "refusal", "refuse", "whole"]
 
 CONFIG_KEY = "_quantization_state"  # of a layer, after its prefix; sites have an `_extra_state` each
 LONGEST = 1 << 20
 
 
 def encode(value: Mapping[str, Any]) -> Tensor:
-    """Plain values as JSON in a uint8 tensor ``[bytes]`` on the host."""
+    """Plain values as the bytes of JSON in an int16 tensor on the host: sums of many state dicts do not overflow."""
     text = json.dumps(value, separators=(",", ":"), sort_keys=True).encode()
-    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    return torch.tensor(list(text), dtype=torch.int16)
 
 
 def decode(state: Any) -> dict[str, Any]:
-    """What :func:`encode` was given.
+    """What :func:`encode` was given; of an average of state dicts what all of them were.
 
     Raises:
         ValueError: If ``state`` is something else.
     """
-    if not isinstance(state, Tensor) or state.dtype != torch.uint8 or state.dim() != 1 or len(state) > LONGEST:
-        raise ValueError(f"Expected the settings of a converted model, a uint8 vector (got {_brief(state)})")
+    if not isinstance(state, Tensor) or state.dim() != 1 or len(state) > LONGEST:
+        raise ValueError(f"Expected the settings of a converted model, a vector (got {_brief(state)})")
     try:
-        value = json.loads(bytes(state.tolist()).decode())
+        value = json.loads(bytes(whole(state).tolist()).decode())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"Expected the settings of a converted model (got none: {error})") from error
     if not isinstance(value, dict):
         raise ValueError(f"Expected the settings of a converted model (got {type(value).__name__})")
     return value
+
+
+def whole(state: Tensor) -> Tensor:
+    """Integers, which an average of equal ones has become floats next to.
+
+    Raises:
+        ValueError: If there are others, as in an average of different ones.
+    """
+    integers = state.round().long()
+    if not torch.allclose(integers.double(), state.double(), rtol=0, atol=0.02):
+        raise ValueError("averaged over different models")
+    return integers
 
 
 def _brief(state: Any) -> str:

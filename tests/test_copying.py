@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
+import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -123,3 +126,58 @@ def test_cycles_and_methods() -> None:
     copied: Any = copy_model(model)
     assert copied.bound.__self__ is copied
     assert copied.kept.size(0) == NODES
+
+
+class Writer:
+    """Of logs: it holds what cannot be copied."""
+
+    def __init__(self) -> None:
+        self.lock, self.lines = threading.Lock(), [""]
+
+
+class Helper:
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.lock = model, threading.Lock()
+
+
+class Attached(nn.Module):
+    """With things around it that are no part of what it computes, and a part that knows the whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = GCNConv(WIDTH, 8), nn.Linear(8, OUT)
+        self.writer, self.helper, self.library = Writer(), Helper(self), math
+        self.locks = [threading.Lock(), self.head]
+        self.conv.whole = weakref.ref(self)
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        whole: Any = self.conv
+        with self.writer.lock:
+            return whole.whole().head(self.conv(x, edge_index))
+
+
+def test_what_cannot_be_copied_is_shared_and_parts_are_those_of_the_copy() -> None:
+    model, args = Attached(), (features(), graph())
+    qmodel = qgnn.calibrate(qgnn.quantize_model(model, bits=8), args).eval()
+    for copied in (qmodel, qgnn.restore_model(qmodel), qgnn.pack_model(qmodel)):
+        whole: Any = copied
+        assert whole.writer is model.writer
+        assert whole.locks[0] is model.locks[0]
+        assert whole.locks[1] is whole.head is not model.head
+        assert whole.helper.model is whole.conv.whole() is whole
+    assert torch.equal(qgnn.pack_model(qmodel)(*args), qmodel(*args))
+
+
+def test_hooks_on_gradients_of_parameters_are_kept() -> None:
+    """Such as masks of weights that are not to be trained."""
+    model = Keeps(lambda h: None)
+    mask = torch.arange(8) % 2
+    model.conv.bias.register_hook(lambda gradient: gradient * mask)
+    model.head.weight.register_hook(lambda gradient: gradient * model.head.bias.detach()[:, None] * 0)
+    for copied in (qgnn.quantize_model(model), qgnn.restore_model(qgnn.quantize_model(model))):
+        copied.train()(features(), graph()).sum().backward()
+        assert copied.conv.bias.grad is not None
+        assert torch.equal(copied.conv.bias.grad != 0, mask.bool())
+        assert copied.head.weight.grad is not None
+        assert not copied.head.weight.grad.any()
+        assert model.conv.bias.grad is None

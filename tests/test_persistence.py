@@ -222,9 +222,32 @@ def test_configurations_travel_in_every_format(tmp_path: Any) -> None:
     with pytest.raises(RuntimeError, match=r"bits=8 at 'convs.1.message.x' \(got bits=4\)"):
         qgnn.quantize_model(Plain(), 8).convs[1].load_state_dict(qmodel.convs[1].state_dict())
     damaged = {**values, "encoder._quantization_state": torch.ones(3), "encoder.weight_quantizer._extra_state": None}
-    with pytest.raises(RuntimeError, match=r"'encoder'.*a uint8 vector \(got torch.float32 \[3\]\)[\s\S]*NoneType"):
+    with pytest.raises(RuntimeError, match=r"'encoder'.*settings of a converted model \(got none[\s\S]*NoneType"):
         qgnn.quantize_model(Plain(), 4).load_state_dict(damaged)
     assert set(qgnn.restore_model(qmodel).state_dict()) == set(Plain().state_dict())
+
+
+@pytest.mark.parametrize("weights", [(0.3, 0.7), (0.05, 0.15, 0.8), None])
+def test_averages_of_state_dicts_load(weights: tuple[float, ...] | None) -> None:
+    """As federated averages and model soups make them: integers and settings among the rest, as floats or added up."""
+    qmodel = quantized(Plain(), features(), graph(), bits=4)
+    values = qmodel.state_dict()
+    if weights is None:
+        total = {name: value.clone() for name, value in values.items()}
+        for name in total:
+            for _ in range(9):
+                total[name] += values[name]
+            total[name] = torch.div(total[name], 10)
+    else:
+        total = {name: torch.stack([w * v for w in weights]).sum(0) for name, v in values.items()}
+    other = qgnn.quantize_model(Plain(), 4)
+    other.load_state_dict(total)
+    for name, site in qgnn.quantizers(other).items():
+        assert site.range_kind == qgnn.quantizers(qmodel)[name].range_kind
+        torch.testing.assert_close(site.range(), qgnn.quantizers(qmodel)[name].range())
+    kinds = {name: value + 0.5 if name.endswith("kind") else value for name, value in total.items()}
+    with pytest.raises(RuntimeError, match=r"integers as 'kind' \(got averaged over different models"):
+        other.load_state_dict(kinds)
 
 
 def test_layers_with_extra_state_of_their_own() -> None:

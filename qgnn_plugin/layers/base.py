@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -47,6 +48,19 @@ class SwappedLayer:
         """Names of the attributes that its own class does not know."""
         raise NotImplementedError
 
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """Those of the layer itself to code of the model, which may run each of them; torch sees all."""
+        return self._seen_children(sys._getframe(1).f_globals)
+
+    def children(self) -> Iterator[nn.Module]:
+        """As :meth:`named_children`."""
+        return (child for _, child in self._seen_children(sys._getframe(1).f_globals))
+
+    def _seen_children(self, caller: dict[str, Any]) -> Iterator[tuple[str, nn.Module]]:
+        hidden = () if str(caller.get("__name__")).startswith(_INFRASTRUCTURE) else frozenset(self.added_names())
+        found: Iterator[tuple[str, nn.Module]] = super().named_children()  # type: ignore[misc]
+        return ((name, child) for name, child in found if name not in hidden)
+
     def as_float(self) -> nn.Module:
         """The layer as its own class describes it, without what was added: a view to read, not to run or keep."""
         view = object.__new__(type(self).float_class)
@@ -85,7 +99,8 @@ def names_kept(mixin: type, layer: nn.Module) -> tuple[str, ...]:
 
 # What a mixin means to put in the place of the layer's own.
 _REPLACED = frozenset({"forward", "reset_parameters", "weight", "_save_to_state_dict", "_load_from_state_dict"})
-_LIBRARIES = ("torch.", "torch_geometric.", __name__.partition(".")[0] + ".")
+_INFRASTRUCTURE = ("torch.", __name__.partition(".")[0] + ".")
+_LIBRARIES = (*_INFRASTRUCTURE, "torch_geometric.")
 
 
 def clashes(mixin: type, layer: nn.Module) -> list[str]:

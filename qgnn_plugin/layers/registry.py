@@ -82,7 +82,8 @@ def _generic_mixin(layer: nn.Module | type[nn.Module], cls: type[nn.Module]) -> 
         owns = reads = bool(reads_of(cls).weights)
     if issubclass(cls, MessagePassing):
         return QuantizedOwnConv if owns else QuantizedMessagePassing
-    return QuantizedOwnModule if reads else None
+    # Containers run, or count, whatever they hold.
+    return QuantizedOwnModule if reads and not issubclass(cls, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) else None
 
 
 def register_deep(mixin: type[QuantizedLayer], deep: type[QuantizedLayer]) -> None:

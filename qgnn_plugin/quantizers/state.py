@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..config import OFF, Granularity, Levels, Truncation
 from ..kernels.layout import top_code
-from ..saved import REMEDY, encode, refusal, refuse
+from ..saved import REMEDY, encode, refusal, refuse, whole
 
 __all__ = ["ZERO_ONE_KINDS", "QuantizerState", "RangeKind"]
 
@@ -95,6 +95,17 @@ class QuantizerState(nn.Module):
             # Of version 1, whose default was one range per tensor; it knew no rows.
             self.granularity, self.unit = "tensor", None
         state_dict[key] = self.get_extra_state()  # which it did not have either
+        for name in ("kind", "shift"):
+            value = state_dict.get(f"{prefix}{name}")
+            if value is not None and value.is_floating_point() and not value.is_meta:  # an average, or all as floats
+                try:
+                    state_dict[f"{prefix}{name}"] = whole(value)
+                except ValueError as error:
+                    error_msgs.append(
+                        f"'{self.site}': Expected integers as '{name}' (got {error}); average models that were "
+                        f"calibrated once, before they parted, and calibrate(method='outputs') afterwards"
+                    )
+                    return
         shift = state_dict.get(f"{prefix}shift")
         self.shift = None if shift is None else torch.zeros_like(shift, device=self.log_scale.device)
         super()._load_from_state_dict(

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from core.support import NODES, WIDTH, features, graph
 from torch import Tensor, nn
-from torch_geometric.nn import ARMAConv, GatedGraphConv, GCN2Conv, GMMConv
+from torch_geometric.nn import ARMAConv, GatedGraphConv, GCN2Conv, GMMConv, MessagePassing
 
 import qgnn_plugin as qgnn
 from qgnn_plugin.layers.reads import reads_of
@@ -175,3 +175,48 @@ def test_features_that_require_gradients_are_refused_once_packed() -> None:
         packed(args[0].requires_grad_(), args[1])
     with pytest.raises(RuntimeError, match="training mode"):
         packed.train()(features(), args[1])
+
+
+class Walks(MessagePassing):
+    """Runs whatever layers it has, and multiplies by a weight of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(aggr="sum")
+        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH) / WIDTH**0.5)
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        x = x @ self.weight
+        for name, layer in self.named_children():
+            x = x if name == "aggr_module" else layer(x).relu()
+        for layer in list(self.children())[1:]:
+            x = x + layer(x)
+        out: Tensor = self.propagate(edge_index, x=x)
+        return out
+
+    def message(self, x_j: Tensor) -> Tensor:
+        return x_j
+
+
+class Chain(nn.Sequential):
+    """A container, which runs all that it holds, with a weight of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(WIDTH, WIDTH), nn.ReLU())
+        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH) / WIDTH**0.5)
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        return super().forward(x) @ self.weight
+
+
+@pytest.mark.parametrize("make", [Walks, Chain])
+def test_code_that_goes_through_its_layers_finds_its_own(make: type[nn.Module]) -> None:
+    model, args = make(), (features(), graph())
+    want = model(*args)
+    assert torch.equal(qgnn.quantize_model(model, bits=32)(*args), want)
+    qmodel = qgnn.calibrate(qgnn.quantize_model(model, bits=8), args).eval()
+    assert (qmodel(*args) - want).norm() < 0.1 * want.norm()
+    torch.testing.assert_close(qgnn.pack_model(qmodel)(*args), qmodel(*args), rtol=1e-4, atol=1e-4)
+    qmodel.double().train()  # which torch passes on to children
+    assert {q.log_scale.dtype for q in qgnn.quantizers(qmodel).values()} == {torch.float64}
+    assert all(q.training for q in qgnn.quantizers(qmodel).values())
