@@ -2,7 +2,8 @@
 
 For each data set, model and seed: the float model, the float model distilled from itself, and the model converted from
 that at 8, 4 and 2 bits, all by the default :class:`qgnn_plugin.recipe.Recipe`.  Reported is the test accuracy of the
-best validation epoch.  Runs with ``--one-bit`` have a table of their own, and so have those with
+best validation epoch.  ``--again INT2`` runs that column of the finished table anew, after a change of the recipe that
+concerns no other.  Runs with ``--one-bit`` have a table of their own, and so have those with
 ``--calibrated``: the same float models after :func:`qgnn_plugin.calibrate` alone, by its default method.  Finished runs
 are kept one file each: an interrupted table goes on where it stopped.
 What is known about the rows, written by hand in ``accuracy-notes.md``, follows the table.
@@ -90,8 +91,18 @@ def run_calibrated(dataset: str, model_name: str, seed: int, root: str) -> dict[
     return {"dataset": dataset, "model": model_name, "seed": seed, "results": results}
 
 
-def run_cell(dataset: str, model_name: str, seed: int, root: str, widths: Mapping[str, int] = BITS) -> dict[str, Any]:
-    """Every column of one data set, model and seed: validation and test accuracy, best epoch and seconds."""
+def run_cell(
+    dataset: str,
+    model_name: str,
+    seed: int,
+    root: str,
+    widths: Mapping[str, int] = BITS,
+    kept: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Every column of one data set, model and seed: validation and test accuracy, best epoch and seconds.
+
+    Columns that are ``kept`` from an earlier run are not run again where its float models come out the same.
+    """
     results: dict[str, Any] = {}
 
     def record(column: str, start: float, result: Any) -> None:
@@ -109,7 +120,11 @@ def run_cell(dataset: str, model_name: str, seed: int, root: str, widths: Mappin
     start = time.perf_counter()
     distilled = born_again(trained, data)
     record("FP32 self-distilled", start, distilled)
+    same = all(kept and results[column]["test"] == kept[column]["test"] for column in FLOATS)
     for column, bits in widths.items():
+        if kept and same and column in kept:
+            results[column] = kept[column]
+            continue
         torch.manual_seed(seed)
         start = time.perf_counter()
         record(column, start, fit_quantized(distilled.model, data, bits))
@@ -121,12 +136,13 @@ def run_one_bit(dataset: str, model_name: str, seed: int, root: str) -> dict[str
     return run_cell(dataset, model_name, seed, root, ONE_BIT)
 
 
-def _work(task: tuple[str, str, int, str, Path]) -> str:
-    dataset, model, seed, root, path = task
+def _work(task: tuple[str, str, int, str, Path, dict[str, Any]]) -> str:
+    dataset, model, seed, root, path, kept = task
     if path.exists():  # another process has done it meanwhile
         return f"{dataset} {model} seed {seed}: done elsewhere"
     start = time.perf_counter()
-    cell = RUN_BY_FOLDER[path.parent.name](dataset, model, seed, root)
+    run = RUN_BY_FOLDER[path.parent.name]
+    cell = run(dataset, model, seed, root, kept=kept) if kept else run(dataset, model, seed, root)
     write_atomically(path, json.dumps(cell))
     scores = "  ".join(f"{column} {100 * r['test']:.1f}" for column, r in cell["results"].items())
     return f"{dataset} {model} seed {seed}: {scores}  ({time.perf_counter() - start:.0f} s)"
@@ -245,6 +261,15 @@ def unpack_report(out: Path) -> None:
                 write_atomically(target, json.dumps(cell))
 
 
+def _kept(out: Path, again: list[str]) -> dict[tuple[str, str, int], dict[str, Any]]:
+    """Of the runs of the report, whatever recipe made them, the columns that are not to be run ``again``."""
+    runs = json.loads((out / f"{TABLES[0].name}.json").read_text())["runs"] if again else []
+    return {
+        (cell["dataset"], cell["model"], cell["seed"]): {c: r for c, r in cell["results"].items() if c not in again}
+        for cell in runs
+    }
+
+
 def report(out: Path) -> str:
     """Collect the finished runs under ``out`` into a ``.json`` and a ``.md`` for each table that has any."""
     texts = []
@@ -271,20 +296,27 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--one-bit", action="store_true", help="run the table of one bit")
     parser.add_argument("--calibrated", action="store_true", help="run the table of calibration alone")
+    parser.add_argument("--again", nargs="+", default=[], choices=list(BITS), help="run only these columns anew")
     parser.add_argument("--report", action="store_true", help="only rewrite the table from finished runs")
     args = parser.parse_args()
+    if args.again and (args.one_bit or args.calibrated):
+        parser.error("--again is of the table of 8, 4 and 2 bits")
     for folder in RUN_BY_FOLDER:
         (args.out / folder).mkdir(parents=True, exist_ok=True)
     runs = args.out / (CALIBRATED_RUNS if args.calibrated else ONE_BIT_RUNS if args.one_bit else RUNS)
     unpack_report(args.out)
     if not args.report:
+        kept = _kept(args.out, args.again)
         tasks = [
-            (dataset, model, seed, args.root, runs / _file_name(dataset, model, seed))
+            (
+                dataset, model, seed, args.root, runs / _file_name(dataset, model, seed),
+                kept.get((dataset, model, seed), {}),
+            )
             for seed in range(args.seeds)
             for dataset in args.datasets
             for model in args.models
-        ]
-        tasks = [task for task in tasks if not task[-1].exists()]
+        ]  # fmt: skip
+        tasks = [task for task in tasks if not task[4].exists()]
         run_jobs(_work, tasks, args.jobs)
     print(report(args.out))
 

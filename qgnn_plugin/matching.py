@@ -44,7 +44,7 @@ NOTHING_TO_MOVE = (
 LARGEST = 1 << 25  # values that pass the sites of a model in one step: a minute or so of one thread for 200 steps
 
 
-class _Site:
+class WeightSite:
     """A weight that a site quantizes, as the layer arranges it."""
 
     def __init__(self, layer: Any, name: str, quantizer: QLRQuantizer, weight: nn.Parameter) -> None:
@@ -54,9 +54,9 @@ class _Site:
     @torch.no_grad()
     def keep_codes(self) -> None:
         """Give the weight its original values back, and the site the codes of today's."""
-        chosen = self._codes()
+        chosen = self.codes()
         self.weight.copy_(self.original)
-        shift = (chosen - self._codes()).to(torch.int16)
+        shift = (chosen - self.codes()).to(torch.int16)
         self.quantizer.shift = shift if bool(shift.any()) else None
 
     def matrix(self) -> Tensor:
@@ -64,19 +64,27 @@ class _Site:
         matrix: Tensor = self.layer._weight_matrices()[self.name]
         return matrix
 
-    def _codes(self) -> Tensor:
+    def codes(self) -> Tensor:
+        """Of the matrix."""
         return self.quantizer(self.matrix()).codes
 
+    @torch.no_grad()
+    def hold(self, codes: Tensor, where: Tensor) -> None:
+        """Put the weights ``where`` in the middle of the levels of ``codes``."""
+        matrix = self.matrix()
+        scale, lower, _ = self.quantizer._range_of(matrix, None)
+        matrix.copy_(torch.where(where, codes * scale + lower, matrix))
 
-def _sites(qmodel: nn.Module) -> list[_Site]:
+
+def weight_sites(qmodel: nn.Module) -> list[WeightSite]:
     """Every weight that is a parameter by itself; not one that is computed, or that two sites quantize."""
-    found: dict[int, list[_Site]] = {}
+    found: dict[int, list[WeightSite]] = {}
     for layer in quantized_layers(qmodel).values():
         own = dict(layer.own_quantizers())
         for name, weight in layer._weight_sites().items():
             quantizer = own.get(name)
             if isinstance(weight, nn.Parameter) and quantizer is not None and _has_choice(quantizer):
-                found.setdefault(id(weight), []).append(_Site(layer, name, quantizer, weight))
+                found.setdefault(id(weight), []).append(WeightSite(layer, name, quantizer, weight))
     return [sites[0] for sites in found.values() if len({id(site.quantizer) for site in sites}) == 1]
 
 
@@ -242,7 +250,7 @@ class _Runs:
 
 
 def _match(qmodel: nn.Module, runs: _Runs, steps: int, *, keep_weights: bool = True) -> None:
-    sites = _sites(qmodel)
+    sites = weight_sites(qmodel)
     ranges = [p for p in range_parameters(qmodel) if p.requires_grad]
     before = [p.detach().clone() for p in ranges]
     loss, squares = runs.errors()
@@ -296,7 +304,7 @@ def _descend(
 
 
 @torch.no_grad()
-def _take_back(sites: list[_Site], ranges: list[nn.Parameter], before: list[Tensor]) -> None:
+def _take_back(sites: list[WeightSite], ranges: list[nn.Parameter], before: list[Tensor]) -> None:
     for site in sites:
         site.weight.copy_(site.original)
         site.quantizer.shift = None

@@ -4,8 +4,9 @@ Train the float model; distil it from itself (born-again networks, Furlanello et
 by least mean-squared error and, of the fewest levels, move weights until the outputs match; then train the converted
 model from there with a cosine rate, on the float model's soft predictions for all nodes (and, with ``distillation``
 below 1, on the training labels).  Of the fewest levels a second try trains without dropout, for longer: a model that
-can hardly follow its teacher needs every unit, one that can does better with some noise.  The best validation epoch is
-kept in every stage, and of both tries; test labels are never read.  Best is the highest accuracy, but of the fewest
+can hardly follow its teacher needs every unit, one that can does better with some noise.  Weights of the fewest levels
+whose codes go to and fro are frozen (:mod:`qgnn_plugin.freezing`).  The best validation epoch is kept in every stage,
+and of both tries; test labels are never read.  Best is the highest accuracy, but of the fewest
 levels the lowest loss: their accuracy goes up and down by points from one epoch to the next, and the highest of a
 hundred on a few hundred nodes is a lucky one.  Where labels are floats, they are numbers to predict: losses are mean
 squared errors, and what is called accuracy is minus that error.
@@ -27,6 +28,7 @@ from .calibration import calibrate
 from .config import OFF, QuantConfig
 from .conversion import quantize_model, restore_model
 from .converted import is_quantized
+from .freezing import OscillationFreezing
 from .inputs import model_inputs
 from .matching import match_weights
 from .smp import differential_multiplier_step
@@ -67,6 +69,8 @@ class Stage:
             entropy (of numbers to predict, the mean squared error).
         most_epochs: Go on after ``epochs`` while the best evaluation lies in the later half of what was trained, up to
             so many: a model that has not converged trains until it has.  0: stop at ``epochs``.
+        freeze: Whether weights of a converted model whose codes go to and fro are held at one
+            (:mod:`qgnn_plugin.freezing`).
     """
 
     epochs: int = 200
@@ -78,6 +82,7 @@ class Stage:
     dropout: bool = True
     most_epochs: int = 0
     choose_by: Criterion = "accuracy"
+    freeze: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,7 @@ class Recipe:
         retry: Such a model is trained a second time from the same start, without dropout and for so many times the
             epochs of ``quantized_stage``; the better of both on the validation nodes is kept.  0: no second time.
         choose_by: The :class:`Stage`'s, of such a model; it decides on the better try as well.
+        freeze: The :class:`Stage`'s, of such a model.
         range_lr: Rate of the learnable ranges.
         distillation: Weight of the float model's soft labels against the training labels, in [0, 1].
         temperature: Softening of both predictions.
@@ -102,8 +108,9 @@ class Recipe:
     quantized_stage: Stage = field(default_factory=lambda: Stage(epochs=100, lr=0.003, cosine=True, evaluate_every=4))
     generations: int = 1
     matching_steps: int = 400
-    retry: int = 2
+    retry: int = 4
     choose_by: Criterion = "loss"
+    freeze: bool = True
     range_lr: float = 0.005
     distillation: float = 1.0
     temperature: float = 1.0
@@ -173,6 +180,7 @@ def _fit(
     args, kwargs = model_inputs(model, data)
     optimizer = torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(1, stage.epochs))
+    freezing = OscillationFreezing(model, stage.epochs) if stage.freeze else None
     best, best_key, best_state, waited = None, (-math.inf, -math.inf), {}, 0
     for epoch in range(1, max(stage.epochs, stage.most_epochs) + 1):
         if epoch > stage.epochs and best is not None and 2 * best.epoch < epoch:
@@ -181,6 +189,8 @@ def _fit(
         optimizer.zero_grad()
         loss(model(*args, **kwargs)).backward()
         optimizer.step()
+        if freezing is not None:
+            freezing.step()
         if stage.cosine:
             schedule.step()
         differential_multiplier_step(model)
@@ -310,7 +320,8 @@ def fit_quantized(
         return distil(qmodel, float_model, data, recipe, on_epoch=on_epoch)
     if recipe.matching_steps:
         match_weights(qmodel.eval(), [data], None, recipe.matching_steps)
-    recipe = replace(recipe, quantized_stage=replace(recipe.quantized_stage, choose_by=recipe.choose_by))
+    stage = replace(recipe.quantized_stage, choose_by=recipe.choose_by, freeze=recipe.freeze)
+    recipe = replace(recipe, quantized_stage=stage)
     if recipe.retry:
         return _best_try(qmodel, float_model, data, recipe, on_epoch)
     return distil(qmodel, float_model, data, recipe, on_epoch=on_epoch)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch_geometric.nn import RGCNConv, TransformerConv
 
 import qgnn_plugin as qgnn
-from qgnn_plugin.matching import _sites
+from qgnn_plugin.matching import weight_sites
 
 
 class Attends(nn.Module):
@@ -44,7 +44,7 @@ def test_packed_as_chosen(name: str) -> None:
     qmodel = qgnn.quantize_model(make().eval(), config=qgnn.QuantConfig(bits=2)).eval()
     qgnn.calibrate(qmodel, [args], method="ranges", forward=lambda model, batch: model(*batch))
     with torch.no_grad():
-        nearest, sites = qmodel(*args), _sites(qmodel)
+        nearest, sites = qmodel(*args), weight_sites(qmodel)
         for site in sites:
             site.quantizer.shift = torch.randint(-1, 2, site.matrix().shape, dtype=torch.int16)
         chosen = qmodel(*args)
