@@ -7,12 +7,14 @@ these two methods.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 from torch import nn
 
 from .converted import expect_trainable, is_quantized
+from .quantizers import QLRQuantizer
 from .saved import CONFIG_KEY
 
 __all__ = ["ConvertsOnLoad", "checkpointed_class", "close_checkpoints", "open_checkpoints"]
@@ -49,6 +51,26 @@ class _Checkpointed(ConvertsOnLoad):
         if not any(p.requires_grad for p in self.parameters()):
             expect_trainable(self)
         super().on_fit_start()  # type: ignore[misc]
+
+    def on_validation_model_eval(self: Any) -> None:
+        """Let the sanity check, which comes before any training, pass sites that have no range yet, with a warning."""
+        super().on_validation_model_eval()  # type: ignore[misc]
+        unset = [m for m in self.modules() if isinstance(m, QLRQuantizer) and not m.is_set]
+        if unset and self.trainer.sanity_checking:
+            warnings.warn(
+                f"The sanity check runs without quantization at {len(unset)} sites, whose ranges come from the first "
+                f"step of training; the callback RangeCalibration() sets them before",
+                stacklevel=2,
+            )
+            for site in unset:
+                site.passes_unset = True
+
+    def on_validation_model_train(self: Any) -> None:
+        """End what :meth:`on_validation_model_eval` began."""
+        for module in self.modules():
+            if isinstance(module, QLRQuantizer):
+                vars(module).pop("passes_unset", None)
+        super().on_validation_model_train()  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         cls = type(self)

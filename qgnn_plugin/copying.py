@@ -217,7 +217,7 @@ def _parts(value: Any) -> list[Any]:
 def _state(value: Any) -> dict[str, Any]:
     """The attributes of ``value`` that are copied: a LightningModule leaves its trainer out."""
     own = getattr(type(value), "__getstate__", None)
-    if own in (None, getattr(object, "__getstate__", None)):
+    if own in (None, getattr(object, "__getstate__", None)) or hasattr(type(value), "__deepcopy__"):
         return getattr(value, "__dict__", {})
     state = value.__getstate__()
     return state if isinstance(state, dict) else {}

@@ -188,7 +188,7 @@ class QuantizedLayer(CarriesConfiguration, SwappedLayer):
 
     def own_quantizers(self) -> Iterator[tuple[str, QLRQuantizer]]:
         """Quantizers that belong to this layer itself, not to a layer inside it."""
-        for name, child in self.named_children():  # type: ignore[attr-defined]
+        for name, child in self.named_children():
             if isinstance(child, QLRQuantizer):
                 yield name, child
             elif isinstance(child, QuantizerDict):

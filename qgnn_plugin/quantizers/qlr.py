@@ -51,6 +51,8 @@ class QLRQuantizer(FittedQuantizer):
         - **output:** :class:`QuantizedTensor` of the same shape
     """
 
+    passes_unset = False  # whether values pass in eval mode while there is no range
+
     def __init__(
         self,
         bits: int,
@@ -164,13 +166,13 @@ class QLRQuantizer(FittedQuantizer):
             return QuantizedTensor.identity(x, pattern)
         self._check_finite(x.detach())
         if self.range_kind == RangeKind.UNSET:
-            if x.numel() == 0:
+            if x.numel() == 0 or (self.passes_unset and not self.training):
                 return QuantizedTensor.identity(x, pattern)
             if not self.training:
                 raise RuntimeError(
                     f"The range of '{self.site}' is unset: call qgnn_plugin.calibrate(model, data) first, "
-                    f"or train for at least one step; where no such data come to this layer, exclude it from "
-                    f"conversion (a packed model keeps it in floats)"
+                    f"or train for at least one step (in Lightning add RangeCalibration()); where no such data come to "
+                    f"this layer, exclude it from conversion (a packed model keeps it in floats)"
                 )
             self._expect_one_process()
             self.set_range(x.detach(), pattern, may_be_zero_one=_looks_like_input(x))

@@ -165,3 +165,21 @@ def test_a_packed_module_says_that_it_is_not_trained() -> None:
                          enable_model_summary=False)  # fmt: skip
     with pytest.raises(ValueError, match=r"Expected a model to train \(got a packed Task\).*pack_model was given"):
         trainer.fit(packed, torch.utils.data.DataLoader([0]))
+
+
+class Evaluated(Task):
+    def validation_step(self, batch: Any, index: int) -> None:
+        self.seen.append(self(X, EDGES).sum().item())
+
+
+def test_a_module_without_ranges_passes_the_sanity_check(make_trainer: Any) -> None:
+    """In floats, and says so; after a step of training, and anywhere else, ranges are asked for."""
+    plain = Evaluated()
+    task, loader = qgnn.quantize_model(plain, bits=2), torch.utils.data.DataLoader([0])
+    with pytest.warns(UserWarning, match="sanity check runs without quantization.*RangeCalibration"):
+        make_trainer(num_sanity_val_steps=1, max_epochs=1).fit(task, loader, loader)
+    plain.validation_step(0, 0)
+    assert task.seen[0] == pytest.approx(plain.seen[0], rel=1e-4)
+    assert all(site.is_set and not site.passes_unset for site in qgnn.quantizers(task).values())
+    with pytest.raises(RuntimeError, match="unset"):
+        make_trainer().validate(qgnn.quantize_model(plain), loader)
