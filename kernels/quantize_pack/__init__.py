@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from ..checks import check_matrix
 from ..layout import check_bits, row_words
 from ..library import register
 
-__all__ = ["quantize_pack", "quantize_pack_reference"]
+__all__ = ["pack_mapped", "quantize_pack", "quantize_pack_reference"]
 
 
 def quantize_pack_reference(x: Tensor, scale: Tensor, offset: Tensor, bits: int, unit: Tensor | None = None) -> Any:
@@ -58,3 +59,18 @@ def quantize_pack(
     if unit is None:
         return torch.ops.qgnn.quantize_pack.default(x, scale, offset, bits)
     return torch.ops.qgnn.quantize_pack.rows(x, scale, offset, bits, unit)
+
+
+def pack_mapped(
+    x: Tensor, scale: Tensor, offset: Tensor, bits: int, unit: Tensor | None, factor: Tensor | None,
+    term: Tensor | None, relu: bool,
+) -> Any:  # fmt: skip
+    """:func:`quantize_pack` of ``x * factor + term`` by column (``[F]`` each, or neither), with ``relu`` no less than 0;
+    ``x`` may be written over.
+    """
+    if x.is_cpu and is_direct():
+        module = importlib.import_module(f"{__package__}.cpu")
+        return module.pack_scaled(x, None, scale, offset, bits, unit, factor, term, relu)
+    if factor is not None:
+        x = x.mul_(factor).add_(term)
+    return quantize_pack(x.relu_() if relu else x, scale, offset, bits, unit, is_checked=True)

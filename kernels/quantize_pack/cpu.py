@@ -37,13 +37,15 @@ def _kernel(x, closed, code_row, bounds, counter):
 
 
 def pack_scaled(
-    x: Tensor, row_factor: Tensor | None, scale: Tensor, offset: Tensor, bits: int, unit: Tensor | None = None
+    x: Tensor, row_factor: Tensor | None, scale: Tensor, offset: Tensor, bits: int, unit: Tensor | None = None,
+    column_factor: Tensor | None = None, column_term: Tensor | None = None, relu: bool = False,
 ) -> Any:
-    """Quantize and pack ``row_factor * x``."""
+    """Quantize and pack ``row_factor * column_factor * x + column_term``, with ``relu`` no less than 0."""
     rows, width = x.shape
     out, closed, held = epilogue(
-        rows, width, dst_scale=row_factor, out_scale=scale, out_offset=offset, out_bits=bits, out_unit=unit
-    )
+        rows, width, scale=column_factor, dst_scale=row_factor, bias=column_term, relu=relu, out_scale=scale,
+        out_offset=offset, out_bits=bits, out_unit=unit,
+    )  # fmt: skip
     if rows:
         chunks = even_chunks(rows, 1 + width // 16)
         run_chunks(_kernel, chunks, address(x, held), closed, code_pitch(width, bits))

@@ -1,7 +1,7 @@
 """Results of packed layers that are not computed yet: the next layer decides whether floats are ever written.
 
-Inside a packed model a layer returns a :class:`DeferredTensor`.  Row-wise operations on it (ReLU, ELU, dropout in eval
-mode, BatchNorm in eval mode) are noted; a packed layer that takes it has the kernels write the codes of its own range,
+Inside a packed model a layer returns a :class:`DeferredTensor`.  Row-wise operations on it (activations, dropout and
+BatchNorm in eval mode, LayerNorm) are noted; a packed layer that takes it has the kernels write the codes of its own range,
 and anything else finds an ordinary float tensor, computed on first touch.  Both ways run the same float operations in
 the same order, so what a model returns does not depend on what was deferred.
 """
@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from .asked import Asked, key_of
-from .producers import Block, Producer, Rows, Step, gathered, row_blocks, with_epilogue
+from .producers import Block, Producer, Rows, gathered, row_blocks
 from .stand_in import StandIn
+from .steps import IN_PLACE, Step, batch_norm, finished, step_of, with_epilogue
 
 __all__ = ["NOTES", "DeferredTensor", "Pending", "Scope", "is_deferring", "materialized"]
 
@@ -69,6 +70,14 @@ class Pending:
         after.first, after.codes = None, {}
         return after
 
+    def of_both(self, steps: tuple[Step, ...], combine: Callable[..., Tensor]) -> Pending:
+        """What ``combine`` gives of this value and of that after ``steps`` in place of its own."""
+        own, after = self.steps, Pending.__new__(Pending)
+        after.producer, after.runs, after.value = self.producer, self.runs, None
+        after.steps = (lambda y: combine(finished(y.clone(), own), finished(y, steps)),)
+        after.first, after.codes = None, {}
+        return after
+
     is_whole = True  # and no view of another result, which a change in place would have to reach
 
     @property
@@ -78,10 +87,7 @@ class Pending:
 
     def composed(self) -> Producer:
         """The producer with the steps after it."""
-        producer = self.producer
-        for step in self.steps:
-            producer = producer.then(step)
-        return producer
+        return self.producer.then(*self.steps) if self.steps else self.producer
 
     def _fused(self) -> tuple[bool, tuple[Step, ...]]:
         """Whether a ReLU comes first, which producers compute themselves, and the steps that are left."""
@@ -93,8 +99,10 @@ class Pending:
             self.runs.add()
             relu, steps = self._fused()
             value = self.producer(relu=relu)
-            for step in steps:
-                value = step(value)
+            for rows in row_blocks(*value.shape, value.device) if steps else ():
+                block = value[rows]
+                if (done := finished(block, steps)) is not block:
+                    block.copy_(done)
             self.value = value
         return self.value
 
@@ -107,9 +115,7 @@ class Pending:
             return
         self.runs.add()
         for rows, value in producer.blocks(relu=relu):
-            for step in steps:
-                value = step(value)
-            yield rows, value
+            yield rows, finished(value, steps)
 
     def packed(self, **out: Any) -> Rows:
         """The codes, ``[N, row_words(F, out_bits)]`` int32, in a range of one element or ``[F]``; ``out`` as in
@@ -129,9 +135,9 @@ class Pending:
                 if others:
                     return self._packed_with(others, out)
         producer, (relu, steps) = self.producer, self._fused()
-        if self.value is None and not steps and "columns" not in out:
+        if self.value is None and "columns" not in out:
             self.runs.add()
-            return producer(relu=relu, **out)
+            return self.composed()(**out) if steps else producer(relu=relu, **out)
         return gathered(producer.num_rows, ((rows, _codes(value, **out)) for rows, value in self.blocks()))
 
     def _packed_with(self, others: list[dict[str, Any]], first: dict[str, Any]) -> Rows:
@@ -139,9 +145,7 @@ class Pending:
         producer, (relu, steps) = self.producer, self._fused()
 
         def run(start: int, stop: int, **epilogue: Any) -> Rows:
-            value = producer.run(start, stop, **epilogue)
-            for step in steps:
-                value = step(value)
+            value = finished(producer.run(start, stop, **epilogue), steps)
             return tuple(_codes(value, **out) for out in (first, *others))
 
         self.runs.add()
@@ -160,7 +164,7 @@ def _codes(value: Tensor, columns: tuple[int, int] | None = None, **out: Any) ->
 class DeferredTensor(StandIn, Tensor):  # type: ignore[misc]
     """A float32 matrix ``[N, F]`` that its producer has not computed yet.
 
-    Shape, dtype and device are known; every operation that is neither noted (see :data:`ROW_WISE`) nor an alias
+    Shape, dtype and device are known; every operation that is neither noted (see :mod:`.steps`) nor an alias
     computes the value, once, and acts on that.  ``on_repeat`` is called where the producer has to run a second time;
     not where that is for codes in another range, which later calls that share ``asked`` compute together.
     """
@@ -244,31 +248,15 @@ NOTES: dict[Any, Callable[..., Tensor | None]] = {}
 # The same of operations on one that is not computed yet which give views of it.
 VIEWS: dict[Any, Callable[..., Any]] = {}
 
-# Operations that treat every row alike and for itself, by their in-place form where there is one.
-ROW_WISE = {
-    aten.relu.default: aten.relu_.default,
-    aten.elu.default: aten.elu_.default,
-    aten.leaky_relu.default: aten.leaky_relu_.default,
-    aten.gelu.default: aten.gelu_.default,
-    aten.silu.default: aten.silu_.default,
-    aten.sigmoid.default: aten.sigmoid_.default,
-    aten.tanh.default: aten.tanh_.default,
-}
-# The same by a number.
-BY_NUMBER = {aten.mul.Tensor: aten.mul_.Tensor, aten.div.Tensor: aten.div_.Tensor}
-_IN_PLACE = {in_place: func for func, in_place in ROW_WISE.items()}
 _ALIASES = (aten.view.default, aten._unsafe_view.default, aten.alias.default, aten.detach.default)
 
 
 def _note(x: DeferredTensor, func: Any, args: Any, kwargs: Any) -> Any:
     pending = x.pending
-    if func in ROW_WISE:
-        return DeferredTensor._of(pending.then(_step(func, args, kwargs)))
-    if func in BY_NUMBER and len(args) == 1 and type(args[0]) in (int, float) and not kwargs:
-        in_place, number = BY_NUMBER[func], args[0]
-        return DeferredTensor._of(pending.then(lambda y: in_place(y, number)))
-    if func in _IN_PLACE and pending.is_whole:
-        pending.steps = (*pending.steps, _step(_IN_PLACE[func], args, kwargs))
+    if (step := step_of(func, args, kwargs)) is not None:
+        return DeferredTensor._of(pending.then(step))
+    if func in IN_PLACE and pending.is_whole:
+        pending.steps = (*pending.steps, step_of(IN_PLACE[func], args, kwargs))  # type: ignore[assignment]
         pending.first, pending.codes = None, {}
         return x
     if func in _ALIASES and (not args or _is_shape_of(x, args[0])):
@@ -277,6 +265,8 @@ def _note(x: DeferredTensor, func: Any, args: Any, kwargs: Any) -> Any:
         return VIEWS[func](x, *args, **kwargs)
     if func is aten.native_batch_norm.default:
         return _note_batch_norm(pending, *args, **kwargs)
+    if func is aten.native_layer_norm.default:
+        return _note_layer_norm(pending, *args, **kwargs)
     return None
 
 
@@ -284,18 +274,19 @@ def _is_shape_of(x: Tensor, size: Any) -> bool:
     return len(size) == x.dim() and all(new in (-1, old) for new, old in zip(size, x.shape, strict=True))
 
 
-def _step(func: Any, args: Any, kwargs: Any) -> Step:
-    if func is aten.relu.default:
-        return torch.relu
-    return lambda y: func(y, *args, **kwargs)
-
-
 def _note_batch_norm(pending: Pending, weight: Any, bias: Any, mean: Any, var: Any, training: bool, *rest: Any) -> Any:
     if training or mean is None:
         return None
-    options = (weight, bias, mean, var, training, *rest)
     empty = mean.new_empty(0)
-    return DeferredTensor._of(pending.then(lambda y: aten.native_batch_norm.default(y, *options)[0])), empty, empty
+    return DeferredTensor._of(pending.then(batch_norm(weight, bias, mean, var, training, *rest))), empty, empty
+
+
+def _note_layer_norm(pending: Pending, shape: Any, *rest: Any) -> Any:
+    """The norm of whole rows."""
+    if list(shape) != [pending.producer.num_features]:
+        return None
+    norm, empty = aten.native_layer_norm.default, torch.empty(0)
+    return DeferredTensor._of(pending.then(lambda y: norm(y, shape, *rest)[0])), empty, empty
 
 
 # Where layers may defer ###############################################################################################

@@ -11,12 +11,10 @@ from torch import Tensor
 
 from ..kernels.backend import backend_for
 from ..kernels.cpu.parallel import on_every_thread
-from ..kernels.quantize_pack import quantize_pack
+from .steps import Rows, Step, finished, with_epilogue
 
 __all__ = ["Producer", "gathered", "row_blocks", "with_epilogue"]
 
-Step = Callable[[Tensor], Tensor]
-Rows = Any  # floats or packed words of a matrix; or words and the multipliers of their rows, a pair
 Block = tuple[slice, Rows]  # rows, and what they hold
 
 BLOCK_FLOATS = 1 << 19  # of a block of rows: they stay in the cache from the kernel to the codes
@@ -64,25 +62,6 @@ def _put(out: Rows, rows: slice, part: Rows) -> None:
         out.numpy()[rows] = part.numpy()
     else:
         out[rows] = part
-
-
-def with_epilogue(
-    y: Tensor,
-    *,
-    relu: bool = False,
-    out_scale: Tensor | None = None,
-    out_offset: Tensor | None = None,
-    out_bits: int = 0,
-    out_unit: Tensor | None = None,
-) -> Rows:
-    """What the epilogue of a kernel does, to floats: ReLU, in place, and packed codes where a range is given."""
-    if relu:
-        y = y.relu_()
-    if out_bits == 0:
-        return y
-    assert out_scale is not None
-    assert out_offset is not None
-    return quantize_pack(y, out_scale, out_offset, out_bits, out_unit, is_checked=True)
 
 
 @dataclass(eq=False, slots=True)
@@ -162,11 +141,13 @@ class Producer:
         on_every_thread(work)
         return out
 
-    def then(self, step: Step) -> Producer:
-        """With ``step``, which treats every row for itself, applied to the floats."""
+    def then(self, *steps: Step) -> Producer:
+        """With ``steps``, which treat every row for itself, applied to the floats; a ReLU first is the kernel's own."""
+        relu = steps[:1] == (torch.relu,)
+        left = steps[relu:]
 
         def run(start: int, stop: int, **out: Any) -> Rows:
-            return with_epilogue(step(self.run(start, stop)), **out)
+            return finished(self.run(start, stop, relu=relu), left, **out)
 
         return replace(self, run=run, is_fused=False, adds=False, only_kernels=False)
 

@@ -37,8 +37,11 @@ def _both(x: Any, other: Any, combined: Callable[..., Producer], onto: Callable[
     waits = [type(t) is DeferredTensor and t.pending.value is None for t in (x, other)]
     if not all(waits):
         return _onto(other, x, onto) if waits[0] else _onto(x, other, onto) if waits[1] else None
-    pending = Pending(combined(x.pending.composed(), other.pending.composed()))
-    pending.runs = BothRun(x.pending.runs, other.pending.runs)
+    first, second = x.pending, other.pending
+    if first.producer is second.producer:  # of one result, which is computed once
+        return DeferredTensor._of(first.of_both(second.steps, onto))
+    pending = Pending(combined(first.composed(), second.composed()))
+    pending.runs = BothRun(first.runs, second.runs)
     return DeferredTensor._of(pending)
 
 
