@@ -151,6 +151,11 @@ class GraphPlan:
         """``[num_edges]`` int64, ``perm``, or the positions where they coincide."""
         return self.positions if self.perm is None else self.perm
 
+    @derived
+    def in_order(self) -> GraphPlan:
+        """The same of edges that the caller has in CSR order."""
+        return self if self.perm is None else GraphPlan(self.rowptr, self.col, self.num_src)
+
     def edges(self, start: int, stop: int) -> slice:
         """The CSR positions of the edges into the destinations ``[start, stop)``."""
         if (start, stop) == (0, self.num_dst):

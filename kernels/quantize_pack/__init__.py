@@ -65,8 +65,8 @@ def pack_mapped(
     x: Tensor, scale: Tensor, offset: Tensor, bits: int, unit: Tensor | None, factor: Tensor | None,
     term: Tensor | None, relu: bool,
 ) -> Any:  # fmt: skip
-    """:func:`quantize_pack` of ``x * factor + term`` by column (``[F]`` each, or neither), with ``relu`` no less than 0;
-    ``x`` may be written over.
+    """:func:`quantize_pack` of ``x * factor + term`` by column (``[F]`` each, or neither), with ``relu`` no less than
+    0; ``x`` may be written over.
     """
     if x.is_cpu and is_direct():
         module = importlib.import_module(f"{__package__}.cpu")

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from threading import Lock
 from typing import Any
 
@@ -14,12 +15,13 @@ from torch import Tensor, fx
 
 from ..kernels.arithmetic import multiplied
 from ..kernels.backend import backend_for
+from ..kernels.cpu.memory import empty
 from ..kernels.generated.program import Unsupported
 from ..kernels.generated.run import NotFinite, can_run, row_program
 from ..kernels.plan import GraphPlan
 from ..packing.columns import Late, waits
 from ..packing.deferred import materialized
-from ..packing.producers import Producer, with_epilogue
+from ..packing.producers import BLOCK_FLOATS, Producer, with_epilogue
 from ..packing.propagation_call import NotByRows
 from ..packing.ranges import NOT_FINITE
 from .build import Built, build
@@ -143,14 +145,43 @@ class TracedMessage:
 
     def _reduced(self, plan: GraphPlan, arrays: list[Arrays], values: Values) -> list[Tensor]:
         """Run the kernel, and put its reductions to ``values``; what it gives, these and numbers of edges."""
+        late = any(isinstance(t, Late) for held in arrays for t in held)
         try:
-            outs = row_program(self.built.program, plan, arrays)
+            outs = self._by_blocks(plan, arrays) if late else row_program(self.built.program, plan, arrays)
         except NotFinite as error:
             where = self.built.maps[error.product].input_quantizer.site
             raise ValueError(NOT_FINITE.format(where=where, found="NaN or infinity")) from None
         by_index = dict(zip(self.built.program.outputs, outs, strict=False))
         for (node, after), index in zip(self.built.results, self.built.indices, strict=True):
             values.put(node, after(by_index[index]), is_own=self.built.indices.count(index) == 1)
+        return outs
+
+    def _takes_late(self, rows: Tensor, leaf: Leaf) -> bool:
+        """Whether ``rows`` of edges are computed by blocks of them, and none of them asked for afterwards."""
+        program = self.built.program
+        alone = program.operands[self.built.leaves.index(leaf)].side == "edge" and not program.edge_outputs
+        many = rows.device.type == "cpu" and rows.numel() > BLOCK_FLOATS
+        return alone and many and Late.of(rows).producer.taken is not None
+
+    def _by_blocks(self, plan: GraphPlan, arrays: list[Arrays]) -> list[Tensor]:
+        """What the kernel gives, by blocks of rows for which what their edges have is computed in turn."""
+        program = self.built.program
+        operands, maps = program.operands, arrays[len(program.operands) :]
+        width = max(operand.width for operand in operands if operand.side == "edge")
+        goals = torch.arange(0, plan.num_edges, max(1, BLOCK_FLOATS // width), device=plan.device)
+        bounds = [0, *torch.unique(torch.searchsorted(plan.rowptr[1:], goals[1:]) + 1).tolist(), plan.num_dst]
+        outs: list[Tensor] = []
+        for start, stop in pairwise(dict.fromkeys(bounds)):
+            part = plan.rows(start, stop)
+            given = [
+                tuple(t.take(part.edge_ids) if isinstance(t, Late) else t[part.edge_ids] for t in held)
+                if operand.side == "edge" else tuple(t[start:stop] for t in held) if operand.side == "target" else held
+                for operand, held in zip(operands, arrays, strict=False)
+            ]  # fmt: skip
+            found = row_program(program, part.in_order, [*given, *maps])
+            outs = outs or [empty((plan.num_dst, out.size(1)), out.dtype) for out in found]
+            for out, rows in zip(outs, found, strict=True):
+                out[start:stop] = rows
         return outs
 
     def _arrays(self, call: Any, values: Values, leaf: Leaf) -> Arrays:
@@ -161,7 +192,7 @@ class TracedMessage:
                 scale, lower = multiplied(scale, lower, packed.multiplier)
             return packed.words, scale.reshape(-1), lower.reshape(-1)
         rows = leaf.rows(values)
-        if waits(rows) and rows.dim() == 2 and self.is_by_rows:
+        if waits(rows) and rows.dim() == 2 and (self.is_by_rows or self._takes_late(rows, leaf)):
             return (Late.of(rows),)
         rows = materialized(rows).to(torch.float32)
         return (rows.reshape(rows.size(0), math.prod(rows.shape[1:])).contiguous(),)  # once for all blocks

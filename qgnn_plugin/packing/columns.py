@@ -26,7 +26,7 @@ __all__ = ["Columns", "Late", "Shaped", "deferred_result", "waits"]
 aten = torch.ops.aten
 Dims = tuple[int, ...]
 
-LARGEST_SHARE = 0.25  # of a row, of what is there already and is copied to be joined with what is not
+LARGEST_SHARE = 0.5  # of a row, of what is there already and is copied to be joined with what is not
 
 
 def deferred_result(producer: Producer, on_repeat: Callable[[], None], asked: Any) -> DeferredTensor:
@@ -66,6 +66,10 @@ class Late:
         base = _base(pending)
         producer = base.composed()
         return cls(base, producer, pending.columns if isinstance(pending, Columns) else (0, producer.num_features))
+
+    def take(self, index: Tensor) -> Tensor:
+        """The rows numbered by ``index``."""
+        return self.producer.take(index)[:, self.columns[0] : self.columns[1]]
 
     def rows(self, rows: slice, made: dict[int, Tensor]) -> Tensor:
         """Some rows; ``made`` has these rows of results, by identity: those of several columns are computed once."""
@@ -272,20 +276,28 @@ def note_cat(tensors: Any, dim: int = 0) -> DeferredTensor | None:
     known = sum(width for width, t in zip(widths, tensors, strict=True) if not waits(t))
     if known > LARGEST_SHARE * sum(widths) or len({id(_base(t.pending)) for t in late}) < len(late):
         return None
-    middle, width = first.shape[1:-1], sum(widths)
+    middle = tuple(first.shape[1:-1])
     parts = [
         t.pending.composed() if waits(t) else Producer.of(materialized(t).detach().flatten(1).clone()) for t in tensors
     ]
+    pending = Pending(_side_by_side(parts, middle, widths))
+    pending.runs = BothRun(*(t.pending.runs for t in late))
+    return shaped(pending, (*middle, sum(widths)))
 
+
+def _side_by_side(parts: list[Producer], middle: Dims, widths: list[int]) -> Producer:
     def run(start: int, stop: int, **out: Any) -> Rows:
         pieces = [
             part.run(start, stop).view(stop - start, *middle, w) for part, w in zip(parts, widths, strict=True)
         ]
         return with_epilogue(torch.cat(pieces, -1).flatten(1), **out)
 
-    pending = Pending(Producer(first.size(0), math.prod(middle) * width, first.device, run, is_fused=False))
-    pending.runs = BothRun(*(t.pending.runs for t in late))
-    return shaped(pending, (*middle, width))
+    def taken(index: Tensor) -> Producer:
+        return _side_by_side([part.taken(index) for part in parts], middle, widths)  # type: ignore[misc]
+
+    first, alone = parts[0], all(part.taken is not None for part in parts)
+    width = math.prod(middle) * sum(widths)
+    return Producer(first.num_rows, width, first.device, run, is_fused=False, taken=taken if alone else None)
 
 
 NOTES[aten.cat.default] = note_cat

@@ -1,9 +1,9 @@
 """Results of packed layers that are not computed yet: the next layer decides whether floats are ever written.
 
 Inside a packed model a layer returns a :class:`DeferredTensor`.  Row-wise operations on it (activations, dropout and
-BatchNorm in eval mode, LayerNorm) are noted; a packed layer that takes it has the kernels write the codes of its own range,
-and anything else finds an ordinary float tensor, computed on first touch.  Both ways run the same float operations in
-the same order, so what a model returns does not depend on what was deferred.
+BatchNorm in eval mode, LayerNorm) are noted; a packed layer that takes it has the kernels write the codes of its own
+range, and anything else finds an ordinary float tensor, computed on first touch.  Both ways run the same float
+operations in the same order, so what a model returns does not depend on what was deferred.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from .asked import Asked, key_of
@@ -295,17 +296,28 @@ _scope: ContextVar[Scope | None] = ContextVar("qgnn_deferring", default=None)
 
 
 class Scope:
-    """One call of a packed model, as a context: the deferred tensors that were made in it."""
+    """One call of a packed model, as a context: the deferred tensors that were made in it.
 
-    __slots__ = ("made", "outer")
+    Args:
+        mode: What looks at the functions of torch that are called in it, if anything does.
+    """
+
+    __slots__ = ("made", "mode", "outer")
+
+    def __init__(self, mode: TorchFunctionMode | None = None) -> None:
+        self.mode = mode
 
     def __enter__(self) -> None:
         self.made: list[weakref.ref[DeferredTensor]] = []
         self.outer = _scope.get()
         _scope.set(self)
+        if self.mode is not None:
+            self.mode.__enter__()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
+            if self.mode is not None:
+                self.mode.__exit__(None, None, None)
             if kind is None:
                 self._compute_what_is_left()
         finally:

@@ -104,7 +104,11 @@ class PackedMatrix:
                 self.num_in, x.bits, self.bits, bias=bias, row_scale=factor, multiplier=rows.multiplier, **out,
             )  # fmt: skip
 
-        return Producer(x.words.size(0), self.num_out, x.words.device, run, adds=row_scale is None)
+        def taken(index: Tensor) -> Producer:
+            factor = None if row_scale is None else row_scale[index]
+            return self.product(x.take(index), bias, factor)  # type: ignore[return-value]
+
+        return Producer(x.words.size(0), self.num_out, x.words.device, run, adds=row_scale is None, taken=taken)
 
     def with_head_dots(
         self, x: Activation, bias: Tensor | None, target: PackedRange, vectors: Tensor, heads: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,6 +80,7 @@ class Producer:
         adds: Whether ``run`` takes another matrix's rows as ``addend``, which it adds before ReLU.
         only_kernels: Whether ``run`` calls nothing but kernels, so that threads may share blocks among them.
         dims: Where the matrix stands for more dimensions, those of a row, ``F`` numbers together.
+        taken: ``taken(index)``, the matrix of its rows numbered by ``index``, where these can be computed alone.
     """
 
     num_rows: int
@@ -89,6 +91,7 @@ class Producer:
     adds: bool = False
     only_kernels: bool = False
     dims: tuple[int, ...] = ()
+    taken: Callable[[Tensor], Producer] | None = None
 
     @classmethod
     def of(cls, value: Tensor) -> Producer:
@@ -98,7 +101,28 @@ class Producer:
             return with_epilogue(value[start:stop].clone(), **out)
 
         num_rows, num_features = value.shape
-        return cls(num_rows, num_features, value.device, run, is_fused=False)
+        taken = partial(cls.gathering, value)
+        return cls(num_rows, num_features, value.device, run, is_fused=False, taken=taken)
+
+    @classmethod
+    def gathering(cls, value: Tensor, index: Tensor) -> Producer:
+        """The rows ``index`` ``[M]`` of a matrix that is there already."""
+
+        def run(start: int, stop: int, **out: Any) -> Rows:
+            return with_epilogue(value.index_select(0, index[start:stop]), **out)
+
+        def taken(rows: Tensor) -> Producer:
+            return cls.gathering(value, index[rows])
+
+        return cls(index.numel(), value.size(1), value.device, run, is_fused=False, taken=taken)
+
+    def take(self, index: Tensor) -> Tensor:
+        """Some rows, as floats, where ``taken`` is there: numbers of blocks have their tails as those of all rows."""
+        assert self.taken is not None
+        count = index.numel()
+        padded = torch.cat([index, index[-1:].expand(-count % BLOCK_ROWS)])
+        value: Tensor = self.taken(padded).run(0, padded.numel())
+        return value[:count]
 
     def __call__(self, **epilogue: Any) -> Rows:
         """The whole matrix; ``epilogue`` as that of ``run``."""
@@ -149,24 +173,29 @@ class Producer:
         def run(start: int, stop: int, **out: Any) -> Rows:
             return finished(self.run(start, stop, relu=relu), left, **out)
 
-        return replace(self, run=run, is_fused=False, adds=False, only_kernels=False)
+        taken = None if self.taken is None else lambda index: self.taken(index).then(*steps)  # type: ignore[misc]
+        return replace(self, run=run, is_fused=False, adds=False, only_kernels=False, taken=taken)
 
     def plus(self, other: Producer) -> Producer:
         """The sum of both matrices, neither of which is written as a whole where the sum is packed."""
+        if not other.adds:
+            return self.combined(other, Tensor.add_)
 
         def run(start: int, stop: int, **out: Any) -> Rows:
-            y = self.run(start, stop)
-            if other.adds:
-                return other.run(start, stop, addend=y, **out)
-            return with_epilogue(y.add_(other.run(start, stop)), **out)
+            return other.run(start, stop, addend=self.run(start, stop), **out)
 
-        only_kernels = other.adds and all(part.is_fused or part.only_kernels for part in (self, other))
-        return Producer(self.num_rows, self.num_features, self.device, run, is_fused=False, only_kernels=only_kernels)
+        whole = self.combined(other, Tensor.add_)
+        return replace(whole, run=run, only_kernels=all(part.is_fused or part.only_kernels for part in (self, other)))
 
-    def times(self, other: Producer) -> Producer:
-        """The product of both matrices, number by number."""
+    def combined(self, other: Producer, onto: Callable[..., Tensor]) -> Producer:
+        """``onto`` of the rows of both, in place of the first; one of them may have one column."""
+        wide, narrow = (self, other) if self.num_features >= other.num_features else (other, self)
 
         def run(start: int, stop: int, **out: Any) -> Rows:
-            return with_epilogue(self.run(start, stop).mul_(other.run(start, stop)), **out)
+            return with_epilogue(onto(wide.run(start, stop), narrow.run(start, stop)), **out)
 
-        return Producer(self.num_rows, self.num_features, self.device, run, is_fused=False)
+        def taken(index: Tensor) -> Producer:
+            return wide.taken(index).combined(narrow.taken(index), onto)  # type: ignore[misc]
+
+        both = None if wide.taken is None or narrow.taken is None else taken
+        return Producer(self.num_rows, wide.num_features, self.device, run, is_fused=False, taken=both)

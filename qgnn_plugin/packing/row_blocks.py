@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch_geometric.nn.aggr import Aggregation, GRUAggregation, LCMAggregation, LSTMAggregation
 
+from .columns import Late, waits
 from .nodes import PackedNodes, is_features
 from .propagation_call import SPECIAL, NotByRows, Propagation
 
@@ -157,6 +158,8 @@ class _Runner:
             if name not in call.arguments and value is call.parameters[name] and isinstance(value, type):
                 raise NotByRows(f"'{name}' is not given")
             return value
+        if waits(value) and value.dim() == 2 and (late := Late.of(value)).producer.taken is not None:
+            return late.take(call.plan.edge_ids[edges.positions])
         ordered = call.per_edge(name)
         assert ordered is not None
         return ordered[edges.positions]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from . import deferred
-from .deferred import Scope, materialized
+from .deferred import Scope, is_deferring, materialized
+from .gathers import Gathering
 from .weight import refuse_dtype
 
 __all__ = ["defer_inside"]
@@ -69,7 +70,7 @@ def _scoped(inner: Any) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return inner.forward(self, *args, **kwargs)
-        with Scope():
+        with Scope(Gathering.of(args, kwargs) if not is_deferring() else None):
             return materialized(inner.forward(self, *args, **kwargs))
 
     return forward

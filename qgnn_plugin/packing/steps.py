@@ -1,6 +1,7 @@
 """What follows a kernel row by row: activations, norms and numbers that are noted on results not computed yet.
 
-A step takes floats that nobody else holds, may write over them, and gives what the operation of torch gives, bit for bit.
+A step takes floats that nobody else holds, may write over them, and gives what the operation of torch gives, bit for
+bit.
 """
 
 from __future__ import annotations

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
+from functools import partial, reduce
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from .asked import Asked
-from .deferred import NOTES, DeferredTensor, Pending, materialized
+from .deferred import NOTES, VIEWS, DeferredTensor, Pending, materialized
 from .producers import Producer, gathered, row_blocks
 
 __all__ = ["BothRun", "Stacked"]
@@ -26,17 +27,31 @@ def note_sum(x: Any, other: Any, **options: Any) -> Tensor | None:
 
 def note_product(x: Any, other: Any) -> Tensor | None:
     """``x * other``, as :func:`note_sum`."""
-    return _both(x, other, Producer.times, Tensor.mul_)
+    return _both(x, other, partial(Producer.combined, onto=Tensor.mul_), Tensor.mul_)
+
+
+def note_difference(x: Any, other: Any, **options: Any) -> Tensor | None:
+    """``x - other``, as :func:`note_sum`, where ``x`` is not computed yet."""
+    if options or not _is_late(x) or not isinstance(other, Tensor) or x.shape != other.shape:
+        return None
+    return _both(x, other, partial(Producer.combined, onto=Tensor.sub_), Tensor.sub_)
+
+
+def _is_late(x: Any) -> bool:
+    """Whether ``x`` is a matrix that is not computed yet."""
+    return type(x) is DeferredTensor and x.pending.value is None
 
 
 def _both(x: Any, other: Any, combined: Callable[..., Producer], onto: Callable[..., Tensor]) -> Tensor | None:
     if not all(isinstance(t, Tensor) for t in (x, other)) or other is x:
         return None
-    if other.shape != x.shape or x.device != other.device:
+    if x.device != other.device or not (_is_late(x) or _is_late(other)):
         return None
-    waits = [type(t) is DeferredTensor and t.pending.value is None for t in (x, other)]
-    if not all(waits):
-        return _onto(other, x, onto) if waits[0] else _onto(x, other, onto) if waits[1] else None
+    if other.shape != x.shape:
+        late, known = (x, other) if _is_late(x) else (other, x)
+        return None if _is_late(known) else _spread(late, known, onto)
+    if not (_is_late(x) and _is_late(other)):
+        return _onto(other, x, onto) if _is_late(x) else _onto(x, other, onto)
     first, second = x.pending, other.pending
     if first.producer is second.producer:  # of one result, which is computed once
         return DeferredTensor._of(first.of_both(second.steps, onto))
@@ -45,13 +60,40 @@ def _both(x: Any, other: Any, combined: Callable[..., Producer], onto: Callable[
     return DeferredTensor._of(pending)
 
 
+def _is_plain(known: Tensor) -> bool:
+    plain = type(known) in (Tensor, Parameter) and known.dtype is torch.float32 and known.layout == torch.strided
+    return plain and not (known.requires_grad and torch.is_grad_enabled())
+
+
+def _spread(late: DeferredTensor, known: Tensor, onto: Callable[..., Tensor]) -> Tensor | None:
+    """With one number per column or per row, of which a copy is taken: the layer may write over it."""
+    if not _is_plain(known):
+        return None
+    rows, columns = late.shape
+    own = known.detach().clone()
+    if known.numel() == columns and known.shape[-1:] == (columns,) and known.dim() <= 2:
+        return DeferredTensor._of(late.pending.then(lambda y: onto(y, own)))
+    if known.shape == (rows, 1):
+        pending = Pending(late.pending.composed().combined(Producer.of(own), onto))
+        pending.runs = late.pending.runs
+        return DeferredTensor._of(pending)
+    return None
+
+
 def _onto(known: Tensor, x: Any, combine: Callable[..., Tensor]) -> Tensor | None:
     """A matrix that is there with one that is not computed yet; :obj:`None` where there is one block."""
-    plain_matrix = type(known) is Tensor and known.dtype is torch.float32 and known.layout == torch.strided
     num_rows, num_features = x.shape
-    if not plain_matrix or known.requires_grad or len(list(row_blocks(num_rows, num_features, x.device))) < 2:
+    if not _is_plain(known) or len(list(row_blocks(num_rows, num_features, x.device))) < 2:
         return None
     return gathered(num_rows, ((rows, combine(value, known[rows])) for rows, value in x.pending.blocks()))
+
+
+def note_row_sums(x: DeferredTensor, dims: Any, keepdim: bool = False, **options: Any) -> Tensor | None:
+    """``x.sum(-1)`` by blocks of rows; :obj:`None` where there is one block."""
+    several = len(list(row_blocks(*x.shape, x.device))) > 1 if type(x) is DeferredTensor else False
+    if not several or options or list(dims) not in ([1], [-1]):
+        return None
+    return gathered(x.size(0), ((rows, value.sum(1, keepdim=keepdim)) for rows, value in x.pending.blocks()))
 
 
 class BothRun:
@@ -118,7 +160,7 @@ def _sum_of(parts: list[Pending]) -> Tensor:
     """What ``torch.stack(parts).sum(0)`` gives, bit for bit; of few terms not computed yet, else by blocks of rows."""
     terms = [part.composed() for part in parts]
     if len(terms) <= IN_ORDER:
-        pending = Pending(functools.reduce(Producer.plus, terms))
+        pending = Pending(reduce(Producer.plus, terms))
         pending.runs = BothRun(*(part.runs for part in parts))
         return DeferredTensor._of(pending)
     for part in parts:
@@ -143,4 +185,6 @@ class _StackedPending:
 
 NOTES[aten.add.Tensor] = note_sum
 NOTES[aten.mul.Tensor] = note_product
+NOTES[aten.sub.Tensor] = note_difference
+VIEWS[aten.sum.dim_IntList] = note_row_sums
 NOTES[aten.stack.default] = Stacked.of

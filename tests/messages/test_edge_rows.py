@@ -1,0 +1,64 @@
+"""What a network gives for every edge, computed with the rows that read it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from core.support import quantized
+from torch import Tensor, nn
+from torch_geometric.nn import MessagePassing
+
+import qgnn_plugin as qgnn
+from qgnn_plugin.messages import traced
+from qgnn_plugin.packing import producers, row_blocks
+from qgnn_plugin.packing.deferred import Pending
+
+NODES, EDGES, WIDTH, OUT = 40, 20_000, 8, 16
+
+
+class Filtered(MessagePassing):
+    """Messages weighted by a network of what edges have, as those of SchNet; with ``branches``, not traced."""
+
+    def __init__(self, branches: bool = False) -> None:
+        super().__init__(aggr="add")
+        self.lin, self.branches = nn.Linear(WIDTH, OUT), branches
+        self.net = nn.Sequential(nn.Linear(3, OUT), nn.Softplus(), nn.Linear(OUT, OUT))
+
+    def forward(self, x: Tensor, edge_index: Tensor, edge_attr: Tensor) -> Tensor:
+        weight = self.net(edge_attr) * edge_attr[:, :1]
+        return self.propagate(edge_index, x=self.lin(x), weight=weight, scale=edge_attr[:, 1:2])
+
+    def message(self, x_j: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        if self.branches and bool((scale > 1e9).any()):
+            return x_j
+        return x_j * weight + scale
+
+
+@pytest.mark.parametrize("branches", [False, True])
+def test_weights_of_edges_are_computed_with_their_rows(
+    branches: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_blocks, "MOST_EDGES", 1 << 10)
+    monkeypatch.setattr(producers, "BLOCK_FLOATS", 1 << 12)
+    monkeypatch.setattr(traced, "BLOCK_FLOATS", 1 << 12)
+    written, own = list[torch.Size](), Pending.materialize
+
+    def materialize(self: Any) -> Tensor:
+        written.append(torch.Size([self.producer.num_rows, self.producer.num_features]))
+        return own(self)
+
+    monkeypatch.setattr(Pending, "materialize", materialize)
+    graph = torch.randn(NODES, WIDTH), torch.randint(NODES, (2, EDGES)), torch.randn(EDGES, 3)
+    qmodel = quantized(Filtered(branches), *graph).eval()
+    packed = qgnn.pack_model(qmodel)
+    with torch.no_grad():
+        expected = qmodel(*graph)
+        packed(*graph)  # compares a few rows of a kernel that is new with what the layer gives
+        written.clear()
+        found = packed(*graph)
+    assert (torch.equal if not branches else torch.allclose)(found, expected)
+    assert not [shape for shape in written if shape.numel() >= EDGES * OUT]
+    layer = next(layer for layer in qgnn.summary(packed).layers if layer.type == "Filtered")
+    assert layer.runs == ("packed: row blocks" if branches else "packed: generated kernel")
