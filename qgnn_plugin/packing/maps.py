@@ -91,16 +91,15 @@ class PackedRecurrent(RunsSequence, PackedWeights):
             return None
         input = materialized(input)
         state = None if hx is None else tuple(map(materialized, self._initial(hx, input, batch, None)))
-        out, ends = None, []
+        outs: list[Tensor] = []  # what it gives, and the state at the end
         for rows in blocks:
             part = None if state is None else tuple(s[:, rows] for s in state)
             y, end = self._sequence(input.narrow(axis, rows.start, rows.stop - rows.start), part)
-            if out is None:
-                out = y.new_empty((*input.shape[:2], y.size(-1)))
-            out.narrow(axis, rows.start, rows.stop - rows.start).copy_(y)
-            ends.append(end if isinstance(end, tuple) else (end,))
-        assert out is not None
-        return out, self._final(tuple(torch.cat(parts, 1) for parts in zip(*ends, strict=True)), None)
+            found = [(y, axis), *((one, 1) for one in (end if isinstance(end, tuple) else (end,)))]
+            outs = outs or [one.new_empty((*one.shape[:dim], batch, *one.shape[dim + 1 :])) for one, dim in found]
+            for out, (one, dim) in zip(outs, found, strict=True):
+                out.narrow(dim, rows.start, rows.stop - rows.start).copy_(one)
+        return outs[0], self._final(tuple(outs[1:]), None)
 
     @classmethod
     def _returns_tuples(cls, layer: Any) -> bool:
