@@ -148,19 +148,13 @@ def is_direct() -> bool:
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
-        and _functions_are_plain()
+        and torch._C._len_torch_function_stack() == 0
         and torch._C._get_tracing_state() is None
         and torch._C._functorch.peek_interpreter_stack() is None  # of torch.func
         and forward_ad._current_level < 0  # of derivatives that run forwards
         and not torch.autograd._profiler_enabled()
         and backend_for(_CPU) == "cpu"
     )
-
-
-def _functions_are_plain() -> bool:
-    """Whether no mode looks at functions of torch, but for one that says of itself that kernels are nothing to it."""
-    modes = torch._C._len_torch_function_stack()
-    return modes == 0 or (modes == 1 and getattr(torch._C._get_function_stack_at(0), "skips_kernels", False))
 
 
 def _check_name(name: str) -> None:

@@ -65,7 +65,7 @@ _NOTES: dict[Any, Callable[..., Tensor | None]] = {
 class Gathering(TorchFunctionMode):
     """Sees gathers of ordinary tensors, such as a model's own input."""
 
-    skips_kernels = True  # which have other ways
+    sees_gathers = True
 
     @classmethod
     def of(cls, args: Any, kwargs: Any) -> Gathering | None:

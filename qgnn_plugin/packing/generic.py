@@ -30,6 +30,7 @@ from ..layers.watched import is_watched, own_propagate
 from .base import LayerSpec, register_packed
 from .conv import PackedConv
 from .deferred import DeferredTensor
+from .guard import unseen
 from .nodes import packed_nodes, values_of
 from .producers import Producer
 from .propagation_call import MessageKernel, NotByRows, Propagation, find_message_kernel
@@ -119,7 +120,7 @@ class PackedMessagePassing(SentFeatures, PropagationChange, PackedConv):
         token = _sent.set(_Sent())
         form = None if self._looks_in() else own_form(forward)
         try:
-            out = None if form is None else form(self, *args, **kwargs)
+            out = None if form is None else unseen(form)(self, *args, **kwargs)
             if out is None:
                 return forward(self, *args, **kwargs)
             self._paths.has_form = True
@@ -127,6 +128,7 @@ class PackedMessagePassing(SentFeatures, PropagationChange, PackedConv):
         finally:
             _sent.reset(token)
 
+    @unseen
     def quantized_propagate(self, edge_index: Any, *args: Any, **kwargs: Any) -> Any:
         """Pack the node features among the arguments and compute what the layer's own ``propagate`` would."""
         if args:  # of a signature that a user's class, or PyG's template, has given it
@@ -139,6 +141,7 @@ class PackedMessagePassing(SentFeatures, PropagationChange, PackedConv):
             return out
         return self._corrected_change(x, values_of(sent.get("x")), out, edge_index, size)
 
+    @unseen
     def quantized_edge_updater(self, edge_index: Any, *args: Any, **kwargs: Any) -> Any:
         """What the layer's own ``edge_updater`` would compute, by blocks of rows where there are several."""
         own: Any = type(self).float_class

@@ -13,9 +13,31 @@ from ..layers.errors import REFUSALS, expect_features, name_layer
 from ..quantizers.autocast import full_precision
 from ..quantizers.transforms import transform_of
 
-__all__ = ["inference"]
+__all__ = ["inference", "unseen"]
 
 Forward = TypeVar("Forward", bound=Callable[..., Any])
+
+
+def unseen(function: Forward) -> Forward:
+    """Run ``function`` past the mode that sees what a model gathers (:mod:`.gathers`): it costs every call of torch's
+    functions some time, and kernels are run at once where there is none.
+    """
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or torch._C._len_torch_function_stack() != 1:
+            return function(*args, **kwargs)
+        mode = torch._C._pop_torch_function_stack()
+        passes = getattr(mode, "sees_gathers", False)
+        if not passes:
+            torch._C._push_on_torch_function_stack(mode)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            if passes:
+                torch._C._push_on_torch_function_stack(mode)
+
+    return run  # type: ignore[return-value]
 
 
 def inference(forward: Forward) -> Forward:
@@ -25,6 +47,8 @@ def inference(forward: Forward) -> Forward:
         RuntimeError: In training mode, or where an input requires a gradient and gradients are on, is a batch of
             :func:`torch.func.vmap` or has a forward-mode derivative.
     """
+
+    alone = unseen(forward)
 
     @functools.wraps(forward)
     @full_precision
@@ -58,7 +82,7 @@ def inference(forward: Forward) -> Forward:
         try:
             if not self._runs_own_forward:
                 expect_features(args[0] if args else kwargs.get("x", ()))
-            return concluded(self, forward(self, *args, **kwargs))
+            return concluded(self, (forward if self._runs_own_forward else alone)(self, *args, **kwargs))
         except REFUSALS as error:
             name_layer(error, self._packed.spec.name)
             raise

@@ -18,7 +18,7 @@ __all__ = ["Producer", "gathered", "row_blocks", "with_epilogue"]
 
 Block = tuple[slice, Rows]  # rows, and what they hold
 
-BLOCK_FLOATS = 1 << 19  # of a block of rows: they stay in the cache from the kernel to the codes
+BLOCK_FLOATS = 1 << 18  # of a block of rows: they stay in the cache from the kernel to the codes
 BLOCK_ROWS = 64  # blocks are multiples of it, so that vectorized operations have their tails where whole matrices do
 
 
