@@ -26,7 +26,7 @@ __all__ = ["Columns", "Late", "Shaped", "deferred_result", "waits"]
 aten = torch.ops.aten
 Dims = tuple[int, ...]
 
-LARGEST_SHARE = 0.5  # of a row, of what is there already and is copied to be joined with what is not
+LARGEST_SHARE = 0.4  # of a row, of what is there already and is copied to be joined with what is not
 
 
 def deferred_result(producer: Producer, on_repeat: Callable[[], None], asked: Any) -> DeferredTensor:
