@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
+
+from benchmarks.headline import headline
+from benchmarks.pictures import RESULTS
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -18,3 +22,8 @@ def test_code_blocks_run_as_printed(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     namespace: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)
+
+
+def test_the_table_is_made_of_the_results() -> None:
+    accuracy, cpu = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("accuracy", "cpu"))
+    assert headline(accuracy, cpu) in README.read_text(), "Expected the table that 'make pictures' prints"
