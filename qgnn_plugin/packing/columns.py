@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .deferred import NOTES, VIEWS, DeferredTensor, Pending, Step, materialized
-from .producers import Producer, Rows, row_blocks, with_epilogue
+from .producers import BLOCK_FLOATS, Producer, Rows, row_blocks, with_epilogue
 from .sums import BothRun
 
 __all__ = ["Columns", "Late", "Shaped", "deferred_result", "waits"]
@@ -27,6 +27,7 @@ aten = torch.ops.aten
 Dims = tuple[int, ...]
 
 LARGEST_SHARE = 0.4  # of a row, of what is there already and is copied to be joined with what is not
+FEW_BLOCKS = 8  # of a joined result: what a block holds counts beside the whole
 
 
 def deferred_result(producer: Producer, on_repeat: Callable[[], None], asked: Any) -> DeferredTensor:
@@ -297,7 +298,10 @@ def _side_by_side(parts: list[Producer], middle: Dims, widths: list[int]) -> Pro
 
     first, alone = parts[0], all(part.taken is not None for part in parts)
     width = math.prod(middle) * sum(widths)
-    return Producer(first.num_rows, width, first.device, run, is_fused=False, taken=taken if alone else None)
+    alive = 2 * width if first.num_rows * width < FEW_BLOCKS * BLOCK_FLOATS else width  # the parts and all of them
+    return Producer(
+        first.num_rows, width, first.device, run, is_fused=False, taken=taken if alone else None, alive=alive
+    )
 
 
 NOTES[aten.cat.default] = note_cat

@@ -84,7 +84,7 @@ class PackedRecurrent(RunsSequence, PackedWeights):
         if torch.compiler.is_compiling() or not isinstance(input, Tensor) or input.dim() != 3:
             return None
         axis = 0 if self.batch_first else 1
-        batch, gates = input.size(axis), GATES * self.hidden_size * input.size(1 - axis)
+        batch, gates = input.size(axis), 2 * GATES * self.hidden_size * input.size(1 - axis)  # and the states
         blocks = list(row_blocks(batch, gates, input.device))
         sites = [site for name, site in self._modules.items() if not name.startswith("weight")]
         if len(blocks) == 1 or not all(site.spec.is_row_local for site in sites):

@@ -18,7 +18,7 @@ __all__ = ["Producer", "gathered", "row_blocks", "with_epilogue"]
 
 Block = tuple[slice, Rows]  # rows, and what they hold
 
-BLOCK_FLOATS = 1 << 18  # of a block of rows: they stay in the cache from the kernel to the codes
+BLOCK_FLOATS = 1 << 19  # of a block of rows: they stay in the cache from the kernel to the codes
 BLOCK_ROWS = 64  # blocks are multiples of it, so that vectorized operations have their tails where whole matrices do
 
 
@@ -81,6 +81,7 @@ class Producer:
         only_kernels: Whether ``run`` calls nothing but kernels, so that threads may share blocks among them.
         dims: Where the matrix stands for more dimensions, those of a row, ``F`` numbers together.
         taken: ``taken(index)``, the matrix of its rows numbered by ``index``, where these can be computed alone.
+        alive: Floats per row that a block of it holds at once, ``F`` where it is 0.
     """
 
     num_rows: int
@@ -92,6 +93,7 @@ class Producer:
     only_kernels: bool = False
     dims: tuple[int, ...] = ()
     taken: Callable[[Tensor], Producer] | None = None
+    alive: int = 0
 
     @classmethod
     def of(cls, value: Tensor) -> Producer:
@@ -144,7 +146,7 @@ class Producer:
 
     def blocks(self, **epilogue: Any) -> Iterator[Block]:
         """The matrix by blocks of rows (see :func:`row_blocks`)."""
-        for rows in row_blocks(self.num_rows, self.num_features, self.device):
+        for rows in row_blocks(self.num_rows, self.alive or self.num_features, self.device):
             yield rows, self.run(rows.start, rows.stop, **epilogue)
 
     def _shared_out(self, **epilogue: Any) -> Rows:

@@ -36,6 +36,7 @@ BY_NUMBER = {
     aten.mul.Tensor: aten.mul_.Tensor, aten.div.Tensor: aten.div_.Tensor, aten.add.Tensor: aten.add_.Tensor,
     aten.sub.Tensor: aten.sub_.Tensor,
 }  # fmt: skip
+OF_ROWS = (aten._softmax.default, aten._log_softmax.default)  # which treat every row for itself
 
 
 def step_of(func: Any, args: Any, kwargs: Any) -> Step | None:
@@ -46,6 +47,8 @@ def step_of(func: Any, args: Any, kwargs: Any) -> Step | None:
         in_place = ROW_WISE[func]
     elif func in BY_NUMBER and len(args) == 1 and type(args[0]) in (int, float) and not kwargs:
         in_place = BY_NUMBER[func]
+    elif func in OF_ROWS and args[0] in (1, -1):
+        return lambda y: func(y, *args, **kwargs)
     elif func is aten.softplus.default:
         return lambda y: aten.softplus.out(y, *args, **kwargs, out=y)
     else:

@@ -65,6 +65,7 @@ NOTED: dict[str, Callable[[Any], Any]] = {
     "gate": lambda x: x.relu() * x.sigmoid(),
     "softplus": lambda x: F.softplus(x) - 0.5,
     "layer norm": nn.LayerNorm(WIDTH),
+    "softmax": lambda x: x.softmax(-1).log_softmax(dim=1),
     "norms and activations": nn.Sequential(nn.BatchNorm1d(WIDTH), nn.SiLU(), nn.LayerNorm(WIDTH), nn.ReLU6()).eval(),
     "batch norm": nn.BatchNorm1d(WIDTH, affine=True).eval(),
     "norm and relu": nn.Sequential(nn.BatchNorm1d(WIDTH).eval(), nn.ReLU()).eval(),
