@@ -8,6 +8,7 @@ operations in the same order, so what a model returns does not depend on what wa
 
 from __future__ import annotations
 
+import contextlib
 import math
 import weakref
 from collections.abc import Callable, Iterator
@@ -187,10 +188,14 @@ class DeferredTensor(StandIn, Tensor):  # type: ignore[misc]
         shape, kind = (producer.num_rows, *dims), {"dtype": torch.float32, "device": producer.device}
         tensor = Tensor._make_wrapper_subclass(cls, shape, strides, **kind)
         tensor.pending = pending
+        tensor.left_to_scope()
+        return tensor
+
+    def left_to_scope(self) -> None:
+        """Have the call that runs, if any, compute this one at its end, where something still refers to it."""
         scope = _scope.get()
         if scope is not None:
-            scope.made.append(weakref.ref(tensor))
-        return tensor
+            scope.made.append(weakref.ref(self))
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -324,14 +329,18 @@ class Scope:
             _scope.set(self.outer)
 
     def _compute_what_is_left(self) -> None:
-        """Compute what something still refers to after the call, such as an attribute of the model.
+        """Compute what something still refers to after the call, such as an attribute of the model or a field of what
+        it returns, and put ordinary tensors in its place.
 
         What it follows from may be written over from now on.
         """
-        for made in self.made:
-            tensor = made()
-            if tensor is not None:
-                tensor.materialized()
+        left = [tensor for made in self.made if (tensor := made()) is not None]
+        self.made.clear()  # what is weakly referred to is not swapped
+        for tensor in left:
+            tensor.materialized()
+        for tensor in reversed(left):  # views hold what they are of
+            with contextlib.suppress(RuntimeError):  # where others refer to it so, it stays what stands for its value
+                torch.utils.swap_tensors(tensor, tensor.materialized().detach())
 
 
 def is_deferring() -> bool:

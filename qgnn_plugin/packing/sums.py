@@ -138,6 +138,7 @@ class Stacked(DeferredTensor):
             cls, (len(tensors), *first.shape), dtype=torch.float32, device=first.device
         )
         made.parts, made.pending = tuple(tensors), _StackedPending(tensors)  # type: ignore[assignment]
+        made.left_to_scope()
         return made
 
     @classmethod

@@ -12,10 +12,11 @@ import pytest
 import torch
 from core.support import OUT, WIDTH, Plain, features, graph, quantized
 from torch import Tensor, nn
+from torch_geometric.data import Data
 from torch_geometric.nn import GCNConv, GraphConv, ResGatedGraphConv, TransformerConv
 
 import qgnn_plugin as qgnn
-from qgnn_plugin.packing import deferred
+from qgnn_plugin.packing import deferred, direct
 from qgnn_plugin.packing.deferred import is_deferring
 
 
@@ -79,6 +80,34 @@ def test_what_a_model_keeps_of_a_call_is_computed_before_its_inputs_may_change()
     model(x, edge_index)
     x.zero_()
     assert torch.equal(model.seen.clone(), expected)
+
+
+class _Keeps(nn.Module):
+    """Returns its results in an object that nothing looks into, and keeps what follows from them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = GCNConv(WIDTH, OUT), nn.Linear(OUT, 2 * OUT)
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Data:
+        h = self.conv(x, edge_index)
+        self.stacked = torch.stack([self.conv(x, edge_index), self.conv(x, edge_index)])
+        self.kept = [h.view(h.size(0), 2, -1), h.relu(), *self.head(h).chunk(2, -1)]
+        return Data(x=self.head(h), h=h)
+
+
+def test_what_is_left_of_a_call_is_made_of_ordinary_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(direct, "FEW_RESULTS", 0)
+    x, edge_index = features(), graph()
+    converted = quantized(_Keeps(), x, edge_index)
+    model = qgnn.pack_model(converted)
+    expected, found = converted(x, edge_index), model(x.clone(), edge_index)
+    pairs = [(found.x, expected.x), (found.h, expected.h), (model.stacked, converted.stacked)]
+    for left, wanted in [*pairs, *zip(model.kept, converted.kept, strict=True)]:
+        assert type(left) is Tensor
+        assert torch.equal(left, wanted)
+    found.h.zero_()
+    assert not model.kept[0].any()  # a view of it still
 
 
 def test_a_packed_model_inside_another_and_in_another_thread() -> None:
