@@ -127,7 +127,9 @@ def load_packed(
     layers = quantized_layers(converted)
     for spec in specs:
         _check_layer(path, spec, layers[spec.name])
-    packed = assemble(converted, layers, specs)
+    for module in converted.modules():
+        module.training = False  # without a call of eval(): what that computes is in the file
+    packed = assemble(converted, layers, specs).eval()
     _fill(packed, tensors, path)
     _check_values(packed, path)
     device = next((t.device for t in (*model.parameters(), *model.buffers()) if not t.is_meta), None)

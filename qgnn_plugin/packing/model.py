@@ -84,11 +84,15 @@ def pack_model(qmodel: nn.Module) -> nn.Module:
             target = packed.get_submodule(name)
             if isinstance(target, PackedLayer):
                 target.fill(layer)
-    return packed
+    return packed.eval()
 
 
 def assemble(model: nn.Module, layers: Mapping[str, Any], specs: Iterable[LayerSpec]) -> nn.Module:
-    """Copy ``model`` with ``layers`` swapped for packed ones as described; their numbers are still to be filled in."""
+    """Copy ``model`` with ``layers`` swapped for packed ones as described; their numbers are still to be filled in.
+
+    It has the mode of ``model``: modules that compute something as they leave training, as ``TGNMemory`` stores its
+    messages, do so with numbers that are filled in.
+    """
     specs = list(specs)
     memo = copying_memo(model)  # and what stands for a layer, before anything that refers to it is copied
     for spec in specs:
@@ -124,7 +128,7 @@ def assemble(model: nn.Module, layers: Mapping[str, Any], specs: Iterable[LayerS
     connect_stacks(packed, stack_places(specs))
     if (not isinstance(packed, PackedLayer) or isinstance(packed, PackedOwnModule)) and not compares_tensors(packed):
         defer_inside(packed)
-    return packed.eval()
+    return packed
 
 
 def stack_places(specs: Iterable[LayerSpec]) -> dict[str, StackPlace]:

@@ -45,13 +45,20 @@ def _deferring_class(inner: type[nn.Module]) -> type[nn.Module]:
             refuse_dtype(type(self).__name__, fn)  # before any tensor is changed
             return inner._apply(self, fn, recurse)
 
+        def train(self: Any, mode: bool = True) -> Any:
+            for module in self.modules() if mode is False else ():
+                if getattr(module, "_is_packed", False):  # before those around them, which may call them as they leave
+                    module.training = False
+            return inner.train(self, mode)
+
         def reduce_ex(self: Any, protocol: Any) -> Any:
             reduced: Any = inner.__reduce_ex__(self, protocol)
             make, args, *rest = reduced
             args = tuple(inner if arg is type(self) else arg for arg in args)
             return _rebuild, (make, args), *rest
 
-        namespace |= {"inner_class": inner, "forward": _scoped(inner), "_apply": apply, "__reduce_ex__": reduce_ex}
+        namespace |= {"inner_class": inner, "forward": _scoped(inner), "_apply": apply, "train": train}
+        namespace["__reduce_ex__"] = reduce_ex
         if hasattr(inner, "__deepcopy__"):
             namespace["__deepcopy__"] = _deferring_copy(inner)
         if issubclass(inner, GraphModule):
