@@ -159,7 +159,7 @@ def _gatv2(run: Rerun, seen: Seen) -> float:
         operator = partial(spmm, plan, weight=weight)
         if layer._smp is None:
             return operator(z)
-        return z + corrected(operator(z) - z, operator, layer._smp, layer._force)
+        return z + corrected(operator(z) - z, operator, layer._smp, layer._smoothing_force)
 
     moved = float((attended(plan, attention) - attended(exact_plan, exact)).norm())
     return _attention_bound(run, seen, plan, attention) + moved

@@ -104,20 +104,28 @@ _LIBRARIES = (*_INFRASTRUCTURE, "torch_geometric.")
 
 
 def clashes(mixin: type, layer: nn.Module) -> list[str]:
-    """Methods of ``mixin`` whose names ``layer`` needs for attributes of its own: either would miss its own."""
+    """Names of ``mixin`` that ``layer`` needs for attributes of its own: either would miss its own.
+
+    Those are methods, what is kept on a layer, and, where a class of the layer's defines them, constants.
+    """
     float_class = type(layer).float_class if isinstance(layer, SwappedLayer) else type(layer)
     users = [cls for cls in float_class.__mro__ if not f"{cls.__module__}.".startswith(_LIBRARIES)]
-    taken = {name for cls in users if cls is not object for name in vars(cls)}
-    taken |= attribute_names(float_state(layer))
-    needed = set()
+    of_class = {name for cls in users if cls is not object for name in vars(cls)}
+    taken = of_class | attribute_names(float_state(layer))
+    kept = "_packed" if getattr(mixin, "_is_packed", False) else "_conversion"
+    methods, constants = {kept}, set(_CONCRETE)
     for cls in mixin.__mro__:
         if not issubclass(float_class, cls):
-            methods = (name for name, value in vars(cls).items() if callable(value) or isinstance(value, _METHODS))
-            needed |= {name for name in methods if not (name.startswith("__") or name in _REPLACED)}
-    return sorted(needed & taken)
+            for name, value in vars(cls).items():
+                if name.startswith("__") or name in _REPLACED or isinstance(value, Alias):
+                    continue
+                is_method = callable(value) or isinstance(value, _METHODS)
+                (methods if is_method else constants).add(name)
+    return sorted((methods & taken) | (constants & of_class))
 
 
 _METHODS = (property, classmethod, staticmethod)
+_CONCRETE = ("mixin", "float_class", "own_names", "quantizes_output")
 
 
 @dataclass(frozen=True)
@@ -147,12 +155,12 @@ class QuantizedLayer(CarriesConfiguration, SwappedLayer):
     quantizes_output: ClassVar[bool]
     units: ClassVar[tuple[str, ...]] = ()  # inner layers that this one converts itself, where it has them
 
-    quant_config = Alias("_config")
+    quant_config = Alias("_quant_config")
     layer_name = Alias("_qualified_name")
     _conversion: Conversion
 
     @property
-    def _config(self) -> QuantConfig:
+    def _quant_config(self) -> QuantConfig:
         return self._conversion.config
 
     @property

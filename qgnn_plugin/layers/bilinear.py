@@ -72,7 +72,7 @@ class RunsHeteroLinear(MultipliesWeights):
                 f"Expected features [N, F] and types [N] at '{self._qualified_name}' (got {list(x.shape)} and "
                 f"{list(type_vec.shape)})"
             )
-        weight, width = self._weight("weight"), self.out_channels
+        weight, width = self._quantized_weight("weight"), self.out_channels
         out = x.new_zeros(x.size(0), width)
         for kind in type_vec.unique().tolist():
             rows = (type_vec == kind).nonzero().view(-1)

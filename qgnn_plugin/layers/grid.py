@@ -39,7 +39,7 @@ class RunsGridConv(MultipliesWeights):
             )
         batched = x.dim() == dims + 2
         patches, grid = self._patches(x if batched else x.unsqueeze(0))
-        weight, width = self._weight("weight"), self.out_channels // self.groups
+        weight, width = self._quantized_weight("weight"), self.out_channels // self.groups
         parts = []
         for group, rows in enumerate(patches.unbind(1)):
             bias = None if self.bias is None else self.bias[group * width : (group + 1) * width]

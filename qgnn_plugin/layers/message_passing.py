@@ -137,7 +137,7 @@ class SentFeatures:
 
     def quantized_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         out = dict(kwargs)
-        widths = {name: self._width(kwargs.get(name)) for name in self.argument_quantizers}
+        widths = {name: self._sent_width(kwargs.get(name)) for name in self.argument_quantizers}
         for name, quantizer in self.argument_quantizers.items():
             if self._sent(out.get(name)) is None or quantizer.bits == OFF:
                 continue
@@ -155,7 +155,7 @@ class SentFeatures:
             return value[source_side(self)]
         return value
 
-    def _width(self, value: Any) -> int:
+    def _sent_width(self, value: Any) -> int:
         """How many numbers of ``value`` a node sends; 0 where they are no floats."""
         value = self._sent(value)
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() == 0:
@@ -220,12 +220,12 @@ class QuantizedMessagePassing(SentFeatures, QuantizedConv):
             if is_position(name) or is_relative(layer, name):
                 layer.float_arguments[name] = "only its differences matter"
                 continue
-            layer.argument_quantizers[name] = cls._site(layer, sites, name)
+            layer.argument_quantizers[name] = cls._message_site(layer, sites, name)
         layer.argument_quantizers.train(layer.training)
         attach_constraint(layer, sites.config.smp, sites.device)
 
     @staticmethod
-    def _site(layer: Any, sites: SiteFactory, name: str) -> QLRQuantizer:
+    def _message_site(layer: Any, sites: SiteFactory, name: str) -> QLRQuantizer:
         if layer.aggr in COMPARING and sites.config.granularity == "row":
             # Codes of different multiples of a range do not compare as the values do.
             sites = replace(sites, config=replace(sites.config, granularity="tensor"))
@@ -261,7 +261,7 @@ class QuantizedMessagePassing(SentFeatures, QuantizedConv):
             del self.argument_quantizers[name]
         for name in sorted(names - set(self.argument_quantizers)):
             if sites is not None:
-                self.argument_quantizers[name] = self._site(self, sites, name).eval()
+                self.argument_quantizers[name] = self._message_site(self, sites, name).eval()
                 self.float_arguments.pop(name, None)
 
     def own_quantizers(self) -> Iterator[tuple[str, QLRQuantizer]]:

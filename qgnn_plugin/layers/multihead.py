@@ -91,7 +91,7 @@ class RunsMultiheadAttention(MultipliesWeights):
         if key is query and value is query:
             q, k, v = self._mapped(query, INPUT, "in_proj_weight", self.in_proj_bias).chunk(3, -1)
             return q, k, v
-        weight, width = self._weight("in_proj_weight"), self.embed_dim
+        weight, width = self._quantized_weight("in_proj_weight"), self.embed_dim
         taken = {id(x): self._taken(x.reshape(-1, x.size(-1)), INPUT) for x in inputs}
         q, k, v = (
             self._times(taken[id(x)], self._part(weight, i * width, (i + 1) * width), bias).view(*x.shape[:-1], width)

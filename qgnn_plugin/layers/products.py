@@ -42,22 +42,22 @@ class MultipliesWeights:
         """``[N, K]`` as the site takes it."""
         raise NotImplementedError
 
-    def _weight(self, name: str) -> Any:
+    def _quantized_weight(self, name: str) -> Any:
         """A weight, to be multiplied by."""
         raise NotImplementedError
 
     def _part(self, weight: Any, start: int, stop: int) -> Any:
-        """The rows ``[start, stop)`` of what :meth:`_weight` gives."""
+        """The rows ``[start, stop)`` of what :meth:`_quantized_weight` gives."""
         raise NotImplementedError
 
     def _times(self, x: Any, weight: Any, bias: Tensor | None = None) -> Tensor:
-        """``x W^T + b``, of what :meth:`_taken` and :meth:`_weight` give."""
+        """``x W^T + b``, of what :meth:`_taken` and :meth:`_quantized_weight` give."""
         raise NotImplementedError
 
     def _mapped(self, x: Tensor, site: str, name: str, bias: Tensor | None = None) -> Tensor:
         """``x W^T + b`` of ``[*, K]``."""
         rows = x if x.dim() == 2 else x.reshape(-1, x.size(-1))
-        weight = self._weight(name)
+        weight = self._quantized_weight(name)
         y = self._times(self._taken(rows, site), weight, bias)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], y.size(-1))
 
@@ -88,7 +88,7 @@ class QuantizedWeights(MultipliesWeights, QuantizedLayer):
     def _taken(self, x: Tensor, site: str) -> QuantizedTensor:
         return getattr(self, site)(x, codes_kept=True)
 
-    def _weight(self, name: str) -> QuantizedTensor:
+    def _quantized_weight(self, name: str) -> QuantizedTensor:
         return getattr(self, f"{name}_quantizer")(self._as_matrix(self, name, getattr(self, name)))
 
     def _part(self, weight: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:

@@ -69,8 +69,8 @@ class RunsCell(MultipliesWeights):
 
     def _next(self, kind: str, x: Any, h: Any, state: State) -> State:
         """The state after one step, of a quantized input and state."""
-        gi = self._times(x, self._weight("weight_ih"), self.bias_ih)
-        gh = self._times(h, self._weight("weight_hh"), self.bias_hh)
+        gi = self._times(x, self._quantized_weight("weight_ih"), self.bias_ih)
+        gh = self._times(h, self._quantized_weight("weight_hh"), self.bias_hh)
         return next_state(kind, gi, gh, state)
 
 
@@ -185,9 +185,9 @@ class RunsSequence(MultipliesWeights):
     def _direction(self: Any, taken: Any, sizes: list[int], name: str, state: State) -> tuple[Tensor, State]:
         """One layer in one direction: results ``[steps, batch]``, and the state ``[B, H]`` at its end."""
         bias_ih, bias_hh = (getattr(self, f"bias_{kind}_{name}", None) for kind in ("ih", "hh"))
-        gates = self._times(taken, self._weight(f"weight_ih_{name}"), bias_ih).split(sizes)
-        recurrent = self._weight(f"weight_hh_{name}")
-        shrink = self._weight(f"weight_hr_{name}") if self.proj_size else None
+        gates = self._times(taken, self._quantized_weight(f"weight_ih_{name}"), bias_ih).split(sizes)
+        recurrent = self._quantized_weight(f"weight_hh_{name}")
+        shrink = self._quantized_weight(f"weight_hr_{name}") if self.proj_size else None
         outs: list[Any] = [None] * len(sizes)
         steps = range(len(sizes))
         for t in reversed(steps) if name.endswith("_reverse") else steps:

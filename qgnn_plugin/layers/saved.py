@@ -30,7 +30,7 @@ class CarriesConfiguration:
 
     def _save_to_state_dict(self: Any, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
-        saved = {"version": 1, "config": self._config.to_dict(), "settings": self.computing_settings()}
+        saved = {"version": 1, "config": self._quant_config.to_dict(), "settings": self.computing_settings()}
         destination[prefix + CONFIG_KEY] = encode(saved)
 
     def _load_from_state_dict(

@@ -45,7 +45,7 @@ class QuantizedSparseLinear(QuantizedWeights):
     @full_precision
     def forward(self, edge_index: Any, edge_weight: Tensor | None = None) -> Tensor:
         """As the float layer's: ``[N, out_channels]`` of the edges among ``N = in_channels`` nodes."""
-        rows: QuantizedTensor = self._weight("weight")
+        rows: QuantizedTensor = self._quantized_weight("weight")
         if self.is_off or rows.qmax is None or is_watched(self):
             return self._of_values(rows.dequantize(), edge_index, edge_weight)
         graph = adjacency_of(self, edge_index, edge_weight)

@@ -50,13 +50,13 @@ class PackedConv(PackedLayer, SmoothLayer):
         return self._packed.spec.smooth
 
     @property
-    def _force(self) -> Tensor:
+    def _smoothing_force(self) -> Tensor:
         return self._constraint_buffer("multiplier")
 
     def fill(self, layer: Any) -> None:
         super().fill(layer)
         if self._is_smoothing:
-            self._force.copy_(layer._force)
+            self._smoothing_force.copy_(layer._smoothing_force)
 
     def aggregation(self, x: Activation, graph: NormalizedGraph, **epilogue: Any) -> Producer:
         r""":math:`t_i \sum_j w_{ij} x_j` over codes.

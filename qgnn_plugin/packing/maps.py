@@ -276,7 +276,7 @@ class PackedEmbedding(PackedWeights):
     def _rows(self, index: Tensor | None) -> Tensor:
         if index is not None and index.numel() > self.num_embeddings:  # types of edges, and the like
             return self._rows(None).index_select(0, index)
-        table = self._weight("weight")
+        table = self._quantized_weight("weight")
         assert isinstance(table, PackedMatrix)
         values = (table.packed if index is None else table.packed.take(index)).dequantize()
         if self.padding_row is not None and self.padding_idx is not None:
@@ -292,7 +292,7 @@ class PackedSparseLinear(PackedWeights):
 
     @inference
     def forward(self, edge_index: Any, edge_weight: Tensor | None = None) -> Tensor:
-        table = self._weight("weight")
+        table = self._quantized_weight("weight")
         assert isinstance(table, PackedMatrix)
         if is_watched(self):
             values = self._dequantized("weight")

@@ -45,7 +45,7 @@ class PackedOwnWeights(WeightsAsRows, PackedWeights):
     def _stand_in(self, name: str) -> Tensor:
         frozen: Any = super()._stand_in(name)
         weight = FrozenFactor(frozen._layer, frozen._value, frozen.shape, frozen.device)
-        weight._factor = factor(self, name, self._weight(name), self._shapes[name])
+        weight._factor = factor(self, name, self._quantized_weight(name), self._shapes[name])
         return weight
 
     def _times_features(self: Any, x: Tensor, name: str, matrix: Any) -> Tensor:

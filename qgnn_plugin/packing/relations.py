@@ -230,7 +230,7 @@ class _Terms:
         self.layer = layer
         self.terms: list[Producer] = []
         self.held_bits = 0  # per node and feature, of codes that terms hold
-        self.weight = layer._weight("weight") if "weight" in layer._shapes else None
+        self.weight = layer._quantized_weight("weight") if "weight" in layer._shapes else None
         self.root = layer._equal_parts("root", 1)[0] if "root" in layer._shapes else None
         self.composed: Tensor | None = None
         if layer.num_bases is not None:

@@ -96,7 +96,7 @@ def _mapped(layer: Any, x: Tensor, width: int) -> Tensor:
 def _term(layer: Any, name: str, mapped: Tensor) -> Tensor:
     """A term of the logits, ``[R N, H]``."""
     taken = layer._taken(mapped, f"{name}_input_quantizer")
-    return materialized(layer._times(taken, layer._weight(name)))
+    return materialized(layer._times(taken, layer._quantized_weight(name)))
 
 
 def _program(width: int, heads: int, slope: float) -> Program:

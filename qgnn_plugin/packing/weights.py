@@ -154,7 +154,7 @@ class PackedWeights(MultipliesWeights, PackedLayer):
         held = [t for t in (site.scale, site.lower_end) if t is not None]
         key = (count, site.words, site.values, *(checksum(t) for t in held))
         if known is None or len(known[0]) != len(key) or any(map(_differ, known[0], key)):
-            weight, num_rows = self._weight(name), site.num_out // count
+            weight, num_rows = self._quantized_weight(name), site.num_out // count
             parts = [self._part(weight, k * num_rows, (k + 1) * num_rows) for k in range(count)]
             parts = [replace(part, prepared={}) if isinstance(part, PackedMatrix) else part for part in parts]
             self._packed.last.parts[name] = known = (key, parts)
@@ -206,7 +206,7 @@ class PackedWeights(MultipliesWeights, PackedLayer):
     def _taken(self: Any, x: Tensor, site: str) -> Activation:
         return self._modules[site](x)
 
-    def _weight(self, name: str) -> PackedMatrix | Tensor:
+    def _quantized_weight(self, name: str) -> PackedMatrix | Tensor:
         return self._modules[f"{name}_quantizer"].matrix
 
     def _part(self, weight: PackedMatrix | Tensor, start: int, stop: int) -> PackedMatrix | Tensor:

@@ -80,7 +80,7 @@ class SmoothLayer:
     constraint = Alias("_constraint")
     violation = Alias("_violation")
     constraint_buffers = Alias("_constraint_buffers")
-    force = Alias("_force")
+    force = Alias("_smoothing_force")
     step_size = Alias("_step_size")
     highest_multiplier = Alias("_highest_multiplier")
     multiplier_value = Alias("_multiplier_value")
@@ -131,7 +131,7 @@ class SmoothLayer:
         return self._buffers.get(self._buffer_prefix + name)
 
     @property
-    def _force(self) -> Tensor:
+    def _smoothing_force(self) -> Tensor:
         """The multiplier that acts: ``max(0, lambda + c h)``, which without damping is ``lambda`` itself."""
         multiplier, penalty = self._constraint_buffer("multiplier"), self._constraint_buffer("penalty")
         return multiplier if penalty is None else (multiplier + penalty).clamp_min(0)
@@ -157,7 +157,7 @@ class SmoothLayer:
         """The multiplier that acts, as a number."""
         if self._constraint_buffer("multiplier") is None:
             raise AttributeError(f"Expected a smoothness constraint on {type(self).__name__} (got none)")
-        return float(self._force)
+        return float(self._smoothing_force)
 
     @property
     def _is_smoothing(self) -> bool:
@@ -244,7 +244,7 @@ class SmoothLayer:
             return a
         propagated = a
         if self._is_smoothing:
-            a = z + corrected(a - z, operator, config, self._force)
+            a = z + corrected(a - z, operator, config, self._smoothing_force)
         if self._measures:
             with torch.no_grad():
                 energy = dirichlet_energy((a - z).detach(), operator).clamp_min(0)

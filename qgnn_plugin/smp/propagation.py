@@ -256,7 +256,7 @@ class _Multiplier:
 
     def __init__(self, layer: PropagationLayer) -> None:
         assert layer._smp is not None
-        self.config, self.moves, self.force = layer._smp, layer._moves_itself, layer._force.detach()
+        self.config, self.moves, self.force = layer._smp, layer._moves_itself, layer._smoothing_force.detach()
         self.highest = layer._highest_multiplier
         if self.moves:
             start = self.config

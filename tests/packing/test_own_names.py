@@ -40,6 +40,22 @@ class Named(MessagePassing):
         return x_j
 
 
+class NamedWeight(MessagePassing):
+    """With private names, as implementations of graph attention have them."""
+
+    def __init__(self) -> None:
+        super().__init__(aggr="add")
+        self._weight = nn.Parameter(torch.randn(WIDTH, WIDTH) / WIDTH**0.5)
+        self._config, self._width, self._force = {"gain": 2.0}, 0.5, 3.0
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        out: Tensor = self.propagate(edge_index, x=x @ self._weight)
+        return out * self._config["gain"] * self._width + self._force
+
+    def message(self, x_j: Tensor) -> Tensor:
+        return x_j
+
+
 class NamedConv(GCNConv):
     violation = "v"
 
@@ -55,7 +71,7 @@ class NamedLinear(nn.Linear):
 
 
 @pytest.mark.parametrize("smp", [None, SMPConfig(), SMPConfig(multiplier=0.1)], ids=["none", "idle", "acts"])
-@pytest.mark.parametrize("make", [Named, NamedConv, NamedLinear])
+@pytest.mark.parametrize("make", [Named, NamedWeight, NamedConv, NamedLinear])
 @torch.no_grad()
 def test_names_of_the_layers_own(make: Any, smp: SMPConfig | None) -> None:
     model, args = Model(make()).eval(), inputs()
@@ -97,10 +113,18 @@ def test_names_that_are_needed_are_refused() -> None:
     class Site(nn.Linear):
         input_quantizer = None
 
-    for make in (Arguments, lambda: Site(2, 2)):
+    class Constant(nn.Linear):
+        units = 4  # of the class, where the mixin's would be read
+
+    class Kept(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(2, 2)
+            self._conversion = "mine"
+
+    for make in (Arguments, lambda: Site(2, 2), lambda: Constant(2, 2), Kept):
         model = nn.Sequential(make())
         before = {name: copy.copy(value) for name, value in vars(model[0]).items()}
-        with pytest.raises(ValueError, match=r"to be free on '0', a (Arguments|Site); rename"):
+        with pytest.raises(ValueError, match=r"to be free on '0', a (Arguments|Site|Constant|Kept); rename"):
             qgnn.quantize_model(model, inplace=True)
         assert {name: vars(model[0])[name] for name in before if name != "inspector"} == {
             name: value for name, value in before.items() if name != "inspector"
