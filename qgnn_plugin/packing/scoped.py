@@ -47,7 +47,7 @@ def _deferring_class(inner: type[nn.Module]) -> type[nn.Module]:
 
         def train(self: Any, mode: bool = True) -> Any:
             for module in self.modules() if mode is False else ():
-                if getattr(module, "_is_packed", False):  # before those around them, which may call them as they leave
+                if getattr(type(module), "_is_packed", False):  # before what calls it as it leaves
                     module.training = False
             return inner.train(self, mode)
 
