@@ -134,7 +134,7 @@ class DifferentialMultiplier(pl.Callback):
             if name in kept:
                 layer._updates, layer._rests = kept[name]["updates"], kept[name]["rests"]
                 if (measured := kept[name]["measured"]) is not None:
-                    layer._constraint_state = ConstraintState(*(v.to(layer._force.device) for v in measured))
+                    layer._constraint_state = ConstraintState(*(v.to(layer._smoothing_force.device) for v in measured))
 
     def state_dict(self) -> dict[str, Any]:
         return {"saturated": sorted(self._saturated)}
