@@ -94,7 +94,7 @@ def _by_relation(
             "x": (source.features, target.features),
             "alpha": (source.terms["source", relation], target.terms["target", relation]),
         }
-        outs[relation[2]].append(materialized(layer._propagated(edge_index, None, sent)).relu_())
+        outs[relation[2]].append(materialized(layer._propagated(edge_index, None, sent).relu_()))
     return outs
 
 

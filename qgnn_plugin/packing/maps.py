@@ -262,7 +262,7 @@ class PackedEmbedding(PackedWeights):
             raise TypeError(f"Expected indices into a table (got {input.dtype}); convert them with .long()")
         index = input.reshape(-1).long()
         if index.numel() and not torch.compiler.is_compiling() and not input.is_cuda:
-            low, high = int(index.min()), int(index.max())
+            low, high = map(int, index.aminmax())
             if low < 0 or high >= self.num_embeddings:
                 raise IndexError(
                     f"Expected indices of 0 to {self.num_embeddings - 1} at '{self._qualified_name}' (got {low} to "

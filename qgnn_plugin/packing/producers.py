@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.backend import backend_for
+from ..kernels.cpu.memory import empty
 from ..kernels.cpu.parallel import on_every_thread
 from .steps import Rows, Step, finished, with_epilogue
 
@@ -51,7 +52,8 @@ def _room(block: Rows, num_rows: int) -> Rows:
     """Room for all of ``num_rows`` rows of which ``block`` has some."""
     if isinstance(block, tuple):
         return tuple(_room(part, num_rows) for part in block)
-    return block.new_empty((num_rows, *block.shape[1:]))
+    shape = (num_rows, *block.shape[1:])
+    return empty(shape, block.dtype) if block.is_cpu else block.new_empty(shape)
 
 
 def _put(out: Rows, rows: slice, part: Rows) -> None:
