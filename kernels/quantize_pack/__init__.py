@@ -71,6 +71,6 @@ def pack_mapped(
     if x.is_cpu and is_direct():
         module = importlib.import_module(f"{__package__}.cpu")
         return module.pack_scaled(x, None, scale, offset, bits, unit, factor, term, relu)
-    if factor is not None:
+    if factor is not None and term is not None:
         x = x.mul_(factor).add_(term)
     return quantize_pack(x.relu_() if relu else x, scale, offset, bits, unit, is_checked=True)

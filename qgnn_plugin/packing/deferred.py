@@ -101,7 +101,7 @@ class Pending:
             self.runs.add()
             relu, steps = self._fused()
             value = self.producer(relu=relu)
-            for rows in row_blocks(*value.shape, value.device) if steps else ():
+            for rows in row_blocks(value.size(0), value.size(1), value.device) if steps else ():
                 block = value[rows]
                 if (done := finished(block, steps)) is not block:
                     block.copy_(done)
@@ -262,7 +262,7 @@ def _note(x: DeferredTensor, func: Any, args: Any, kwargs: Any) -> Any:
     if (step := step_of(func, args, kwargs)) is not None:
         return DeferredTensor._of(pending.then(step))
     if func in IN_PLACE and pending.is_whole:
-        pending.steps = (*pending.steps, step_of(IN_PLACE[func], args, kwargs))  # type: ignore[assignment]
+        pending.steps = (*pending.steps, step_of(IN_PLACE[func], args, kwargs))  # type: ignore[arg-type]
         pending.first, pending.codes = None, {}
         return x
     if func in _ALIASES and (not args or _is_shape_of(x, args[0])):

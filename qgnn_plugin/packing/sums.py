@@ -90,7 +90,7 @@ def _onto(known: Tensor, x: Any, combine: Callable[..., Tensor]) -> Tensor | Non
 
 def note_row_sums(x: DeferredTensor, dims: Any, keepdim: bool = False, **options: Any) -> Tensor | None:
     """``x.sum(-1)`` by blocks of rows; :obj:`None` where there is one block."""
-    several = len(list(row_blocks(*x.shape, x.device))) > 1 if type(x) is DeferredTensor else False
+    several = len(list(row_blocks(x.size(0), x.size(1), x.device))) > 1 if type(x) is DeferredTensor else False
     if not several or options or list(dims) not in ([1], [-1]):
         return None
     return gathered(x.size(0), ((rows, value.sum(1, keepdim=keepdim)) for rows, value in x.pending.blocks()))
