@@ -57,7 +57,7 @@ def calibrate(
 
     Args:
         qmodel: A converted model.
-        data_or_loader: A ``Data``, a tuple of arguments, a dict of keywords, or an iterable of these.
+        data_or_loader: A ``Data``, a tuple of arguments, a dict of keywords, or an iterable of these or of tensors.
         method: ``"auto"``, ``"ranges"`` or ``"outputs"``.
         steps: Of matching outputs; each takes one batch.
         forward: ``forward(model, batch)`` runs the model, such as ``lambda model, batch: model.encode(batch.x,

@@ -30,12 +30,13 @@ COUNTS = ("num_nodes", "num_edges", "num_graphs")  # what data objects tell besi
 def model_inputs(model: nn.Module, batch: Any) -> Inputs:
     """Positional and keyword arguments of ``model`` for a batch.
 
-    A tuple or list is passed as it is, a mapping as keywords.  A PyG ``Data``, ``Batch`` or ``HeteroData`` is passed
-    whole where ``model.forward`` requires one argument and calls it ``data``, ``batch``, ``graph`` or the like.
-    Otherwise its fields are: ``x`` and the adjacency (``adj_t`` where present, else ``edge_index``) come first,
-    whatever ``model.forward`` calls them; what else it requires is taken by name, and of ``edge_weight``,
-    ``edge_attr``, ``edge_type``, ``batch`` and ``pos`` whichever it names and the batch holds.  Of a ``HeteroData``
-    these are the dictionaries by type.
+    A tensor or a tuple is passed as it is, a mapping as keywords, and a list, as torch's loaders make of inputs and
+    targets, without the tensors at its end that ``model.forward`` has no argument for.  A PyG ``Data``, ``Batch`` or
+    ``HeteroData`` is passed whole where ``model.forward`` requires one argument and calls it ``data``, ``batch``,
+    ``graph`` or the like.  Otherwise its fields are: ``x`` and the adjacency (``adj_t`` where present, else
+    ``edge_index``) come first, whatever ``model.forward`` calls them; what else it requires is taken by name, and of
+    ``edge_weight``, ``edge_attr``, ``edge_type``, ``batch`` and ``pos`` whichever it names and the batch holds.  Of a
+    ``HeteroData`` these are the dictionaries by type.
 
     Raises:
         TypeError: If the batch is none of these, or ``model.forward`` takes other arguments, or several readings of it
@@ -43,15 +44,32 @@ def model_inputs(model: nn.Module, batch: Any) -> Inputs:
     """
     model = _unwrapped(model)
     forward = _forward_of(model)
-    if isinstance(batch, (tuple, list)):
-        return tuple(batch), {}
+    if isinstance(batch, Tensor):
+        return (batch,), {}
+    if isinstance(batch, tuple):
+        return batch, {}
+    if isinstance(batch, list):
+        return _without_targets(model, tuple(batch)), {}
     if isinstance(batch, Mapping):
         return (), dict(batch)
     if is_data(batch):
         return _inputs_of(model, _parameters(model, forward), _Fields(batch))
     raise TypeError(
-        f"Expected a PyG Data object, a tuple of arguments or a dict of keywords (got {type(batch).__name__})"
+        f"Expected a PyG Data object, a tensor, a tuple of arguments or a dict of keywords (got {type(batch).__name__})"
     )
+
+
+def _without_targets(model: nn.Module, batch: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What comes before the tensors at the end of ``batch`` that ``model.forward`` has no argument for."""
+    try:
+        parameters = _signature(model).parameters.values()
+    except (TypeError, ValueError):
+        return batch
+    positional = [p for p in parameters if p.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)]
+    if not positional or any(p.kind is Parameter.VAR_POSITIONAL for p in parameters):
+        return batch
+    kept, targets = batch[: len(positional)], batch[len(positional) :]
+    return kept if all(isinstance(target, Tensor) for target in targets) else batch
 
 
 def run_model(model: nn.Module, batch: Any, forward: Forward | None = None) -> Any:
@@ -142,13 +160,15 @@ def parameters_of(model: nn.Module) -> list[Parameter]:
     return _parameters(model, _forward_of(model))
 
 
+def _signature(model: nn.Module) -> inspect.Signature:
+    """That of ``forward``: of a decorator, which may add arguments (a converted layer's adds none), not the wrapped."""
+    return inspect.signature(_forward_of(model), follow_wrapped=hasattr(type(model), "float_class"))
+
+
 def _check_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     forward = _forward_of(model)
     try:
-        # A decorator that hands on anything may add arguments of its own: it is asked, not what it wraps.  That of a
-        # converted layer adds none.
-        converted = hasattr(type(model), "float_class")
-        inspect.signature(forward, follow_wrapped=converted).bind(*args, **kwargs)
+        _signature(model).bind(*args, **kwargs)
     except ValueError:
         return
     except TypeError as error:

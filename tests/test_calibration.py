@@ -225,5 +225,5 @@ def test_heterogeneous_data_gives_its_dictionaries() -> None:
 
 
 def test_other_objects_are_no_batch() -> None:
-    with pytest.raises(TypeError, match=r"a PyG Data object, a tuple of arguments or a dict of keywords \(got int\)"):
+    with pytest.raises(TypeError, match=r"a tensor, a tuple of arguments or a dict of keywords \(got int\)"):
         model_inputs(Wide(), 3)

@@ -36,6 +36,17 @@ class TakesData(Base):
         return self.run(data.x, data.edge_index)
 
 
+class Static(Base):
+    """On one graph, which it holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("edges", graph())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x, self.edges)
+
+
 class TakesBatch(Base):
     def forward(self, batch, return_all=False):
         return self.run(batch.x, batch.edge_index)
@@ -288,7 +299,7 @@ def test_tensors_of_a_batch() -> None:
     [
         ("graphs", r"an iterable of these \(got str\)"),
         ([1, 2], r"\(got int\)"),
-        ([torch.zeros(3, 3)], r"\(got Tensor\)"),
+        ([torch.zeros(3, 3)], r"\(got \(Tensor\): missing"),
         ({"x": torch.zeros(3, 3), "edges": 1}, r"fits GCNConv\.forward\(x, edge_index, edge_weight\)"),
     ],
 )
@@ -305,3 +316,19 @@ def test_other_wrong_arguments() -> None:
         qgnn.quantize_model(GCNConv(WIDTH, OUT), include=3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"made by quantize_model \(got a int\)"):
         qgnn.calibrate(3, data())  # type: ignore[arg-type]
+
+
+def test_loaders_of_inputs_and_targets() -> None:
+    """What comes at the end of a list and has no argument is a target; a tuple is of arguments."""
+    x, y = torch.randn(4, NODES, WIDTH), torch.zeros(4, NODES)
+    pairs = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=2)
+    states = []
+    for batches in (pairs, [x[:2], x[2:]], [(x[:2],), (x[2:],)]):
+        qmodel = qgnn.calibrate(qgnn.quantize_model(Static(), bits=8), batches)
+        assert all(site.is_set for site in qgnn.quantizers(qmodel).values())
+        states.append(qgnn.quantizers(qmodel)["conv.lin.input_quantizer"].range())
+    assert states[0] == states[1] == states[2]
+    graphs = DataLoader([data(y=torch.zeros(1))] * 2, batch_size=2)
+    qgnn.calibrate(qgnn.quantize_model(TakesData(), bits=8), [[batch, batch.y] for batch in graphs])
+    with pytest.raises(TypeError, match="too many positional"):
+        run_model(Static(), (x, y))
