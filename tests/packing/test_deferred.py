@@ -149,6 +149,16 @@ def test_changes_in_place(source: Counted) -> None:
     assert torch.equal(before + 0, source.value.relu())
 
 
+def test_statistics_of_a_norm_are_those_of_its_call(source: Counted) -> None:
+    norm = nn.BatchNorm1d(WIDTH).eval()
+    with torch.no_grad():
+        expected, out = norm(source.value), norm(source.tensor())
+        for statistic in (norm.running_mean, norm.running_var, norm.weight, norm.bias):
+            statistic.add_(1)  # type: ignore[union-attr]
+        assert source.runs == 0
+        assert torch.equal(out + 0, expected)
+
+
 def test_sums_and_steps_of_producers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(producers, "BLOCK_FLOATS", 64 * WIDTH)
     first, second = Counted(torch.randn(ROWS, WIDTH)), Counted(torch.randn(ROWS, WIDTH))
