@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_map_only
 from .asked import Asked, key_of
 from .producers import Block, Producer, Rows, gathered, row_blocks
 from .stand_in import StandIn
-from .steps import IN_PLACE, Step, batch_norm, finished, step_of, with_epilogue
+from .steps import IN_PLACE, Step, as_now, batch_norm, finished, step_of, with_epilogue
 
 __all__ = ["NOTES", "DeferredTensor", "Pending", "Scope", "is_deferring", "materialized"]
 
@@ -291,7 +291,7 @@ def _note_layer_norm(pending: Pending, shape: Any, *rest: Any) -> Any:
     """The norm of whole rows."""
     if list(shape) != [pending.producer.num_features]:
         return None
-    norm, empty = aten.native_layer_norm.default, torch.empty(0)
+    norm, empty, rest = aten.native_layer_norm.default, torch.empty(0), as_now(*rest)
     return DeferredTensor._of(pending.then(lambda y: norm(y, shape, *rest)[0])), empty, empty
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..kernels.quantize_pack import pack_mapped, quantize_pack
 
-__all__ = ["IN_PLACE", "Affine", "Step", "batch_norm", "finished", "step_of", "with_epilogue"]
+__all__ = ["IN_PLACE", "Affine", "Step", "as_now", "batch_norm", "finished", "step_of", "with_epilogue"]
 
 Step = Callable[[Tensor], Tensor]
 Rows = Any  # floats or packed words of a matrix; or words and the multipliers of their rows, a pair
@@ -66,6 +66,11 @@ class Affine:
         return y.mul_(self.factor).add_(self.term)
 
 
+def as_now(*values: Any) -> tuple[Any, ...]:
+    """Copies of the tensors among ``values``: a model may write to its own before a result is computed."""
+    return tuple(value.detach().clone() if isinstance(value, Tensor) else value for value in values)
+
+
 def batch_norm(weight: Any, bias: Any, mean: Tensor, var: Tensor, *rest: Any) -> Step:
     """The batch norm of ``torch.native_batch_norm`` outside of training."""
 
@@ -73,6 +78,7 @@ def batch_norm(weight: Any, bias: Any, mean: Tensor, var: Tensor, *rest: Any) ->
         return aten.native_batch_norm.default(y, weight, bias, mean, var, *rest)[0]
 
     if not (mean.is_cpu and _is_affine()) or mean.dtype is not torch.float32:
+        weight, bias, mean, var = as_now(weight, bias, mean, var)
         return lambda y: norm(y, bias, mean)
     nothing = mean.new_zeros((1, mean.numel()))
     return Affine(norm(nothing + 1, None, nothing[0])[0], norm(nothing, bias, mean)[0])
