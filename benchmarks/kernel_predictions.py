@@ -155,7 +155,7 @@ def model_rows(model: str, bits: int, nodes: int, edges: int, target: str) -> di
     from benchmarks.stacks import WIDTHS, build_stack
     from qgnn_plugin.kernels.triton.autotune import power_law_plan
     from qgnn_plugin.kernels.triton.schedule import schedule_for
-    from qgnn_plugin.packing import deferred
+    from qgnn_plugin.packing.lazy import deferred
     from tools.rehearsal import rehearse
 
     small, plan = power_law_plan(2048, 20_000, "cpu"), power_law_plan(nodes, edges, "cpu")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-from qgnn_plugin.checkpoints import checkpointed_class
+from qgnn_plugin.conversion.checkpoints import checkpointed_class
 
 from .framework import pl
 

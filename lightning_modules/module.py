@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch_geometric.data import Data
 from torchmetrics import Metric
 
-from qgnn_plugin.checkpoints import ConvertsOnLoad
+from qgnn_plugin.conversion.checkpoints import ConvertsOnLoad
 from qgnn_plugin.inputs import model_inputs
 from qgnn_plugin.training import parameter_groups
 

@@ -9,7 +9,7 @@ import torch
 import qgnn_plugin as qgnn
 from qgnn_plugin.analysis.findings import site_values
 from qgnn_plugin.analysis.history import quantization_series
-from qgnn_plugin.converted import is_quantized
+from qgnn_plugin.conversion.converted import is_quantized
 
 from .framework import MisconfigurationException, pl
 

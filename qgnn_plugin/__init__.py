@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from . import convs, messages, moved, training  # noqa: F401 - layers, and kernels, are known by these being imported
 from .calibration import calibrate
 from .config import QuantConfig, SMPConfig
-from .conversion import quantize_like, quantize_model, restore_model
-from .converted import is_quantized, quantizers, range_parameters
+from .conversion.convert import quantize_like, quantize_model, restore_model
+from .conversion.converted import is_quantized, quantizers, range_parameters
 from .graph.adjacency import fixed_graph
 from .layers import QuantizedLayer, register_layer
 from .packing import (

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from .config import _one_of
-from .converted import expect_converted, quantizers
-from .coverage import counting_rows
+from .conversion.converted import expect_converted, quantizers
+from .conversion.coverage import counting_rows
+from .conversion.passed_by import Reached
 from .inputs import Forward, is_data, run_model, tensors_in
 from .kernels.plan import GraphPlan
 from .matching import LARGEST, match_outputs
-from .passed_by import Reached
 from .quantizers import QLRQuantizer, RangeKind
 
 __all__ = ["calibrate"]

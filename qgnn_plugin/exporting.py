@@ -15,7 +15,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_map
 
 from .atomic import PathLike, atomic_file, shown
-from .converted import is_quantized
+from .conversion.converted import is_quantized
 from .graph.adjacency import has_fixed_graph
 from .packing import is_packed
 

@@ -22,10 +22,10 @@ from .layers.arithmetic import aggregate_sum
 from .layers.base import QuantizedLayer, SiteFactory
 from .layers.message_passing import QuantizedConv
 from .layers.registry import register_layer as register_conversion
-from .packing.base import PackedLayer, register_packed
-from .packing.conv import PackedConv
-from .packing.guard import inference
-from .packing.ranges import PackedRange, PackedTensor
+from .packing.layers.base import PackedLayer, register_packed
+from .packing.layers.conv import PackedConv
+from .packing.layers.guard import inference
+from .packing.layers.ranges import PackedRange, PackedTensor
 from .smp.constraint import attach_constraint
 
 __all__ = [

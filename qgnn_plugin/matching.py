@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import OFF
-from .converted import quantized_layers, quantizers, range_parameters
+from .conversion.converted import quantized_layers, quantizers, range_parameters
 from .inputs import Forward, run_model, tensors_in
 from .layers.linear import QuantizedLinear
 from .quantizers import QLRQuantizer

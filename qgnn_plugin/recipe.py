@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from .calibration import calibrate
 from .config import OFF, QuantConfig
-from .conversion import quantize_model, restore_model
-from .converted import is_quantized
+from .conversion.convert import quantize_model, restore_model
+from .conversion.converted import is_quantized
 from .freezing import OscillationFreezing
 from .inputs import model_inputs
 from .matching import match_weights

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from .config import OFF
-from .converted import expect_converted, is_packed, is_quantized, quantized_layers
-from .coverage import Coverage, coverage
+from .conversion.converted import expect_converted, is_packed, is_quantized, quantized_layers
+from .conversion.coverage import Coverage, coverage
 from .layers.normalized import still
 from .packing.model import packed_bytes
 from .packing.report import PackedSummary, packed_summary

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .converted import range_parameters
+from .conversion.converted import range_parameters
 
 __all__ = ["distillation_loss", "parameter_groups"]
 

@@ -51,41 +51,52 @@ def test_the_import_resolves_no_paths_of_other_modules() -> None:
 
 
 # What is in a line may import what is in the lines before it.
-LEVELS = (
+LEVELS: tuple[tuple[str, ...], ...] = (
     ("kernels",),
     ("quantizers", "graph"),
     ("smp",),
     ("layers",),
+    ("conversion",),
     ("packing",),
     ("messages", "convs"),
     ("data", "onnx"),
     ("analysis",),
     ("cli",),
 )
+PACKING = (("lazy",), ("layers",), ("direct", "message_passing"), ("files",), ("embeddings",))
 
 
-def _imported(file: Path, package: list[str]) -> set[str]:
-    """The sub-packages, and modules beside them, that a module imports from, if only inside a function."""
+def _imported(file: Path, package: list[str], depth: int = 1) -> set[str]:
+    """The sub-packages, and modules beside them, that a module imports from, if only inside a function.
+
+    Args:
+        file: The module.
+        package: Names of the package that it is in and of those around that one.
+        depth: Of the sub-packages among these names.
+    """
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
             path = [*package[: len(package) - node.level + 1], *(node.module or "").split(".")]
-            names = [path[1]] if len(path) > 1 and path[1] else [alias.name for alias in node.names]
-            found |= set(names)
+            path = [name for name in path if name]
+            names = [path[depth]] if len(path) > depth else [alias.name for alias in node.names]
+            found |= set(names) if len(path) >= depth else set()
     return found
 
 
-def test_imports_go_down() -> None:
+@pytest.mark.parametrize(("inside", "levels"), [((), LEVELS), (("packing",), PACKING)])
+def test_imports_go_down(inside: tuple[str, ...], levels: tuple[tuple[str, ...], ...]) -> None:
     """Between the sub-packages; what is beside them, at the top, is the interface and what all of them share."""
-    root = Path(qgnn.__file__).parent
-    rank = {name: level for level, names in enumerate(LEVELS) for name in names}
+    root = Path(qgnn.__file__).parent.joinpath(*inside)
+    rank = {name: level for level, names in enumerate(levels) for name in names}
     folders = {folder.name for folder in root.iterdir() if (folder / "__init__.py").exists()}
     assert folders - set(rank) <= {"kernels", "lightning_modules"}
+    above = ["qgnn_plugin", *inside]
     upwards = [
         f"{file.relative_to(root)} -> {name}"
         for folder in folders & set(rank)
         for file in (root / folder).rglob("*.py")
-        for name in _imported(file, ["qgnn_plugin", *file.relative_to(root).parts[:-1]]) & set(rank)
+        for name in _imported(file, [*above, *file.relative_to(root).parts[:-1]], len(above)) & set(rank)
         if name != folder and rank[name] >= rank[folder]
     ]
     assert not upwards

@@ -30,7 +30,7 @@ from torch_geometric.nn import GAT, GCN, GATConv, GCNConv, GraphConv
 
 import qgnn_plugin as qgnn
 from qgnn_plugin import QuantConfig, SMPConfig
-from qgnn_plugin.converted import quantized_layers
+from qgnn_plugin.conversion.converted import quantized_layers
 
 
 def through_torch_save(model: nn.Module) -> nn.Module:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.data.data import BaseData
 
-from ..conversion import unquantized
-from ..converted import expect_converted, quantized_layers
-from ..copying import copy_model
+from ..conversion.convert import unquantized
+from ..conversion.converted import expect_converted, quantized_layers
+from ..conversion.copying import copy_model
 from ..graph.adjacency import gcn_graph
 from ..inputs import Forward, run_model
 from ..layers.message_passing import QuantizedConv

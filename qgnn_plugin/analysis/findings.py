@@ -15,9 +15,9 @@ from torch_geometric.utils import degree
 
 from ..calibration import calibrate
 from ..config import OFF
-from ..conversion import quantize_model
-from ..converted import quantized_layers, quantizers
-from ..copying import copy_model
+from ..conversion.convert import quantize_model
+from ..conversion.converted import quantized_layers, quantizers
+from ..conversion.copying import copy_model
 from ..inputs import run_model
 from ..packing import packed_bytes
 from ..quantizers import QLRQuantizer, QuantizedTensor

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..atomic import atomic_file
 from ..config import OFF
-from ..converted import quantizers
+from ..conversion.converted import quantizers
 from ..quantizers import QLRQuantizer
 from ..smp import smp_layers
 

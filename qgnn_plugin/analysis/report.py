@@ -11,10 +11,10 @@ from torch import nn
 
 from .. import __version__
 from ..atomic import atomic_file
-from ..conversion import unquantized
-from ..converted import expect_converted
-from ..copying import copy_model
-from ..coverage import Coverage, coverage
+from ..conversion.convert import unquantized
+from ..conversion.converted import expect_converted
+from ..conversion.copying import copy_model
+from ..conversion.coverage import Coverage, coverage
 from ..packing import pack_model
 from ..summaries import Summary, summary
 from . import figures

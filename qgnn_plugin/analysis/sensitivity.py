@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from ..calibration import calibrate
 from ..config import OFF, QuantConfig
-from ..conversion import quantize_model
-from ..converted import is_quantized, quantized_layers, quantizers
+from ..conversion.convert import quantize_model
+from ..conversion.converted import is_quantized, quantized_layers, quantizers
 from ..inputs import run_model
 from ..packing import is_packed, pack_model
 from .comparison import median_seconds, score

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..analysis.comparison import compare
-from ..conversion import restore_model
+from ..conversion.convert import restore_model
 from ..packing import pack_model
 from .building import origin_of
 from .commands import convert, load

@@ -13,8 +13,8 @@ from torch import nn
 from ..analysis.comparison import score
 from ..atomic import atomic_file
 from ..calibration import calibrate
-from ..conversion import quantize_model, restore_model
-from ..converted import is_quantized
+from ..conversion.convert import quantize_model, restore_model
+from ..conversion.converted import is_quantized
 from ..denormals import flushed_denormals
 from ..inputs import run_model
 from ..packing import pack_model, packed_bytes, save_packed

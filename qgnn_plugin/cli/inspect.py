@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ..config import OFF
 from ..packing import PackedEmbeddings
-from ..packing.base import LayerSpec
-from ..packing.container import kind_of, read, refuse
-from ..packing.files import KIND
-from ..packing.schema import read_description
+from ..packing.files.container import kind_of, read, refuse
+from ..packing.files.packed_model import KIND
+from ..packing.files.schema import read_description
+from ..packing.layers.base import LayerSpec
 from ..tables import table
 
 __all__ = ["inspect"]

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ..atomic import atomic_file, shown
-from ..conversion import quantize_like
+from ..conversion.convert import quantize_like
 from ..data import load_dataset
 from ..packing import load_packed
-from ..packing.files import read_origin
+from ..packing.files.packed_model import read_origin
 from ..saved import CONFIG_KEY
 from .building import Origin, origin_of
 

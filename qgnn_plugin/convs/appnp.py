@@ -14,8 +14,8 @@ from ..graph.samples import Samples
 from ..kernels.smp_step import smp_step, step_factors
 from ..layers.base import SiteFactory
 from ..layers.registry import register_layer
-from ..packing.base import LayerSpec, register_packed
-from ..packing.ranges import PackedRange
+from ..packing.layers.base import LayerSpec, register_packed
+from ..packing.layers.ranges import PackedRange
 from ..smp.constraint import attach_constraint
 from ..smp.propagation import Meter, SMPropagation, StepFactors
 from .steps import PackedSteps, QuantizedPropagation

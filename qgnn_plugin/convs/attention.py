@@ -24,12 +24,12 @@ from ..layers.message_passing import SUM
 from ..layers.numerators import attention_codes, attention_thresholds
 from ..layers.registry import register_layer
 from ..layers.watched import is_watched
-from ..packing.base import LayerSpec, register_packed
-from ..packing.direct_attention import direct_gat
-from ..packing.guard import inference
-from ..packing.linear import PackedLinear
-from ..packing.producers import Producer, with_epilogue
-from ..packing.ranges import PackedRange, PackedTensor, joined
+from ..packing.direct.attention import direct_gat
+from ..packing.layers.base import LayerSpec, register_packed
+from ..packing.layers.guard import inference
+from ..packing.layers.linear import PackedLinear
+from ..packing.layers.ranges import PackedRange, PackedTensor, joined
+from ..packing.lazy.producers import Producer, with_epilogue
 from ..quantizers import QLRQuantizer, QuantizedTensor
 from .base import Codes, Frozen, Trainable, trainable
 from .gcn import refusal

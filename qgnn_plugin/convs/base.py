@@ -5,9 +5,9 @@ that mixin on :class:`Trainable`, its packed class the same mixin on :class:`Fro
 
 * a trainable site gives codes with straight-through gradients, and a sum, a product or a correction is a tensor that
   autograd knows;
-* a frozen site hands its range down: a sum or a product is a :class:`~qgnn_plugin.packing.producers.Producer`, which
-  writes the codes of whatever comes next from the registers that it was added up in, and floats only where somebody
-  needs these.
+* a frozen site hands its range down: a sum or a product is a
+  :class:`~qgnn_plugin.packing.lazy.producers.Producer`, which writes the codes of whatever comes next from the
+  registers that it was added up in, and floats only where somebody needs these.
 
 Both run the same float operations in the same order, so that a packed layer equals the converted one in eval mode.
 """
@@ -28,11 +28,11 @@ from ..layers.arithmetic import aggregate_sum
 from ..layers.errors import names_layer
 from ..layers.message_passing import QuantizedConv
 from ..layers.watched import is_hooked, mapped_by_call
-from ..packing.conv import Activation, PackedConv, packed_dense
-from ..packing.deferred import materialized
-from ..packing.linear import PackedLinear
-from ..packing.producers import Producer, Step, with_epilogue
-from ..packing.ranges import PackedTensor
+from ..packing.layers.conv import Activation, PackedConv, packed_dense
+from ..packing.layers.linear import PackedLinear
+from ..packing.layers.ranges import PackedTensor
+from ..packing.lazy.deferred import materialized
+from ..packing.lazy.producers import Producer, Step, with_epilogue
 from ..quantizers.autocast import full_precision
 from ..smp.constraint import SmoothLayer
 
@@ -203,7 +203,7 @@ def trainable(forward: Callable[..., Any]) -> Any:
 class Frozen(Convolution, PackedConv):
     """Base of packed convolutions: a result is a :class:`Producer`, or a tensor where floats had to be written.
 
-    Their ``forward`` is the one that is told once, under :func:`~qgnn_plugin.packing.guard.inference`.
+    Their ``forward`` is the one that is told once, under :func:`~qgnn_plugin.packing.layers.guard.inference`.
     """
 
     def _precision(self, lin: Any) -> torch.dtype:

@@ -13,9 +13,9 @@ from ..layers.errors import names_layer
 from ..layers.message_passing import QuantizedConv, QuantizedMessagePassing
 from ..layers.own_weights import QuantizedOwnConv
 from ..layers.registry import register_deep
-from ..packing.base import LayerSpec, register_packed
-from ..packing.deferred import materialized
-from ..packing.guard import inference
+from ..packing.layers.base import LayerSpec, register_packed
+from ..packing.layers.guard import inference
+from ..packing.lazy.deferred import materialized
 from ..quantizers import QLRQuantizer
 from ..quantizers.autocast import full_precision
 from ..smp.constraint import attach_constraint

@@ -15,9 +15,9 @@ from ..layers.base import SiteFactory
 from ..layers.message_passing import SUM
 from ..layers.registry import register_layer
 from ..layers.watched import is_watched, watched_graph
-from ..packing.base import register_packed
-from ..packing.direct_convs import direct_gcn
-from ..packing.guard import inference
+from ..packing.direct.convs import direct_gcn
+from ..packing.layers.base import register_packed
+from ..packing.layers.guard import inference
 from ..smp.constraint import attach_constraint
 from .base import Convolution, Frozen, Mapped, Trainable, trainable
 

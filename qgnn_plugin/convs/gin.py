@@ -15,12 +15,12 @@ from ..layers.base import SiteFactory
 from ..layers.errors import REFUSALS, name_layer
 from ..layers.registry import register_layer
 from ..layers.watched import is_watched, pair_of, through_pyg
-from ..packing.base import register_packed
-from ..packing.conv import packed_dense
-from ..packing.deferred import DeferredTensor, is_deferring
-from ..packing.direct import is_few
-from ..packing.direct_convs import direct_gin
-from ..packing.guard import inference
+from ..packing.direct.convs import direct_gin
+from ..packing.layers.base import register_packed
+from ..packing.layers.conv import packed_dense
+from ..packing.layers.few_rows import is_few
+from ..packing.layers.guard import inference
+from ..packing.lazy.deferred import DeferredTensor, is_deferring
 from ..quantizers import QuantizedTensor
 from ..smp.constraint import Operator, attach_constraint
 from .base import Codes, Convolution, Frozen, Result, Trainable, trainable

@@ -14,9 +14,9 @@ from ..layers.arithmetic import own_copy
 from ..layers.message_passing import QuantizedMessagePassing
 from ..layers.registry import register_deep, register_layer
 from ..layers.watched import is_watched
-from ..packing.base import register_packed
-from ..packing.generic import PackedMessagePassing
-from ..packing.guard import inference
+from ..packing.layers.base import register_packed
+from ..packing.layers.guard import inference
+from ..packing.message_passing.generic import PackedMessagePassing
 from .base import Convolution, Frozen, Trainable, trainable
 from .deep import DeepMessagePassing
 

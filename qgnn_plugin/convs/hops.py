@@ -19,8 +19,8 @@ from ..layers.arithmetic import own_copy
 from ..layers.base import SiteFactory
 from ..layers.registry import register_layer
 from ..layers.watched import is_watched, observed, values_entering
-from ..packing.base import register_packed
-from ..packing.deferred import materialized
+from ..packing.layers.base import register_packed
+from ..packing.lazy.deferred import materialized
 from ..smp.constraint import attach_constraint
 from ..smp.propagation import Step, StepFactors
 from .base import scaled

@@ -19,9 +19,9 @@ from ..layers.base import SiteFactory
 from ..layers.linear import QuantizedLinear
 from ..layers.registry import convert_layer, register_layer
 from ..layers.watched import is_watched, observed, pair_of, source_side, through_pyg, values_mapped
-from ..packing.base import LayerSpec, register_packed
-from ..packing.direct_convs import direct_sage
-from ..packing.guard import inference
+from ..packing.direct.convs import direct_sage
+from ..packing.layers.base import LayerSpec, register_packed
+from ..packing.layers.guard import inference
 from ..smp.constraint import attach_constraint
 from .base import Codes, Convolution, Frozen, Mapped, Result, Trainable, trainable
 

@@ -16,8 +16,8 @@ from ..layers.base import QuantizerDict, SiteFactory
 from ..layers.errors import names_layer
 from ..layers.message_passing import SUM
 from ..layers.watched import is_watched, watched_graph
-from ..packing.base import LayerSpec
-from ..packing.guard import inference
+from ..packing.layers.base import LayerSpec
+from ..packing.layers.guard import inference
 from ..quantizers import QLRQuantizer
 from ..quantizers.autocast import full_precision
 from ..smp.constraint import BUFFERS

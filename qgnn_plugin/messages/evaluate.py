@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..packing.deferred import materialized
-from ..packing.producers import gathered, row_blocks
+from ..packing.lazy.deferred import materialized
+from ..packing.lazy.producers import gathered, row_blocks
 from .marks import LINEAR
 from .spaces import CONST, EDGE, KERNEL, ROW, SOURCE, TARGET, Spaces, fill_value, reduction_of
 from .trace import Trace

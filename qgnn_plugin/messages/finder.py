@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..packing.producers import Producer
-from ..packing.propagation_call import MessageKernel, NotByRows, Propagation, register_message_kernel
+from ..packing.lazy.producers import Producer
+from ..packing.message_passing.call import MessageKernel, NotByRows, Propagation, register_message_kernel
 
 __all__ = ["find_traced"]
 

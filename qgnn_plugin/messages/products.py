@@ -15,7 +15,7 @@ from ..kernels.layout import pack_codes, top_code, unpack_codes
 from ..kernels.linear import linear_colterm
 from ..kernels.plan import plan_cache
 from ..layers.arithmetic import EXACT_FLOAT32
-from ..packing.ranges import PackedTensor
+from ..packing.layers.ranges import PackedTensor
 from ..quantizers import quantize_codes
 from .evaluate import Values
 from .marks import LINEAR

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..packing.nodes import PackedNodes, is_features
-from ..packing.producers import Producer
-from ..packing.propagation_call import SPECIAL, Propagation
+from ..packing.lazy.producers import Producer
+from ..packing.message_passing.call import SPECIAL, Propagation
+from ..packing.message_passing.nodes import PackedNodes, is_features
 from .check import expect_agreement
 from .shadow import NotTraceable
 from .traced import TracedCalls, TracedMessage

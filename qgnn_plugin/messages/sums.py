@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from ..kernels.generated.program import Program
 from ..kernels.generated.run import row_program
 from ..kernels.plan import GraphPlan
-from ..packing.producers import Producer, with_epilogue
+from ..packing.lazy.producers import Producer, with_epilogue
 from .build import Built
 from .evaluate import Values
 from .spaces import ROW, Spaces

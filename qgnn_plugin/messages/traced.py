@@ -19,11 +19,11 @@ from ..kernels.cpu.memory import empty
 from ..kernels.generated.program import Unsupported
 from ..kernels.generated.run import NotFinite, can_run, row_program
 from ..kernels.plan import GraphPlan
-from ..packing.columns import Late, waits
-from ..packing.deferred import materialized
-from ..packing.producers import BLOCK_FLOATS, Producer, with_epilogue
-from ..packing.propagation_call import NotByRows
-from ..packing.ranges import NOT_FINITE
+from ..packing.layers.ranges import NOT_FINITE
+from ..packing.lazy.columns import Late, waits
+from ..packing.lazy.deferred import materialized
+from ..packing.lazy.producers import BLOCK_FLOATS, Producer, with_epilogue
+from ..packing.message_passing.call import NotByRows
 from .build import Built, build
 from .check import expect_agreement
 from .edge_maps import product_arrays

@@ -1,12 +1,14 @@
 """Packed integer models for inference: packed layers, their files, and packed embeddings."""
 
-from . import generic, linear, maps, own_weights, sums
-from .base import PackedLayer, register_packed
 from .cuda_graph import CapturedModel, capture
-from .embeddings import PackedEmbeddings
-from .files import load_packed, save_packed
+from .embeddings.embeddings import PackedEmbeddings
+from .embeddings.rows import PackedRows, pack_rows
+from .files.packed_model import load_packed, save_packed
+from .layers import linear, maps
+from .layers.base import PackedLayer, register_packed
+from .lazy import sums
+from .message_passing import generic, own_weights
 from .model import PackedBytes, is_packed, pack_model, packed_bytes, packed_layers
-from .rows import PackedRows, pack_rows
 
 __all__ = [
     "CapturedModel",

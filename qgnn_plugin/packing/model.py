@@ -12,23 +12,23 @@ from torch_geometric.nn.aggr import EquilibriumAggregation
 from torch_geometric.nn.models.rev_gnn import InvertibleModule
 
 from ..config import OFF
-from ..converted import SPECS, is_packed, is_quantized, quantized_layers
-from ..copying import copying_memo
+from ..conversion.converted import SPECS, is_packed, is_quantized, quantized_layers
+from ..conversion.copying import copying_memo
+from ..conversion.passed_by import compares_tensors
 from ..layers.base import QuantizedLayer, attribute_names, clashes, float_state, names_kept
 from ..layers.message_passing import QuantizedMessagePassing
 from ..layers.normalized import still
 from ..layers.own_weights import own_tables
 from ..layers.registry import deep_mixin, mixin_for
-from ..passed_by import compares_tensors
 from ..quantizers import QLRQuantizer
 from ..saved import CONFIG_KEY
 from ..smp.constraint import constraint_names
 from ..smp.deep import DeepLayer, StackPlace, connect_stacks
-from .base import NEVER_RAN, WEIGHT, LayerSpec, PackedLayer, frozen_class, packed_class
-from .own_weights import PackedOwnModule, PackedOwnWeights
-from .ranges import PackedRange
-from .scoped import defer_inside
-from .weights import PackedWeight
+from .layers.base import NEVER_RAN, WEIGHT, LayerSpec, PackedLayer, frozen_class, packed_class
+from .layers.ranges import PackedRange
+from .layers.weights import PackedWeight
+from .lazy.scoped import defer_inside
+from .message_passing.own_weights import PackedOwnModule, PackedOwnWeights
 
 __all__ = ["PackedBytes", "is_packed", "pack_model", "packed_bytes", "packed_layers"]
 

@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from ..coverage import Coverage, coverage
+from ..conversion.coverage import Coverage, coverage
 from ..smp.deep import StackPlace
 from ..tables import table
-from .base import WEIGHT, LayerSpec
+from .layers.base import WEIGHT, LayerSpec
+from .layers.ranges import PackedRange
+from .layers.weights import PackedWeight, PackedWeights
 from .model import PackedBytes, packed_bytes, packed_layers, specs_of
-from .ranges import PackedRange
-from .weights import PackedWeight, PackedWeights
 
 __all__ = ["PackedLayerReport", "PackedSummary", "packed_summary"]
 

@@ -15,7 +15,7 @@ from torch_geometric.nn import GCN, GCNConv
 
 import qgnn_plugin as qgnn
 from qgnn_plugin.analysis.sensitivity import WIDTHS, Budget, _path, _Search, suggest_bits
-from qgnn_plugin.converted import quantizers
+from qgnn_plugin.conversion.converted import quantizers
 
 NODES = 80
 

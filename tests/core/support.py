@@ -29,7 +29,7 @@ from torch_geometric.nn import (
 )
 
 import qgnn_plugin as qgnn
-from qgnn_plugin.converted import quantized_layers
+from qgnn_plugin.conversion.converted import quantized_layers
 
 NODES, WIDTH, OUT = 40, 12, 6
 

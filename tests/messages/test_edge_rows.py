@@ -12,8 +12,9 @@ from torch_geometric.nn import MessagePassing
 
 import qgnn_plugin as qgnn
 from qgnn_plugin.messages import traced
-from qgnn_plugin.packing import producers, row_blocks
-from qgnn_plugin.packing.deferred import Pending
+from qgnn_plugin.packing.lazy import producers
+from qgnn_plugin.packing.lazy.deferred import Pending
+from qgnn_plugin.packing.message_passing import row_blocks
 
 NODES, EDGES, WIDTH, OUT = 40, 20_000, 8, 16
 

@@ -14,8 +14,8 @@ from torch_geometric.nn import ARMAConv, MessagePassing, TransformerConv
 
 import qgnn_plugin as qgnn
 from qgnn_plugin.messages.samples import samples_of
-from qgnn_plugin.packing.nodes import PackedNodes, packed_nodes
-from qgnn_plugin.packing.propagation_call import Propagation
+from qgnn_plugin.packing.message_passing.call import Propagation
+from qgnn_plugin.packing.message_passing.nodes import PackedNodes, packed_nodes
 
 pytest.importorskip("numba")
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch_geometric.nn import AGNNConv, GENConv, MessagePassing, SuperGATConv, TransformerConv
 
 import qgnn_plugin as qgnn
-from qgnn_plugin.packing import producers
+from qgnn_plugin.packing.lazy import producers
 
 pytest.importorskip("numba")
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import qgnn_plugin as qgnn
-from qgnn_plugin.packing.generic import PackedMessagePassing
+from qgnn_plugin.packing.message_passing.generic import PackedMessagePassing
 
 
 def packed_pair(make: Callable[[], nn.Module], *args: Any, bits: int = 4) -> tuple[nn.Module, nn.Module]:

@@ -11,7 +11,8 @@ from torch import nn
 from torch_geometric.nn import FastRGCNConv
 
 from qgnn_plugin.kernels.backend import use_backend
-from qgnn_plugin.packing import propagation_call, relations, row_blocks
+from qgnn_plugin.packing.message_passing import call as propagation_call
+from qgnn_plugin.packing.message_passing import relations, row_blocks
 
 
 @pytest.fixture(autouse=True)

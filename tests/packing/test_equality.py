@@ -20,7 +20,7 @@ import qgnn_plugin
 from qgnn_plugin import QuantConfig, SMPConfig
 from qgnn_plugin.kernels.backend import available_backends, use_backend
 from qgnn_plugin.kernels.plan import plan_cache
-from qgnn_plugin.packing.linear import PackedLinear
+from qgnn_plugin.packing.layers.linear import PackedLinear
 
 CASES = [
     {"bits": 2},

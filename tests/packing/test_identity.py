@@ -15,7 +15,7 @@ from torch_geometric.nn import GCNConv, MessagePassing
 
 import qgnn_plugin as qgnn
 from qgnn_plugin import QuantConfig
-from qgnn_plugin.converted import is_quantized, quantized_layers
+from qgnn_plugin.conversion.converted import is_quantized, quantized_layers
 from qgnn_plugin.layers.base import QuantizedLayer
 from qgnn_plugin.packing import PackedLayer
 from qgnn_plugin.packing.model import is_packed, packed_layers

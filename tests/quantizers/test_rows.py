@@ -12,7 +12,7 @@ from torch_geometric.nn import GATConv, GCNConv, MessagePassing, SAGEConv, Trans
 
 import qgnn_plugin as qgnn
 from qgnn_plugin import QLRQuantizer, QuantConfig
-from qgnn_plugin.packing.ranges import PackedTensor
+from qgnn_plugin.packing.layers.ranges import PackedTensor
 from qgnn_plugin.quantizers import search_range
 from qgnn_plugin.quantizers.rows import MOST, RowSample, multipliers, search_rows
 

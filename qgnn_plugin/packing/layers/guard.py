@@ -1,0 +1,116 @@
+"""The guard around the forward of a packed layer."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ...layers.errors import REFUSALS, expect_features, name_layer
+from ...quantizers.autocast import full_precision
+from ...quantizers.transforms import transform_of
+
+__all__ = ["inference", "unseen"]
+
+Forward = TypeVar("Forward", bound=Callable[..., Any])
+
+
+def unseen(function: Forward) -> Forward:
+    """Run ``function`` past the mode that sees what a model gathers (:mod:`..lazy.gathers`).
+
+    It costs every call of torch's functions some time, and kernels are run at once where there is none.
+    """
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or torch._C._len_torch_function_stack() != 1:
+            return function(*args, **kwargs)
+        mode = torch._C._pop_torch_function_stack()
+        passes = getattr(mode, "sees_gathers", False)
+        if not passes:
+            torch._C._push_on_torch_function_stack(mode)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            if passes:
+                torch._C._push_on_torch_function_stack(mode)
+
+    return run  # type: ignore[return-value]
+
+
+def inference(forward: Forward) -> Forward:
+    """Guard a packed layer's forward: eval mode only, no gradient, output quantization.
+
+    Raises:
+        RuntimeError: In training mode, or where an input requires a gradient and gradients are on, is a batch of
+            :func:`torch.func.vmap` or has a forward-mode derivative.
+    """
+
+    alone = unseen(forward)
+
+    @functools.wraps(forward)
+    @full_precision
+    def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.training:
+            raise RuntimeError(
+                f"Expected the packed '{self._packed.spec.name}' in eval mode (got training mode): packed "
+                f"models only run inference; call .eval(), or train the quantized model"
+            )
+        transform = transform_of((*args, *kwargs.values()))
+        if transform is not None:
+            raise RuntimeError(
+                f"Expected no {transform} through the packed '{self._packed.spec.name}' (got an input that has one): "
+                f"packed models only run inference, of one input after another; samples may be a dimension before that "
+                f"of the nodes, and the model that was given to pack_model has gradients"
+            )
+        if not torch.is_grad_enabled():
+            return run(self, args, kwargs)
+        if _wants_gradient((*args, *kwargs.values(), _edge_mask(self))):
+            raise RuntimeError(
+                f"Expected no gradient through the packed '{self._packed.spec.name}' (got an input that requires one): "
+                f"packed models only run inference; take gradients, such as forces, of the quantized model, or call "
+                f"the packed one under torch.no_grad()"
+            )
+        with torch.no_grad():
+            return run(self, args, kwargs)
+
+    def run(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if torch.compiler.is_compiling():
+            return concluded(self, forward(self, *args, **kwargs))
+        try:
+            if not self._runs_own_forward:
+                expect_features(args[0] if args else kwargs.get("x", ()))
+            return concluded(self, (forward if self._runs_own_forward else alone)(self, *args, **kwargs))
+        except REFUSALS as error:
+            name_layer(error, self._packed.spec.name)
+            raise
+
+    def concluded(self: Any, out: Any) -> Any:
+        if self.output_quantizer is None:
+            return out
+        if self._runs_own_forward and isinstance(out, tuple):  # with attention weights
+            return (self.output_quantizer(out[0], is_finite=True).dequantize(), *out[1:])
+        if not isinstance(out, Tensor):
+            return out
+        return self.output_quantizer(out, is_finite=True).dequantize()
+
+    return guarded  # type: ignore[return-value]
+
+
+def _edge_mask(layer: Any) -> Tensor | None:
+    """The mask of an explanation of edges, a parameter or an attribute."""
+    mask = vars(layer).get("_edge_mask")
+    return layer._parameters.get("_edge_mask") if mask is None else mask
+
+
+def _wants_gradient(values: Iterable[Any]) -> bool:
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.requires_grad:
+                return True
+        elif isinstance(value, (tuple, list)) and _wants_gradient(value):
+            return True
+    return False

@@ -1,0 +1,171 @@
+"""A weight matrix in packed words, and what multiplies by it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...kernels import linear as kernel
+from ...kernels.aggregate import aggregate
+from ...kernels.backend import has_numba, is_direct
+from ...kernels.head_linear import head_linear
+from ...kernels.layout import pack_codes, top_code, unpack_codes
+from ...kernels.plan import plan_cache
+from ...layers.arithmetic import EXACT_FLOAT32, linear
+from ...quantizers import QuantizedTensor
+from ..lazy.producers import Producer, with_epilogue
+from .ranges import PackedRange, PackedTensor
+
+__all__ = ["Activation", "PackedMatrix"]
+
+FULL_BYTE = 8  # bits
+
+Activation = PackedTensor | QuantizedTensor
+
+
+@dataclass(frozen=True, eq=False)
+class PackedMatrix:
+    r"""A weight ``[O, K]``, :math:`\hat w = c s + l` with one range or one per row.
+
+    Args:
+        packed: Its rows.
+        scale: One element or ``[O]``, float32, as products take it.
+        lower: Lower end, of the same shape.
+        prepared: Products by it that are prepared, by whether codes of the input fill a byte; :obj:`None` where its
+            tensors are not known to be as described.
+    """
+
+    packed: PackedTensor
+    scale: Tensor
+    lower: Tensor
+    prepared: dict[bool, Any] | None = None
+
+    @classmethod
+    def of(cls, words: Tensor, scale: Tensor, lower: Tensor, num_in: int, bits: int, unsigned: bool) -> PackedMatrix:
+        """Of words ``[O, row_words(K, bits)]`` int32; ``unsigned`` where the lower end is known to be zero."""
+        step, start = (v.view(-1, 1) if v.numel() > 1 else v for v in (scale, lower))
+        return cls(PackedTensor(words, step, start, num_in, bits, unsigned), scale, lower)
+
+    @property
+    def words(self) -> Tensor:
+        return self.packed.words
+
+    @property
+    def num_in(self) -> int:
+        return self.packed.num_features
+
+    @property
+    def num_out(self) -> int:
+        return self.packed.words.size(0)
+
+    @property
+    def bits(self) -> int:
+        return self.packed.bits
+
+    def rows(self, start: int, stop: int) -> PackedMatrix:
+        """The rows ``[start, stop)``."""
+        packed = self.packed.rows(start, stop)
+        return PackedMatrix(packed, packed.scale.view(-1), packed.lower.view(-1))
+
+    def codes(self) -> QuantizedTensor:
+        """The matrix unpacked."""
+        return QuantizedTensor.unpacked(self.packed)
+
+    def times(self, x: Activation, bias: Tensor | None = None) -> Tensor:
+        """``x W^T + b`` of ``[N, K]``: by integer products where that can be, else as the converted layer does."""
+        product = self.product(x, bias)
+        return self.wide(x, bias) if product is None else product()
+
+    def wide(self, x: Activation, bias: Tensor | None) -> Tensor:
+        """In floats over unpacked codes, as the converted layer computes it."""
+        quantized = QuantizedTensor.unpacked(x) if isinstance(x, PackedTensor) else x
+        return linear(quantized, self.codes(), bias, exact=True)
+
+    def product(self, x: Activation, bias: Tensor | None, row_scale: Tensor | None = None) -> Producer | None:
+        """``x W^T + b``, by a factor ``[N]`` per row, as integer products; :obj:`None` where it is none.
+
+        That takes input whose range factors out of the product.
+        """
+        if isinstance(x, QuantizedTensor):
+            return self._sparse_product(x, bias, row_scale)
+        if not self._factors_out(x):
+            return None
+        prepared = self._prepared(x.bits, bias)
+
+        def run(start: int, stop: int, **out: Any) -> Tensor:
+            rows, factor = x.rows(start, stop), None if row_scale is None else row_scale[start:stop]
+            if prepared is not None and is_direct():
+                return prepared(rows.words, rows.scale, rows.lower, x.bits, rows.multiplier, row_scale=factor, **out)
+            return kernel.linear(
+                rows.words, self.words, rows.scale, rows.lower, self.scale, self.lower,
+                self.num_in, x.bits, self.bits, bias=bias, row_scale=factor, multiplier=rows.multiplier, **out,
+            )  # fmt: skip
+
+        def taken(index: Tensor) -> Producer:
+            factor = None if row_scale is None else row_scale[index]
+            return self.product(x.take(index), bias, factor)  # type: ignore[return-value]
+
+        return Producer(x.words.size(0), self.num_out, x.words.device, run, adds=row_scale is None, taken=taken)
+
+    def with_head_dots(
+        self, x: Activation, bias: Tensor | None, target: PackedRange, vectors: Tensor, heads: int
+    ) -> tuple[PackedTensor, Tensor] | None:
+        """``y = x W^T + b`` quantized to ``target`` and dot products of its heads with ``vectors`` ``[V, O]``,
+        ``[V, N, H]``; :obj:`None` where these are not one kernel's.
+        """
+        if not isinstance(x, PackedTensor) or not target.spec.is_fixed or not self._factors_out(x):
+            return None
+        out = target.output_range()
+        words, times, dots = head_linear(
+            x.words, self.words, x.scale, x.lower, self.scale, self.lower, self.num_in, x.bits, self.bits, vectors,
+            heads, **out, bias=bias, multiplier=x.multiplier, is_checked=True,
+        )  # fmt: skip
+        return target.wrap((words, times) if target.has_multipliers else words, self.num_out), dots
+
+    def _factors_out(self, x: PackedTensor) -> bool:
+        """Whether ``x W^T`` is a product of integers, its range a factor, and these stay below ``2^31``."""
+        limit = (2**31 - 1) // (top_code(x.bits) * top_code(self.bits))
+        return (x.scale.dim() != 1 or x.scale.numel() <= 1) and self.num_in <= limit
+
+    def _prepared(self, bits: int, bias: Tensor | None) -> Any:
+        """The product of codes of ``bits`` bits as the CPU runs it on few rows; :obj:`None` where it does not."""
+        if self.prepared is None or not self.words.is_cpu or not has_numba() or torch.compiler.is_compiling():
+            return None
+        signed = bits == FULL_BYTE
+        found = self.prepared.get(signed)
+        if found is None or found.bias is not bias:
+            if bias is not None and (bias.shape != (self.num_out,) or bias.dtype is not torch.float32):
+                return None
+            found = kernel.prepared_linear(self.words, self.scale, self.lower, self.num_in, self.bits, signed, bias)
+            self.prepared[signed] = found
+        return found
+
+    def _sparse_product(self, x: QuantizedTensor, bias: Tensor | None, row_scale: Tensor | None) -> Producer | None:
+        """Sparse codes times the weight: a sum of the packed rows of ``W^T`` that a row of ``x`` names."""
+        if x.pattern is None or x.qmax is None:
+            return None
+        pattern, words, bits, num_in, num_out = x.pattern, self.words, self.bits, self.num_in, self.num_out
+        if pattern.max_degree * x.qmax * top_code(bits) >= EXACT_FLOAT32:
+            return None
+
+        def transposed() -> Tensor:
+            return pack_codes(unpack_codes(words, num_in, bits).t(), bits)
+
+        messages = plan_cache.get((words,), ("transposed", num_in, bits), transposed)
+        scale, lower = (v.expand(num_out).contiguous() for v in (self.scale, self.lower))
+        step = x.scale.expand(pattern.num_dst, 1).reshape(-1)
+        codes = None if x.qmax == 1 and bool(x.codes.all()) else x.codes
+
+        def run(start: int, stop: int, **out: Any) -> Tensor:
+            weight = None if codes is None else codes[pattern.edges(start, stop)]
+            fused = out if row_scale is None else {}
+            y = aggregate(
+                messages, pattern.rows(start, stop), scale, lower, num_out, bits, edge_weight=weight,
+                dst_scale=step[start:stop], bias=bias, **fused,
+            )  # fmt: skip
+            return y if row_scale is None else with_epilogue(y.mul_(row_scale[start:stop].view(-1, 1)), **out)
+
+        return Producer(pattern.num_dst, num_out, words.device, run, is_fused=row_scale is None)

@@ -1,0 +1,1 @@
+"""Packed message passing without kernels by hand: traced, by relation, by blocks of rows."""
