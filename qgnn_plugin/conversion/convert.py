@@ -21,11 +21,8 @@ from .checkpoints import ConvertsOnLoad, close_checkpoints, open_checkpoints
 from .converted import (
     check_unconverted,
     expect_converted,
-    is_quantized,
     kind_of,
     quantized_layers,
-    quantizers,
-    range_parameters,
 )
 from .copying import copy_model
 from .coverage import warn_of_float_parts, warn_of_unregistered
@@ -34,17 +31,7 @@ from .passed_by import check_methods, warn_of_comparisons
 from .scripted import close_scripted, open_scripted
 from .selection import Selector, is_in_copy, output_layer, select, selectors
 
-__all__ = [
-    "convert_as",
-    "expect_converted",
-    "is_quantized",
-    "quantize_like",
-    "quantize_model",
-    "quantized_layers",
-    "quantizers",
-    "range_parameters",
-    "restore_model",
-]
+__all__ = ["convert_as", "quantize_like", "quantize_model", "restore_model", "unquantized"]
 
 DEFAULT_BITS = 4
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ..aliases import Alias, public_names
@@ -50,14 +51,17 @@ class SwappedLayer:
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """Those of the layer itself to code of the model, which may run each of them; torch sees all."""
-        return self._seen_children(sys._getframe(1).f_globals)
+        return self._seen_children(None if torch.compiler.is_compiling() else sys._getframe(1).f_globals)
 
     def children(self) -> Iterator[nn.Module]:
         """As :meth:`named_children`."""
-        return (child for _, child in self._seen_children(sys._getframe(1).f_globals))
+        caller = None if torch.compiler.is_compiling() else sys._getframe(1).f_globals
+        return (child for _, child in self._seen_children(caller))
 
-    def _seen_children(self, caller: dict[str, Any]) -> Iterator[tuple[str, nn.Module]]:
-        hidden = () if str(caller.get("__name__")).startswith(_INFRASTRUCTURE) else frozenset(self.added_names())
+    def _seen_children(self, caller: dict[str, Any] | None) -> Iterator[tuple[str, nn.Module]]:
+        """What code with the globals ``caller`` is to see; what is compiled is code of the model."""
+        sees_all = caller is not None and str(caller.get("__name__")).startswith(_INFRASTRUCTURE)
+        hidden = () if sees_all else frozenset(self.added_names())
         found: Iterator[tuple[str, nn.Module]] = super().named_children()  # type: ignore[misc]
         return ((name, child) for name, child in found if name not in hidden)
 
@@ -196,7 +200,7 @@ class QuantizedLayer(CarriesConfiguration, SwappedLayer):
 
     def own_quantizers(self) -> Iterator[tuple[str, QLRQuantizer]]:
         """Quantizers that belong to this layer itself, not to a layer inside it."""
-        for name, child in self.named_children():
+        for name, child in self._modules.items():  # type: ignore[attr-defined]
             if isinstance(child, QLRQuantizer):
                 yield name, child
             elif isinstance(child, QuantizerDict):
@@ -320,7 +324,7 @@ def float_state(layer: Any) -> dict[str, Any]:
 
 def _added_before(layer: Any) -> frozenset[str]:
     """What conversion had added to a layer from a pickle that does not tell."""
-    children = [name for name, m in layer.named_children() if isinstance(m, (QLRQuantizer, QuantizerDict))]
+    children = [name for name, m in layer._modules.items() if isinstance(m, (QLRQuantizer, QuantizerDict))]
     constrained = issubclass(type(layer).float_class, SmoothLayer)
     return frozenset({*children, *_ATTRIBUTES, *(() if constrained else constraint_names(layer))})
 

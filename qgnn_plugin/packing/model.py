@@ -178,8 +178,9 @@ def _describe(layers: Mapping[str, Any], differentiated: Iterable[str] = ()) -> 
             reason = f"it has attributes of its own named {', '.join(taken)}"
         else:
             reason = cls.refuses(layer)
-        if type(layer).units:  # maps that take codes from it, not values: they are of its kind
-            inner = reason if reason in (None, NEVER_RAN) else f"part of '{name}'"
+        # Maps that take codes from it, not values: they are of its kind, or on their own where others call them.
+        if type(layer).units:
+            inner = None if reason in (None, NEVER_RAN) else f"part of '{name}'"
             maps = (getattr(layer, child, None) for child in type(layer).units)
             decided |= {id(child): inner for child in maps if child is not None}
         specs.append(LayerSpec.of(name, layer, reason))

@@ -46,6 +46,28 @@ def test_layers_that_never_ran_stay_float() -> None:
         assert torch.equal(form.old.lin_l.weight, model.old.lin_l.weight)
 
 
+class ByHand(nn.Module):
+    """Calls the parts of a layer, never the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = pyg.SAGEConv(WIDTH, WIDTH), GCNConv(WIDTH, 3)
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        near = self.conv.propagate(edge_index, x=(x, x))
+        return self.head((self.conv.lin_l(near) + self.conv.lin_r(x)).relu(), edge_index)
+
+
+@torch.no_grad()
+def test_maps_that_are_called_by_hand_are_packed() -> None:
+    args, model = inputs(), ByHand().eval()
+    converted = qgnn.calibrate(qgnn.quantize_model(model, bits=2), args).eval()
+    with pytest.warns(UserWarning, match="never ran .*: 'conv'; calibrate"):
+        packed = qgnn.pack_model(converted)
+    for form in (packed, reloaded(packed, model), copy.deepcopy(packed)):
+        assert torch.equal(form(*args), converted(*args))
+
+
 @torch.no_grad()
 def test_what_ran_in_part_is_packed() -> None:
     x, edge_index = inputs()
