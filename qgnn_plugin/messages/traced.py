@@ -157,9 +157,12 @@ class TracedMessage:
         return outs
 
     def _takes_late(self, rows: Tensor, leaf: Leaf) -> bool:
-        """Whether ``rows`` of edges are computed by blocks of them, and none of them asked for afterwards."""
+        """Whether ``rows`` are computed by blocks: of targets where the result is, of edges nobody asks for later."""
         program = self.built.program
-        alone = program.operands[self.built.leaves.index(leaf)].side == "edge" and not program.edge_outputs
+        side = program.operands[self.built.leaves.index(leaf)].side
+        if side == "target":
+            return self.is_by_rows
+        alone = side == "edge" and not program.edge_outputs
         many = rows.device.type == "cpu" and rows.numel() > BLOCK_FLOATS
         return alone and many and Late.of(rows).producer.taken is not None
 
@@ -192,7 +195,7 @@ class TracedMessage:
                 scale, lower = multiplied(scale, lower, packed.multiplier)
             return packed.words, scale.reshape(-1), lower.reshape(-1)
         rows = leaf.rows(values)
-        if waits(rows) and rows.dim() == 2 and (self.is_by_rows or self._takes_late(rows, leaf)):
+        if waits(rows) and rows.dim() == 2 and self._takes_late(rows, leaf):
             return (Late.of(rows),)
         rows = materialized(rows).to(torch.float32)
         return (rows.reshape(rows.size(0), math.prod(rows.shape[1:])).contiguous(),)  # once for all blocks

@@ -8,7 +8,7 @@ import pytest
 import torch
 from core.support import quantized
 from torch import Tensor, nn
-from torch_geometric.nn import MessagePassing
+from torch_geometric.nn import MessagePassing, PointTransformerConv
 
 import qgnn_plugin as qgnn
 from qgnn_plugin.messages import traced
@@ -63,3 +63,23 @@ def test_weights_of_edges_are_computed_with_their_rows(
     assert not [shape for shape in written if shape.numel() >= EDGES * OUT]
     layer = next(layer for layer in qgnn.summary(packed).layers if layer.type == "Filtered")
     assert layer.runs == ("packed: row blocks" if branches else "packed: generated kernel")
+
+
+def test_sources_that_a_network_gives_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the result is made by blocks of targets: any of these reads any source."""
+    monkeypatch.setattr(producers, "BLOCK_FLOATS", 1 << 9)
+    monkeypatch.setattr(traced, "BLOCK_FLOATS", 1 << 9)
+    torch.manual_seed(0)
+    layer = PointTransformerConv(WIDTH, OUT, pos_nn=_mlp(3), attn_nn=_mlp(OUT))
+    points = torch.randn(400, WIDTH), torch.rand(400, 3), torch.randint(400, (2, 4_000))
+    qmodel = quantized(layer, *points).eval()
+    packed = qgnn.pack_model(qmodel)
+    with torch.no_grad():
+        expected = qmodel(*points)
+        for _ in range(2):
+            torch.testing.assert_close(packed(*points), expected)
+    assert "packed: generated kernel" in [layer.runs for layer in qgnn.summary(packed).layers]
+
+
+def _mlp(width: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(width, OUT), nn.ReLU(), nn.Linear(OUT, OUT))
