@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...config import OFF
-from ...kernels.layout import pack_codes, row_words
-from ...layers.arithmetic import linear
+from ...kernels.layout import row_words
 from ...layers.linear import QuantizedLinear
 from ...layers.normalized import effective_weight, is_recomputed, without_sources
 from ...quantizers import QuantizedTensor
@@ -20,7 +19,8 @@ from .base import WEIGHT, LayerSpec, PackedLayer, register_packed
 from .conv import Activation
 from .few_rows import direct_product
 from .guard import inference
-from .matrix import PackedMatrix
+from .held_codes import HeldCodes
+from .matrix import PackedMatrix, wide_product
 from .ranges import PackedRange, PackedTensor, SiteSpec
 
 __all__ = ["PackedLinear"]
@@ -61,14 +61,10 @@ class PackedLinear(PackedLayer):
         if site.bits == OFF:
             full = nn.Parameter(effective_weight(layer).detach().clone(), requires_grad=False)
         else:
-            shape = (self._num_out, row_words(self._num_in, site.bits))
-            words = torch.zeros(shape, dtype=torch.int32, device=weight.device)
-            width = self._num_out if site.channels or site.granularity == "node" else 1
-            scale = nn.Parameter(torch.ones(width, dtype=torch.float32, device=weight.device), requires_grad=False)
-            lower = torch.zeros_like(scale) if site.zero_code is None else None
+            words, scale, lower = HeldCodes.empty(site, self._num_out, self._num_in, weight.device)
         self.register_buffer("words", words)
         self.register_parameter("float_weight", full)
-        self.register_parameter("weight_scale", scale)  # a parameter, as the weight was: it tells device and dtype
+        self.register_parameter("weight_scale", scale)
         self.register_buffer("weight_lower_end", lower)
 
     @classmethod
@@ -111,10 +107,7 @@ class PackedLinear(PackedLayer):
         if self.words is None:
             return
         weight = layer.weight_quantizer(effective_weight(layer))
-        self.words.copy_(pack_codes(weight.codes, self._site.bits))
-        self.weight_scale.copy_(weight.scale.reshape(-1))
-        if self.weight_lower_end is not None:
-            self.weight_lower_end.copy_(weight.lower.reshape(-1))
+        HeldCodes(self.words, self.weight_scale, self.weight_lower_end).fill(weight, self._site.bits)
 
     def _packed_weights(self) -> dict[str, tuple[None, int, int]]:
         """Size of the weight and bits of its codes, by the name of the site."""
@@ -161,7 +154,7 @@ class PackedLinear(PackedLayer):
     def apply_to(self, x: Activation, bias: Tensor | None) -> Tensor:
         """The linear map of quantized input ``[N, K]`` with another bias, or none: ``[N, O]``."""
         product = self.product(x, bias)
-        return self._wide(x, bias) if product is None else product()
+        return wide_product(x, self._weight_codes(), bias) if product is None else product()
 
     def packed_to(
         self, x: Activation, target: PackedRange, bias: Tensor | None = None, row_scale: Tensor | None = None
@@ -233,11 +226,6 @@ class PackedLinear(PackedLayer):
                 f"Expected {self._num_in} features at '{self._qualified_name}' (got {list(x.shape)}); check that "
                 f"the features are those of the model"
             )
-
-    def _wide(self, x: Activation, bias: Tensor | None) -> Tensor:
-        """In floats over unpacked codes, as the converted layer computes it."""
-        quantized = QuantizedTensor.unpacked(x) if isinstance(x, PackedTensor) else x
-        return linear(quantized, self._weight_codes(), bias, exact=True)
 
     def _weight_codes(self) -> QuantizedTensor:
         if self.words is None:

@@ -19,11 +19,17 @@ from ...quantizers import QuantizedTensor
 from ..lazy.producers import Producer, with_epilogue
 from .ranges import PackedRange, PackedTensor
 
-__all__ = ["Activation", "PackedMatrix"]
+__all__ = ["Activation", "PackedMatrix", "wide_product"]
 
 FULL_BYTE = 8  # bits
 
 Activation = PackedTensor | QuantizedTensor
+
+
+def wide_product(x: Activation, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
+    """``x W^T + b`` of ``[N, K]`` and ``[O, K]`` in floats over unpacked codes, as the converted layer computes it."""
+    quantized = QuantizedTensor.unpacked(x) if isinstance(x, PackedTensor) else x
+    return linear(quantized, weight, bias, exact=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,9 +86,8 @@ class PackedMatrix:
         return self.wide(x, bias) if product is None else product()
 
     def wide(self, x: Activation, bias: Tensor | None) -> Tensor:
-        """In floats over unpacked codes, as the converted layer computes it."""
-        quantized = QuantizedTensor.unpacked(x) if isinstance(x, PackedTensor) else x
-        return linear(quantized, self.codes(), bias, exact=True)
+        """:func:`wide_product` by the matrix."""
+        return wide_product(x, self.codes(), bias)
 
     def product(self, x: Activation, bias: Tensor | None, row_scale: Tensor | None = None) -> Producer | None:
         """``x W^T + b``, by a factor ``[N]`` per row, as integer products; :obj:`None` where it is none.

@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 from ...config import OFF
 from ...kernels.checksum import checksum
-from ...kernels.layout import pack_codes, row_words
-from ...layers.arithmetic import linear
 from ...layers.products import MultipliesWeights, is_computed
 from ...quantizers import QuantizedTensor
 from ..lazy.weight import FrozenWeight, read_only
 from .base import LayerSpec, PackedLayer
-from .matrix import Activation, PackedMatrix
+from .held_codes import HeldCodes
+from .matrix import Activation, PackedMatrix, wide_product
 from .ranges import UNSET, SiteSpec
 
 __all__ = ["PackedWeight", "PackedWeights"]
@@ -41,19 +40,15 @@ class PackedWeight(nn.Module):
     def __init__(self, spec: SiteSpec, num_out: int, num_in: int, device: torch.device | None = None) -> None:
         super().__init__()
         self.spec, self.num_out, self.num_in = spec, num_out, num_in
-        packs = spec.bits not in (OFF, UNSET)
-        size = (num_out if spec.channels or spec.granularity == "node" else 1,)
-        options: dict[str, Any] = {"dtype": torch.float32, "device": device}
-        words = torch.zeros(num_out, row_words(num_in, spec.bits), dtype=torch.int32, device=device) if packs else None
+        words = values = scale = lower = None
+        if spec.bits in (OFF, UNSET):  # a parameter, as the weight was: it tells device and dtype
+            values = nn.Parameter(torch.zeros(num_out, num_in, dtype=torch.float32, device=device), requires_grad=False)
+        else:
+            words, scale, lower = HeldCodes.empty(spec, num_out, num_in, device)
         self.register_buffer("words", words)
-        # Parameters, as the weight was: they tell device and dtype.
-        values = None if packs else nn.Parameter(torch.zeros(num_out, num_in, **options), requires_grad=False)
         self.register_parameter("values", values)
-        scale = nn.Parameter(torch.ones(size, **options), requires_grad=False) if packs else None
         self.register_parameter("scale", scale)
-        # Of a range per row, the lower end is rounded on its own.
-        free = packs and (spec.zero_code is None or (spec.granularity == "node" and spec.zero_code != 0))
-        self.register_buffer("lower_end", torch.zeros(size, **options) if free else None)
+        self.register_buffer("lower_end", lower)
 
     @torch.no_grad()
     def fill(self, weight: Tensor, quantized: QuantizedTensor | None) -> None:
@@ -63,10 +58,7 @@ class PackedWeight(nn.Module):
             return
         assert quantized is not None
         assert self.words is not None
-        self.words.copy_(pack_codes(quantized.codes, self.spec.bits))
-        self.scale.copy_(quantized.scale.reshape(-1))
-        if self.lower_end is not None:
-            self.lower_end.copy_(quantized.lower.reshape(-1))
+        HeldCodes(self.words, self.scale, self.lower_end).fill(quantized, self.spec.bits)
 
     @property
     def lower(self) -> Tensor:
@@ -215,8 +207,7 @@ class PackedWeights(MultipliesWeights, PackedLayer):
     def _times(self, x: Activation, weight: PackedMatrix | Tensor, bias: Tensor | None = None) -> Tensor:
         if isinstance(weight, PackedMatrix):
             return weight.times(x, bias)
-        taken = x if isinstance(x, QuantizedTensor) else QuantizedTensor.unpacked(x)
-        return linear(taken, QuantizedTensor.identity(weight), bias, exact=True)
+        return wide_product(x, QuantizedTensor.identity(weight), bias)
 
 
 def _differ(one: Any, other: Any) -> bool:
