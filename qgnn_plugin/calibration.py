@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .config import _one_of
+from .config import check_one_of
 from .conversion.converted import expect_converted, quantizers
 from .conversion.coverage import counting_rows
 from .conversion.passed_by import Reached
@@ -75,7 +75,7 @@ def calibrate(
     expect_converted(qmodel)
     if forward is not None and not callable(forward):
         raise TypeError(f"Expected a function of model and batch as 'forward' (got {type(forward).__name__})")
-    _one_of("method", method, METHODS)
+    check_one_of("method", method, METHODS)
     if type(steps) is not int or steps < 1:
         raise ValueError(f"Expected 'steps' to be an integer >= 1 (got {steps!r})")
     sites = quantizers(qmodel)

@@ -27,7 +27,7 @@ from ..layers.message_passing import QuantizedMessagePassing
 from ..quantizers import QLRQuantizer
 from ..smp.constraint import corrected
 from ..smp.deep import DeepLayer
-from ..smp.propagation import StepFactors
+from ..smp.descent import StepFactors
 from .injection import Passed, bypassed, injection, watched
 from .measured_error import MeasuredError, Rerun
 from .operators import Correction, OperatorBound, column_norm, operator_bound, operator_of

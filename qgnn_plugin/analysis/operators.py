@@ -10,7 +10,7 @@ from torch import Tensor
 from ..config import SMPConfig
 from ..graph.adjacency import NormalizedGraph
 from ..kernels.plan import GraphPlan
-from ..smp.propagation import StepFactors
+from ..smp.descent import StepFactors
 
 __all__ = ["Correction", "OperatorBound", "column_norm", "operator_bound", "operator_of"]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..graph.adjacency import NormalizedGraph
 from ..graph.samples import Samples
 from ..quantizers import QLRQuantizer
-from ..smp.propagation import Step
+from ..smp.descent import Step
 from .injection import Injection, Passed, bypassed, injection, watched
 from .measured_error import LayerCall, MeasuredError
 from .operators import Correction, operator_bound, operator_of

@@ -17,7 +17,8 @@ from ..layers.registry import register_layer
 from ..packing.layers.base import LayerSpec, register_packed
 from ..packing.layers.ranges import PackedRange
 from ..smp.constraint import attach_constraint
-from ..smp.propagation import Meter, SMPropagation, StepFactors
+from ..smp.descent import Meter, StepFactors
+from ..smp.propagation import SMPropagation
 from .steps import PackedSteps, QuantizedPropagation
 
 __all__ = ["PackedPropagation", "QuantizedAPPNP", "QuantizedSMPropagation"]

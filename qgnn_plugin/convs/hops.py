@@ -22,7 +22,7 @@ from ..layers.watched import is_watched, observed, values_entering
 from ..packing.layers.base import register_packed
 from ..packing.lazy.deferred import materialized
 from ..smp.constraint import attach_constraint
-from ..smp.propagation import Step, StepFactors
+from ..smp.descent import Step, StepFactors
 from .base import scaled
 from .steps import PackedSteps, Propagation, QuantizedPropagation
 

@@ -21,7 +21,8 @@ from ..packing.layers.guard import inference
 from ..quantizers import QLRQuantizer
 from ..quantizers.autocast import full_precision
 from ..smp.constraint import BUFFERS
-from ..smp.propagation import PropagationLayer, SMPropagation, Visit, dropped_edges
+from ..smp.descent import PropagationLayer, Visit
+from ..smp.propagation import SMPropagation, dropped_edges
 from .base import Convolution, Frozen, Trainable
 
 __all__ = ["PackedSteps", "Propagation", "QuantizedPropagation"]

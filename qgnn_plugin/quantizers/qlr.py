@@ -9,7 +9,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..config import BITS, GRANULARITIES, OFF, Granularity, Levels, Truncation, _one_of, check_levels, shown_widths
+from ..config import (
+    BITS,
+    GRANULARITIES,
+    LEVELS,
+    OFF,
+    Granularity,
+    Levels,
+    Truncation,
+    check_levels,
+    check_one_of,
+    shown_widths,
+)
 from ..kernels.plan import GraphPlan
 from . import compressed
 from .fitting import FittedQuantizer, InputCheck
@@ -71,10 +82,10 @@ class QLRQuantizer(FittedQuantizer):
         super().__init__()
         if type(bits) is not int or bits not in BITS:
             raise ValueError(f"Expected 'bits' to be {shown_widths()} (got {bits!r})")
-        _one_of("levels", levels, ("affine", "unsigned", "symmetric", "half"))
+        check_one_of("levels", levels, LEVELS)
         check_levels("levels", levels, bits)
-        _one_of("granularity", granularity, GRANULARITIES)
-        _one_of("truncation", truncation, (None, "bt", "sbt"))
+        check_one_of("granularity", granularity, GRANULARITIES)
+        check_one_of("truncation", truncation, (None, "bt", "sbt"))
         if granularity == "channel" and (channels is None or channels < 1):
             raise ValueError(f"Expected 'channels' >= 1 for a range per channel (got {channels!r})")
         self.bits, self.levels, self.granularity = bits, levels, granularity

@@ -36,7 +36,7 @@ from qgnn_plugin import QuantConfig, SMPConfig, SMPropagation
 from qgnn_plugin.analysis.operators import Correction, operator_bound, operator_of
 from qgnn_plugin.graph.adjacency import gcn_graph
 from qgnn_plugin.kernels.plan import GraphPlan
-from qgnn_plugin.smp.propagation import StepFactors
+from qgnn_plugin.smp.descent import StepFactors
 
 
 @settings(max_examples=25, deadline=None)

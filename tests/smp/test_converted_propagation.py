@@ -19,7 +19,7 @@ import qgnn_plugin as qgnn
 from qgnn_plugin import QuantConfig, SMPConfig, SMPropagation
 from qgnn_plugin.quantizers import QLRQuantizer
 from qgnn_plugin.smp.constraint import attach_constraint
-from qgnn_plugin.smp.propagation import PropagationLayer
+from qgnn_plugin.smp.descent import PropagationLayer
 
 
 @pytest.mark.parametrize("multiplier", [0.0, 0.7])
