@@ -155,12 +155,12 @@ def model_rows(model: str, bits: int, nodes: int, edges: int, target: str) -> di
     from benchmarks.stacks import WIDTHS, build_stack
     from qgnn_plugin.kernels.triton.autotune import power_law_plan
     from qgnn_plugin.kernels.triton.schedule import schedule_for
-    from qgnn_plugin.packing.lazy import deferred
+    from qgnn_plugin.packing.lazy import sizes
     from tools.rehearsal import rehearse
 
     small, plan = power_law_plan(2048, 20_000, "cpu"), power_law_plan(nodes, edges, "cpu")
     packed = packed_model(build_stack(model, WIDTHS).eval(), torch.randn(2048, WIDTHS[0]), edge_index_of(small), bits)
-    whole = patch.object(deferred, "BLOCK_FLOATS", 1 << 62)  # blocks of rows are for the CPU's cache
+    whole = patch.object(sizes, "BLOCK_FLOATS", 1 << 62)  # blocks of rows are for the CPU's cache
     with whole, rehearse(target) as launches, torch.no_grad():
         packed(torch.randn(nodes, WIDTHS[0]), edge_index_of(plan))
     lengths = schedule_for(plan.rowptr, 256).length

@@ -20,9 +20,10 @@ from ..kernels.generated.program import Unsupported
 from ..kernels.generated.run import NotFinite, can_run, row_program
 from ..kernels.plan import GraphPlan
 from ..packing.layers.ranges import NOT_FINITE
+from ..packing.lazy import sizes
 from ..packing.lazy.columns import Late, waits
 from ..packing.lazy.deferred import materialized
-from ..packing.lazy.producers import BLOCK_FLOATS, Producer, with_epilogue
+from ..packing.lazy.producers import Producer, with_epilogue
 from ..packing.message_passing.call import NotByRows
 from .build import Built, build
 from .check import expect_agreement
@@ -163,7 +164,7 @@ class TracedMessage:
         if side == "target":
             return self.is_by_rows
         alone = side == "edge" and not program.edge_outputs
-        many = rows.device.type == "cpu" and rows.numel() > BLOCK_FLOATS
+        many = rows.device.type == "cpu" and rows.numel() > sizes.BLOCK_FLOATS
         return alone and many and Late.of(rows).producer.taken is not None
 
     def _by_blocks(self, plan: GraphPlan, arrays: list[Arrays]) -> list[Tensor]:
@@ -171,7 +172,7 @@ class TracedMessage:
         program = self.built.program
         operands, maps = program.operands, arrays[len(program.operands) :]
         width = max(operand.width for operand in operands if operand.side == "edge")
-        goals = torch.arange(0, plan.num_edges, max(1, BLOCK_FLOATS // width), device=plan.device)
+        goals = torch.arange(0, plan.num_edges, max(1, sizes.BLOCK_FLOATS // width), device=plan.device)
         bounds = [0, *torch.unique(torch.searchsorted(plan.rowptr[1:], goals[1:]) + 1).tolist(), plan.num_dst]
         outs: list[Tensor] = []
         for start, stop in pairwise(dict.fromkeys(bounds)):

@@ -11,10 +11,8 @@ from torch import Tensor, nn
 from torch_geometric.nn import MessagePassing, PointTransformerConv
 
 import qgnn_plugin as qgnn
-from qgnn_plugin.messages import traced
-from qgnn_plugin.packing.lazy import producers
+from qgnn_plugin.packing.lazy import sizes
 from qgnn_plugin.packing.lazy.deferred import Pending
-from qgnn_plugin.packing.message_passing import row_blocks
 
 NODES, EDGES, WIDTH, OUT = 40, 20_000, 8, 16
 
@@ -41,9 +39,8 @@ class Filtered(MessagePassing):
 def test_weights_of_edges_are_computed_with_their_rows(
     branches: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(row_blocks, "MOST_EDGES", 1 << 10)
-    monkeypatch.setattr(producers, "BLOCK_FLOATS", 1 << 12)
-    monkeypatch.setattr(traced, "BLOCK_FLOATS", 1 << 12)
+    monkeypatch.setattr(sizes, "MOST_EDGES", 1 << 10)
+    monkeypatch.setattr(sizes, "BLOCK_FLOATS", 1 << 12)
     written, own = list[torch.Size](), Pending.materialize
 
     def materialize(self: Any) -> Tensor:
@@ -67,8 +64,7 @@ def test_weights_of_edges_are_computed_with_their_rows(
 
 def test_sources_that_a_network_gives_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the result is made by blocks of targets: any of these reads any source."""
-    monkeypatch.setattr(producers, "BLOCK_FLOATS", 1 << 9)
-    monkeypatch.setattr(traced, "BLOCK_FLOATS", 1 << 9)
+    monkeypatch.setattr(sizes, "BLOCK_FLOATS", 1 << 9)
     torch.manual_seed(0)
     layer = PointTransformerConv(WIDTH, OUT, pos_nn=_mlp(3), attn_nn=_mlp(OUT))
     points = torch.randn(400, WIDTH), torch.rand(400, 3), torch.randint(400, (2, 4_000))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch_geometric.nn import AGNNConv, GENConv, MessagePassing, SuperGATConv, TransformerConv
 
 import qgnn_plugin as qgnn
-from qgnn_plugin.packing.lazy import producers
+from qgnn_plugin.packing.lazy import sizes
 
 pytest.importorskip("numba")
 
@@ -166,7 +166,7 @@ def test_by_blocks_of_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     qmodel, packed = packed_pair(make, *args)
     with torch.no_grad():
         whole = packed(*args)
-        monkeypatch.setattr(producers, "BLOCK_FLOATS", 64 * WIDTH)
+        monkeypatch.setattr(sizes, "BLOCK_FLOATS", 64 * WIDTH)
         assert torch.equal(packed(*args), whole)
     agree(qmodel, packed, *args)
     assert paths(packed) == {"generated kernel"}
@@ -190,6 +190,6 @@ class Centred(MessagePassing):
 
 
 def test_what_looks_across_rows_is_not_made_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(producers, "BLOCK_FLOATS", 64 * WIDTH)
+    monkeypatch.setattr(sizes, "BLOCK_FLOATS", 64 * WIDTH)
     qmodel, packed = packed_pair(Centred, X, EDGE_INDEX)
     agree(qmodel, packed, X, EDGE_INDEX)

@@ -18,6 +18,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from ...kernels.backend import has_numba, is_direct
 from ...kernels.few_rows import Range, few_rows_linear
 from ...quantizers.autocast import is_autocasting
+from ..lazy import sizes
 from .ranges import SiteSpec
 
 __all__ = [
@@ -35,7 +36,6 @@ __all__ = [
     "sources_of_range",
 ]
 
-FEW_RESULTS = 1 << 19  # of more, codes that are handed on save more than the long way costs
 ROW_COST, ALONE = 1 << 9, 1 << 14  # products of a row and rows of that cost, from which on threads share the work
 
 Sources = tuple[Any, ...]
@@ -156,7 +156,7 @@ def has_hooks(*modules: Any) -> bool:
 
 def is_few(results: int) -> bool:
     """Whether so many floats, of a matrix that is read or written, go the short way."""
-    return results <= FEW_RESULTS
+    return results <= sizes.FEW_RESULTS
 
 
 def is_shared(cost: int) -> bool:

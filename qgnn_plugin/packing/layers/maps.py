@@ -17,8 +17,9 @@ from ...layers.multihead import PROJECTIONS, QuantizedMultiheadAttention, RunsMu
 from ...layers.recurrent import QuantizedCell, QuantizedRecurrent, RunsCell, RunsSequence
 from ...layers.sparse_linear import QuantizedSparseLinear, adjacency_of
 from ...layers.watched import is_watched, own_propagate
+from ..lazy import sizes
 from ..lazy.deferred import materialized
-from ..lazy.producers import BLOCK_FLOATS, row_blocks
+from ..lazy.producers import row_blocks
 from .base import LayerSpec, register_packed
 from .guard import inference
 from .linear import PackedLinear
@@ -211,7 +212,7 @@ class PackedMultiheadAttention(RunsMultiheadAttention, PackedWeights):
         if any(s is not None and not s.spec.is_row_local for s in (*sites, out_proj.input_quantizer)):
             return None
         each = sum(x.size(1) for x in inputs) * self.embed_dim
-        step = max(1, BLOCK_FLOATS // max(1, each))
+        step = max(1, sizes.BLOCK_FLOATS // max(1, each))
         if query.size(0) <= step:
             return None
         out = query.new_empty(query.shape)

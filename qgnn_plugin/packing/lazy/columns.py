@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from . import sizes
 from .deferred import NOTES, VIEWS, DeferredTensor, Pending, Step, materialized
-from .producers import BLOCK_FLOATS, Producer, Rows, row_blocks, with_epilogue
+from .producers import Producer, Rows, row_blocks, with_epilogue
 from .sums import BothRun
 
 __all__ = ["Columns", "Late", "Shaped", "deferred_result", "waits"]
@@ -27,7 +28,6 @@ aten = torch.ops.aten
 Dims = tuple[int, ...]
 
 LARGEST_SHARE = 0.4  # of a row, of what is there already and is copied to be joined with what is not
-FEW_BLOCKS = 8  # of a joined result: what a block holds counts beside the whole
 
 
 def deferred_result(producer: Producer, on_repeat: Callable[[], None], asked: Any) -> DeferredTensor:
@@ -298,7 +298,8 @@ def _side_by_side(parts: list[Producer], middle: Dims, widths: list[int]) -> Pro
 
     first, alone = parts[0], all(part.taken is not None for part in parts)
     width = math.prod(middle) * sum(widths)
-    alive = 2 * width if first.num_rows * width < FEW_BLOCKS * BLOCK_FLOATS else width  # the parts and all of them
+    is_small = first.num_rows * width < sizes.FEW_BLOCKS * sizes.BLOCK_FLOATS
+    alive = 2 * width if is_small else width  # the parts and all of them
     return Producer(
         first.num_rows, width, first.device, run, is_fused=False, taken=taken if alone else None, alive=alive
     )

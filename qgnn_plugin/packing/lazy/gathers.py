@@ -15,16 +15,15 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
+from . import sizes
 from .deferred import NOTES, DeferredTensor, Pending, is_deferring, materialized
-from .producers import BLOCK_FLOATS, Producer
+from .producers import Producer
 
 __all__ = ["Gathering"]
 
 aten = torch.ops.aten
 
-FEWEST_FLOATS = 2 * BLOCK_FLOATS  # of what is gathered: less stays in the cache anyway
 FEWEST_ROWS = 2  # times those that they are of: these are copied, since the model may write over them
-FEWEST_INDICES = 1 << 14
 
 
 def gathered_rows(x: Any, index: Any) -> Tensor | None:
@@ -36,7 +35,7 @@ def gathered_rows(x: Any, index: Any) -> Tensor | None:
     if x.device.type != "cpu" or index.device != x.device or x.layout != torch.strided:
         return None
     rows = index.numel()
-    if rows < FEWEST_ROWS * x.size(0) or rows * x.size(1) < FEWEST_FLOATS:
+    if rows < FEWEST_ROWS * x.size(0) or rows * x.size(1) < sizes.FEWEST_GATHERED:
         return None
     if x.requires_grad and torch.is_grad_enabled():
         return None
@@ -71,7 +70,7 @@ class Gathering(TorchFunctionMode):
     def of(cls, args: Any, kwargs: Any) -> Gathering | None:
         """For a call whose arguments name enough rows to be gathered; others are not to pay for a look."""
         for value in (*args, *kwargs.values()):
-            if isinstance(value, Tensor) and value.numel() >= FEWEST_INDICES and value.dtype is torch.int64:
+            if isinstance(value, Tensor) and value.numel() >= sizes.FEWEST_INDICES and value.dtype is torch.int64:
                 return cls()
         return None
 

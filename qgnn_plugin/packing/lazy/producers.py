@@ -13,13 +13,13 @@ from torch import Tensor
 from ...kernels.backend import backend_for
 from ...kernels.cpu.memory import empty
 from ...kernels.cpu.parallel import on_every_thread
+from . import sizes
 from .steps import Rows, Step, finished, with_epilogue
 
 __all__ = ["Producer", "gathered", "row_blocks", "with_epilogue"]
 
 Block = tuple[slice, Rows]  # rows, and what they hold
 
-BLOCK_FLOATS = 1 << 19  # of a block of rows: they stay in the cache from the kernel to the codes
 BLOCK_ROWS = 64  # blocks are multiples of it, so that vectorized operations have their tails where whole matrices do
 
 
@@ -32,7 +32,7 @@ def row_blocks(num_rows: int, num_features: int, device: torch.device) -> Iterat
         return iter((slice(0, num_rows),))
     step = max(1, num_rows)
     if device.type == "cpu":
-        step = max(1, BLOCK_FLOATS // max(1, num_features) // BLOCK_ROWS) * BLOCK_ROWS
+        step = max(1, sizes.BLOCK_FLOATS // max(1, num_features) // BLOCK_ROWS) * BLOCK_ROWS
     return (slice(start, min(start + step, num_rows)) for start in range(0, max(1, num_rows), step))
 
 
@@ -144,7 +144,7 @@ class Producer:
 
     @property
     def _is_one_block(self) -> bool:
-        return self.num_rows * self.num_features <= BLOCK_FLOATS // 2 and self.num_rows > 0
+        return self.num_rows * self.num_features <= sizes.BLOCK_FLOATS // 2 and self.num_rows > 0
 
     def blocks(self, **epilogue: Any) -> Iterator[Block]:
         """The matrix by blocks of rows (see :func:`row_blocks`)."""

@@ -22,16 +22,13 @@ import torch
 from torch import Tensor
 from torch_geometric.nn.aggr import Aggregation, GRUAggregation, LCMAggregation, LSTMAggregation
 
+from ..lazy import sizes
 from ..lazy.columns import Late, waits
 from .call import SPECIAL, NotByRows, Propagation
 from .nodes import PackedNodes, is_features
 
-__all__ = ["BLOCK_FLOATS", "RowBlocks", "check_rows", "run_by_rows", "run_edges_by_rows"]
+__all__ = ["RowBlocks", "check_rows", "run_by_rows", "run_edges_by_rows"]
 
-# Of what a block's edges hold of the widest argument or message, for each thread.  A block costs about a millisecond of
-# calls whatever its size: EdgeConv of width 64 took 1.5 times as long in blocks of half of this.
-BLOCK_FLOATS = 1 << 19
-FEWEST_EDGES, MOST_EDGES = 256, 1 << 14  # in a block
 SAMPLE_DEGREES = (1, 3, 0, 7, 2, 0, 24, 5, 1, 40, 0, 13)  # of the made-up rows
 TOLERANCE = 1e-4  # of the largest result: functions of blocks may round otherwise
 
@@ -75,7 +72,8 @@ class RowBlocks:
     kept: tuple[str, ...] = ()
 
     def edges_per_block(self) -> int:
-        return max(FEWEST_EDGES, min(MOST_EDGES, BLOCK_FLOATS * torch.get_num_threads() // max(1, self.width)))
+        floats = sizes.EDGE_BLOCK_FLOATS * torch.get_num_threads()
+        return max(sizes.FEWEST_EDGES, min(sizes.MOST_EDGES, floats // max(1, self.width)))
 
 
 def is_one_block(call: Propagation, width: int) -> bool:

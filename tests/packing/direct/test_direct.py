@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import qgnn_plugin as qgnn
 from qgnn_plugin.kernels.backend import has_numba, use_backend
-from qgnn_plugin.packing.layers.few_rows import FEW_RESULTS, direct_product
+from qgnn_plugin.packing.layers.few_rows import direct_product
+from qgnn_plugin.packing.lazy.sizes import FEW_RESULTS
 
 pytestmark = pytest.mark.skipif(not has_numba(), reason="kernels of the CPU are compiled by numba")
 WIDTH, CHANNELS = 19, 35

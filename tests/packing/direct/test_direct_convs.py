@@ -25,7 +25,7 @@ from qgnn_plugin.kernels.edge_order import few as small
 from qgnn_plugin.kernels.plan import pinned_plans
 from qgnn_plugin.packing.direct.attention import direct_gat
 from qgnn_plugin.packing.direct.convs import direct_gcn, direct_gin, direct_sage
-from qgnn_plugin.packing.layers.few_rows import FEW_RESULTS
+from qgnn_plugin.packing.lazy.sizes import FEW_RESULTS
 
 pytestmark = pytest.mark.skipif(not has_numba(), reason="kernels of the CPU are compiled by numba")
 WIDTH, CHANNELS, NODES = 19, 35, 23

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch_geometric.nn import HeteroLinear
 
 import qgnn_plugin as qgnn
-from qgnn_plugin.packing.layers import maps
-from qgnn_plugin.packing.lazy import producers
+from qgnn_plugin.packing.lazy import sizes
 
 ROWS, WIDTH, OUT, TYPES = 90, 16, 6, 4
 
@@ -118,7 +117,7 @@ def test_cells_by_blocks_of_rows(make: type[nn.Module], monkeypatch: pytest.Monk
     qmodel = qgnn.calibrate(qgnn.quantize_model(Cell(make(WIDTH, 8)).eval(), bits=4), [(x,)], method="ranges").eval()
     packed = qgnn.pack_model(qmodel)
     expected = packed(x)
-    monkeypatch.setattr(producers, "BLOCK_FLOATS", 64 * 4 * 8)
+    monkeypatch.setattr(sizes, "BLOCK_FLOATS", 64 * 4 * 8)
     assert torch.equal(packed(x), expected)
     assert torch.equal(expected, qmodel(x))
 
@@ -154,7 +153,7 @@ def test_sequences_by_blocks_of_them(layer: nn.RNNBase, monkeypatch: pytest.Monk
         return found
 
     expected = results(packed)
-    monkeypatch.setattr(producers, "BLOCK_FLOATS", 64 * 4 * 8 * steps)
+    monkeypatch.setattr(sizes, "BLOCK_FLOATS", 64 * 4 * 8 * steps)
     for one, two, three in zip(results(packed), expected, results(qmodel), strict=True):
         assert torch.equal(one, two)
         assert torch.equal(two, three)
@@ -194,7 +193,7 @@ def test_attention_by_blocks_of_samples(masked: bool, monkeypatch: pytest.Monkey
         for inputs in ((x, other, other), (x, x, x)):
             given = more if inputs[1] is other else {}
             whole = packed(*inputs, need_weights=False, **given)[0]
-            monkeypatch.setattr(maps, "BLOCK_FLOATS", 2 * WIDTH * sum(t.size(1) for t in inputs))
+            monkeypatch.setattr(sizes, "BLOCK_FLOATS", 2 * WIDTH * sum(t.size(1) for t in inputs))
             parts = packed(*inputs, need_weights=False, **given)[0]
             assert calls == [7, 2, 2, 2, 1]
             torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-6)
@@ -205,4 +204,4 @@ def test_attention_by_blocks_of_samples(masked: bool, monkeypatch: pytest.Monkey
             handle.remove()
             assert calls == [7, 7]
             calls.clear()
-            monkeypatch.setattr(maps, "BLOCK_FLOATS", 1 << 19)
+            monkeypatch.setattr(sizes, "BLOCK_FLOATS", 1 << 19)

@@ -14,7 +14,7 @@ from torch_geometric.nn import FiLMConv, MessagePassing, PNAConv
 
 import qgnn_plugin as qgnn
 from qgnn_plugin.kernels.backend import use_backend
-from qgnn_plugin.packing.lazy import producers
+from qgnn_plugin.packing.lazy import producers, sizes
 from qgnn_plugin.packing.lazy.asked import Asked
 from qgnn_plugin.packing.lazy.columns import Shaped, deferred_result
 from qgnn_plugin.packing.lazy.deferred import DeferredTensor
@@ -197,7 +197,7 @@ def test_layers_are_those_of_the_converted_model(name: str, blocks: bool, monkey
     qgnn.calibrate(qmodel, [args], method="ranges")
     packed = qgnn.pack_model(qmodel.eval())
     if blocks:
-        monkeypatch.setattr(producers, "BLOCK_FLOATS", 64 * FEATURES)
+        monkeypatch.setattr(sizes, "BLOCK_FLOATS", 64 * FEATURES)
     with torch.no_grad():
         expected = qmodel(*args)
         for _ in range(3):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qgnn_plugin.kernels.quantize_pack import quantize_pack
-from qgnn_plugin.packing.lazy import producers
+from qgnn_plugin.packing.lazy import sizes
 from qgnn_plugin.packing.lazy.deferred import DeferredTensor
 from qgnn_plugin.packing.lazy.producers import Producer
 
@@ -160,7 +160,7 @@ def test_statistics_of_a_norm_are_those_of_its_call(source: Counted) -> None:
 
 
 def test_sums_and_steps_of_producers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(producers, "BLOCK_FLOATS", 64 * WIDTH)
+    monkeypatch.setattr(sizes, "BLOCK_FLOATS", 64 * WIDTH)
     first, second = Counted(torch.randn(ROWS, WIDTH)), Counted(torch.randn(ROWS, WIDTH))
     total = Producer.plus(Producer.of(first.value), Producer(ROWS, WIDTH, torch.device("cpu"), second.run))
     expected = first.value + second.value

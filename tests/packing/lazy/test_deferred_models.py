@@ -21,8 +21,7 @@ from torch_geometric.nn import GAT, GCN, GCNConv, GraphSAGE
 import qgnn_plugin
 from qgnn_plugin.kernels.backend import use_backend
 from qgnn_plugin.kernels.cpu.parallel import num_threads
-from qgnn_plugin.packing.layers import few_rows as direct
-from qgnn_plugin.packing.lazy import deferred, producers
+from qgnn_plugin.packing.lazy import deferred, sizes
 from qgnn_plugin.packing.lazy.deferred import DeferredTensor, is_deferring
 from qgnn_plugin.packing.lazy.producers import Producer
 
@@ -79,13 +78,13 @@ CHAINS: dict[str, Callable[[], nn.Module]] = {
 @pytest.fixture(autouse=True)
 def long_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs here are as large ones: of more than few rows."""
-    monkeypatch.setattr(direct, "FEW_RESULTS", 0)
+    monkeypatch.setattr(sizes, "FEW_RESULTS", 0)
 
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """And of many blocks."""
-    monkeypatch.setattr(producers, "BLOCK_FLOATS", 1)
+    monkeypatch.setattr(sizes, "BLOCK_FLOATS", 1)
 
 
 def pair(model: nn.Module, nodes: int = 200, **config: Any) -> tuple[nn.Module, nn.Module, tuple[Any, ...]]:

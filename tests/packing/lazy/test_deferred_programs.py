@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qgnn_plugin.kernels.quantize_pack import quantize_pack
-from qgnn_plugin.packing.lazy import producers
+from qgnn_plugin.packing.lazy import sizes
 from qgnn_plugin.packing.lazy.deferred import DeferredTensor
 from qgnn_plugin.packing.lazy.producers import Producer
 
@@ -95,7 +95,7 @@ def run(seed: int) -> None:
 @pytest.mark.parametrize("blocks", [False, True])
 def test_programs_give_what_they_give_of_plain_tensors(blocks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if blocks:
-        monkeypatch.setattr(producers, "BLOCK_FLOATS", 64 * WIDTH)
+        monkeypatch.setattr(sizes, "BLOCK_FLOATS", 64 * WIDTH)
     with torch.no_grad():
         for seed in range(200):
             run(1000 * blocks + seed)

@@ -16,8 +16,7 @@ from torch_geometric.data import Data
 from torch_geometric.nn import GCNConv, GraphConv, ResGatedGraphConv, TransformerConv
 
 import qgnn_plugin as qgnn
-from qgnn_plugin.packing.layers import few_rows as direct
-from qgnn_plugin.packing.lazy import deferred
+from qgnn_plugin.packing.lazy import deferred, sizes
 from qgnn_plugin.packing.lazy.deferred import is_deferring
 
 
@@ -98,7 +97,7 @@ class _Keeps(nn.Module):
 
 
 def test_what_is_left_of_a_call_is_made_of_ordinary_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(direct, "FEW_RESULTS", 0)
+    monkeypatch.setattr(sizes, "FEW_RESULTS", 0)
     x, edge_index = features(), graph()
     converted = quantized(_Keeps(), x, edge_index)
     model = qgnn.pack_model(converted)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import qgnn_plugin as qgnn
 from qgnn_plugin.kernels.backend import use_backend
-from qgnn_plugin.packing.lazy import gathers, producers
+from qgnn_plugin.packing.lazy import sizes
 from qgnn_plugin.packing.lazy.deferred import DeferredTensor, Pending
 
 NODES, EDGES, WIDTH, OUT = 40, 20_000, 8, 16
@@ -20,8 +20,8 @@ NODES, EDGES, WIDTH, OUT = 40, 20_000, 8, 16
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gathers, "FEWEST_FLOATS", 1 << 12)
-    monkeypatch.setattr(producers, "BLOCK_FLOATS", 1 << 12)
+    monkeypatch.setattr(sizes, "FEWEST_GATHERED", 1 << 12)
+    monkeypatch.setattr(sizes, "BLOCK_FLOATS", 1 << 12)
 
 
 @pytest.fixture

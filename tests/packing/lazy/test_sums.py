@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch_geometric.nn import GraphConv, HeteroConv, SAGEConv
 
 import qgnn_plugin
-from qgnn_plugin.packing.lazy import producers
+from qgnn_plugin.packing.lazy import sizes
 from qgnn_plugin.packing.lazy.deferred import DeferredTensor
 from qgnn_plugin.packing.lazy.sums import Stacked
 
@@ -43,7 +43,7 @@ def test_a_product_of_two_runs_each_once_and_gives_codes(monkeypatch: pytest.Mon
     x = one.tensor()
     assert torch.equal(x * x, one.value * one.value)
     assert torch.equal(one.tensor() * torch.ones(WIDTH), one.value)
-    monkeypatch.setattr(producers, "BLOCK_FLOATS", 64 * WIDTH)
+    monkeypatch.setattr(sizes, "BLOCK_FLOATS", 64 * WIDTH)
     known = torch.randn(ROWS, WIDTH)
     x = one.tensor()
     assert torch.equal(known * x, known * one.value)
@@ -61,7 +61,7 @@ def test_a_sum_with_itself_or_with_numbers_is_computed() -> None:
 
 def test_a_sum_with_what_is_known_is_made_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the other term as a whole; with another shape or type, of what somebody else may write to, as ever."""
-    monkeypatch.setattr(producers, "BLOCK_FLOATS", 64 * WIDTH)
+    monkeypatch.setattr(sizes, "BLOCK_FLOATS", 64 * WIDTH)
     known = torch.randn(ROWS, WIDTH)
     before = known.clone()
     for turned in (False, True):

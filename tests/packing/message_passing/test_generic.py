@@ -19,7 +19,7 @@ from torch_geometric.nn import FastRGCNConv, MessagePassing, RGCNConv, to_hetero
 from torch_geometric.utils import softmax
 
 import qgnn_plugin as qgnn
-from qgnn_plugin.packing.lazy import producers
+from qgnn_plugin.packing.lazy import sizes
 from qgnn_plugin.packing.message_passing import row_blocks
 from qgnn_plugin.packing.message_passing.plans import plan_of
 from qgnn_plugin.packing.message_passing.relations import edges_by_relation
@@ -246,7 +246,7 @@ def test_sums_of_relations_by_blocks_of_rows(options: Any, num_relations: int, m
             return self.second(self.first(x, edges, types).relu(), edges, types)
 
     qmodel, packed = pair(Twice, (x(), graph(), types))
-    monkeypatch.setattr(producers, "BLOCK_FLOATS", 64 * WIDTH)
+    monkeypatch.setattr(sizes, "BLOCK_FLOATS", 64 * WIDTH)
     with torch.no_grad():
         for _ in range(3):
             assert_same(packed(x(), graph(), types), qmodel(x(), graph(), types))

@@ -13,7 +13,7 @@ from torch_geometric.nn import HANConv
 
 import qgnn_plugin as qgnn
 from qgnn_plugin.kernels.backend import use_backend
-from qgnn_plugin.packing.lazy import producers
+from qgnn_plugin.packing.lazy import sizes
 from qgnn_plugin.packing.message_passing import han as module
 from qgnn_plugin.packing.message_passing import relations
 
@@ -58,7 +58,7 @@ def forms(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 def test_the_form_is_the_layer(
     backend: str, bits: int, forms: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(producers, "BLOCK_FLOATS", 64 * OUT * 2)
+    monkeypatch.setattr(sizes, "BLOCK_FLOATS", 64 * OUT * 2)
     qmodel, packed = pair(lambda: HANConv(WIDTH, OUT * 2, METADATA, heads=2), ARGS, bits)
     with torch.no_grad(), use_backend(backend):
         for _ in range(2):
