@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import float_sum as _ops  # noqa: F401 (registers them)
+from .autograd import one_by_one, with_signature
 from .checks import check_plan, check_tensor
 from .plan import GraphPlan
 
@@ -26,25 +27,12 @@ def _forward(plan: GraphPlan, x: Tensor, weight: Tensor | None, edge: Tensor | N
     return out.view(plan.num_dst, *x.shape[1:])
 
 
-def one_by_one(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-    """Let ``vmap`` run a function for each sample: :func:`torch.func.jacrev` has it map over backward passes."""
-
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
-        def sample(index: int) -> Tensor:
-            taken = (a if dim is None else a.select(dim, index) for a, dim in zip(args, in_dims, strict=True))
-            return function.apply(*taken)
-
-        return torch.stack([sample(index) for index in range(info.batch_size)]), 0
-
-    function.vmap = staticmethod(vmap)  # type: ignore[method-assign]
-    return function
-
-
 def _differentiable() -> bool:
     """Whether a backward pass is to be differentiated in turn."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
+@with_signature
 @one_by_one
 class _Spmm(torch.autograd.Function):
     @staticmethod
@@ -73,6 +61,7 @@ class _Spmm(torch.autograd.Function):
         return None, grad_x, grad_weight
 
 
+@with_signature
 @one_by_one
 class _EdgeProducts(torch.autograd.Function):
     """:func:`edge_products`, differentiable: its gradients are sums with the gradient for weights."""
@@ -149,6 +138,7 @@ def _check_per_edge(plan: GraphPlan, per_edge: Tensor) -> None:
         raise ValueError(f"Expected one value per edge, {plan.num_edges} (got {found})")
 
 
+@with_signature
 @one_by_one
 class _SegmentSum(torch.autograd.Function):
     @staticmethod

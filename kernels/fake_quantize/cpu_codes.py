@@ -137,7 +137,7 @@ def _prepare(x: Tensor, scale: Tensor, lower: Tensor) -> tuple[int, np.ndarray, 
     """Length of a row (a chunk of fixed length where one range serves all), inverse scale, lower end, rows per task."""
     width = x.size(-1) if scale.numel() > 1 else CHUNK
     bounds = even_chunks(-(-x.numel() // width), -(-width // COST))
-    return width, _flat(1 / scale.detach()), _flat(lower), bounds
+    return width, _flat(scale.detach().reciprocal()), _flat(lower), bounds
 
 
 def codes(x: Tensor, scale: Tensor, lower: Tensor, bits: int) -> Tensor:

@@ -26,6 +26,7 @@ from ..config import OFF
 from ..graph.adjacency import edges_of, graph_size, is_sparse, looped_plan, plain_graph
 from ..graph.edges import entries_of
 from ..graph.samples import layer_name
+from ..kernels.autograd import with_signature
 from ..kernels.head_dots import head_dots
 from ..kernels.plan import GraphPlan
 from ..kernels.spmm import segment_max, segment_sum, spmm
@@ -43,6 +44,7 @@ from .base import Convolution
 __all__ = ["Attention", "AttentionGraph", "WatchedPairs", "attention_numerators", "one_sample", "refuse_features"]
 
 
+@with_signature
 class _SoftmaxGradient(torch.autograd.Function):
     """``codes``, with a gradient for ``shifted`` that makes ``codes / total`` the softmax in the backward pass."""
 

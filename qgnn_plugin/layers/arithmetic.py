@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.aggregate import aggregate
+from ..kernels.autograd import with_signature
 from ..kernels.plan import GraphPlan
 from ..kernels.spmm import segment_sum, spmm
 from ..quantizers import QuantizedTensor
@@ -215,6 +216,7 @@ def _float_sum(x: QuantizedTensor, plan: GraphPlan, weight: Tensor | None) -> Te
     return y + mass.view(*mass.shape, *([1] * (acc.dim() - mass.dim()))) * x.lower
 
 
+@with_signature
 class _Replaced(torch.autograd.Function):
     @staticmethod
     def forward(differentiable: Tensor, value: Tensor) -> Tensor:

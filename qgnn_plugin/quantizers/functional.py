@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.autograd import with_signature
 from ..kernels.backend import implementation, is_direct
 from ..kernels.fake_quantize import passed
 from ..kernels.layout import PACKED_BITS, top_code
@@ -46,6 +47,7 @@ def _sum_to(grad: Tensor, shape: torch.Size) -> Tensor:
     return grad if grad.shape == shape else grad.sum_to_size(shape)
 
 
+@with_signature
 class _QuantizeCodes(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, scale: Tensor, lower: Tensor, qmax: int, skew: Tensor | None) -> Tensor:

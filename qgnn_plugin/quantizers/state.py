@@ -119,11 +119,15 @@ class QuantizerState(nn.Module):
         A mirror on the host of the buffer ``kind``, read anew whenever that was written: by loading, by averaging
         models, by a broadcast.
         """
-        if not torch.compiler.is_compiling() and not self.kind.is_meta:
-            # A tensor made in inference mode counts no versions: it is read in every call.
-            seen = None if self.kind.is_inference() else (id(self.kind), self.kind._version)
+        kind = self._buffers["kind"]  # asked for a dozen times in a call: past the look-ups of a module
+        assert kind is not None
+        if not torch.compiler.is_compiling() and not kind.is_meta:
+            try:
+                seen = (id(kind), kind._version)
+            except RuntimeError:  # a tensor made in inference mode counts no versions: it is read in every call
+                seen = None
             if seen is None or seen != self._kind_seen:
-                self._range_kind, self._kind_seen = RangeKind(int(self.kind)), seen
+                self._range_kind, self._kind_seen = RangeKind(int(kind)), seen
         return self._range_kind
 
     @property
