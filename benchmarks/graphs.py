@@ -1,8 +1,9 @@
 """Graph-level tasks at every width: ``make bench-graphs``, resumable.
 
 For each data set and fold (or seed): the float model, and the converted model in its default configuration at 8, 4 and
-2 bits, trained on from the float weights with the float model as teacher.  Reported is the test score of the epoch with
-the best validation score.  Finished runs are kept one file each: an interrupted table goes on where it stopped.
+2 bits, calibrated and trained on with the float model as teacher.  Reported is the test score of the epoch with the
+best validation score, which may be that before any training.  Finished runs are kept one file each: an interrupted
+table goes on where it stopped.
 
     python -m benchmarks.graphs --root data                              # everything
     python -m benchmarks.graphs --root data --tasks CSL MUTAG --runs 3   # three folds of two
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from torch_geometric.loader import DataLoader
 
 import qgnn_plugin as qgnn
+from qgnn_plugin.freezing import OscillationFreezing
 
 from .environment import compact_json, environment, write_atomically
 from .graph_tasks import TASKS, Split, Task
@@ -36,7 +38,7 @@ from .jobs import run_jobs
 
 COLUMNS = ("FP32", "INT8", "INT4", "INT2")
 FLOAT_RATE, RATE = 0.01, 0.003
-TEACHER = 0.5  # weight of the float model's outputs against the labels
+FEWEST = 2  # bits at which codes that oscillate are frozen and the lowest loss decides, as in qgnn_plugin.recipe
 EVALUATE_EVERY = 2
 # What a width may lose: points of accuracy, and percent of the error of a regression.
 AIMS = {"CSL": ("INT2", 1.0), "ESOL": ("INT4", 2.0)}
@@ -45,9 +47,10 @@ NOTES = """\
 Accuracy in percent (higher is better), or root mean squared error in the units of the data (ESOL: log mol/l, lower is
 better), on the test part at the epoch of the best validation score: mean and standard deviation over folds or seeds;
 `runs` says how many were run.  Folds are stratified: one to test, one to stop on, the rest to train; ESOL has random
-splits of 80, 10 and 10 %.  The default configuration; a converted model starts from the float model's weights and
-learns from the labels and from the float model in equal parts.  CSL are circular skip links with 20 Laplacian
-eigenvectors as positions, whose signs are drawn anew in training.  REDDIT-BINARY has one-hot degrees as features.
+splits of 80, 10 and 10 %.  The default configuration; a converted model starts as `calibrate` leaves it and learns from
+the float model's outputs, as in `qgnn_plugin.recipe`, where the lowest loss decides at two bits.  CSL are circular skip
+links with 20 Laplacian eigenvectors as positions, whose signs are drawn anew in training.  REDDIT-BINARY has one-hot
+degrees as features.
 """
 
 
@@ -82,10 +85,8 @@ class Run:
 
     def loss(self, out: Tensor, batch: Any, soft: Tensor | None) -> Tensor:
         if self.task.regression:
-            hard = F.mse_loss(out, (batch.y.view(-1) - self.mean) / self.scale)
-            return hard if soft is None else (1 - TEACHER) * hard + TEACHER * F.mse_loss(out, soft)
-        hard = F.cross_entropy(out, batch.y.view(-1))
-        return hard if soft is None else (1 - TEACHER) * hard + TEACHER * qgnn.training.distillation_loss(out, soft)
+            return F.mse_loss(out, (batch.y.view(-1) - self.mean) / self.scale if soft is None else soft)
+        return F.cross_entropy(out, batch.y.view(-1)) if soft is None else qgnn.training.distillation_loss(out, soft)
 
     @torch.no_grad()
     def score(self, model: nn.Module, batches: list[Any]) -> tuple[float, float]:
@@ -98,30 +99,44 @@ class Run:
             return -error, -error
         return float((out.argmax(1) == y).float().mean()), -float(F.cross_entropy(out, y))
 
-    def fit(self, model: nn.Module, epochs: int, lr: float, teacher: nn.Module | None = None) -> dict[str, Any]:
-        """Train ``model`` in place to its best validation epoch."""
+    def fit(
+        self, model: nn.Module, epochs: int, lr: float, teacher: nn.Module | None = None, few: bool = False
+    ) -> dict[str, Any]:
+        """Train ``model`` in place to its best validation epoch; ``few`` levels are frozen and judged by the loss."""
         start, best, best_key = time.perf_counter(), None, None
         optimizer = torch.optim.Adam(qgnn.training.parameter_groups(model, lr))
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-        for epoch in range(1, epochs + 1):
-            model.train()
-            for batch in map(self._batch, self.train):
-                with torch.no_grad():
-                    soft = None if teacher is None else _outputs(teacher, batch)
-                optimizer.zero_grad()
-                self.loss(_outputs(model, batch), batch, soft).backward()
-                optimizer.step()
-                qgnn.differential_multiplier_step(model)
-            schedule.step()
+        freezing = OscillationFreezing(model, epochs * len(self.train)) if few else None
+        for epoch in range(epochs + 1):
+            if epoch:
+                self._train(model, optimizer, teacher, freezing)
+                schedule.step()
             if epoch % EVALUATE_EVERY and epoch != epochs:
                 continue
-            key = self.score(model, self.val)
+            score, loss = self.score(model, self.val)
+            key = (loss, score) if few else (score, loss)
             if best_key is None or key > best_key:
-                best_key, best = key, (copy.deepcopy(model.state_dict()), abs(self.score(model, self.test)[0]), epoch)
+                best_key, best = key, (copy.deepcopy(model.state_dict()), score, self.score(model, self.test)[0], epoch)
         model.load_state_dict(best[0])
         model.eval()
         seconds = round(time.perf_counter() - start, 1)
-        return {"val": abs(best_key[0]), "test": best[1], "epoch": best[2], "seconds": seconds}
+        return {"val": abs(best[1]), "test": abs(best[2]), "epoch": best[3], "seconds": seconds}
+
+    def _train(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, teacher: nn.Module | None,
+        freezing: OscillationFreezing | None,
+    ) -> None:  # fmt: skip
+        """One pass over the training graphs."""
+        model.train()
+        for batch in map(self._batch, self.train):
+            with torch.no_grad():
+                soft = None if teacher is None else _outputs(teacher, batch)
+            optimizer.zero_grad()
+            self.loss(_outputs(model, batch), batch, soft).backward()
+            optimizer.step()
+            if freezing is not None:
+                freezing.step()
+            qgnn.differential_multiplier_step(model)
 
 
 def run_cell(name: str, run: int, root: str) -> dict[str, Any]:
@@ -138,9 +153,9 @@ def run_cell(name: str, run: int, root: str) -> dict[str, Any]:
     results = {"FP32": setting.fit(model, task.float_epochs, FLOAT_RATE)}
     for column in COLUMNS[1:]:
         torch.manual_seed(run)
-        qmodel = qgnn.quantize_model(model, bits=int(column.removeprefix("INT")))
-        qgnn.calibrate(qmodel, setting.train, method="ranges", forward=_outputs)
-        results[column] = setting.fit(qmodel, task.epochs, RATE, teacher=model)
+        bits = int(column.removeprefix("INT"))
+        qmodel = qgnn.calibrate(qgnn.quantize_model(model, bits=bits), setting.train, forward=_outputs)
+        results[column] = setting.fit(qmodel, task.epochs, RATE, teacher=model, few=bits <= FEWEST)
     return {"task": name, "run": run, "results": results}
 
 
@@ -148,7 +163,8 @@ def settings(name: str) -> dict[str, Any]:
     """What a run depends on: a finished one of other settings is run again."""
     plain = {field.name: getattr(TASKS[name], field.name) for field in dataclasses.fields(Task)}
     plain = {key: value for key, value in plain.items() if not isinstance(value, Callable)}  # type: ignore[arg-type]
-    return {**plain, "rates": [FLOAT_RATE, RATE], "teacher": TEACHER, "config": qgnn.QuantConfig().to_dict()}
+    recipe = {"rates": [FLOAT_RATE, RATE], "start": "calibrate", "fewest": FEWEST}
+    return {**plain, **recipe, "config": qgnn.QuantConfig().to_dict()}
 
 
 def _work(job: tuple[str, int, str, Path]) -> str:
