@@ -19,16 +19,11 @@ def aggregate(
     offset: Tensor,
     num_features: int,
     bits: int,
-    reduce: str = "sum",
-    edge_weight: Tensor | None = None,
-    dst_scale: Tensor | None = None,
-    bias: Tensor | None = None,
-    relu: bool = False,
-    out_scale: Tensor | None = None,
-    out_offset: Tensor | None = None,
-    out_bits: int = 0,
-    multiplier: Tensor | None = None,
-    out_unit: Tensor | None = None,
+    reduce: str,
+    edge_weight: Tensor | None,
+    dst_scale: Tensor | None,
+    multiplier: Tensor | None,
+    **epilogue: Any,
 ) -> Any:
     codes = unpack(words, num_features, bits)
     degree = (rowptr[1:] - rowptr[:-1]).unsqueeze(1)
@@ -53,4 +48,4 @@ def aggregate(
             assert weight is not None
             y = (sums(codes.to(torch.float32), rowptr, col, weight) * scale) + (into_rows(weight, rowptr) * offset)
     y = y if dst_scale is None else y * dst_scale.unsqueeze(1)
-    return finish(y, bias, relu, out_scale, out_offset, out_bits, out_unit=out_unit)
+    return finish(y, **epilogue)

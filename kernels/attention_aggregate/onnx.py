@@ -59,19 +59,14 @@ def attention_aggregate(
     heads: int,
     attention_bits: int,
     negative_slope: float,
-    alpha_src: Tensor | None = None,
-    alpha_dst: Tensor | None = None,
-    alpha_edge: Tensor | None = None,
-    att: Tensor | None = None,
-    x_dst: Tensor | None = None,
-    concat: bool = True,
-    bias: Tensor | None = None,
-    relu: bool = False,
-    out_scale: Tensor | None = None,
-    out_offset: Tensor | None = None,
-    out_bits: int = 0,
-    multiplier: Tensor | None = None,
-    out_unit: Tensor | None = None,
+    alpha_src: Tensor | None,
+    alpha_dst: Tensor | None,
+    alpha_edge: Tensor | None,
+    att: Tensor | None,
+    x_dst: Tensor | None,
+    concat: bool,
+    multiplier: Tensor | None,
+    **epilogue: Any,
 ) -> Any:
     codes, per_row = unpack(words, num_features, bits), is_per_row(scale) or is_per_row(offset)
     src, dst = col.long(), destinations(rowptr, col.size(0))
@@ -98,4 +93,4 @@ def attention_aggregate(
     y = torch.where(inverse > 0, y, 0.0)
     if not concat:
         y = y.reshape(-1, heads, num_features // heads).mean(1)
-    return finish(y, bias, relu, out_scale, out_offset, out_bits, out_unit=out_unit)
+    return finish(y, **epilogue)

@@ -6,6 +6,8 @@ float matrix.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -59,31 +61,10 @@ def _fake(
     return *packed, x_words.new_empty((vectors.size(0), rows, heads), dtype=torch.float32)
 
 
-def _check(
-    x_words: Tensor,
-    w_words: Tensor,
-    x_scale: Tensor,
-    x_offset: Tensor,
-    w_scale: Tensor,
-    w_offset: Tensor,
-    in_features: int,
-    x_bits: int,
-    w_bits: int,
-    vectors: Tensor,
-    heads: int,
-    out_scale: Tensor,
-    out_offset: Tensor,
-    out_bits: int,
-    bias: Tensor | None,
-    multiplier: Tensor | None,
-    out_unit: Tensor | None,
-) -> None:
+def _check(w_words: Tensor, vectors: Tensor, heads: int, out_bits: int, **of_product: Any) -> None:
     if out_bits == 0:
         raise ValueError("Expected packed output of 1, 2, 4 or 8 bits (got 'out_bits' of 0)")
-    product.check_product(
-        x_words, w_words, x_scale, x_offset, w_scale, w_offset, in_features, x_bits, w_bits, bias, out_scale,
-        out_offset, out_bits, None, None, multiplier, out_unit,
-    )  # fmt: skip
+    product.check_product(w_words=w_words, out_bits=out_bits, row_scale=None, addend=None, **of_product)
     check_vectors(vectors, heads, w_words.size(0))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from ..head_dots.triton import head_dots
@@ -13,26 +15,14 @@ __all__ = ["head_linear"]
 
 
 def head_linear(
-    x_words: Tensor,
-    w_words: Tensor,
-    x_scale: Tensor,
-    x_offset: Tensor,
-    w_scale: Tensor,
-    w_offset: Tensor,
-    in_features: int,
-    x_bits: int,
-    w_bits: int,
     vectors: Tensor,
     heads: int,
     out_scale: Tensor,
     out_offset: Tensor,
     out_bits: int,
-    bias: Tensor | None = None,
-    multiplier: Tensor | None = None,
-    out_unit: Tensor | None = None,
+    out_unit: Tensor | None,
+    **product: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y = linear(
-        x_words, w_words, x_scale, x_offset, w_scale, w_offset, in_features, x_bits, w_bits, bias, multiplier=multiplier
-    )
+    y = linear(**product)
     packed = quantize_pack(y, out_scale, out_offset, out_bits, out_unit)
     return *with_multipliers(packed), head_dots(y, vectors, heads)

@@ -21,15 +21,8 @@ def linear(
     in_features: int,
     x_bits: int,
     w_bits: int,
-    bias: Tensor | None = None,
-    relu: bool = False,
-    out_scale: Tensor | None = None,
-    out_offset: Tensor | None = None,
-    out_bits: int = 0,
-    row_scale: Tensor | None = None,
-    addend: Tensor | None = None,
-    multiplier: Tensor | None = None,
-    out_unit: Tensor | None = None,
+    multiplier: Tensor | None,
+    **epilogue: Any,
 ) -> Any:
     if multiplier is not None:
         x_scale, x_offset = multiplied(x_scale, x_offset, multiplier)
@@ -40,4 +33,4 @@ def linear(
     y = (product * w_scale.reshape(1, -1)) + (rows * w_offset.reshape(1, -1))
     column = (columns * w_scale.reshape(-1)) + (float(in_features) * w_offset.reshape(-1))
     y = (y * x_scale) + (column * x_offset)
-    return finish(y, bias, relu, out_scale, out_offset, out_bits, row_scale, addend, out_unit)
+    return finish(y, **epilogue)

@@ -33,7 +33,12 @@ def _without_defaults(a: Any, b: Any, c: Any, d: Any) -> Any:
     return {"a": a, "b": b, "c": c, "d": d}
 
 
-@pytest.mark.parametrize("function", [_by_other_order, _with_another_between, _without_defaults])
+def _handing_on(d: Any, b: Any = "own", **rest: Any) -> Any:
+    assert set(rest) == {"a", "c"}
+    return _without_defaults(d=d, b=b, **rest)
+
+
+@pytest.mark.parametrize("function", [_by_other_order, _with_another_between, _without_defaults, _handing_on])
 def test_every_argument_comes_under_its_name(function: Callable[..., Any]) -> None:
     call = selecting(function, PARAMETERS)
     for given, expected in (
