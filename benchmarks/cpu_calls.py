@@ -116,7 +116,7 @@ def _sides(
     return {**sides, SIDE: call_packed}
 
 
-def _check(sides: Mapping[str, Callable[[], Any]], case: Case) -> None:
+def _check(sides: Mapping[str, Callable[[], Any]]) -> None:
     """No timing of a peer that computes something else; caches and allocators settle, and what compiles does."""
     expected = sides[EDGE_INDEX]()
     for label, run in sides.items():
@@ -166,7 +166,7 @@ def measure_cases(cases: Sequence[Case], args: argparse.Namespace) -> dict[str, 
                 absent[case.name] = dict(peers.absent)
                 packed = qgnn.pack_model(quantized_stack(model, BITS, case.widths, graphs[0]))
                 sides = _sides(case, graphs, peers, packed)
-                _check(sides, case)
+                _check(sides)
                 calls = min(case.rounds, args.rounds * case.rounds // 7 or 1)
                 rounds = -(-calls // case.in_a_row)
                 rows += rows_of(model, case, interleaved(sides, rounds, in_a_row=case.in_a_row))

@@ -78,6 +78,7 @@ def sums(rows: Tensor, rowptr: Tensor, col: Tensor, weight: Tensor | None = None
 
 
 def into_rows(per_edge: Tensor, rowptr: Tensor) -> Tensor:
+    """The sum of what the edges of each row have, ``[num_dst, F]`` of ``[E, F]``."""
     index = destinations(rowptr, per_edge.size(0)).unsqueeze(1).expand(-1, per_edge.size(1))
     return per_edge.new_zeros((rowptr.size(0) - 1, per_edge.size(1))).scatter_add(0, index, per_edge)
 

@@ -232,7 +232,17 @@ plan_cache = PlanCache()
 
 
 def graph_plan(edge_index: Tensor, size: tuple[int, int], flow: str = "source_to_target") -> GraphPlan:
-    """The cached plan of a ``[2, E]`` edge index with ``size = (num_src, num_dst)``."""
+    """The plan of a graph, made once for as long as its edge index stays the same.
+
+    Args:
+        edge_index: ``[2, E]`` integers.
+        size: Numbers of sources and of destinations.
+        flow: ``"source_to_target"``, where the first row lists the sources, or ``"target_to_source"``.
+
+    Raises:
+        TypeError: If the edge index holds no integers.
+        ValueError: If it has another shape, lists a node that does not exist, or there are more than 32 bits number.
+    """
     if edge_index.dim() != 2 or edge_index.size(0) != 2:
         raise ValueError(f"Expected 'edge_index' of shape [2, E] (got {list(edge_index.shape)})")
     src, dst = (0, 1) if flow == "source_to_target" else (1, 0)

@@ -64,10 +64,6 @@ class Binary:
         """Integer, logic, move and predicate instructions of the inner loop."""
         return sum(n for op, n in self.loop.items() if not _NOT_INTEGER.match(op))
 
-    @property
-    def loop_instructions(self) -> int:
-        return sum(self.loop.values())
-
 
 def _run(tool: Path, *arguments: str) -> str:
     return subprocess.run([str(tool), *arguments], check=True, capture_output=True, text=True).stdout

@@ -272,6 +272,11 @@ def aggregate(
         ``[num_dst, F]`` float32, or ``[num_dst, row_words(F, out_bits)]`` int32 with ``out_bits``; with ``out_unit`` a
         pair, the words and the multipliers of their rows, ``[num_dst]`` uint8.  Unweighted results are bitwise the
         same on every backend, weighted ones to float32 rounding.
+
+    Raises:
+        TypeError: If an argument has another dtype.
+        ValueError: If one has another shape, is on another device or does not go with ``reduce``, or if a node has too
+            many neighbours for sums of 31 bits.
     """
     check_plan(plan, words, "packed row")
     if reduce not in REDUCTIONS:

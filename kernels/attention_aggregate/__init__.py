@@ -264,6 +264,11 @@ def attention_aggregate(
         ``[num_dst, F or C]`` float32, or packed words with ``out_bits``; with ``out_unit`` a pair, the words and the
         multipliers of their rows, ``[num_dst]`` uint8.  A row without neighbours
         gives 0 (before the bias).
+
+    Raises:
+        TypeError: If an argument has another dtype.
+        ValueError: If one has another shape or is on another device, or if terms of the logits are neither those of GAT
+            nor those of GATv2.
     """
     check_plan(plan, words, "packed row")
     args = (

@@ -39,10 +39,12 @@ class Range(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
+        """Step, lower end and unit, :obj:`None` where there is no tensor."""
         return self.scale, self.lower if isinstance(self.lower, Tensor) else None, self.unit
 
     @property
     def zero(self) -> float:
+        """The code that stands for zero, where the lower end follows from it; else 0."""
         return 0.0 if isinstance(self.lower, Tensor) else float(self.lower)
 
 

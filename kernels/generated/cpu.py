@@ -162,7 +162,7 @@ class Writer:
         node, arg = self.nodes[index], self.nodes[use.node]
         if arg.op == "literal":
             return f"={arg.value!r}"
-        if not is_filled(self.program, self.scalar, node, use):
+        if not is_filled(self.program, node, use):
             return f"s{use.node}"
         name = f"f{index}_{position}"
         self.put("for e in range(begin, end):")

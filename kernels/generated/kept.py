@@ -95,7 +95,7 @@ def _is_float(program: Program, index: int) -> bool:
     return not program.operands[int(program.nodes[index].value)].bits
 
 
-def is_filled(program: Program, scalar: set[int], node: Node, use: Use) -> bool:
+def is_filled(program: Program, node: Node, use: Use) -> bool:
     """Whether an argument of a kept node has to be copied into a scratch array for it."""
     arg = program.nodes[use.node]
     if arg.op == "literal":
@@ -108,5 +108,5 @@ def fills(program: Program, scalar: set[int]) -> list[tuple[int, int]]:
     found = []
     for index, node in enumerate(program.nodes):
         if index in scalar and node.op in CALLS:
-            found += [(index, k) for k, use in enumerate(node.args) if is_filled(program, scalar, node, use)]
+            found += [(index, k) for k, use in enumerate(node.args) if is_filled(program, node, use)]
     return found

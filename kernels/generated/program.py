@@ -40,7 +40,6 @@ MAX_NODES = 200
 
 REDUCTIONS = ("sum", "max", "min")  # over the edges of a row; 0 where there are none
 KEPT = ("linear", "join")  # of edges, computed a row's edges at once
-SIDES = ("source", "target", "edge", "constant")
 
 
 class Unsupported(Exception):

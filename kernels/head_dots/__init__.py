@@ -62,6 +62,10 @@ def head_dots(x: Tensor, vectors: Tensor, heads: int, *, is_checked: bool = Fals
 
     Returns:
         ``[V, N, H]`` float32.  Bitwise the same on every backend.
+
+    Raises:
+        TypeError: If an argument has another dtype.
+        ValueError: If one has another shape, or is on another device, or if ``heads`` does not divide the features.
     """
     if is_checked and x.is_cpu and is_direct():
         return implementation("head_dots", "cpu")(x, vectors, heads)

@@ -103,6 +103,9 @@ def head_linear(
     Returns:
         ``[N, row_words(O, out_bits)]`` int32; with ``out_unit`` the multipliers of the rows, ``[N]`` uint8, else none,
         ``[0]``; and the dot products, ``[V, N, H]`` float32.  Bitwise the same on every backend.
+
+    Raises:
+        TypeError, ValueError: As :func:`~..linear.linear`; without ``out_bits``, or if ``heads`` does not divide ``O``.
     """
     args = (
         x_words, w_words, x_scale, x_offset, w_scale, w_offset, in_features, x_bits, w_bits, vectors, heads, out_scale,

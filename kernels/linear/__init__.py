@@ -166,6 +166,11 @@ def linear(
     Returns:
         ``[N, O]`` float32, or ``[N, row_words(O, out_bits)]`` int32 with ``out_bits``; with ``out_unit`` a pair, the
         words and the multipliers of their rows, ``[N]`` uint8.  Bitwise the same on every backend.
+
+    Raises:
+        TypeError: If an argument has another dtype.
+        ValueError: If one has another shape, or is on another device, or if there are too many features for sums of
+            31 bits.
     """
     args = (
         x_words, w_words, x_scale, x_offset, w_scale, w_offset, in_features, x_bits, w_bits, bias,

@@ -53,6 +53,10 @@ def quantize_pack(
     Returns:
         ``[N, row_words(F, bits)]`` int32 words; with ``unit`` a pair, the words and the multipliers, ``[N]`` uint8.
         Bitwise the same on every backend.
+
+    Raises:
+        TypeError: If an argument has another dtype.
+        ValueError: If one has another shape, or is on another device, or if ``unit`` comes with a range per row.
     """
     if is_checked and x.is_cpu and is_direct():
         return implementation("quantize_pack", "cpu")(x, scale, offset, bits, unit)

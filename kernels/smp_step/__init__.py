@@ -165,6 +165,11 @@ def smp_step(
         ``H'`` ``[N, F]`` float32; its packed messages (``[0, 0]`` without ``out_bits``); ``[2]``
         float32 with the constraint ``g = <D, D - A~ D>`` (0 where not measured) and the energy
         ``<H, H - A~ H>``.
+
+    Raises:
+        TypeError: If an argument has another dtype.
+        ValueError: If one has another shape, or is on another device, or if ``words`` come without a range of their
+            columns.
     """
     check_plan(plan, h)
     return torch.ops.qgnn.smp_step(

@@ -46,11 +46,23 @@ def unpack_dequantize(
     *,
     is_checked: bool = False,
 ) -> Tensor:
-    r"""Unpack ``[N, row_words(F, bits)]`` words and dequantize, ``x^ = c s + l``, into ``[N, F]``
-    float32.
+    r"""Unpack and dequantize, ``x^ = c s + l``.
 
-    ``scale`` and ``offset`` have one element, ``[F]`` or ``[N, 1]``; with a ``multiplier`` ``[N]`` uint8 (not per row)
-    row ``i`` has the range ``(s m_i, l m_i)``.  Bitwise the same on every backend.
+    Args:
+        words: ``[N, row_words(F, bits)]`` int32.
+        scale: Step ``s``: one element, ``[F]`` or ``[N, 1]``, float32.
+        offset: Range start ``l``, shaped likewise.
+        num_features: ``F``.
+        bits: 1, 2, 4 or 8.
+        multiplier: ``[N]`` uint8: row ``i`` has the range ``(s m_i, l m_i)``.  Not with a range per row.
+        is_checked: As that of :func:`~qgnn_plugin.kernels.linear.linear`.
+
+    Returns:
+        ``[N, F]`` float32.  Bitwise the same on every backend.
+
+    Raises:
+        TypeError: If an argument has another dtype.
+        ValueError: If one has another shape, or is on another device.
     """
     if is_checked and words.is_cpu and is_direct():
         return implementation("unpack_dequantize", "cpu")(words, scale, offset, num_features, bits, multiplier)

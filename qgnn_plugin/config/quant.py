@@ -154,6 +154,7 @@ class QuantConfig:
         """The inverse of :meth:`to_dict`.
 
         Raises:
+            TypeError: If ``data`` is no mapping, or ``overrides`` none of mappings.
             ValueError: If a field is unknown or out of range.
         """
         values = known_fields(cls, data)

@@ -173,6 +173,7 @@ class SMPConfig:
         return cls(**{**settings, **changes})
 
     def to_dict(self) -> dict[str, Any]:
+        """A plain, JSON-serializable description; :meth:`from_dict` is its inverse."""
         return asdict(self)
 
     def acting(self) -> dict[str, Any]:
@@ -183,4 +184,10 @@ class SMPConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SMPConfig:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            TypeError: If ``data`` is no mapping.
+            ValueError: If a field is unknown or out of range.
+        """
         return cls(**known_fields(cls, data))

@@ -42,7 +42,7 @@ class Factor:
         summed: The dimension of ``K``, negative.
     """
 
-    layer: Any
+    layer: Multiplier
     name: str
     matrix: Any
     lead: tuple[int, ...]

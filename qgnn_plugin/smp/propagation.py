@@ -119,6 +119,11 @@ class SMPropagation(NormalizedOperator, PropagationLayer, MessagePassing):
         attach_constraint(self, self.smp, self.multiplier.device)
 
     def forward(self, x: Tensor, edge_index: Any, edge_weight: Tensor | None = None) -> Tensor:
+        """All ``K`` steps from ``x``.
+
+        Raises:
+            NotImplementedError: In explain mode.
+        """
         if self.explain:
             raise NotImplementedError("Expected SMPropagation not to be in explain mode; explain APPNP instead")
         graph = self.normalized(x, edge_index, edge_weight)

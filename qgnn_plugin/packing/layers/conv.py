@@ -96,10 +96,6 @@ class PackedConv(PackedLayer, SmoothLayer):
         adds = is_packed and graph.plan.device.type == "cpu"
         return Producer(graph.plan.num_dst, width, graph.plan.device, run, is_fused=is_packed, adds=adds)
 
-    def aggregated(self, x: Activation, graph: NormalizedGraph, **epilogue: Any) -> Tensor:
-        """The floats of :meth:`aggregation`."""
-        return self.aggregation(x, graph, **epilogue)()
-
 
 _FINITE = "_is_finite"  # attribute of a graph whose numbers were looked at
 
