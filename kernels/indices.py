@@ -56,7 +56,7 @@ def _remember(memory: Memory, first: Tensor, second: Tensor, largest: int) -> in
     return largest
 
 
-def _capturing(tensor: Tensor) -> bool:
+def is_capturing(tensor: Tensor) -> bool:
     """Whether a CUDA graph is being captured: nothing may be read back."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
@@ -68,7 +68,7 @@ def check_csr(rowptr: Tensor, col: Tensor, num_src: int) -> None:
     """
     largest = _recall(_graphs, rowptr, col)
     if largest is None:
-        if _capturing(rowptr):
+        if is_capturing(rowptr):
             return
         check_rowptr(rowptr, col.numel())
         if col.dtype is not torch.int32 or col.dim() != 1:
@@ -88,7 +88,7 @@ def check_rowptr(rowptr: Tensor, num_edges: int) -> None:
         if rowptr.dtype is not torch.int64 or rowptr.dim() != 1 or rowptr.numel() == 0:
             found = f"{rowptr.dtype}, {list(rowptr.shape)}"
             raise TypeError(f"Expected 'rowptr' to be an int64 vector of one element or more (got {found})")
-        if _capturing(rowptr):
+        if is_capturing(rowptr):
             return
         falls = bool((rowptr[1:] < rowptr[:-1]).any())
         first, last = int(rowptr[0]), int(rowptr[-1])
@@ -106,7 +106,7 @@ def check_degrees(rowptr: Tensor, num_edges: int, limit: int, what: str) -> None
         return
     largest = _recall(_degrees, rowptr, rowptr)
     if largest is None:
-        if _capturing(rowptr):
+        if is_capturing(rowptr):
             return
         largest = _remember(_degrees, rowptr, rowptr, int((rowptr[1:] - rowptr[:-1]).max()))
     if largest > limit:
@@ -119,7 +119,7 @@ def check_edge_rows(edge: Tensor, num_edges: int, num_rows: int) -> None:
     if largest is None:
         if edge.dtype is not torch.int64 or edge.dim() != 1:
             raise TypeError(f"Expected 'edge' to be an int64 vector (got {edge.dtype}, {list(edge.shape)})")
-        if _capturing(edge):
+        if is_capturing(edge):
             return
         largest = _remember(_edges, edge, edge, _largest(edge, "rows of 'weight'"))
     if edge.numel() != num_edges or largest >= num_rows:

@@ -18,6 +18,8 @@ __all__ = [
     "check_bits",
     "check_packed",
     "lane_mask",
+    "most_products",
+    "next_power_of_two",
     "pack_codes",
     "parts_per_byte",
     "row_bytes",
@@ -31,6 +33,7 @@ PACKED_BITS = (1, 2, 4, 8)  # every width that divides a byte
 
 BITS_PER_BYTE = 8
 BYTES_PER_WORD = 4
+LARGEST_SUM = 2**31 - 1  # of codes: what an int32 holds
 _LANE_ONES = 0x01010101  # one in each byte lane of a word
 
 
@@ -59,6 +62,16 @@ def row_words(num_features: int, bits: int) -> int:
 def row_bytes(num_features: int, bits: int) -> int:
     """Bytes of a packed row, ``B``."""
     return BYTES_PER_WORD * row_words(num_features, bits)
+
+
+def next_power_of_two(n: int) -> int:
+    """The smallest power of two that is not below ``n``."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def most_products(x_bits: int, w_bits: int) -> int:
+    """How many products of codes of two widths add up to no more than :data:`LARGEST_SUM`."""
+    return LARGEST_SUM // (top_code(x_bits) * top_code(w_bits))
 
 
 def lane_mask(bits: int) -> int:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .arithmetic import LARGEST_MULTIPLIER, multiplied
-from .layout import parts_per_byte, row_bytes, top_code
+from .layout import BYTES_PER_WORD, parts_per_byte, row_bytes, top_code
 
 __all__ = [
     "destinations",
@@ -29,7 +29,6 @@ __all__ = [
 ]
 
 BYTE, WORD = 1 << 8, 1 << 32
-BYTES_PER_WORD = 4
 
 
 def unpack(words: Tensor, num_features: int, bits: int) -> Tensor:

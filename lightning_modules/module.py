@@ -14,7 +14,7 @@ from torch_geometric.data import Data
 from torchmetrics import Metric
 
 from qgnn_plugin.conversion.checkpoints import ConvertsOnLoad
-from qgnn_plugin.inputs import model_inputs
+from qgnn_plugin.inputs import Inputs, model_inputs
 from qgnn_plugin.training import parameter_groups
 
 from .calibration import RangeCalibration
@@ -23,7 +23,6 @@ from .framework import MisconfigurationException, pl
 from .random_state import RandomState
 
 Split = Literal["train", "val", "test"]
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 

@@ -26,7 +26,7 @@ from ..arithmetic import LARGEST_MULTIPLIER, check_multiplier, check_range, chec
 from ..backend import implementation, is_direct
 from ..checks import check_float, check_plan
 from ..indices import check_csr, check_degrees
-from ..layout import check_bits, check_packed, row_words, top_code, unpack_codes
+from ..layout import LARGEST_SUM, check_bits, check_packed, row_words, top_code, unpack_codes
 from ..library import register
 from ..plan import GraphPlan
 
@@ -167,7 +167,7 @@ def check_code_sums(rowptr: Tensor, col: Tensor, bits: int, has_multipliers: boo
     """Raise where a sum of codes (times their rows' multipliers) over neighbours would not fit 31 bits."""
     largest = top_code(bits) * (LARGEST_MULTIPLIER if has_multipliers else 1)
     what = f"at {bits} bits" + (" with row multipliers" if has_multipliers else "")
-    check_degrees(rowptr, col.numel(), (2**31 - 1) // largest, what)
+    check_degrees(rowptr, col.numel(), LARGEST_SUM // largest, what)
 
 
 def _check_weight(edge_weight: Tensor, num_edges: int, num_features: int, reduce: str) -> None:

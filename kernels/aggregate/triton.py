@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..arithmetic import LARGEST_MULTIPLIER, multiplied
-from ..layout import parts_per_byte, row_words
+from ..layout import next_power_of_two, parts_per_byte, row_words
 from ..triton.bits import (
     ROW,
     finish,
@@ -36,7 +36,6 @@ from ..triton.launch import (
     fewer_codes,
     launch,
     launch_options,
-    next_power_of_two,
     warp_size,
     word_tile,
 )

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from ..arithmetic import attention_thresholds, is_per_row, multiplied
 from ..onnx import destinations, finish, into_rows, largest, spread, sums, unpack
-
-FLOAT_BITS = 32
+from . import FLOAT_BITS
 
 
 def _logits(

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..aggregate.triton import heads_aligned
 from ..arithmetic import LARGEST_MULTIPLIER, attention_thresholds, multiplied
 from ..arithmetic import finish as finish_rows
-from ..layout import row_words, top_code
+from ..layout import next_power_of_two, row_words, top_code
 from ..quantize_pack.triton import quantize_pack
 from ..triton.bits import (
     COLUMN,
@@ -48,19 +48,17 @@ from ..triton.launch import (
     fewer_codes,
     launch,
     launch_options,
-    next_power_of_two,
     warp_size,
     whole_row_tile,
 )
 from ..triton.ranges import range_kind
 from ..triton.schedule import MAX_SEGMENT, Schedule, schedule_for
-from . import attention_aggregate_reference
+from . import FLOAT_BITS, attention_aggregate_reference
 from .triton_logits import peaks
 from .triton_sums import inverse_of, normalize, part_of_sums, weighted_sums
 
 __all__ = ["attention_aggregate", "attention_hub_kernel", "attention_kernel"]
 
-FLOAT_BITS = 32
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)

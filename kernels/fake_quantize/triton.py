@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..layout import next_power_of_two
 from ..triton.bits import COLUMN, ONE, quantize
-from ..triton.launch import UNSPECIALIZED, check_devices, config_for, launch, next_power_of_two
+from ..triton.launch import UNSPECIALIZED, check_devices, config_for, launch
 from ..triton.ranges import range_kind
 
 __all__ = [

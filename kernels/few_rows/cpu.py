@@ -52,7 +52,7 @@ from ..cpu.simd import (
     vtop,
     vview,
 )
-from ..layout import row_words
+from ..layout import BITS_PER_BYTE, row_words
 from ..linear.cpu import BLOCK_ROWS, FEATURES, SIGN, fill_terms, multiply, weights_of
 from . import Range
 
@@ -60,7 +60,6 @@ __all__ = ["HEADER", "Dense", "Fixed", "opened_message", "row_peak", "scratch_by
 
 DONE, NOT_FINITE, REWRITTEN = range(3)  # what a call finds
 LARGEST = np.finfo(np.float32).max
-FULL_BYTE = 8  # bits
 
 # Entries of ``fixed``:
 (
@@ -173,7 +172,7 @@ def _quantize_rows(x, first, count, width, unit, step, lower, bits, multiples, c
     finite.
     """
     unit_inverse = np.float32(1) / floats(unit, 1)[0] if unit else np.float32(0)
-    top, flip, finite = np.float32((1 << bits) - 1), SIGN if bits == FULL_BYTE else 0, True
+    top, flip, finite = np.float32((1 << bits) - 1), SIGN if bits == BITS_PER_BYTE else 0, True
     for r in range(count):
         base = (first + r) * width
         peak = row_peak(x, base, width)
@@ -306,7 +305,7 @@ class Dense(Fixed):
 
     def _lay_out(self) -> None:
         words, num_in, (_, x_bits, w_bits) = self.tensors[0], self.options[0], self.options
-        self.constants = weight, start, colsum = weights_of(words, num_in, w_bits, x_bits == FULL_BYTE)
+        self.constants = weight, start, colsum = weights_of(words, num_in, w_bits, x_bits == BITS_PER_BYTE)
         fixed = self.fixed
         fixed[[WEIGHT, STRETCH, START, COLSUM]] = weight.data_ptr(), start.numel(), start.data_ptr(), colsum.data_ptr()
         fixed[[WORD_BYTES, CONTENTS]] = words.numel() * words.element_size(), checksum(words)

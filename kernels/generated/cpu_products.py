@@ -35,6 +35,7 @@ from ..cpu.simd import (
     vtop,
     vview,
 )
+from ..layout import BITS_PER_BYTE
 from ..linear.cpu import FEATURES, LANES, SIGN, fill_terms, weights_of
 from .program import Product
 
@@ -43,7 +44,6 @@ __all__ = ["BLOCK_ROWS", "EdgeProduct", "constants_of", "open_product", "run_pro
 BLOCK_ROWS = 48  # edges at a time
 ROWS = 4  # edges whose sums are in registers at a time
 HALF, QUARTER = LANES // 2, LANES // 4  # outputs of a narrower tile
-FULL_BYTE = 8  # bits
 LARGEST = np.float32(3.4028235e38)
 WITHOUT_SIGN = 0x7FFFFFFF
 COLUMNS = 4  # SCALE, OFFSET, TERM and BIAS
@@ -78,7 +78,7 @@ def constants_of(product: Product, arrays: tuple[Tensor, ...]) -> tuple[np.ndarr
     words, *rest = arrays
     held = [t.detach().contiguous() for t in rest]
     w_scale, w_lower, bias, x_scale, x_lower, unit = held
-    weight, start, colsum = weights_of(words, product.num_in, product.w_bits, product.x_bits == FULL_BYTE)
+    weight, start, colsum = weights_of(words, product.num_in, product.w_bits, product.x_bits == BITS_PER_BYTE)
     depth, tiles = -(-product.num_in // FEATURES), _tiles(product.num_out)
     if tiles and tiles[-1][1] < LANES:
         by_tile = weight.view(-1, depth, LANES)
@@ -157,7 +157,7 @@ def open_product(fixed):
         depth,
         num_out,
         pitch,
-        np.int64(SIGN if bits == FULL_BYTE else 0),
+        np.int64(SIGN if bits == BITS_PER_BYTE else 0),
         np.float32((1 << bits) - 1),
         np.float32(1) / floats(unit, 1)[0] if unit else np.float32(0),
     )

@@ -31,6 +31,7 @@ from ..cpu.simd.vectors import (
     _suffix,
     _vector_pointer,
 )
+from ..layout import next_power_of_two
 
 __all__ = [
     "vabove",
@@ -54,10 +55,6 @@ __all__ = [
     "vtanh",
     "vwhere",
 ]
-
-
-def _ceil_power(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
 
 
 def _mask(lanes: int, count: int):
@@ -134,7 +131,7 @@ def _numbers(pattern: str) -> list[int]:
 def vpattern(typingctx, array, base, size, pattern):
     """``array[base + pattern[lane]]`` of the ``size`` numbers at ``base``, for lanes fixed in the text ``pattern``."""
     order, count = _numbers(pattern.literal_value), size.literal_value
-    source, target = Vector("f32", max(2, _ceil_power(count))), Vector("f32", len(order))
+    source, target = Vector("f32", max(2, next_power_of_two(count))), Vector("f32", len(order))
 
     def codegen(context, builder, sig, args):
         loaded = _load(context, builder, array, args[0], args[1], source, count)
@@ -150,7 +147,7 @@ def vhead_sum(typingctx, v, pattern, head):
     chosen = [k for k, number in enumerate(order) if number == wanted]
 
     def codegen(context, builder, sig, args):
-        size = max(2, _ceil_power(len(chosen)))
+        size = max(2, next_power_of_two(len(chosen)))
         lanes = chosen + [v.lanes] * (size - len(chosen))  # the first lane of a zero vector
         mask = ir.Constant(ir.VectorType(ir.IntType(32), size), lanes)
         picked = builder.shuffle_vector(args[0], _constant(v, 0), mask)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..layout import parts_per_byte, row_bytes, row_words, top_code
+from ..layout import next_power_of_two, parts_per_byte, row_bytes, row_words, top_code
 from .kept import arrays_of
 from .program import ELEMENTWISE, REDUCTIONS, WITH_VALUE, Node, Operand, Product, Program, Unsupported, Use
 
@@ -45,8 +45,7 @@ _START = {"sum": "0.0", "max": "float('-inf')", "min": "float('inf')"}
 _JOIN = {"sum": "{0} + {1}", "max": "tl.maximum({0}, {1})", "min": "tl.minimum({0}, {1})"}
 
 
-def _block(width: int) -> int:
-    return 1 << max(0, width - 1).bit_length()
+_block = next_power_of_two  # places of a vector of so many numbers
 
 
 @dataclass

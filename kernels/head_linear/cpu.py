@@ -9,7 +9,8 @@ from torch import Tensor
 from ..cpu.epilogue import address, code_pitch, epilogue
 from ..cpu.memory import empty
 from ..cpu.parallel import even_chunks, run_chunks
-from ..linear.cpu import FEATURES, FULL_BYTE, linear_kernel, weights_of
+from ..layout import BITS_PER_BYTE
+from ..linear.cpu import FEATURES, linear_kernel, weights_of
 from . import with_multipliers
 
 __all__ = ["head_linear"]
@@ -35,7 +36,7 @@ def head_linear(
     out_unit: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, channels = x_words.size(0), w_words.size(0)
-    weight, start, colsum = weights_of(w_words, in_features, w_bits, x_bits == FULL_BYTE)
+    weight, start, colsum = weights_of(w_words, in_features, w_bits, x_bits == BITS_PER_BYTE)
     packed, closed, held = epilogue(
         rows, channels, scale=w_scale, offset=w_offset, dst_scale=x_scale, row_term=x_offset, multiples=multiplier,
         bias=bias, out_scale=out_scale, out_offset=out_offset, out_bits=out_bits, out_unit=out_unit,

@@ -20,7 +20,7 @@ from ..aggregate import check_output_range, new_output
 from ..arithmetic import check_multiplier, finish, multiplied
 from ..backend import implementation, is_direct
 from ..checks import check_float
-from ..layout import check_packed, top_code, unpack_codes
+from ..layout import check_packed, most_products, unpack_codes
 from ..library import register
 
 __all__ = ["check_product", "linear", "linear_reference", "prepared_linear"]
@@ -93,7 +93,7 @@ def check_product(
     check_packed(x_words, in_features, x_bits, "x_words")
     check_packed(w_words, in_features, w_bits, "w_words")
     num_rows, num_out = x_words.size(0), w_words.size(0)
-    limit = (2**31 - 1) // (top_code(x_bits) * top_code(w_bits))
+    limit = most_products(x_bits, w_bits)
     if in_features > limit:
         raise ValueError(
             f"Expected at most {limit} features at {x_bits} x {w_bits} bits (got {in_features})"

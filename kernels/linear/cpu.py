@@ -62,7 +62,7 @@ from ..cpu.simd import (
     vsum,
     vview,
 )
-from ..layout import lane_mask, parts_per_byte, row_words, unpack_codes
+from ..layout import BITS_PER_BYTE, lane_mask, parts_per_byte, row_words, unpack_codes
 from ..plan import PlanCache
 
 __all__ = ["Prepared", "linear", "linear_kernel"]
@@ -71,7 +71,6 @@ LANES = 64  # output channels per step
 MICRO_ROWS = 6  # rows per step: 6 x 4 accumulators, 4 weights, one broadcast
 BLOCK_ROWS = 8 * MICRO_ROWS  # rows unpacked at a time
 TILE = 16  # words unpacked at a time
-FULL_BYTE = 8  # bits
 FEATURES = 4  # input features per byte dot product
 SIGN = 128  # what 8-bit codes lose to become signed bytes
 ONES = lane_mask(1)
@@ -256,7 +255,7 @@ def linear(
     out_unit: Tensor | None = None,
 ) -> Any:
     rows, channels = x_words.size(0), w_words.size(0)
-    weight, start, colsum = weights_of(w_words, in_features, w_bits, x_bits == FULL_BYTE)
+    weight, start, colsum = weights_of(w_words, in_features, w_bits, x_bits == BITS_PER_BYTE)
     out, closed, held = epilogue(
         rows,
         channels,

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..arithmetic import LARGEST_MULTIPLIER
-from ..layout import parts_per_byte, row_bytes, row_words
+from ..layout import next_power_of_two, parts_per_byte, row_bytes, row_words
 from ..quantize_pack.triton import quantize_pack
 from ..triton.bits import load_range, part_peak, quantize, relu, row_multipliers
 from ..triton.launch import (
@@ -30,7 +30,6 @@ from ..triton.launch import (
     config_for,
     launch,
     launch_options,
-    next_power_of_two,
     on_hip,
     processors,
 )

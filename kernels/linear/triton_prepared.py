@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..cache import PlanCache
+from ..indices import is_capturing
 from ..layout import parts_per_byte, row_bytes, top_code, unpack_codes
 from . import linear_colterm
 
@@ -44,7 +45,7 @@ def prepared_weights(
     """:func:`prepare_weights`, once for as long as the weights stay what they are."""
 
     def build() -> PreparedWeights:
-        if words.is_cuda and torch.cuda.is_current_stream_capturing():
+        if is_capturing(words):
             raise RuntimeError(
                 "Expected prepared weights to exist before CUDA graph capture (got new weights); run the model once "
                 "before capturing it"

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..backend import check_devices
+from ..layout import next_power_of_two
 
 __all__ = [
     "CONFIGS_ENV",
@@ -38,7 +39,6 @@ __all__ = [
     "launch",
     "launch_options",
     "load_table",
-    "next_power_of_two",
     "on_hip",
     "override",
     "processors",
@@ -118,10 +118,6 @@ def launch_options(config: Config, cuda: bool | None = None) -> dict[str, int]:
 
 # Of a second stage, which holds one row; with a limit the compiler does not spill for more programs per processor.
 SECOND_STAGE = Config(num_warps=4, max_registers=128)
-
-
-def next_power_of_two(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
 
 
 def architecture(device: torch.device) -> str:

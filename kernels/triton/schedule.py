@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..indices import is_capturing
 from ..plan import PlanCache
 
 __all__ = ["ROW_ALIGNMENT", "Schedule", "build_schedule", "schedule_for"]
@@ -59,7 +60,7 @@ def schedule_for(rowptr: Tensor, segment: int) -> Schedule:
     """The schedule of a graph, built once and cached by the identity of ``rowptr``."""
 
     def build() -> Schedule:
-        if _capturing(rowptr):
+        if is_capturing(rowptr):
             raise RuntimeError(
                 "Expected the graph's schedule to exist before CUDA graph capture (got a new "
                 "graph); run the model once before capturing it"
@@ -67,10 +68,6 @@ def schedule_for(rowptr: Tensor, segment: int) -> Schedule:
         return build_schedule(rowptr, segment)
 
     return _cache.get((rowptr,), ("schedule", segment), build)
-
-
-def _capturing(tensor: Tensor) -> bool:
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def build_schedule(rowptr: Tensor, segment: int) -> Schedule:

@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.aggregate import aggregate
+from ..kernels.arithmetic import LARGEST_MULTIPLIER
 from ..kernels.autograd import with_signature
 from ..kernels.plan import GraphPlan
 from ..kernels.spmm import segment_sum, spmm
 from ..quantizers import QuantizedTensor
 from ..quantizers.functional import HALF
 from ..quantizers.packed import PackedTensor
-from ..quantizers.rows import MOST
 from . import compressed
 
 __all__ = ["aggregate_sum", "exact_sum", "linear", "own_copy", "row_sum", "with_gradient_of"]
@@ -182,8 +182,8 @@ def row_sum(x: QuantizedTensor, plan: GraphPlan) -> Tensor:
     assert x.rows is not None
     assert x.qmax is not None
     multiplier, scale, lower = x.rows
-    y = _integer_sum(plan, x.codes * multiplier, MOST * x.qmax) * scale
-    return y if x.unsigned else y + _integer_sum(plan, multiplier, MOST) * lower
+    y = _integer_sum(plan, x.codes * multiplier, LARGEST_MULTIPLIER * x.qmax) * scale
+    return y if x.unsigned else y + _integer_sum(plan, multiplier, LARGEST_MULTIPLIER) * lower
 
 
 def _integer_sum(plan: GraphPlan, values: Tensor, largest: int) -> Tensor:

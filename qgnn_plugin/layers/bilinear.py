@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from ..quantizers.autocast import full_precision
-from .products import MultipliesWeights, QuantizedWeights
+from .products import INPUT, MultipliesWeights, QuantizedWeights
 
 __all__ = ["QuantizedBilinear", "QuantizedHeteroLinear", "RunsBilinear", "RunsHeteroLinear"]
 
-INPUT = "input_quantizer"
 
 
 class RunsBilinear(MultipliesWeights):

@@ -9,11 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..quantizers.autocast import full_precision
-from .products import MultipliesWeights, QuantizedWeights
+from .products import INPUT, MultipliesWeights, QuantizedWeights
 
 __all__ = ["QuantizedGridConv", "RunsGridConv"]
 
-INPUT = "input_quantizer"
 
 
 class RunsGridConv(MultipliesWeights):

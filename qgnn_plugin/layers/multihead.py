@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..quantizers.autocast import full_precision
-from .products import MultipliesWeights, QuantizedWeights
+from .products import INPUT, MultipliesWeights, QuantizedWeights
 
 __all__ = ["QuantizedMultiheadAttention", "RunsMultiheadAttention"]
 
 PROJECTIONS = ("query", "key", "value")
-INPUT = "input_quantizer"
 
 
 class RunsMultiheadAttention(MultipliesWeights):

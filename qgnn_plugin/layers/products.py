@@ -12,7 +12,9 @@ from ..quantizers import QuantizedTensor
 from .arithmetic import linear
 from .base import QuantizedLayer, SiteFactory
 
-__all__ = ["MultipliesWeights", "QuantizedWeights", "weight_rows"]
+__all__ = ["INPUT", "MultipliesWeights", "QuantizedWeights", "weight_rows"]
+
+INPUT = "input_quantizer"  # the site of the features that a weight multiplies
 
 
 class MultipliesWeights:

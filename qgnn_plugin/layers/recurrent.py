@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from ..quantizers.autocast import full_precision
-from .products import MultipliesWeights, QuantizedWeights
+from .products import INPUT, MultipliesWeights, QuantizedWeights
 
 __all__ = ["QuantizedCell", "QuantizedRecurrent", "RunsCell", "RunsSequence"]
 
 State = tuple[Tensor, ...]  # (h,), and (h, c) of an LSTM
 
-INPUT, HIDDEN = "input_quantizer", "hidden_quantizer"
+HIDDEN = "hidden_quantizer"
 
 
 def next_state(kind: str, gi: Tensor, gh: Tensor, state: State) -> State:

@@ -16,12 +16,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels.arithmetic import LARGEST_MULTIPLIER
 from .range_search import BLOCK, MAX_SAMPLES, SMALLEST, Sample
 from .two_levels import search_two_levels
 
-__all__ = ["MOST", "SMALLEST_STEP", "RowRange", "RowSample", "multipliers", "search_rows"]
+__all__ = ["SMALLEST_STEP", "RowRange", "RowSample", "multipliers", "search_rows"]
 
-MOST = 15  # the largest multiplier: four bits
 SMALLEST_STEP = SMALLEST / 64  # of a multiple: the range of a row is not smaller than others'
 SAME = 1e-4  # relative difference of errors that are taken for equal
 UNITS = 12  # candidates of p, a factor sqrt(2) apart
@@ -58,7 +58,7 @@ class RowRange(NamedTuple):
 
 def multipliers(peaks: Tensor, unit: Tensor) -> Tensor:
     """``m`` of rows with these largest magnitudes, of their shape and in the dtype of ``unit``; no gradient."""
-    return (peaks.detach().to(unit.dtype) * (1 / unit)).ceil_().clamp_(1, MOST)
+    return (peaks.detach().to(unit.dtype) * (1 / unit)).ceil_().clamp_(1, LARGEST_MULTIPLIER)
 
 
 class RowSample(Sample):
@@ -98,7 +98,7 @@ def search_rows(pairs: Tensor, qmax: int, zero_code: float | None) -> tuple[Tens
     found = []
     for i in range(UNITS):
         # Not a round share of the largest peak: where data are, a rounding error must not decide on a multiplier.
-        unit = (top * (1 + 1 / 1024) / (MOST * 2 ** (i / 2))).clamp_min(SMALLEST_STEP)
+        unit = (top * (1 + 1 / 1024) / (LARGEST_MULTIPLIER * 2 ** (i / 2))).clamp_min(SMALLEST_STEP)
         m = multipliers(peaks, unit)
         found.append((unit, *_fit(values / m, m, qmax, zero_code)))
     unit, scale, lower, _ = found[_first_best(torch.tensor([error for *_, error in found]))]

@@ -12,9 +12,10 @@ from torch_geometric.nn import GATConv, GCNConv, MessagePassing, SAGEConv, Trans
 
 import qgnn_plugin as qgnn
 from qgnn_plugin import QLRQuantizer, QuantConfig
+from qgnn_plugin.kernels.arithmetic import LARGEST_MULTIPLIER
 from qgnn_plugin.packing.layers.ranges import PackedTensor
 from qgnn_plugin.quantizers import search_range
-from qgnn_plugin.quantizers.rows import MOST, RowSample, multipliers, search_rows
+from qgnn_plugin.quantizers.rows import RowSample, multipliers, search_rows
 
 
 def uneven(rows: int = 60, columns: int = 12) -> Tensor:
@@ -50,7 +51,7 @@ def test_every_row_is_a_whole_multiple_of_one_range() -> None:
     assert quantized.rows is not None
     multiplier, scale, lower = quantized.rows
     assert quantizer.unit is not None
-    expected = (x.abs().amax(1, keepdim=True) / quantizer.unit).ceil().clamp(1, MOST)
+    expected = (x.abs().amax(1, keepdim=True) / quantizer.unit).ceil().clamp(1, LARGEST_MULTIPLIER)
     assert torch.equal(multiplier, expected)
     assert len(multiplier.unique()) > 5
     assert torch.equal(quantized.scale, scale * multiplier)
@@ -66,7 +67,7 @@ def test_rows_that_calibration_did_not_see() -> None:
     unseen = torch.cat([torch.zeros(1, 12), 100 * x[-1:], 1e-6 * x[:1]])
     quantized = quantizer(unseen)
     assert quantized.rows is not None
-    assert quantized.rows.multiplier.flatten().tolist() == [1, MOST, 1]
+    assert quantized.rows.multiplier.flatten().tolist() == [1, LARGEST_MULTIPLIER, 1]
     assert quantized.dequantize().isfinite().all()
     quantizer.train()(uneven() * 7)
     assert torch.equal(quantizer.unit, before)  # type: ignore[arg-type]
@@ -86,7 +87,7 @@ def test_unit_and_range_are_the_best_pair_on_a_grid() -> None:
     found = squared(unit, scale, lower)
     candidates = []
     for i in range(12):
-        other = peaks.amax() / MOST / 2 ** (i / 2)
+        other = peaks.amax() / LARGEST_MULTIPLIER / 2 ** (i / 2)
         top = (x / multipliers(peaks, other)).abs().amax() * 2 / 3
         for shrink in torch.linspace(0.02, 1, 400):
             candidates.append(squared(other, shrink * top, -1.5 * shrink * top))

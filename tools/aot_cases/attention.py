@@ -9,8 +9,8 @@ from qgnn_plugin.kernels.aggregate import triton as aggregate_module
 from qgnn_plugin.kernels.arithmetic import LARGEST_MULTIPLIER
 from qgnn_plugin.kernels.attention_aggregate import triton as attention_module
 from qgnn_plugin.kernels.attention_aggregate import triton_logits as logits_module
-from qgnn_plugin.kernels.layout import row_words, top_code
-from qgnn_plugin.kernels.triton.launch import Config, next_power_of_two, whole_row_tile
+from qgnn_plugin.kernels.layout import next_power_of_two, row_words, top_code
+from qgnn_plugin.kernels.triton.launch import Config, whole_row_tile
 
 from ..case import Case
 from .grid import (

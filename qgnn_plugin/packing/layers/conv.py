@@ -17,11 +17,10 @@ from ...quantizers import QuantizedTensor
 from ...smp.constraint import OTHER_PREFIX, SmoothLayer
 from ..lazy.producers import Producer, with_epilogue
 from .base import LayerSpec, PackedLayer
+from .matrix import Activation
 from .ranges import PackedTensor
 
 __all__ = ["Activation", "PackedConv", "packed_dense"]
-
-Activation = PackedTensor | QuantizedTensor
 
 
 class PackedConv(PackedLayer, SmoothLayer):

@@ -17,9 +17,9 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ...kernels.backend import has_numba, is_direct
 from ...kernels.few_rows import Range, few_rows_linear
+from ...kernels.layout import most_products
 from ...quantizers.autocast import is_autocasting
 from ..lazy import sizes
-from .ranges import SiteSpec
 
 __all__ = [
     "Direct",
@@ -108,7 +108,7 @@ def prepared_map(lin: Any, site: Any, bias: Tensor | None, target: Any = None) -
     own = lin._site
     if words is None or scale is None or "bias" not in lin._parameters or own.is_zero_one:
         return None
-    if lin._num_in * lin._num_out == 0 or lin._num_in > _widest(site.spec, own):
+    if lin._num_in * lin._num_out == 0 or lin._num_in > most_products(site.spec.bits, own.bits):
         return None
     count = scale.numel()
     shapes = {scale: (count,), lower: (count,), bias: (lin._num_out,)}
@@ -121,11 +121,6 @@ def prepared_map(lin: Any, site: Any, bias: Tensor | None, target: Any = None) -
     if end is None:
         return None
     return few_rows_linear(words, scale, end, lin._num_in, own.bits, taken, bias, out)
-
-
-def _widest(site: SiteSpec, own: SiteSpec) -> int:
-    """The most features whose products fit a sum of 31 bits."""
-    return (2**31 - 1) // (((1 << site.bits) - 1) * ((1 << own.bits) - 1))
 
 
 def is_plain(tensor: Tensor, shape: Any, dtype: torch.dtype = torch.float32) -> bool:

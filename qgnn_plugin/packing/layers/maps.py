@@ -10,10 +10,11 @@ from torch import Tensor
 
 from ...kernels.aggregate import aggregate
 from ...kernels.cpu.memory import empty
-from ...layers.bilinear import INPUT, QuantizedBilinear, QuantizedHeteroLinear, RunsBilinear, RunsHeteroLinear
+from ...layers.bilinear import QuantizedBilinear, QuantizedHeteroLinear, RunsBilinear, RunsHeteroLinear
 from ...layers.embedding import QuantizedEmbedding
 from ...layers.grid import QuantizedGridConv, RunsGridConv
 from ...layers.multihead import PROJECTIONS, QuantizedMultiheadAttention, RunsMultiheadAttention
+from ...layers.products import INPUT
 from ...layers.recurrent import QuantizedCell, QuantizedRecurrent, RunsCell, RunsSequence
 from ...layers.sparse_linear import QuantizedSparseLinear, adjacency_of
 from ...layers.watched import is_watched, own_propagate

@@ -12,7 +12,7 @@ from ...kernels import linear as kernel
 from ...kernels.aggregate import aggregate
 from ...kernels.backend import has_numba, is_direct
 from ...kernels.head_linear import head_linear
-from ...kernels.layout import pack_codes, top_code, unpack_codes
+from ...kernels.layout import BITS_PER_BYTE, most_products, pack_codes, top_code, unpack_codes
 from ...kernels.plan import plan_cache
 from ...layers.arithmetic import EXACT_FLOAT32, linear
 from ...quantizers import QuantizedTensor
@@ -20,8 +20,6 @@ from ..lazy.producers import Producer, with_epilogue
 from .ranges import PackedRange, PackedTensor
 
 __all__ = ["Activation", "PackedMatrix", "wide_product"]
-
-FULL_BYTE = 8  # bits
 
 Activation = PackedTensor | QuantizedTensor
 
@@ -132,14 +130,14 @@ class PackedMatrix:
 
     def _factors_out(self, x: PackedTensor) -> bool:
         """Whether ``x W^T`` is a product of integers, its range a factor, and these stay below ``2^31``."""
-        limit = (2**31 - 1) // (top_code(x.bits) * top_code(self.bits))
-        return (x.scale.dim() != 1 or x.scale.numel() <= 1) and self.num_in <= limit
+        factors_out = x.scale.dim() != 1 or x.scale.numel() <= 1
+        return factors_out and self.num_in <= most_products(x.bits, self.bits)
 
     def _prepared(self, bits: int, bias: Tensor | None) -> Any:
         """The product of codes of ``bits`` bits as the CPU runs it on few rows; :obj:`None` where it does not."""
         if self.prepared is None or not self.words.is_cpu or not has_numba() or torch.compiler.is_compiling():
             return None
-        signed = bits == FULL_BYTE
+        signed = bits == BITS_PER_BYTE
         found = self.prepared.get(signed)
         if found is None or found.bias is not bias:
             if bias is not None and (bias.shape != (self.num_out,) or bias.dtype is not torch.float32):

@@ -9,6 +9,7 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from qgnn_plugin.kernels.backend import use_backend
+from qgnn_plugin.kernels.layout import next_power_of_two
 from qgnn_plugin.kernels.triton import launch
 from qgnn_plugin.kernels.triton.autotune import (
     BUCKETS,
@@ -20,7 +21,7 @@ from qgnn_plugin.kernels.triton.autotune import (
     tune,
     write_table,
 )
-from qgnn_plugin.kernels.triton.launch import CONFIGS_ENV, Config, config_for, load_table, next_power_of_two, word_tile
+from qgnn_plugin.kernels.triton.launch import CONFIGS_ENV, Config, config_for, load_table, word_tile
 
 CPU = torch.device("cpu")
 

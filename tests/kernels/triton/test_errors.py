@@ -121,7 +121,7 @@ def test_capture_of_a_new_graph_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 
     plan = plan_of(SMALL["power_law"]())
     known = schedule.schedule_for(plan.rowptr, 64)
-    monkeypatch.setattr(schedule, "_capturing", lambda tensor: True)
+    monkeypatch.setattr(schedule, "is_capturing", lambda tensor: True)
     assert schedule.schedule_for(plan.rowptr, 64) is known
     with pytest.raises(RuntimeError, match="run the model once before capturing"):
         schedule.schedule_for(plan.rowptr.clone(), 64)
