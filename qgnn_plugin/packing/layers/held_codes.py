@@ -19,7 +19,7 @@ class HeldCodes(NamedTuple):
 
     Args:
         words: ``[O, row_words(K, bits)]`` int32.
-        scale: The step, one element or ``[O]`` float32; a parameter, as the weight was: it tells device and dtype.
+        scale: The step, one element or ``[O]`` float32, a parameter, as the weight was: it tells device and dtype.
         lower_end: Of the same shape, :obj:`None` where it follows from the step.
     """
 

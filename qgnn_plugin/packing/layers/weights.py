@@ -40,7 +40,8 @@ class PackedWeight(nn.Module):
     def __init__(self, spec: SiteSpec, num_out: int, num_in: int, device: torch.device | None = None) -> None:
         super().__init__()
         self.spec, self.num_out, self.num_in = spec, num_out, num_in
-        words = values = scale = lower = None
+        words = values = lower = None
+        scale: Any = None
         if spec.bits in (OFF, UNSET):  # a parameter, as the weight was: it tells device and dtype
             values = nn.Parameter(torch.zeros(num_out, num_in, dtype=torch.float32, device=device), requires_grad=False)
         else:
