@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ...kernels.finite import is_finite
 from . import sizes
 from .deferred import NOTES, VIEWS, DeferredTensor, Pending, Step, materialized
 from .producers import Producer, Rows, row_blocks, with_epilogue
@@ -155,10 +156,10 @@ class Columns(Pending):
         assert self.value is not None
         return self.value
 
-    def blocks(self) -> Any:
+    def blocks(self, only_read: bool = False) -> Any:
         first, last = self.columns
         if self.value is None:
-            yield from ((rows, value[:, first:last].contiguous()) for rows, value in self.base.blocks())
+            yield from ((rows, value[:, first:last].contiguous()) for rows, value in self.base.blocks(only_read))
             return
         for rows in row_blocks(self.value.size(0), last - first, self.value.device):
             yield rows, self.value[rows]
@@ -278,6 +279,8 @@ def note_cat(tensors: Any, dim: int = 0) -> DeferredTensor | None:
     if known > LARGEST_SHARE * sum(widths) or len({id(_base(t.pending)) for t in late}) < len(late):
         return None
     middle = tuple(first.shape[1:-1])
+    if not all(waits(t) or is_finite(materialized(t)) for t in tensors):  # sites would have to look for NaN
+        return None
     parts = [
         t.pending.composed() if waits(t) else Producer.of(materialized(t).detach().flatten(1).clone()) for t in tensors
     ]

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from .asked import Asked, key_of
+from .floats import Floats
 from .producers import Block, Producer, Rows, gathered, row_blocks
 from .stand_in import StandIn
 from .steps import IN_PLACE, Step, as_now, batch_norm, finished, step_of, with_epilogue
@@ -61,16 +62,36 @@ class Pending:
     runs: Any
     producer: Any
     value: Any
+    floats: Floats | None = None  # what the producer reads, where these are there for it alone
     # What views of some of its columns share: the runs of all, and the rows that were computed last, by the steps then.
     runs_of_columns: Any = None
     rows_of_columns: tuple[tuple[Step, ...], dict[str, Any]] | None = None
+
+    @classmethod
+    def of(cls, value: Tensor, asked: Asked | None = None) -> Pending:
+        """Of floats that nobody else holds: what follows is noted, and written over them in the end."""
+        pending = cls(Producer.of(value), asked=asked)
+        pending._reads(Floats(value))
+        return pending
+
+    def _reads(self, floats: Floats | None) -> None:
+        self.floats = floats
+        if floats is not None:
+            floats.readers.add(self)
 
     def then(self, step: Step) -> Pending:
         after = Pending.__new__(Pending)
         after.producer, after.runs, after.value = self.producer, self.runs, self.value
         after.steps = (*self.steps, step)
         after.first, after.codes = None, {}
+        after._reads(self.floats)
         return after
+
+    def become(self, after: Pending) -> None:
+        """Take the place of what follows from this one, which was changed in place."""
+        self.producer, self.runs, self.steps = after.producer, after.runs, after.steps
+        self.first, self.codes, self.runs_of_columns, self.rows_of_columns = None, {}, None, None
+        self._reads(after.floats)
 
     def of_both(self, steps: tuple[Step, ...], combine: Callable[..., Tensor]) -> Pending:
         """What ``combine`` gives of this value and of that after ``steps`` in place of its own."""
@@ -78,6 +99,7 @@ class Pending:
         after.producer, after.runs, after.value = self.producer, self.runs, None
         after.steps = (lambda y: combine(finished(y.clone(), own), finished(y, steps)),)
         after.first, after.codes = None, {}
+        after._reads(self.floats)
         return after
 
     is_whole = True  # and no view of another result, which a change in place would have to reach
@@ -88,7 +110,12 @@ class Pending:
         return self.producer.num_features
 
     def composed(self) -> Producer:
-        """The producer with the steps after it."""
+        """The producer with the steps after it, to be kept."""
+        if self.floats is not None:
+            self.floats.is_kept = True
+        return self._composed()
+
+    def _composed(self) -> Producer:
         return self.producer.then(*self.steps) if self.steps else self.producer
 
     def _fused(self) -> tuple[bool, tuple[Step, ...]]:
@@ -100,24 +127,43 @@ class Pending:
         if self.value is None:
             self.runs.add()
             relu, steps = self._fused()
-            value = self.producer(relu=relu)
+            value = None if self.floats is None else self.floats.left_to(self)
+            if value is None:
+                value = self.producer(relu=relu)
+            elif relu:
+                steps = self.steps
             for rows in row_blocks(value.size(0), value.size(1), value.device) if steps else ():
                 block = value[rows]
                 if (done := finished(block, steps)) is not block:
                     block.copy_(done)
-            self.value = value
+            # What it was made of is not needed any more.
+            self.value, self.producer, self.steps, self.floats = value, Producer.of(value), (), None
         return self.value
 
-    def blocks(self) -> Iterator[Block]:
-        """The value by blocks of rows, without a whole matrix where there is none yet."""
+    def read(self, rows: slice) -> Tensor:
+        """Some rows of floats that are there already, which are not to be written to where no step follows them."""
+        assert self.floats is not None
+        if not self.steps:
+            return self.floats.value[rows]
+        relu, steps = self._fused()
+        return finished(self.producer.run(rows.start, rows.stop, relu=relu), steps)
+
+    def blocks(self, only_read: bool = False) -> Iterator[Block]:
+        """The value by blocks of rows, without a whole matrix where there is none yet.
+
+        They are not written to with ``only_read``.
+        """
         producer, (relu, steps) = self.producer, self._fused()
         if self.value is not None:
             for rows in row_blocks(producer.num_rows, producer.num_features, producer.device):
                 yield rows, self.value[rows]
             return
         self.runs.add()
-        for rows, value in producer.blocks(relu=relu):
-            yield rows, finished(value, steps)
+        if only_read and self.floats is not None:
+            yield from ((rows, self.read(rows)) for rows in producer.row_blocks())
+            return
+        for rows in producer.row_blocks():
+            yield rows, finished(producer.run(rows.start, rows.stop, relu=relu), steps)
 
     def packed(self, **out: Any) -> Rows:
         """The codes, ``[N, row_words(F, out_bits)]`` int32, in a range of one element or ``[F]``; ``out`` as in
@@ -139,8 +185,9 @@ class Pending:
         producer, (relu, steps) = self.producer, self._fused()
         if self.value is None and "columns" not in out:
             self.runs.add()
-            return self.composed()(**out) if steps else producer(relu=relu, **out)
-        return gathered(producer.num_rows, ((rows, _codes(value, **out)) for rows, value in self.blocks()))
+            return self._composed()(**out) if steps else producer(relu=relu, **out)
+        blocks = ((rows, _codes(value, **out)) for rows, value in self.blocks(only_read=True))
+        return gathered(producer.num_rows, blocks)
 
     def _packed_with(self, others: list[dict[str, Any]], first: dict[str, Any]) -> Rows:
         """The codes in the range ``first``; those in ``others``, of the same floats, are kept until they are wanted."""
@@ -261,9 +308,8 @@ def _note(x: DeferredTensor, func: Any, args: Any, kwargs: Any) -> Any:
     pending = x.pending
     if (step := step_of(func, args, kwargs)) is not None:
         return DeferredTensor._of(pending.then(step))
-    if func in IN_PLACE and pending.is_whole:
-        pending.steps = (*pending.steps, step_of(IN_PLACE[func], args, kwargs))  # type: ignore[arg-type]
-        pending.first, pending.codes = None, {}
+    if pending.is_whole and func in IN_PLACE and (step := step_of(IN_PLACE[func], args, kwargs)) is not None:
+        pending.become(pending.then(step))
         return x
     if func in _ALIASES and (not args or _is_shape_of(x, args[0])):
         return DeferredTensor._of(pending)

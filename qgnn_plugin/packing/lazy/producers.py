@@ -67,6 +67,11 @@ def _put(out: Rows, rows: slice, part: Rows) -> None:
         out[rows] = part
 
 
+def _copied(rows: Tensor) -> Tensor:
+    """A copy, in recycled memory."""
+    return empty(tuple(rows.shape), rows.dtype).copy_(rows) if rows.is_cpu else rows.clone()
+
+
 @dataclass(eq=False, slots=True)
 class Producer:
     """How to compute a float32 matrix ``[N, F]``.
@@ -102,7 +107,9 @@ class Producer:
         """A matrix that is there already."""
 
         def run(start: int, stop: int, **out: Any) -> Rows:
-            return with_epilogue(value[start:stop].clone(), **out)
+            rows = value[start:stop]
+            only_packs = out.get("out_bits") and not out.get("relu") and out.get("affine") is None
+            return with_epilogue(rows if only_packs else _copied(rows), **out)
 
         num_rows, num_features = value.shape
         taken = partial(cls.gathering, value)
@@ -148,8 +155,12 @@ class Producer:
 
     def blocks(self, **epilogue: Any) -> Iterator[Block]:
         """The matrix by blocks of rows (see :func:`row_blocks`)."""
-        for rows in row_blocks(self.num_rows, self.alive or self.num_features, self.device):
+        for rows in self.row_blocks():
             yield rows, self.run(rows.start, rows.stop, **epilogue)
+
+    def row_blocks(self) -> Iterator[slice]:
+        """The rows of its blocks."""
+        return row_blocks(self.num_rows, self.alive or self.num_features, self.device)
 
     def _shared_out(self, **epilogue: Any) -> Rows:
         """The matrix, each block of it by one thread."""

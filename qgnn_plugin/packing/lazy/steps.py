@@ -30,12 +30,12 @@ ROW_WISE = {
         "celu",
     )
 }  # fmt: skip
-IN_PLACE = {in_place: func for func, in_place in ROW_WISE.items()}
 # The same with a number.
 BY_NUMBER = {
     aten.mul.Tensor: aten.mul_.Tensor, aten.div.Tensor: aten.div_.Tensor, aten.add.Tensor: aten.add_.Tensor,
     aten.sub.Tensor: aten.sub_.Tensor,
 }  # fmt: skip
+IN_PLACE = {in_place: func for func, in_place in (ROW_WISE | BY_NUMBER).items()}
 OF_ROWS = (aten._softmax.default, aten._log_softmax.default)  # which treat every row for itself
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ...kernels.cpu.memory import empty
+from ...kernels.finite import is_finite
 from .asked import Asked
 from .deferred import NOTES, VIEWS, DeferredTensor, Pending, materialized
 from .producers import Producer, gathered, row_blocks
@@ -37,6 +39,30 @@ def note_difference(x: Any, other: Any, **options: Any) -> Tensor | None:
     return _both(x, other, partial(Producer.combined, onto=Tensor.sub_), Tensor.sub_)
 
 
+def in_place(note: Callable[..., Tensor | None], combine: Callable[..., Tensor]) -> Callable[..., Tensor | None]:
+    """The form of ``note`` that changes its first matrix; one that is there already, by blocks of the other."""
+
+    def noted(x: Any, other: Any, **options: Any) -> Tensor | None:
+        if not _is_late(x):
+            by_blocks = not options and _is_late(other) and _is_plain(x) and x.shape == other.shape
+            if not by_blocks or _is_one_block(other):
+                return None
+            for rows, value in other.pending.blocks():
+                combine(x[rows], value)
+            return x
+        after = note(x, other, **options) if x.pending.is_whole else None
+        if after is None or after.shape != x.shape:
+            return None
+        x.pending.become(after.pending)  # type: ignore[attr-defined]
+        return x
+
+    return noted
+
+
+def _is_one_block(x: Tensor) -> bool:
+    return len(list(row_blocks(x.size(0), x.size(1), x.device))) < 2
+
+
 def _is_late(x: Any) -> bool:
     """Whether ``x`` is a matrix that is not computed yet."""
     return type(x) is DeferredTensor and x.pending.value is None
@@ -55,6 +81,8 @@ def _both(x: Any, other: Any, combined: Callable[..., Producer], onto: Callable[
     first, second = x.pending, other.pending
     if first.producer is second.producer:  # of one result, which is computed once
         return DeferredTensor._of(first.of_both(second.steps, onto))
+    if first.floats is not None or second.floats is not None:
+        return _of_blocks(first, second, onto)
     pending = Pending(combined(first.composed(), second.composed()))
     pending.runs = BothRun(first.runs, second.runs)
     return DeferredTensor._of(pending)
@@ -67,7 +95,7 @@ def _is_plain(known: Tensor) -> bool:
 
 def _spread(late: DeferredTensor, known: Tensor, onto: Callable[..., Tensor]) -> Tensor | None:
     """With one number per column or per row, of which a copy is taken: the layer may write over it."""
-    if not _is_plain(known):
+    if not _is_plain(known) or not is_finite(known):
         return None
     rows, columns = late.shape
     own = known.detach().clone()
@@ -81,17 +109,33 @@ def _spread(late: DeferredTensor, known: Tensor, onto: Callable[..., Tensor]) ->
 
 
 def _onto(known: Tensor, x: Any, combine: Callable[..., Tensor]) -> Tensor | None:
-    """A matrix that is there with one that is not computed yet; :obj:`None` where there is one block."""
-    num_rows, num_features = x.shape
-    if not _is_plain(known) or len(list(row_blocks(num_rows, num_features, x.device))) < 2:
+    """A matrix that is there with one that is not computed yet, by blocks of rows; what follows is noted.
+
+    :obj:`None` where there is one block, and where sites that take the result would have to look for NaN.
+    """
+    known = materialized(known)
+    if not _is_plain(known) or _is_one_block(x) or not is_finite(known):
         return None
-    return gathered(num_rows, ((rows, combine(value, known[rows])) for rows, value in x.pending.blocks()))
+    return _of_blocks(x.pending, known, combine)
+
+
+def _of_blocks(first: Pending, second: Pending | Tensor, combine: Callable[..., Tensor]) -> Tensor:
+    """Made once: of two matrices at least one is there, and what follows is noted."""
+    pair = (first, second) if isinstance(second, Tensor) or second.floats is not None else (second, first)
+    (late, known), into = pair, _INTO[combine]
+    out = empty((late.producer.num_rows, late.producer.num_features), torch.float32)
+    for rows, value in late.blocks(only_read=True):
+        there = known[rows] if isinstance(known, Tensor) else known.read(rows)
+        into(*((value, there) if late is first else (there, value)), out=out[rows])
+    return DeferredTensor._of(Pending.of(out, late.runs.asked))
+
+
+_INTO: dict[Any, Callable[..., Tensor]] = {Tensor.add_: torch.add, Tensor.mul_: torch.mul, Tensor.sub_: torch.sub}
 
 
 def note_row_sums(x: DeferredTensor, dims: Any, keepdim: bool = False, **options: Any) -> Tensor | None:
     """``x.sum(-1)`` by blocks of rows; :obj:`None` where there is one block."""
-    several = len(list(row_blocks(x.size(0), x.size(1), x.device))) > 1 if type(x) is DeferredTensor else False
-    if not several or options or list(dims) not in ([1], [-1]):
+    if type(x) is not DeferredTensor or _is_one_block(x) or options or list(dims) not in ([1], [-1]):
         return None
     return gathered(x.size(0), ((rows, value.sum(1, keepdim=keepdim)) for rows, value in x.pending.blocks()))
 
@@ -187,5 +231,8 @@ class _StackedPending:
 NOTES[aten.add.Tensor] = note_sum
 NOTES[aten.mul.Tensor] = note_product
 NOTES[aten.sub.Tensor] = note_difference
+NOTES[aten.add_.Tensor] = in_place(note_sum, Tensor.add_)
+NOTES[aten.mul_.Tensor] = in_place(note_product, Tensor.mul_)
+NOTES[aten.sub_.Tensor] = in_place(note_difference, Tensor.sub_)
 VIEWS[aten.sum.dim_IntList] = note_row_sums
 NOTES[aten.stack.default] = Stacked.of

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from packing.lazy.test_deferred import RANGE, ROWS, WIDTH, Counted, codes
@@ -59,23 +62,150 @@ def test_a_sum_with_itself_or_with_numbers_is_computed() -> None:
     assert torch.equal(torch.add(one.tensor(), one.tensor(), alpha=2), one.value + 2 * one.value)
 
 
-def test_a_sum_with_what_is_known_is_made_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the other term as a whole; with another shape or type, of what somebody else may write to, as ever."""
+@pytest.fixture
+def several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sizes, "BLOCK_FLOATS", 64 * WIDTH)
+
+
+@pytest.mark.usefixtures("several_blocks")
+def test_a_sum_with_what_is_known_is_made_by_blocks() -> None:
+    """Without the other term as a whole; with another shape or type, of what somebody else may write to, as ever."""
     known = torch.randn(ROWS, WIDTH)
     before = known.clone()
     for turned in (False, True):
         (one,) = sources(1)
         x = one.tensor().relu()
         total = known + x if turned else x + known
-        assert type(total) is Tensor
-        assert torch.equal(total, known + one.value.relu())
+        known.zero_()
+        assert torch.equal(total, before + one.value.relu())
         assert x.pending.value is None
-        assert torch.equal(known, before)
         total.zero_()
+        known.copy_(before)
         assert torch.equal(x + known.double(), known.double() + one.value.relu())
     (one,) = sources(1)
     assert torch.equal(one.tensor() + known[:1], known[:1] + one.value)
+
+
+# What follows from a sum that is there, by name; none may change what the others read.
+READERS: dict[str, Callable[[Any], Tensor]] = {
+    "itself": lambda h: h,
+    "activation": lambda h: h.tanh().relu(),
+    "relu first": lambda h: h.relu() * 2,
+    "a product of both": lambda h: h * h.sigmoid(),
+    "with another result": lambda h: torch.cat([h, h.relu()], dim=1)[:, :WIDTH],
+    "a column of it": lambda h: h[:, 1:3],
+    "with what is known": lambda h: torch.ones(ROWS, WIDTH) - h,
+    "by blocks": lambda h: h.relu().sum(-1),
+}
+
+
+@pytest.mark.usefixtures("several_blocks")
+@pytest.mark.parametrize("first", READERS)
+@pytest.mark.parametrize("second", READERS)
+def test_what_follows_from_a_sum_reads_it_as_it_was(first: str, second: str) -> None:
+    (one,) = sources(1)
+    known = torch.randn(ROWS, WIDTH)
+    h = one.tensor() + known
+    assert isinstance(h, DeferredTensor)
+    assert h.pending.value is None
+    runs = one.runs
+    outs = {name: READERS[name](h) for name in {first, second}}
+    for name in (first, second, first):
+        assert torch.equal(outs[name], READERS[name](one.value + known)), name
+    assert torch.equal(h.pending.packed(**RANGE), codes(one.value + known))
+    outs[first].add_(1)
+    change = torch.zeros(ROWS, WIDTH)
+    change[:, slice(None) if first == "itself" else slice(1, 3 if first == "a column of it" else 1)] = 1  # of views
+    assert torch.equal(h, one.value + known + change)
+    assert one.runs == runs
+
+
+@pytest.mark.usefixtures("several_blocks")
+def test_floats_that_nothing_else_reads_are_written_over() -> None:
+    (one,) = sources(1)
+    h = one.tensor() + torch.ones(ROWS, WIDTH)
+    place = h.pending.floats.value.data_ptr()
+    h = h.tanh()
+    assert h.materialized().data_ptr() == place
+    assert torch.equal(h, (one.value + 1).tanh())
+
+
+IN_PLACE: dict[str, Callable[[Any, Any, Any], Any]] = {
+    "a number": lambda h, bias, other: h.add_(2).mul_(3),
+    "a bias": lambda h, bias, other: h.add_(bias),
+    "factors": lambda h, bias, other: h.mul_(bias),
+    "a result": lambda h, bias, other: h.add_(other),
+    "a matrix": lambda h, bias, other: h.sub_(bias.expand(ROWS, WIDTH).contiguous()),
+}
+
+
+@pytest.mark.usefixtures("several_blocks")
+@pytest.mark.parametrize("change", IN_PLACE)
+def test_changes_in_place_are_noted_and_reach_every_view(change: str) -> None:
+    one, other = sources(2)
+    bias, before = torch.randn(WIDTH), torch.randn(WIDTH)
+    before.copy_(bias)
+    h = one.tensor()
+    earlier, view, column = h.relu(), h.view(ROWS, -1), h[:, 2:]
+    assert IN_PLACE[change](h, bias, other.tensor()) is h
+    assert h.pending.value is None
+    bias.zero_()
+    expected = IN_PLACE[change](one.value.clone(), before, other.value)
+    assert torch.equal(h.pending.packed(**RANGE), codes(expected))
+    for found in (h, view):
+        assert torch.equal(found, expected)
+    assert torch.equal(column, expected[:, 2:])
+    assert torch.equal(earlier, one.value.relu())
+
+
+@pytest.mark.usefixtures("several_blocks")
+def test_a_matrix_that_is_there_takes_a_result_by_blocks() -> None:
+    (one,) = sources(1)
+    x, known = one.tensor().relu(), torch.randn(ROWS, WIDTH)
+    expected = known + one.value.relu()
+    assert known.add_(x) is known
+    assert torch.equal(known, expected)
+    assert x.pending.value is None
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs, self.join = nn.ModuleList([GraphConv(WIDTH, WIDTH) for _ in range(3)]), nn.Linear(2 * WIDTH, 3)
+        self.shift = nn.Parameter(torch.randn(WIDTH))
+        self.kept: list[Tensor] = []
+
+    def forward(self, x: Tensor, edge_index: Tensor, given: Tensor) -> Tensor:
+        start = x
+        for conv in self.convs:
+            h = conv(x, edge_index)
+            h += self.shift
+            x = (h.relu() + x) * given[:1]
+        self.kept = [x, h]
+        return self.join(torch.cat([x + given, 0.5 * start], dim=-1)).softmax(-1)
+
+
+@pytest.mark.parametrize("nodes", [40, 700])
+def test_residual_models_give_what_their_converted_form_does(monkeypatch: pytest.MonkeyPatch, nodes: int) -> None:
+    monkeypatch.setattr(sizes, "BLOCK_FLOATS", 256 * WIDTH)
+    torch.manual_seed(0)
+    edge_index, given = torch.randint(nodes, (2, 5 * nodes)), torch.randn(nodes, WIDTH)
+    x = torch.randn(nodes, WIDTH)
+    qmodel = qgnn_plugin.quantize_model(Residual().eval(), bits=4)
+    qgnn_plugin.calibrate(qmodel, [(x, edge_index, given)], method="ranges")
+    packed = qgnn_plugin.pack_model(qmodel.eval())
+    with torch.no_grad():
+        outs = [packed(x + k, edge_index, given) for k in range(3)]
+        for k, out in enumerate(outs):
+            torch.testing.assert_close(out, qmodel(x + k, edge_index, given), rtol=1e-4, atol=1e-5)
+        assert all(type(t) is Tensor for t in packed.kept)
+        for kept, expected in zip(packed.kept, qmodel.kept, strict=True):
+            torch.testing.assert_close(kept, expected, rtol=1e-4, atol=1e-4)
+        for where in (given, given[:1]):
+            where[0, 0] = torch.nan
+            with pytest.raises(ValueError, match="NaN"):
+                packed(x, edge_index, given)
+            where[0, 0] = 0
 
 
 def test_the_sum_of_a_stack_is_that_of_torch() -> None:
