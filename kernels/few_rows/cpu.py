@@ -120,7 +120,7 @@ def _lower(place, zero_code, scale, count, lower):
 
 @njit(forceinline=True)
 def scratch_bytes(width, bits):
-    """Bytes that :func:`.finish.finish_rows` needs for packed rows."""
+    """Bytes that :func:`..cpu.finish.finish_rows` needs for packed rows."""
     return 2 * 4 * scratch_pitch(width, bits) + ALIGNMENT if bits else 1
 
 

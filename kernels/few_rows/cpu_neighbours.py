@@ -35,7 +35,7 @@ class NeighbourSums:
         """Write the sums at ``out_at``, float32 ``[num_dst, width]``.
 
         Args:
-            message_at: What :class:`.cpu.Rows` or :class:`.cpu.Dense` wrote, of all sources.
+            message_at: What :class:`.cpu_rows.Rows` or :class:`.cpu.Dense` wrote, of all sources.
             scale_at: Step of its range.
             graph: A :class:`~qgnn_plugin.kernels.edge_order.few.FewEdges`.
             out_at: Where the result goes.

@@ -237,7 +237,7 @@ _whole_tile, _half_tile, _quarter_tile = _tile_of(LANES), _tile_of(HALF), _tile_
 @jit.kernel
 def run_product(product, x, out, rows, first):
     """Map the rows ``x[:rows]``, of :func:`.kept.pitch_of` numbers each and at most :data:`BLOCK_ROWS` of them, to the
-    rows of ``out`` from ``first`` on; both are :func:`.simd.raw`.
+    rows of ``out`` from ``first`` on; both are :func:`..cpu.simd.raw`.
 
     Returns whether all of ``x`` was finite; where it was not, the result is not written.
     """

@@ -182,7 +182,7 @@ def fill_terms(columns, colsum, features):
 @cache
 def linear_kernel(bits: int, dotted: int = 0):
     """The product of codes of ``bits`` bits; ``dotted`` is 1 where dot products of its rows are wanted as well, with
-    ``dots`` the addresses and numbers of :func:`.finish.dot_and_finish_rows`.
+    ``dots`` the addresses and numbers of :func:`..cpu.finish.dot_and_finish_rows`.
     """
     parts = parts_per_byte(bits)
     wide = parts * TILE  # words of a tile once unpacked

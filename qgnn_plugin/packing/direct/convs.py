@@ -37,7 +37,7 @@ from .network import direct_steps
 
 __all__ = ["NONE", "address_of", "direct_gcn", "direct_gin", "direct_sage", "fits", "result_of", "rows_of", "scratch"]
 
-ROOT, INVERSE, NONE = 1, 0, -1  # factors of nodes (:func:`..few_edges`)
+ROOT, INVERSE, NONE = 1, 0, -1  # factors of nodes (:func:`~qgnn_plugin.kernels.edge_order.few.few_edges`)
 SUMS = {"mean": INVERSE, "sum": NONE, "add": NONE}
 
 

@@ -293,7 +293,8 @@ _CLASSES: dict[tuple[type, type, tuple[str, ...]], type] = {}
 def frozen_class(mixin: type[PackedLayer], float_class: type[nn.Module], own_names: tuple[str, ...] = ()) -> type:
     """The subclass of ``(mixin, float_class)``, made once, under the name of ``float_class``.
 
-    ``own_names`` are those of aliases that mean the layer's own attributes (see :func:`names_kept`).
+    ``own_names`` are those of aliases that mean the layer's own attributes
+    (:func:`~qgnn_plugin.layers.base.names_kept`).
     """
     key = (mixin, float_class, own_names)
     if key not in _CLASSES:
