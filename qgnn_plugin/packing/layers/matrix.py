@@ -81,11 +81,7 @@ class PackedMatrix:
     def times(self, x: Activation, bias: Tensor | None = None) -> Tensor:
         """``x W^T + b`` of ``[N, K]``: by integer products where that can be, else as the converted layer does."""
         product = self.product(x, bias)
-        return self.wide(x, bias) if product is None else product()
-
-    def wide(self, x: Activation, bias: Tensor | None) -> Tensor:
-        """:func:`wide_product` by the matrix."""
-        return wide_product(x, self.codes(), bias)
+        return wide_product(x, self.codes(), bias) if product is None else product()
 
     def product(self, x: Activation, bias: Tensor | None, row_scale: Tensor | None = None) -> Producer | None:
         """``x W^T + b``, by a factor ``[N]`` per row, as integer products; :obj:`None` where it is none.
