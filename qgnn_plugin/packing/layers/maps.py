@@ -20,7 +20,8 @@ from ...layers.sparse_linear import QuantizedSparseLinear, adjacency_of
 from ...layers.watched import is_watched, own_propagate
 from ..lazy import sizes
 from ..lazy.deferred import materialized
-from ..lazy.producers import row_blocks
+from ..lazy.producers import Producer, row_blocks
+from ..lazy.steps import with_epilogue
 from .base import LayerSpec, register_packed
 from .guard import inference
 from .linear import PackedLinear
@@ -270,10 +271,34 @@ class PackedEmbedding(PackedWeights):
                     f"Expected indices of 0 to {self.num_embeddings - 1} at '{self._qualified_name}' (got {low} to "
                     f"{high})"
                 )
-        return self._rows(index).view(*input.shape, self.embedding_dim)
+        is_one_block = index.numel() * self.embedding_dim <= sizes.BLOCK_FLOATS // 2
+        if input.dim() != 1 or is_one_block or input.is_cuda or torch.compiler.is_compiling():
+            return self._rows(index).view(*input.shape, self.embedding_dim)
+        return self.deferred(self._looked_up(index.clone()))
+
+    def _looked_up(self, index: Tensor) -> Producer:
+        """The rows numbered by ``index``, by blocks; of many more than there are, from a table of floats."""
+        table = self._rows(None) if index.numel() > self.num_embeddings else None
+
+        def run(start: int, stop: int, **out: Any) -> Any:
+            part = index[start:stop]
+            if table is None:
+                return with_epilogue(self._rows(part), **out)
+            rows = empty((part.numel(), self.embedding_dim), table.dtype)
+            return with_epilogue(torch.index_select(table, 0, part, out=rows), **out)
+
+        def taken(rows: Tensor) -> Producer:
+            return self._looked_up(index[rows])
+
+        return Producer(index.numel(), self.embedding_dim, index.device, run, is_fused=False, taken=taken)
 
     def _dequantized(self, name: str) -> Tensor:
         return self._rows(None)
+
+    def _stand_in(self, name: str) -> Tensor:
+        weight = super()._stand_in(name)
+        weight.rows = self._rows  # type: ignore[attr-defined]
+        return weight
 
     def _rows(self, index: Tensor | None) -> Tensor:
         if index is not None and index.numel() > self.num_embeddings:  # types of edges, and the like

@@ -56,6 +56,7 @@ class FrozenWeight(StandIn, Tensor):  # type: ignore[misc]
     _layer: str
     _value: Tensor | Callable[[], Tensor]
     _is_same: bool
+    rows: Callable[[Tensor], Tensor] | None = None  # those numbered by indices, without the others
 
     @staticmethod
     def __new__(
@@ -86,6 +87,10 @@ class FrozenWeight(StandIn, Tensor):  # type: ignore[misc]
         written = _written(func, args, kwargs)
         if written is not None:
             raise read_only(written._layer, func.__name__)
+        if args and isinstance(args[0], cls) and args[0].rows is not None and not kwargs and func in _OF_ROWS:
+            part = _OF_ROWS[func](*args)
+            if part is not None:
+                return part
         out = func(*_plain(args), **_plain(kwargs))
         frozen = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, cls)]
         if all(value.alias_info is None for value in func._schema.returns):
@@ -133,6 +138,43 @@ aten = torch.ops.aten
 _MADE_LIKE = {
     *(aten.zeros_like, aten.ones_like, aten.empty_like, aten.full_like, aten.rand_like, aten.randn_like),
     *(aten.new_zeros, aten.new_ones, aten.new_empty, aten.new_full, aten.new_empty_strided, aten.is_same_size),
+}
+
+
+def _slice(weight: FrozenWeight, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Tensor | None:
+    """``weight[start:end]``, of which the other rows are not dequantized."""
+    first, last, _ = slice(start, end).indices(weight.size(0))
+    rows, device = weight.rows, weight.device
+    if dim != 0 or step != 1 or first >= last or rows is None:
+        return None
+    shape = torch.Size((last - first, *weight.shape[1:]))
+    part = FrozenWeight(
+        weight._layer, lambda: rows(torch.arange(first, last, device=device)), shape, device, weight._is_same
+    )
+    part.rows = lambda index: rows(index + first)
+    return part
+
+
+def _take(weight: FrozenWeight, index: Any) -> Tensor | None:
+    """The rows numbered by ``index``, where these are no more than all and none counts from the end."""
+    if type(index) is not Tensor or index.dtype not in (torch.int64, torch.int32) or weight.rows is None:
+        return None
+    if not 0 < index.numel() <= weight.size(0) or index.device != weight.device:
+        return None
+    low, high = index.aminmax()
+    if low < 0 or high >= weight.size(0):
+        return None
+    if not weight._is_same:
+        _warn_of_others([weight._layer])
+    return weight.rows(index.reshape(-1).long()).view(*index.shape, *weight.shape[1:])
+
+
+# What reads some rows, and views of these.
+_OF_ROWS: dict[Any, Callable[..., Tensor | None]] = {
+    aten.slice.Tensor: _slice,
+    aten.index_select.default: lambda weight, dim, index: _take(weight, index) if dim == 0 else None,
+    aten.index.Tensor: lambda weight, indices: _take(weight, indices[0]) if len(indices) == 1 else None,
+    aten.embedding.default: lambda weight, index, *rest: _take(weight, index),
 }
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch_geometric.nn import HeteroLinear
 
@@ -205,3 +206,57 @@ def test_attention_by_blocks_of_samples(masked: bool, monkeypatch: pytest.Monkey
             assert calls == [7, 7]
             calls.clear()
             monkeypatch.setattr(sizes, "BLOCK_FLOATS", 1 << 19)
+
+
+class Tables(nn.Module):
+    """What models do with tables: look-ups of few kinds, of few of many rows, and slices of the table itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kinds, self.nodes = nn.Embedding(7, 16, padding_idx=2), nn.Embedding(900, 16, padding_idx=5)
+        self.lin = nn.Linear(16, 8)
+
+    def forward(self, kind: Tensor, node: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        x = x.clone()
+        x += self.kinds(kind)
+        part = self.nodes.weight[4:800]
+        taken = (part.index_select(0, node % 700), self.nodes.weight[node], F.embedding(node, self.nodes.weight))
+        mapped = self.lin(self.kinds(kind).relu()) + self.lin(self.nodes(node[: kind.numel()]))[: kind.numel()].sum()
+        return (x, mapped, self.nodes(node), part, *taken)
+
+
+@pytest.mark.parametrize("rows", [6, 850])
+def test_look_ups_of_tables_are_those_of_the_converted_model(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    monkeypatch.setattr(sizes, "BLOCK_FLOATS", 64 * 16)
+    torch.manual_seed(0)
+    kind, node, x = torch.arange(rows) % 7, torch.arange(rows) % 900, torch.randn(rows, 16)
+    qmodel = qgnn.quantize_model(Tables().eval(), bits=4)
+    qgnn.calibrate(qmodel, [(kind, node, x)], method="ranges")
+    packed = qgnn.pack_model(qmodel.eval())
+    with torch.no_grad():
+        for given in ((kind, node, x), (kind.flip(0), node.flip(0), x)):
+            for found, expected in zip(packed(*given), qmodel(*given), strict=True):
+                torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        for wrong in (node - 1, node + 900):
+            with pytest.raises(IndexError):
+                packed(kind, wrong, x)
+
+
+def test_slices_and_rows_of_a_table_dequantize_no_others() -> None:
+    qmodel = qgnn.quantize_model(nn.Sequential(nn.Embedding(50, 8)).eval(), bits=4)
+    qgnn.calibrate(qmodel, [torch.arange(50)], method="ranges")
+    table = qgnn.pack_model(qmodel)[0]
+    weight, whole, taken = table.weight, table.weight.clone(), []
+    rows = weight.rows
+    weight.rows = lambda index: (taken.append(index.tolist()), rows(index))[1]
+    part = weight[10:30][5:]
+    assert part.shape == (15, 8)
+    assert torch.equal(part[torch.tensor([[0, 3]])], whole[torch.tensor([[15, 18]])])
+    assert taken == [[15, 18]]
+    assert torch.equal(part.mul(1), whole[15:30])
+    assert taken[1:] == [list(range(15, 30))]
+    assert torch.equal(weight[torch.tensor([-1, 2])], whole[[-1, 2]])
+    with pytest.raises(IndexError):
+        weight[torch.tensor([50])]
+    with pytest.raises(ValueError, match="read only"):
+        part.zero_()
