@@ -18,10 +18,11 @@ from ..inputs import Forward, run_model, tensors_in
 from ..layers.base import QuantizedLayer
 from .copying import reachable
 
-__all__ = ["Reached", "check_methods", "compares_tensors", "functions_of", "warn_of_comparisons"]
+__all__ = ["Reached", "check_methods", "functions_of", "takes_tensors_alone", "warn_of_comparisons"]
 
 FRAMEWORK = ("torch.", "torch_geometric.", "pytorch_lightning.", "lightning.", f"{__name__.partition('.')[0]}.")
 SHOWN = 5
+READERS = {"to_dlpack"}  # functions in C++ that take the memory of a tensor as it is
 
 
 def check_methods(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
@@ -108,8 +109,11 @@ def _comparisons(owner: type, classes: set[type]) -> Iterator[str]:
                 yield f"'{ast.unparse(node)}' in {name}"
 
 
-def compares_tensors(model: nn.Module) -> bool:
-    """Whether the model's own code asks whether the class of something is that of tensors, and no subclass."""
+def takes_tensors_alone(model: nn.Module) -> bool:
+    """Whether the model's own code takes tensors alone, and no subclass.
+
+    It asks whether the class of something is that of tensors, or hands memory on past Python.
+    """
     owners = {getattr(type(module), "float_class", type(module)) for module in model.modules()}
     return any(_asks_for_tensors(owner) for owner in owners)
 
@@ -117,6 +121,8 @@ def compares_tensors(model: nn.Module) -> bool:
 def _asks_for_tensors(owner: type) -> bool:
     for _, function, known in functions_of(owner):
         for node in ast.walk(function):
+            if isinstance(node, (ast.Attribute, ast.Name)) and _name(node) in READERS:
+                return True
             if any(known.has_one_of(other, {torch.Tensor}) for other in _compared_with(node)):
                 return True
             if isinstance(node, ast.Compare):
@@ -126,6 +132,10 @@ def _asks_for_tensors(owner: type) -> bool:
                 if named and any(part.value == "Tensor" for part in texts):
                     return True
     return False
+
+
+def _name(node: ast.Attribute | ast.Name) -> str:
+    return node.attr if isinstance(node, ast.Attribute) else node.id
 
 
 def _compared_with(node: ast.AST) -> list[ast.expr]:

@@ -45,7 +45,7 @@ class RunsGridConv(MultipliesWeights):
             own = self._part(weight, group * width, (group + 1) * width)
             parts.append(self._times(self._taken(rows.flatten(0, -2), INPUT), own, bias))
         y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-        y = y.view(patches.size(0), -1, self.out_channels).transpose(1, 2).unflatten(2, grid)
+        y = y.view(patches.size(0), patches.size(2), self.out_channels).transpose(1, 2).unflatten(2, grid)
         return y if batched else y.squeeze(0)
 
     def _patches(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:

@@ -137,8 +137,8 @@ class RunsSequence(MultipliesWeights):
         if hx is not None and not batched:
             hx = tuple(part.unsqueeze(1) for part in hx) if isinstance(hx, tuple) else hx.unsqueeze(1)
         state = self._initial(hx, x, batch, None)
-        out, state = self._layers(x.reshape(steps * batch, -1), [batch] * steps, state)
-        out = out.view(steps, batch, -1)
+        out, state = self._layers(x.reshape(steps * batch, x.size(-1)), [batch] * steps, state)
+        out = out.view(steps, batch, out.size(-1))
         out = out.transpose(0, 1) if axis == 0 else out
         if batched:
             return out, self._final(state, None)

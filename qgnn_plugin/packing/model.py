@@ -14,7 +14,7 @@ from torch_geometric.nn.models.rev_gnn import InvertibleModule
 from ..config import OFF
 from ..conversion.converted import SPECS, is_packed, is_quantized, quantized_layers
 from ..conversion.copying import copying_memo
-from ..conversion.passed_by import compares_tensors
+from ..conversion.passed_by import takes_tensors_alone
 from ..layers.base import QuantizedLayer, attribute_names, clashes, float_state, names_kept
 from ..layers.message_passing import QuantizedMessagePassing
 from ..layers.normalized import still
@@ -126,7 +126,7 @@ def assemble(model: nn.Module, layers: Mapping[str, Any], specs: Iterable[LayerS
         parameter.requires_grad_(False)
     setattr(packed, SPECS, specs)
     connect_stacks(packed, stack_places(specs))
-    if (not isinstance(packed, PackedLayer) or isinstance(packed, PackedOwnModule)) and not compares_tensors(packed):
+    if (not isinstance(packed, PackedLayer) or isinstance(packed, PackedOwnModule)) and not takes_tensors_alone(packed):
         defer_inside(packed)
     return packed
 

@@ -324,6 +324,24 @@ def test_weights_of_one_magnitude_get_gradients(bits: int, width: int) -> None:
             assert float((qlin.weight.grad - lin.weight.grad).norm() / lin.weight.grad.norm()) < 0.05
 
 
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: nn.Conv1d(8, 4, 3), (0, 8, 10)),
+        (lambda: nn.Conv2d(8, 4, 3, groups=2), (0, 8, 5, 6)),
+        (lambda: nn.GRU(8, 4, bidirectional=True), (3, 0, 8)),
+        (lambda: nn.LSTM(8, 4, batch_first=True, proj_size=3), (0, 3, 8)),
+        (lambda: nn.RNN(8, 4, 2), (3, 0, 8)),
+    ],
+)
+def test_batches_of_nothing(make: Any, shape: tuple[int, ...]) -> None:
+    layer, data = make(), torch.randn([size or 5 for size in shape])
+    qmodel = qgnn.calibrate(qgnn.quantize_model(layer, bits=4), [(data,)], method="ranges").eval()
+    for model in (qmodel, qgnn.pack_model(qmodel)):
+        got, want = _parts(model(torch.zeros(shape))), _parts(layer(torch.zeros(shape)))
+        assert [part.shape for part in got] == [part.shape for part in want]
+
+
 def test_tied_weights_stay_tied() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
+from torch_geometric.nn.models.rev_gnn import InvertibleModule
 
 from ...config import SMPConfig
 from ...conversion.converted import SPECS
@@ -32,6 +33,7 @@ __all__ = ["Difference", "ModuleSettings", "first_difference", "settings_of"]
 # What changes initial values, training or speed, and nothing else.
 IRRELEVANT = {"training", "inplace", "cached", "explain", "momentum", "decomposed_layers", "fuse"}
 IRRELEVANT |= {"weight_initializer", "bias_initializer", *CONSTRAINT_ATTRIBUTES, SPECS}
+OF_TRAINING: dict[type[nn.Module], set[str]] = {InvertibleModule: {"disable", "num_bwd_passes"}}  # of these classes
 DROPOUT = "dropout"  # in the name of an attribute: a rate, which eval mode does not know
 
 FRAMEWORKS = {"torch", "torch_geometric", "pytorch_lightning", "lightning", "torchmetrics"}
@@ -78,6 +80,7 @@ def _float_class(module: Any) -> type:
 def _values(module: nn.Module) -> dict[str, Any]:
     cls = _float_class(module)
     private, state = _is_users_own(cls), _assigned_by_running(cls)
+    state = state.union(*(names for base, names in OF_TRAINING.items() if issubclass(cls, base)))
     found = {}
     for name, value in float_state(module).items():
         hidden = name.startswith("_") and (not private or name.startswith("__") or name in MODULE_NAMES)

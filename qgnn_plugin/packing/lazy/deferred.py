@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_map_only
 from .asked import Asked, key_of
 from .floats import Floats
 from .producers import Block, Producer, Rows, gathered, row_blocks
-from .stand_in import StandIn
+from .stand_in import StandIn, explain_missing_memory, refusing_reads
 from .steps import IN_PLACE, Step, as_now, batch_norm, finished, step_of, with_epilogue
 
 __all__ = ["NOTES", "DeferredTensor", "Pending", "Scope", "is_deferring", "materialized"]
@@ -236,7 +236,7 @@ class DeferredTensor(StandIn, Tensor):  # type: ignore[misc]
         tensor = Tensor._make_wrapper_subclass(cls, shape, strides, **kind)
         tensor.pending = pending
         tensor.left_to_scope()
-        return tensor
+        return refusing_reads(tensor)  # type: ignore[no-any-return]
 
     def left_to_scope(self) -> None:
         """Have the call that runs, if any, compute this one at its end, where something still refers to it."""
@@ -365,8 +365,9 @@ class Scope:
         if self.mode is not None:
             self.mode.__enter__()
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         try:
+            explain_missing_memory(error)
             if self.mode is not None:
                 self.mode.__exit__(None, None, None)
             if kind is None:

@@ -5,9 +5,34 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor
 
-__all__ = ["StandIn"]
+__all__ = ["StandIn", "explain_missing_memory", "refusing_reads"]
+
+
+def refusing_reads(tensor: Any) -> Any:
+    """``tensor``, a wrapper without memory of its own, of which code in C++ that asks for its address is told so.
+
+    Methods of :class:`StandIn` serve readers in Python; a null pointer would be read by the others
+    (``torch.utils.dlpack.to_dlpack``, functions of ``torch.utils.cpp_extension``).
+    """
+    torch._C._set_throw_on_mutable_data_ptr(tensor)
+    return tensor
+
+
+def explain_missing_memory(error: BaseException | None) -> None:
+    """Raise what to do in place of the error of torch that :func:`refusing_reads` brings about.
+
+    Raises:
+        TypeError: If ``error`` is that.
+    """
+    if isinstance(error, RuntimeError) and str(error).startswith("Cannot access data pointer of Tensor"):
+        raise TypeError(
+            "Expected an ordinary tensor where memory is read past Python (got the result of a packed layer that is "
+            "not computed yet, or the weight of one): hand on its .clone(), or use torch.from_dlpack(tensor) in place "
+            "of to_dlpack"
+        ) from error
 
 
 class StandIn:

@@ -15,6 +15,7 @@ from ...kernels.finite import is_finite
 from .asked import Asked
 from .deferred import NOTES, VIEWS, DeferredTensor, Pending, materialized
 from .producers import Producer, gathered, row_blocks
+from .stand_in import refusing_reads
 
 __all__ = ["BothRun", "Stacked"]
 
@@ -183,7 +184,7 @@ class Stacked(DeferredTensor):
         )
         made.parts, made.pending = tuple(tensors), _StackedPending(tensors)  # type: ignore[assignment]
         made.left_to_scope()
-        return made
+        return refusing_reads(made)  # type: ignore[no-any-return]
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

@@ -30,6 +30,7 @@ from torch_geometric.nn import (
     GINConv,
     GraphConv,
     GraphSAGE,
+    GroupAddRev,
     LGConv,
     ResGatedGraphConv,
     SAGEConv,
@@ -295,6 +296,18 @@ def test_packing_adds_no_setting(tmp_path: Path) -> None:
     model = Own()
     packed, _ = saved(model, tmp_path / "model")
     assert settings_of(packed)[""].values == settings_of(model)[""].values
+
+
+def test_reversible_blocks_as_they_were_built(tmp_path: Path) -> None:
+    """Packing turns off how they save memory for a backward pass, of which a file says nothing."""
+
+    def build(**settings: Any) -> nn.Module:
+        return Around(GroupAddRev(GCNConv(HIDDEN // 2, HIDDEN // 2), num_groups=2, **settings), nn.ReLU())
+
+    with torch.no_grad():
+        packed, args = saved(build(), tmp_path / "model")
+        for model in (build(), build(disable=True), build(num_bwd_passes=2)):
+            assert torch.equal(qgnn_plugin.load_packed(tmp_path / "model", model)(*args), packed(*args))
 
 
 @pytest.mark.parametrize("name", PAIRS)

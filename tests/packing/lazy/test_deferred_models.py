@@ -300,3 +300,42 @@ def test_code_that_asks_for_the_class_of_tensors_is_given_tensors(cls: type[Aski
     qmodel, packed, args = pair(cls())
     assert torch.equal(packed(*args), qmodel(*args))
     assert torch.equal(copy.deepcopy(packed)(*args), qmodel(*args))
+
+
+class Exporting(nn.Module):
+    """Hands memory on to code in C++."""
+
+    foreign: Callable[[Tensor], Any]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = GCNConv(FEATURES, HIDDEN), nn.Linear(HIDDEN, CLASSES)
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        return self.head(torch.from_dlpack(self.foreign(self.conv(x, edge_index).detach())))
+
+
+class ExportingByName(Exporting):
+    def foreign(self, h: Tensor) -> Any:
+        return torch.utils.dlpack.to_dlpack(h)
+
+
+unseen = torch.utils.dlpack.to_dlpack
+
+
+class ExportingUnseen(Exporting):
+    """By a function of another name, as those of extensions are."""
+
+    def foreign(self, h: Tensor) -> Any:
+        return unseen(h)
+
+
+def test_memory_that_is_read_past_python() -> None:
+    qmodel, packed, args = pair(ExportingByName())
+    with torch.no_grad():
+        assert torch.equal(packed(*args), qmodel(*args))
+    _, packed, args = pair(ExportingUnseen())
+    with pytest.raises(TypeError, match=r"read past Python .* \.clone\(\)"):
+        packed(*args)
+    with pytest.raises(RuntimeError, match="Cannot access data pointer"):
+        torch.utils.dlpack.to_dlpack(packed.head.weight)
