@@ -33,6 +33,7 @@ class GraphPlan:
     """
 
     is_traced = False  # whether it is the result of an op in a program that is being traced, and not known yet
+    first_edge = 0  # of a part of a plan without ``perm``: the caller's edge at its first position
 
     def __init__(self, rowptr: Tensor, col: Tensor, num_src: int, perm: Tensor | None = None) -> None:
         self.rowptr = rowptr
@@ -148,13 +149,16 @@ class GraphPlan:
 
     @derived
     def edge_ids(self) -> Tensor:
-        """``[num_edges]`` int64, ``perm``, or the positions where they coincide."""
-        return self.positions if self.perm is None else self.perm
+        """``[num_edges]`` int64, the caller's edge at each CSR position; of a part too, of all the caller's edges."""
+        if self.perm is not None:
+            return self.perm
+        return self.positions + self.first_edge if self.first_edge else self.positions
 
     @derived
     def in_order(self) -> GraphPlan:
-        """The same of edges that the caller has in CSR order."""
-        return self if self.perm is None else GraphPlan(self.rowptr, self.col, self.num_src)
+        """The same of edges that the caller has in CSR order, those of a part alone."""
+        is_so = self.perm is None and self.first_edge == 0
+        return self if is_so else GraphPlan(self.rowptr, self.col, self.num_src)
 
     def edges(self, start: int, stop: int) -> slice:
         """The CSR positions of the edges into the destinations ``[start, stop)``."""
@@ -183,6 +187,8 @@ class GraphPlan:
         edges = self.edges(start, stop)
         perm = None if self.perm is None else self.perm[edges]
         part = GraphPlan(self.rowptr[start : stop + 1] - edges.start, self.col[edges], self.num_src, perm)
+        if perm is None and edges.start + self.first_edge:
+            part.first_edge = edges.start + self.first_edge
         inherit_csr((self.rowptr, self.col), (part.rowptr, part.col))
         return part
 

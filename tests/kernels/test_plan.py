@@ -56,6 +56,26 @@ def test_sorted_edges_keep_their_order_without_a_permutation() -> None:
     assert plan.unsort(values) is values
 
 
+@pytest.mark.parametrize("is_sorted", [False, True])
+def test_parts_number_edges_as_the_caller_does(is_sorted: bool) -> None:
+    """Of the caller's edges, whether or not these are in order; parts of parts too."""
+    edge_index = erdos_renyi(50, 400).edge_index
+    if is_sorted:
+        edge_index = edge_index[:, edge_index[1].argsort(stable=True)]
+    plan = GraphPlan.from_edges(*edge_index, 50, 50)
+    assert (plan.perm is None) == is_sorted
+    part = plan.rows(10, 40)
+    for found, start, stop in ((part, 10, 40), (plan.rows(0, 20), 0, 20), (part.rows(5, 20), 15, 30)):
+        src, dst = edge_index[:, found.edge_ids]
+        assert torch.equal(src, found.col.long())
+        assert torch.equal(dst, found.dst + start)
+        assert int(((edge_index[1] >= start) & (edge_index[1] < stop)).sum()) == found.num_edges
+        alone = found.in_order
+        assert torch.equal(alone.edge_ids, torch.arange(found.num_edges))
+        assert torch.equal(alone.rowptr, found.rowptr)
+        assert torch.equal(alone.col, found.col)
+
+
 def test_bipartite_plan() -> None:
     plan = GraphPlan.from_edges(torch.tensor([4, 0]), torch.tensor([1, 0]), 5, 2)
     assert (plan.num_src, plan.num_dst) == (5, 2)

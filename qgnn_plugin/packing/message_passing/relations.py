@@ -149,7 +149,8 @@ def _by_bases(layer: Any, x: Tensor, edge_index: Tensor, edge_type: Tensor, size
 
     def run(start: int, stop: int, addend: Tensor | None = None, **out: Any) -> Any:
         edges = plan.edges(start, stop)
-        sums = row_program(program, plan.rows(start, stop), [held, *((weight[edges],) for weight in weights)])
+        given = [held, *((weight[edges],) for weight in weights)]
+        sums = row_program(program, plan.rows(start, stop).in_order, given)
         y = sums[0].new_zeros((stop - start, layer.out_channels)) if addend is None else addend
         for h, basis in zip(sums, bases, strict=True):
             y.addmm_(h, basis)
