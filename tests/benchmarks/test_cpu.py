@@ -132,10 +132,9 @@ def test_ratios_are_over_the_best_peer_and_the_best_of_pyg() -> None:
 
 
 def test_a_peer_that_computes_something_else_is_not_timed() -> None:
-    case = cpu_calls.Case("tiny", cpu_calls.molecules(2, 12), 8, 16, 2, is_new=False, rounds=1)
     sides = {EDGE_INDEX: lambda: torch.ones(3), "DGL": lambda: torch.ones(3) + 0.1, "INT4": lambda: torch.zeros(3)}
     with pytest.raises(AssertionError, match="not close"):
-        cpu_calls._check(sides, case)
+        cpu_calls._check(sides)
 
 
 def test_a_wrong_packed_model_is_not_timed() -> None:
