@@ -30,7 +30,12 @@ def _as_csr(x: Tensor) -> Tensor:
         return x
     if x.requires_grad:
         return x.to_sparse_csr()
-    return plan_cache.get((x,), ("features as CSR",), x.to_sparse_csr)
+    return plan_cache.get((x,), ("features as CSR",), lambda: _converted(x))
+
+
+def _converted(x: Tensor) -> Tensor:
+    """As CSR; torch could not read the values of one that is made, to last, of what was made in inference mode."""
+    return (x.clone() if x.is_inference() else x).to_sparse_csr()
 
 
 def _pattern(crow: Tensor, col: Tensor, width: int) -> GraphPlan:

@@ -44,6 +44,19 @@ def _arguments(name: str, x: Tensor) -> tuple[Tensor, ...]:
     return (x,) if name == "Linear" else (x, graph())
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_matrices_that_are_made_in_inference_mode(layout: str) -> None:
+    x = _values("signed")
+    qmodel = qgnn.calibrate(qgnn.quantize_model(nn.Linear(WIDTH, OUT), bits=4), [(x,)], method="ranges").eval()
+    for model in (qmodel, qgnn.pack_model(qmodel)):
+        with torch.no_grad():
+            expected = model(LAYOUTS[layout](x))
+        with torch.inference_mode():
+            made = LAYOUTS[layout](x.clone())
+            for _ in range(2):
+                assert torch.equal(model(made), expected)
+
+
 @pytest.mark.parametrize("kind", ["positive", "signed", "ones", "zeros"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_every_layout_gives_what_dense_features_give(name: str, kind: str) -> None:
