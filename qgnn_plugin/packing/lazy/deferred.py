@@ -236,7 +236,7 @@ class DeferredTensor(StandIn, Tensor):  # type: ignore[misc]
         tensor = Tensor._make_wrapper_subclass(cls, shape, strides, **kind)
         tensor.pending = pending
         tensor.left_to_scope()
-        return refusing_reads(tensor)  # type: ignore[no-any-return]
+        return refusing_reads(tensor)
 
     def left_to_scope(self) -> None:
         """Have the call that runs, if any, compute this one at its end, where something still refers to it."""

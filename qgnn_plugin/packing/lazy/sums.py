@@ -184,7 +184,7 @@ class Stacked(DeferredTensor):
         )
         made.parts, made.pending = tuple(tensors), _StackedPending(tensors)  # type: ignore[assignment]
         made.left_to_scope()
-        return refusing_reads(made)  # type: ignore[no-any-return]
+        return refusing_reads(made)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

@@ -71,7 +71,7 @@ class FrozenWeight(StandIn, Tensor):  # type: ignore[misc]
         dtype = value.dtype if isinstance(value, Tensor) else torch.float32
         weight = Tensor._make_wrapper_subclass(cls, shape, strides=strides, dtype=dtype, device=device)
         weight._layer, weight._value, weight._is_same = layer, value, is_same
-        return refusing_reads(weight)  # type: ignore[no-any-return]
+        return refusing_reads(weight)
 
     # Fast paths of torch.nn that would take the matrix past its layer leave tensors with a torch function alone.
     @classmethod
