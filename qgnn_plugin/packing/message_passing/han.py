@@ -148,8 +148,13 @@ def _sum_of_tanh(y: Tensor) -> Tensor:
     if backend_for(y.device) != "cpu" or width > MAX_WIDTH:
         return y.tanh_().sum(0)
     plan = lasting(lambda: _stretches(num_rows))
+    return row_program(_tanh_of_rows(width), plan, [(y,)])[0].sum(0)
+
+
+@lru_cache(maxsize=16)
+def _tanh_of_rows(width: int) -> Program:
     nodes = (Node("load", (), width, 0), Node("tanh", (Use(0),), width), Node("sum", (Use(1),), width, is_row=True))
-    return row_program(Program((Operand("source", width),), nodes, (2,)), plan, [(y,)])[0].sum(0)
+    return Program((Operand("source", width),), nodes, (2,))
 
 
 @lru_cache(maxsize=16)
