@@ -68,7 +68,7 @@ class Pending:
     rows_of_columns: tuple[tuple[Step, ...], dict[str, Any]] | None = None
 
     @classmethod
-    def of(cls, value: Tensor, asked: Asked | None = None) -> Pending:
+    def holding(cls, value: Tensor, asked: Asked | None = None) -> Pending:
         """Of floats that nobody else holds: what follows is noted, and written over them in the end."""
         pending = cls(Producer.of(value), asked=asked)
         pending._reads(Floats(value))

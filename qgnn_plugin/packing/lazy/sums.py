@@ -128,7 +128,7 @@ def _of_blocks(first: Pending, second: Pending | Tensor, combine: Callable[..., 
     for rows, value in late.blocks(only_read=True):
         there = known[rows] if isinstance(known, Tensor) else known.read(rows)
         into(*((value, there) if late is first else (there, value)), out=out[rows])
-    return DeferredTensor._of(Pending.of(out, late.runs.asked))
+    return DeferredTensor._of(Pending.holding(out, late.runs.asked))
 
 
 _INTO: dict[Any, Callable[..., Tensor]] = {Tensor.add_: torch.add, Tensor.mul_: torch.mul, Tensor.sub_: torch.sub}
