@@ -100,7 +100,7 @@ class Columns(Pending):
     steps: tuple[Step, ...] = ()
 
     @classmethod
-    def of(cls, base: Pending, start: int, stop: int) -> Pending:
+    def between(cls, base: Pending, start: int, stop: int) -> Pending:
         if (start, stop) == (0, base.producer.num_features):
             return base
         if not isinstance(base, Columns):
@@ -203,7 +203,7 @@ def _select(x: DeferredTensor, dim: int, index: int) -> DeferredTensor | None:
         return None
     count, dims = math.prod(x.shape[2:]), tuple(x.shape[2:])
     start = index % x.size(1) * count
-    return shaped(Columns.of(x.pending, start, start + count), dims)
+    return shaped(Columns.between(x.pending, start, start + count), dims)
 
 
 def _slice(x: DeferredTensor, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
@@ -228,7 +228,7 @@ def _split(x: DeferredTensor, size: Any, dim: int = 0) -> Any:
 
 def _part(x: DeferredTensor, first: int, last: int) -> DeferredTensor:
     each, rest = math.prod(x.shape[2:]), tuple(x.shape[2:])
-    return shaped(Columns.of(x.pending, first * each, last * each), (last - first, *rest))
+    return shaped(Columns.between(x.pending, first * each, last * each), (last - first, *rest))
 
 
 VIEWS |= {
