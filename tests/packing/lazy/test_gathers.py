@@ -111,3 +111,27 @@ def test_rows_are_gathered_in_a_packed_model_alone(graph: tuple[Tensor, Tensor, 
     x, edge_index, _ = graph
     assert type(x[edge_index[0]]) is Tensor
     assert not isinstance(torch.index_select(x, 0, edge_index[0]), DeferredTensor)
+
+
+class Apart(nn.Module):
+    """How far the ends of edges are apart, in one number each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(1, 4)
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        first = x.sum(1, keepdim=True)
+        out: Tensor = self.lin(first[edge_index[0]] - first[edge_index[1]])
+        return out
+
+
+def test_rows_are_gathered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a block gathers is no other gather of the model's, however little that has to be."""
+    for name, value in (("FEWEST_GATHERED", 1), ("FEWEST_INDICES", 1), ("BLOCK_FLOATS", 1 << 9), ("FEW_RESULTS", 0)):
+        monkeypatch.setattr(sizes, name, value)
+    graph = torch.randn(100, 3), torch.randint(100, (2, 700))
+    qmodel = qgnn.calibrate(qgnn.quantize_model(Apart(), bits=4), [graph]).eval()
+    packed = qgnn.pack_model(qmodel)
+    with torch.no_grad(), use_backend("cpu"):
+        assert torch.equal(packed(*graph), qmodel(*graph))
