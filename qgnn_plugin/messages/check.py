@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..packing.lazy.columns import Late, waits
 from .shadow import NotTraceable, shadow_of
 
 __all__ = ["expect_agreement"]
@@ -81,6 +82,13 @@ def _given(
         value, nodes = call.end(name), targets if name.endswith("_i") else sources
         if value is None or not (isinstance(value, Tensor) or hasattr(value, "take")):
             return value
-        return value.index_select(call.layer.node_dim, nodes) if isinstance(value, Tensor) else value.take(nodes)
+        return _rows(value, call.layer.node_dim, nodes) if isinstance(value, Tensor) else value.take(nodes)
     value = call.argument(name)
-    return value.index_select(0, edges) if isinstance(value, Tensor) and call.is_per_edge(value) else value
+    return _rows(value, 0, edges) if isinstance(value, Tensor) and call.is_per_edge(value) else value
+
+
+def _rows(value: Tensor, dim: int, index: Tensor) -> Tensor:
+    """Some rows of a tensor, no others of which are computed where it waits."""
+    if waits(value) and value.dim() == 2 and dim in (0, -2) and (late := Late.of(value)).producer.taken is not None:
+        return late.take(index)
+    return value.index_select(dim, index)

@@ -52,6 +52,8 @@ class TracedMessage:
         built: The kernel.
         inputs: The record's inputs, by its placeholders.
         plain_sum: What it is, if it adds what sources send.
+        agrees_late: Whether it was compared with the layer where rows of its operands are computed with the result:
+            tracing computes them before.
     """
 
     record: Trace
@@ -59,6 +61,7 @@ class TracedMessage:
     built: Built
     inputs: dict[fx.Node, Input]
     plain_sum: PlainSum | None = None
+    agrees_late: bool = False
 
     @classmethod
     def of(cls, call: Any) -> TracedMessage:
@@ -87,7 +90,11 @@ class TracedMessage:
         raise reason
 
     def run(self, call: Any) -> Tensor | Producer:
-        """What ``aggregate`` returns; attributes that ``message`` writes are set on the layer."""
+        """What ``aggregate`` returns; attributes that ``message`` writes are set on the layer.
+
+        Raises:
+            NotTraceable: If operands are not computed yet, for the first time, and the result is not the layer's own.
+        """
         plan, layer = call.plan, call.layer
         counts = {"source": plan.num_src, "target": plan.num_dst, "edge": plan.num_edges}
         given = {node: _given(call, i) for node, i in self.inputs.items()}
@@ -99,16 +106,26 @@ class TracedMessage:
             producer = self.plain_sum.producer(program, arrays, call, values)
             if producer is not None:
                 return producer
+        is_late = _are_late(arrays)
         if self.is_by_rows:
             producer = self._by_rows(plan, arrays, values)
             # What the layer has given belongs to it: it may write over that before somebody asks for the result.
-            return producer.whole() if _are_given(call, self.inputs.values(), arrays) else producer
+            is_given = _are_given(call, self.inputs.values(), arrays)
+            return self._agreed(call, producer.whole() if is_given else producer, is_late)
         outs = self._reduced(plan, arrays, values)
         of_edges = outs[len(program.outputs) :]
         for name, node, value in zip(self.record.written, self.spaces.written, of_edges, strict=True):
             setattr(layer, name, value.view(-1, *self.record.shapes[node][1:]))
         del arrays, outs, of_edges
-        return values.last(self.spaces.output)
+        return self._agreed(call, values.last(self.spaces.output), is_late)
+
+    def _agreed(self, call: Any, result: Tensor | Producer, is_late: bool) -> Tensor | Producer:
+        """``result``; compared with the layer's own where its operands are late for the first time."""
+        if is_late and not self.agrees_late:
+            result = result.whole() if isinstance(result, Producer) else result
+            expect_agreement(call, result)
+            self.agrees_late = True
+        return result
 
     @cached_property
     def is_by_rows(self) -> bool:
@@ -146,9 +163,8 @@ class TracedMessage:
 
     def _reduced(self, plan: GraphPlan, arrays: list[Arrays], values: Values) -> list[Tensor]:
         """Run the kernel, and put its reductions to ``values``; what it gives, these and numbers of edges."""
-        late = any(isinstance(t, Late) for held in arrays for t in held)
         try:
-            outs = self._by_blocks(plan, arrays) if late else row_program(self.built.program, plan, arrays)
+            outs = self._by_blocks(plan, arrays) if _are_late(arrays) else row_program(self.built.program, plan, arrays)
         except NotFinite as error:
             where = self.built.maps[error.product].input_quantizer.site
             raise ValueError(NOT_FINITE.format(where=where, found="NaN or infinity")) from None
@@ -213,6 +229,11 @@ def _are_given(call: Any, inputs: Iterable[Input], arrays: list[Arrays]) -> bool
 
 def _memory(t: Tensor) -> int:
     return t.untyped_storage().data_ptr()
+
+
+def _are_late(arrays: list[Arrays]) -> bool:
+    """Whether rows of an operand are still to be computed."""
+    return any(isinstance(t, Late) for held in arrays for t in held)
 
 
 def _given(call: Any, described: Input) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch_geometric.nn import MessagePassing, PointTransformerConv
 
 import qgnn_plugin as qgnn
+from qgnn_plugin.messages.traced import TracedMessage
 from qgnn_plugin.packing.lazy import sizes
 from qgnn_plugin.packing.lazy.deferred import Pending
 
@@ -76,6 +77,27 @@ def test_weights_of_edges_are_computed_with_their_rows(
     assert not [shape for shape in written if shape.numel() >= EDGES * OUT]
     layer = next(layer for layer in qgnn.summary(packed).layers if layer.type == "Filtered")
     assert layer.runs == ("packed: row blocks" if branches else "packed: generated kernel")
+
+
+def test_blocks_that_give_other_numbers_than_the_layer_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What networks give is there when a message is traced: results by blocks are compared when they come first."""
+    monkeypatch.setattr(sizes, "BLOCK_FLOATS", 1 << 12)
+    monkeypatch.setattr(sizes, "FEW_RESULTS", 0)
+    own, wrong = TracedMessage._by_blocks, list[int]()
+
+    def shifted(self: Any, *args: Any) -> list[Tensor]:
+        wrong.append(1)
+        return [out.roll(1, 0) for out in own(self, *args)]
+
+    monkeypatch.setattr(TracedMessage, "_by_blocks", shifted)
+    graph = torch.randn(NODES, WIDTH), torch.randint(NODES, (2, EDGES)), torch.randn(EDGES, 3)
+    qmodel = quantized(Holding(Filtered()), *graph).eval()
+    packed = qgnn.pack_model(qmodel)
+    with torch.no_grad():
+        expected = qmodel(*graph)
+        for _ in range(3):
+            torch.testing.assert_close(packed(*graph), expected)
+    assert wrong
 
 
 def test_sources_that_a_network_gives_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
