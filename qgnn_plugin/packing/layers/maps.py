@@ -272,20 +272,17 @@ class PackedEmbedding(PackedWeights):
                     f"{high})"
                 )
         is_one_block = index.numel() * self.embedding_dim <= sizes.BLOCK_FLOATS // 2
-        if input.dim() != 1 or is_one_block or input.is_cuda or torch.compiler.is_compiling():
+        # Of more rows than there are, as types of edges are, the table of floats is the smaller part.
+        is_plain = is_one_block or index.numel() > self.num_embeddings or input.is_cuda
+        if input.dim() != 1 or is_plain or torch.compiler.is_compiling():
             return self._rows(index).view(*input.shape, self.embedding_dim)
         return self.deferred(self._looked_up(index.clone()))
 
     def _looked_up(self, index: Tensor) -> Producer:
-        """The rows numbered by ``index``, by blocks; of many more than there are, from a table of floats."""
-        table = self._rows(None) if index.numel() > self.num_embeddings else None
+        """The rows numbered by ``index``, by blocks."""
 
         def run(start: int, stop: int, **out: Any) -> Any:
-            part = index[start:stop]
-            if table is None:
-                return with_epilogue(self._rows(part), **out)
-            rows = empty((part.numel(), self.embedding_dim), table.dtype)
-            return with_epilogue(torch.index_select(table, 0, part, out=rows), **out)
+            return with_epilogue(self._rows(index[start:stop]), **out)
 
         def taken(rows: Tensor) -> Producer:
             return self._looked_up(index[rows])
