@@ -73,9 +73,13 @@ Convolutions are measured as two of them with ReLU between, models as they are, 
 {edges:,} random edges, given as an `edge_index` without order, the same in every call. Where a float model would not
 fit, widths are smaller (FastRGCNConv, NNConv, RGATConv: 32).{smaller}
 
+Times of one and the same layer differ by up to two from one process to the next on a shared machine, those of float
+layers that write a row for each edge most of all (SAGEConv and GraphSAGE, the same two layers, took 36 and 79 ms in one
+run of this page): a speed may be half, or twice, the next time.
+
 `MetaPath2Vec` looks up rows of a table, and `MaskLabel` adds some to a copy of what it is given: they compute nothing
-that fewer bits would make faster. Where float copies rows the packed model dequantizes them, and most of the memory of
-both is their result; what is saved is the table, which takes an eighth.
+that fewer bits would make faster. Where float copies rows the packed model dequantizes them, and their results are
+floats; what is saved is the table, which takes an eighth.
 """
 SMALLER = (
     f" **This is a smaller graph than the {NODES:,} nodes and {EDGES:,} edges that the command takes by default**: "
