@@ -165,8 +165,6 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
     return Recorded(tmp_path_factory.mktemp("misuse"))
 
 
-
-
 def test_calls(recorded: Recorded) -> None:
     wrong = []
     for name, (call, error, message) in recorded.calls.items():

@@ -60,7 +60,6 @@ from .triton_sums import inverse_of, normalize, part_of_sums, weighted_sums
 __all__ = ["attention_aggregate", "attention_hub_kernel", "attention_kernel"]
 
 
-
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_kernel(  # type: ignore[no-untyped-def]
     words, col, row_of, begin_of, length_of, slot_of, scale, offset, alpha_src, alpha_dst,

@@ -163,8 +163,6 @@ def vunmix(typingctx, acc, like):
     return signature(acc, acc, like), codegen
 
 
-
-
 # Where the codes of a part are looked at, by width: how far a word is shifted, and the part then kept.  Codes below
 # eight bits are the signed operand beside weights of a byte, so none may have the top bit of its own.
 _PLACES = {2: ((0, 0), (0, 1), (0, 2), (2, 2)), 4: ((0, 0), (4, 0)), 8: ((0, 0),)}

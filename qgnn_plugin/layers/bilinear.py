@@ -13,7 +13,6 @@ from .products import INPUT, MultipliesWeights, QuantizedWeights
 __all__ = ["QuantizedBilinear", "QuantizedHeteroLinear", "RunsBilinear", "RunsHeteroLinear"]
 
 
-
 class RunsBilinear(MultipliesWeights):
     """The forward of :class:`torch.nn.Bilinear`: integer products with the second input, then a float one."""
 

@@ -14,7 +14,6 @@ from .products import INPUT, MultipliesWeights, QuantizedWeights
 __all__ = ["QuantizedGridConv", "RunsGridConv"]
 
 
-
 class RunsGridConv(MultipliesWeights):
     """The forward of ``Conv1d`` and ``Conv2d``."""
 

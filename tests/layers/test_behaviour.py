@@ -45,7 +45,6 @@ NATIVE: dict[type[MessagePassing], Callable[[type], Any]] = {
 }
 
 
-
 def tripled(base: Any) -> dict[str, type]:
     """Subclasses of ``base`` that change one thing each."""
 
