@@ -74,7 +74,7 @@ Convolutions are measured as two of them with ReLU between, models as they are, 
 fit, widths are smaller (FastRGCNConv, NNConv, RGATConv: 32).{smaller}
 
 Times of one and the same layer differ by up to two from one process to the next on a shared machine, those of float
-layers that write a row for each edge most of all (SAGEConv and GraphSAGE, the same two layers, took 36 and 79 ms in one
+layers that write a row for each edge most of all (SAGEConv and GraphSAGE, the same two layers, took 79 and 35 ms in the
 run of this page): a speed may be half, or twice, the next time.
 
 `MetaPath2Vec` looks up rows of a table, and `MaskLabel` adds some to a copy of what it is given: they compute nothing
