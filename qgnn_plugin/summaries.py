@@ -12,6 +12,7 @@ from torch import nn
 from .config import OFF
 from .conversion.converted import expect_converted, is_packed, is_quantized, quantized_layers
 from .conversion.coverage import Coverage, coverage
+from .kernels.layout import row_words
 from .layers.normalized import still
 from .packing.model import packed_bytes
 from .packing.report import PackedSummary, packed_summary
@@ -22,6 +23,7 @@ from .tables import table
 
 __all__ = ["LayerReport", "Summary", "model_bytes", "summary"]
 
+FLOAT = 4  # bytes of a number of a range
 SHARES = ("quantized", "work")
 HEADER = ("layer", "type", "bits", "bytes", "packed", "ranges", "weight error", "constraint", "multiplier", *SHARES)
 
@@ -35,7 +37,7 @@ class LayerReport:
         type: Its float class.
         bits: Width per site, such as ``{"weight": 4}``.
         float_bytes: Size of its own parameters as they are.
-        packed_bytes: The same with quantized weights in whole 32-bit words per row, and their ranges.
+        packed_bytes: The same once packed: quantized weights in whole 32-bit words per row, and ranges.
         ranges: ``(lower, upper)`` per site with one range, in the units of the data.
         weight_error: ``||Q(W) - W|| / ||W||``, :obj:`None` without a set weight range.
         constraint: ``g`` over its bound in the last training forward.
@@ -143,14 +145,15 @@ def _report(name: str, layer: Any) -> LayerReport:
     before = sum(p.numel() * p.element_size() for p in parameters)
     after, error = before, None
     weights = layer._weight_sites()
-    matrices = [(own[site], matrix) for site, matrix in layer._weight_matrices().items() if own[site].bits != OFF]
+    ran = any(q.is_set for q in own.values() if q.bits != OFF)  # what has no range then is not read: it stays as it is
+    used = {site: q for site, q in own.items() if q.bits != OFF and (q.is_set or not ran)}
+    matrices = [(used[site], matrix) for site, matrix in layer._weight_matrices().items() if site in used]
     for weight, matrix in matrices:
-        words = -(-matrix.size(1) * weight.bits // 32)
-        each = matrix.size(0) if weight.granularity == "node" else weight.log_scale.numel()
-        after += 4 * (words * matrix.size(0) + 2 * each) - matrix.numel() * matrix.element_size()
+        held = 4 * row_words(matrix.size(1), weight.bits) * matrix.size(0) + _range_bytes(weight, matrix.size(0))
+        after += held - matrix.numel() * matrix.element_size()
     if matrices and all(weight.is_set for weight, _ in matrices):
         error = _weight_error(matrices)
-    after += sum(8 * q.log_scale.numel() for site, q in own.items() if site not in weights and q.bits != OFF)
+    after += sum(_range_bytes(q) for site, q in used.items() if site not in weights)
     smooth = getattr(layer, "_smp", None) is not None
     return LayerReport(
         name,
@@ -164,6 +167,18 @@ def _report(name: str, layer: Any) -> LayerReport:
         layer._multiplier_value if smooth else None,
         getattr(layer, "_deep_place", None),
     )
+
+
+def _range_bytes(quantizer: QLRQuantizer, rows: int = 0) -> int:
+    """Bytes of a range in a packed model, of a weight of ``rows`` rows: of what does not follow from the rest."""
+    if quantizer.is_zero_one:
+        return 0
+    by_row = rows > 0 and quantizer.granularity == "node"
+    each = rows if by_row else quantizer.log_scale.numel()
+    zero = quantizer.zero_code
+    ends = 2 if zero is None or (by_row and zero != 0) else 1
+    settings = () if rows else (quantizer.unit, quantizer.skew)
+    return FLOAT * (ends * each + sum(setting is not None for setting in settings))
 
 
 @torch.no_grad()

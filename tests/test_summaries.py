@@ -1,12 +1,13 @@
 """summary: a row per layer, with figures that can be checked by hand."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from core.support import OUT, WIDTH, Plain, features, graph, quantized
 from torch import nn
-from torch_geometric.nn import APPNP, GAT, GCN, GCNConv
+from torch_geometric.nn import APPNP, GAT, GCN, ARMAConv, FiLMConv, GATv2Conv, GCNConv
 
 import qgnn_plugin as qgnn
 from qgnn_plugin import QuantConfig
@@ -50,13 +51,13 @@ def test_widths_of_every_site() -> None:
 
 @pytest.mark.parametrize("bits", [2, 4, 8, 32])
 def test_bytes_by_hand(bits: int) -> None:
-    """Rows of whole 32-bit words and two floats per range."""
+    """Rows of whole words; a step for each range, a lower end where zero does not give it, a unit of multiples."""
     linear = nn.Linear(70, 9)
     qmodel = quantized(linear, torch.randn(5, 70), bits=bits)
     report = qgnn.summary(qmodel)
     assert report.float_bytes == 4 * (70 * 9 + 9)  # type: ignore[union-attr]
-    weights = 4 * 70 * 9 if bits == 32 else 4 * 9 * -(-70 * bits // 32) + 8 * 9
-    ranges = 0 if bits == 32 else 8
+    weights = 4 * 70 * 9 if bits == 32 else 4 * 9 * -(-70 * bits // 32) + 4 * 9
+    ranges = 0 if bits == 32 else 12
     assert report.packed_bytes == weights + 4 * 9 + ranges  # type: ignore[union-attr]
     assert model_bytes(qmodel) == report.packed_bytes  # type: ignore[union-attr]
     assert model_bytes(linear) == 4 * (70 * 9 + 9)
@@ -71,8 +72,20 @@ def test_bytes_of_the_rest_of_the_model_stay() -> None:
     assert report.float_bytes == size  # type: ignore[union-attr]
     assert model_bytes(model) == size
     partly = qgnn.quantize_model(model, 8, include="encoder")
-    saved = 4 * WIDTH * 8 - (4 * 8 * 3 + 8 * 8) - 8
+    saved = 4 * WIDTH * 8 - (4 * 8 * 3 + 4 * 8) - 12
     assert qgnn.summary(partly).packed_bytes == size - saved  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("settings", [{}, {"granularity": "node"}, {"weight_levels": "affine", "bits": 8}, {"bits": 2}])
+@pytest.mark.parametrize(
+    "conv", [GCNConv(WIDTH, OUT), GATv2Conv(WIDTH, 4, 2), APPNP(3, 0.1), ARMAConv(WIDTH, OUT), FiLMConv(WIDTH, 3)],
+    ids=lambda conv: type(conv).__name__,
+)  # fmt: skip
+def test_bytes_are_those_of_the_packed_model(conv: nn.Module, settings: dict[str, Any]) -> None:
+    qmodel = quantized(conv, features(), graph(), config=QuantConfig(**settings))
+    packed = qgnn.packed_bytes(qgnn.pack_model(qmodel))
+    report = qgnn.summary(qmodel)
+    assert (report.float_bytes, report.packed_bytes) == packed  # type: ignore[union-attr]
 
 
 def test_ranges_and_errors() -> None:

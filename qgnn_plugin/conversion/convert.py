@@ -300,15 +300,14 @@ def _placement(layer: nn.Module, model: nn.Module) -> tuple[torch.device | None,
     return None, None
 
 
-def restore_model(model: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """Undo :func:`quantize_model`: the plain model, with bitwise the float weights that ``model`` holds now.
+def restore_model(qmodel: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """Undo :func:`quantize_model`: the plain model, with bitwise the float weights that ``qmodel`` holds now.
 
     Raises:
-        ValueError: If ``model`` holds no converted layer.
+        ValueError: If ``qmodel`` holds no converted layer.
     """
-    expect_converted(model)
-    if not inplace:
-        model = copy_model(model)
+    expect_converted(qmodel)
+    model = qmodel if inplace else copy_model(qmodel)
     for layer in list(model.modules()):
         if isinstance(layer, QuantizedLayer):
             restore_class(layer)

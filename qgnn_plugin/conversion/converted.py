@@ -104,11 +104,11 @@ def quantizers(model: nn.Module) -> dict[str, QLRQuantizer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QLRQuantizer)}
 
 
-def range_parameters(model: nn.Module) -> list[nn.Parameter]:
+def range_parameters(qmodel: nn.Module) -> list[nn.Parameter]:
     """The learnable ranges (log scales and offsets), for an optimizer group of their own.  None in a plain model.
 
     Raises:
-        TypeError: If ``model`` is no module.
+        TypeError: If ``qmodel`` is no module.
         ValueError: If it is packed.
     """
-    return [p for q in quantizers(model).values() for p in q.parameters(recurse=False)]
+    return [p for q in quantizers(qmodel).values() for p in q.parameters(recurse=False)]

@@ -17,6 +17,7 @@ from torch_geometric.nn import MessagePassing
 from ..config import OFF
 from ..layers.base import QuantizedLayer, SwappedLayer
 from ..layers.message_passing import SentFeatures
+from ..layers.naming import float_class_of
 from ..layers.registry import mixin_for
 from ..quantizers import QLRQuantizer
 from .unregistered import unregistered_layers
@@ -237,8 +238,8 @@ class _Finder:
                 self._share(name, count, work, True)
 
     def _leave(self, name: str, module: Any, count: int, reason: str, chosen: bool = False) -> None:
-        cls = module.float_class if isinstance(module, SwappedLayer) else type(module)
-        kind = module.original_name if isinstance(module, torch.jit.ScriptModule) else cls.__name__
+        scripted = isinstance(module, torch.jit.ScriptModule)
+        kind = module.original_name if scripted else float_class_of(module).__name__
         rows = 0 if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) else self._rows_of(name)
         self.parts.append(FloatPart(name, kind, count, count * rows if self.knows_work else None, reason, chosen))
         self._share(name, count, count * rows, False)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from ..layers.base import SwappedLayer
+from ..layers.naming import float_class_of
 from ..layers.reads import ABOUT
 from .passed_by import functions_of
 
@@ -24,7 +24,7 @@ SETTING = re.compile("init|reset|configure|freeze")
 
 def warn_of_parameter_sums(model: nn.Module, stacklevel: int) -> None:
     """Warn where code of ``model``, converted, takes the values of all parameters: ranges are among them now."""
-    owners = {type(m).float_class if isinstance(m, SwappedLayer) else type(m) for m in model.modules()}
+    owners = {float_class_of(m) for m in model.modules()}
     found = sorted({text for owner in owners for text in _sums(owner)})
     if found:
         warnings.warn(

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..inputs import Forward, run_model, tensors_in
 from ..layers.base import QuantizedLayer
+from ..layers.naming import float_class_of
 from .copying import reachable
 
 __all__ = ["Reached", "check_methods", "functions_of", "takes_tensors_alone", "warn_of_comparisons"]
@@ -91,7 +92,7 @@ def _with_called(
 def warn_of_comparisons(model: nn.Module, stacklevel: int) -> None:
     """Warn where the model's own code compares ``type(layer)`` with the class of a converted layer."""
     classes = {type(m).float_class for m in model.modules() if isinstance(m, QuantizedLayer)}
-    owners = {type(m).float_class if isinstance(m, QuantizedLayer) else type(m) for m in model.modules()}
+    owners = {float_class_of(m) for m in model.modules()}
     found = sorted({text for owner in owners for text in _comparisons(owner, classes)})
     if found:
         warnings.warn(
@@ -114,7 +115,7 @@ def takes_tensors_alone(model: nn.Module) -> bool:
 
     It asks whether the class of something is that of tensors, or hands memory on past Python.
     """
-    owners = {getattr(type(module), "float_class", type(module)) for module in model.modules()}
+    owners = {float_class_of(module) for module in model.modules()}
     return any(_asks_for_tensors(owner) for owner in owners)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from ..layers.base import QuantizedLayer
+from ..layers.naming import float_class_of
 from ..layers.own_weights import QuantizedOwnModule
 from ..layers.registry import mixin_for
 from ..quantizers import QLRQuantizer
@@ -123,7 +124,7 @@ def is_in_copy(model: nn.Module, name: str, original: str) -> bool:
     if len(ours) != len(theirs) or len(places) != 1 or ours[places[0]].isdigit():
         return False
     copied, part = (model.get_submodule(".".join(path[: places[0] + 1])) for path in (ours, theirs))
-    if _float_class(copied) is not _float_class(part):
+    if float_class_of(copied) is not float_class_of(part):
         return False
     weights, others = _float_weights(copied), _float_weights(part)
     if not weights or weights.keys() != others.keys():
@@ -133,10 +134,6 @@ def is_in_copy(model: nn.Module, name: str, original: str) -> bool:
     if not any(weight.requires_grad for weight in weights.values()) and any(w.requires_grad for w in others.values()):
         return True
     return all(torch.equal(weights[key], others[key]) for key in weights)
-
-
-def _float_class(module: nn.Module) -> type:
-    return getattr(type(module), "float_class", type(module))
 
 
 def _float_weights(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -16,7 +16,7 @@ from ..aliases import Alias, public_names
 from ..config import OFF, QuantConfig
 from ..quantizers import QLRQuantizer
 from ..smp.constraint import CONSTRAINT_ATTRIBUTES, SmoothLayer, constraint_names, reset_constraint
-from .naming import annotated, attribute_names, named_as, shown_bits
+from .naming import annotated, attribute_names, float_class_of, named_as, shown_bits
 from .saved import CarriesConfiguration
 from .sites import SiteFactory
 
@@ -95,10 +95,9 @@ class SwappedLayer:
 
 def names_kept(mixin: type, layer: nn.Module) -> tuple[str, ...]:
     """The aliases of ``mixin`` that ``layer`` has attributes of its own under."""
-    shared = type(layer) if not isinstance(layer, SwappedLayer) else type(layer).float_class
     if isinstance(layer, SwappedLayer):
         return type(layer).own_names
-    return tuple(sorted(name for name in public_names(mixin) - public_names(shared) if hasattr(layer, name)))
+    return tuple(sorted(name for name in public_names(mixin) - public_names(type(layer)) if hasattr(layer, name)))
 
 
 # What a mixin means to put in the place of the layer's own.
@@ -112,7 +111,7 @@ def clashes(mixin: type, layer: nn.Module) -> list[str]:
 
     Those are methods, what is kept on a layer, and, where a class of the layer's defines them, constants.
     """
-    float_class = type(layer).float_class if isinstance(layer, SwappedLayer) else type(layer)
+    float_class = float_class_of(layer)
     users = [cls for cls in float_class.__mro__ if not f"{cls.__module__}.".startswith(_LIBRARIES)]
     of_class = {name for cls in users if cls is not object for name in vars(cls)}
     taken = of_class | attribute_names(float_state(layer))

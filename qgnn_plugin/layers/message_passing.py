@@ -221,7 +221,6 @@ class QuantizedMessagePassing(SentFeatures, QuantizedConv):
                 layer.float_arguments[name] = "only its differences matter"
                 continue
             layer.argument_quantizers[name] = cls._message_site(layer, sites, name)
-        layer.argument_quantizers.train(layer.training)
         attach_constraint(layer, sites.config.smp, sites.device)
 
     @staticmethod

@@ -10,7 +10,7 @@ from torch import nn
 from ..aliases import LayersOwn
 from ..config import OFF
 
-__all__ = ["annotated", "attribute_names", "named_as", "shown_bits", "vars_of"]
+__all__ = ["annotated", "attribute_names", "float_class_of", "named_as", "shown_bits", "vars_of"]
 
 
 def shown_bits(sites: Mapping[str, int]) -> str:
@@ -48,6 +48,12 @@ def named_as(float_class: type[nn.Module], own_names: tuple[str, ...] = ()) -> d
         "__qualname__": float_class.__qualname__,
         "__doc__": float_class.__doc__,
     }
+
+
+def float_class_of(module: nn.Module) -> type[nn.Module]:
+    """The user's class of a module, swapped or not."""
+    found: type[nn.Module] = getattr(type(module), "float_class", type(module))
+    return found
 
 
 def vars_of(cls: type) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from .embedding import QuantizedEmbedding
 from .factors import Factor, UsedWeight, reading, readings
 from .linear import QuantizedLinear
 from .message_passing import QuantizedMessagePassing
+from .naming import float_class_of
 from .products import QuantizedWeights
 from .reads import reads_of
 
@@ -24,14 +25,14 @@ __all__ = ["OwnWeights", "QuantizedOwnConv", "QuantizedOwnModule", "WeightsAsRow
 
 def own_weights(layer: nn.Module) -> dict[str, int]:
     """The parameters of ``layer`` that its code multiplies features by, with the dimension that is summed over."""
-    names = reads_of(_float_class(layer)).weights
+    names = reads_of(float_class_of(layer)).weights
     shapes = {name: _shape(layer, name) for name in names}
     return {name: dim for name, dim in names.items() if is_matrix(shapes[name]) and -dim <= len(shapes[name])}
 
 
 def own_tables(layer: nn.Module) -> list[nn.Module]:
     """The tables and linear maps inside ``layer`` whose weights its code reads past them."""
-    reads = reads_of(_float_class(layer))
+    reads = reads_of(float_class_of(layer))
     if reads.deep:
         return [inner for inner in layer.modules() if inner is not layer and isinstance(inner, (nn.Embedding, *LINEAR))]
     children = ((name, layer._modules.get(name)) for name in sorted(reads.tables))
@@ -40,10 +41,6 @@ def own_tables(layer: nn.Module) -> list[nn.Module]:
 
 
 LINEAR = (nn.Linear, PyGLinear)
-
-
-def _float_class(layer: nn.Module) -> type:
-    return getattr(type(layer), "float_class", type(layer))
 
 
 def _shape(layer: Any, name: str) -> tuple[int, ...]:

@@ -149,8 +149,9 @@ def convert_layer(
     except Exception:
         _reset(layer, before)
         raise
-    for _, quantizer in state.own_quantizers():
-        quantizer.train(layer.training)
+    for name in added.intersection(layer._modules):
+        if (site := layer._modules[name]) is not None:  # or a dictionary of them
+            site.train(layer.training)
 
 
 def _check_names(taken: Iterable[str], layer: nn.Module, name: str) -> None:

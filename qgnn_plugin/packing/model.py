@@ -17,6 +17,7 @@ from ..conversion.copying import copying_memo
 from ..conversion.passed_by import takes_tensors_alone
 from ..layers.base import QuantizedLayer, attribute_names, clashes, float_state, names_kept
 from ..layers.message_passing import QuantizedMessagePassing
+from ..layers.naming import float_class_of
 from ..layers.normalized import still
 from ..layers.own_weights import own_tables
 from ..layers.registry import deep_mixin, mixin_for
@@ -98,10 +99,10 @@ def assemble(model: nn.Module, layers: Mapping[str, Any], specs: Iterable[LayerS
     for spec in specs:
         layer = layers[spec.name]
         if spec.reason is None:
-            mixin, float_class = _packed_class(layer, spec), _float_class(layer)
+            mixin, float_class = _packed_class(layer, spec), float_class_of(layer)
             memo[id(layer)] = object.__new__(frozen_class(mixin, float_class, names_kept(mixin, layer)))
         elif spec.stays_plain:
-            memo[id(layer)] = object.__new__(_float_class(layer))
+            memo[id(layer)] = object.__new__(float_class_of(layer))
     for spec in specs:
         layer = layers[spec.name]
         if (copied := memo.get(id(layer))) is not None:
@@ -142,10 +143,6 @@ def layer_mixin(layer: Any, spec: LayerSpec) -> type[QuantizedLayer] | None:
         return type(layer).mixin
     mixin = mixin_for(layer)
     return mixin if spec.deep_place is None else deep_mixin(mixin)
-
-
-def _float_class(layer: Any) -> type[nn.Module]:
-    return type(layer).float_class if isinstance(layer, QuantizedLayer) else type(layer)
 
 
 def _packed_class(layer: Any, spec: LayerSpec) -> type[PackedLayer]:

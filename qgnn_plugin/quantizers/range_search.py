@@ -93,11 +93,7 @@ def search_range(x: Tensor, qmax: int, zero_code: float | None) -> tuple[Tensor,
         scale = (torch.where(constant, lower.abs(), scale) * unit.squeeze(1)).clamp_min(SMALLEST)
         return scale, lower * unit.squeeze(1) if zero_code is None else -zero_code * scale
     low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
-    if zero_code is None:
-        span = high - low
-    else:
-        below = -low / zero_code if zero_code > 0 else torch.zeros_like(low)
-        span = torch.maximum(below, high / (qmax - zero_code)) * qmax
+    span = full_span(low, high, qmax, zero_code)
     best_error = torch.full_like(low, float("inf"))
     best_scale, best_lower = torch.ones_like(low), low.clone()
     steps = torch.arange(1, GRID + 1, dtype=torch.float64, device=x.device).view(-1, 1, 1)
@@ -117,6 +113,14 @@ def search_range(x: Tensor, qmax: int, zero_code: float | None) -> tuple[Tensor,
     best_scale = (best_scale * unit).clamp_min(SMALLEST)
     best_lower = best_lower * unit if zero_code is None else -zero_code * best_scale
     return best_scale.squeeze(1), best_lower.squeeze(1)
+
+
+def full_span(low: Tensor, high: Tensor, qmax: int, zero_code: float | None) -> Tensor:
+    """Width of the range that holds values from ``low`` to ``high``, with zero at ``zero_code`` if there is one."""
+    if zero_code is None:
+        return high - low
+    below = -low / zero_code if zero_code > 0 else torch.zeros_like(low)
+    return torch.maximum(below, high / (qmax - zero_code)) * qmax
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.arithmetic import LARGEST_MULTIPLIER
-from .range_search import BLOCK, MAX_SAMPLES, SMALLEST, Sample
+from .range_search import BLOCK, MAX_SAMPLES, SMALLEST, Sample, full_span
 from .two_levels import search_two_levels
 
 __all__ = ["SMALLEST_STEP", "RowRange", "RowSample", "multipliers", "search_rows"]
@@ -113,11 +113,7 @@ def _first_best(errors: Tensor) -> int:
 def _fit(y: Tensor, m: Tensor, qmax: int, zero_code: float | None) -> tuple[Tensor, Tensor, float]:
     """Scale, lower end and error of ``y`` where an error counts ``m`` times: of the best shrunken range."""
     low, high = y.amin(), y.amax()
-    if zero_code is None:
-        span = high - low
-    else:
-        below = -low / zero_code if zero_code > 0 else torch.zeros_like(low)
-        span = torch.maximum(below, high / (qmax - zero_code)) * qmax
+    span = full_span(low, high, qmax, zero_code)
     if span == 0:  # one value: its lower end alone represents it
         return low.abs(), low, 0.0
     # In units of the largest value, whose square neither overflows nor vanishes.

@@ -88,7 +88,7 @@ def smp_layers(model: nn.Module) -> dict[str, SmoothLayer]:
 
 @torch.no_grad()
 def differential_multiplier_step(
-    model: nn.Module, *, reduce: Callable[[Tensor], Tensor] | None = None
+    qmodel: nn.Module, *, reduce: Callable[[Tensor], Tensor] | None = None
 ) -> dict[str, MultiplierState]:
     r"""Update every multiplier and slack once, from the last training forward (see :func:`ascend`).
 
@@ -98,14 +98,14 @@ def differential_multiplier_step(
     the update where that holds of all layers and nothing is averaged over processes.
 
     Args:
-        model: A converted model, or one that holds :class:`qgnn_plugin.SMPropagation` layers.
+        qmodel: A converted model, or one that holds :class:`qgnn_plugin.SMPropagation` layers.
         reduce: Averages a tensor over processes, for distributed training.  It is called once, with the measurements
             of all layers, ``[rows, 3]`` float64: energy, bound, and 1 where they were measured.
 
     Returns:
         The new state of each layer that has measured its constraint, in any process.
     """
-    layers = smp_layers(model)
+    layers = smp_layers(qmodel)
     if not layers:
         return {}
     if reduce is None and (settled := _settled(layers)) is not None:

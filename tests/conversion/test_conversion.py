@@ -22,11 +22,22 @@ from core.support import (
     state,
 )
 from torch import Tensor, nn
-from torch_geometric.nn import GCN, GATConv, GCNConv, GraphConv, Linear, MessagePassing, SAGEConv
+from torch_geometric.nn import (
+    APPNP,
+    GCN,
+    FiLMConv,
+    GATConv,
+    GCNConv,
+    GraphConv,
+    Linear,
+    MessagePassing,
+    SAGEConv,
+    SGConv,
+)
 from torch_geometric.typing import OptTensor
 
 import qgnn_plugin as qgnn
-from qgnn_plugin import QuantConfig, QuantizedLayer
+from qgnn_plugin import QuantConfig, QuantizedLayer, SMPConfig
 from qgnn_plugin.layers import QuantizedMessagePassing, register_layer
 from qgnn_plugin.layers.linear import QuantizedLinear
 
@@ -91,6 +102,15 @@ def test_generic_layers_keep_their_signature() -> None:
         config = QuantConfig(bits=4, output_bits=bits)
         qconv = qgnn.quantize_model(conv, config=config)
         assert inspect.signature(qconv.forward) == inspect.signature(conv.forward)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_conversion_adds_has_the_mode_of_its_layer(training: bool) -> None:
+    """Sites of every step lie in a dictionary, which is a module, too."""
+    smp = SMPConfig(state_bits=8)
+    for layer in (APPNP(3, 0.1), SGConv(WIDTH, OUT, K=2), FiLMConv(WIDTH, OUT)):
+        qlayer = qgnn.quantize_model(layer.train(training), config=QuantConfig(bits=4, smp=smp))
+        assert {module.training for module in qlayer.modules()} == {training}
 
 
 @pytest.mark.parametrize("training", [True, False])

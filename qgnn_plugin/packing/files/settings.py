@@ -23,6 +23,7 @@ from torch_geometric.nn.models.rev_gnn import InvertibleModule
 from ...config import SMPConfig
 from ...conversion.converted import SPECS
 from ...layers.base import QuantizerDict, float_state
+from ...layers.naming import float_class_of
 from ...quantizers import QLRQuantizer
 from ...smp.constraint import CONSTRAINT_ATTRIBUTES, SmoothLayer
 from ..layers.ranges import PackedRange
@@ -66,19 +67,14 @@ def settings_of(model: nn.Module) -> dict[str, ModuleSettings]:
     Values are such as JSON knows.  Left out are dropout, which does nothing in eval mode, and what conversion adds.
     """
     return {
-        name: ModuleSettings(_float_class(module).__name__, _values(module))
+        name: ModuleSettings(float_class_of(module).__name__, _values(module))
         for name, module in model.named_modules()
         if not isinstance(module, (QLRQuantizer, QuantizerDict, PackedRange, PackedWeight, _DropoutNd, nn.Identity))
     }
 
 
-def _float_class(module: Any) -> type:
-    """The user's class of a module, converted or not."""
-    return getattr(type(module), "float_class", type(module))
-
-
 def _values(module: nn.Module) -> dict[str, Any]:
-    cls = _float_class(module)
+    cls = float_class_of(module)
     private, state = _is_users_own(cls), _assigned_by_running(cls)
     state = state.union(*(names for base, names in OF_TRAINING.items() if issubclass(cls, base)))
     found = {}
