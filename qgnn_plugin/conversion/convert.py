@@ -10,11 +10,12 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from ..config import OFF, QuantConfig
-from ..layers.base import QuantizedLayer, SiteFactory, restore_class
+from ..layers.base import QuantizedLayer, restore_class
 from ..layers.fast_paths import close_fast_paths, open_fast_paths
 from ..layers.message_passing import QuantizedConv
 from ..layers.normalized import still
 from ..layers.registry import convert_layer, deep_mixin, mixin_for
+from ..layers.sites import Entrance, SiteFactory
 from ..saved import CONFIG_KEY, decode
 from ..smp.deep import DeepLayer, StackPlace, close_scopes, connect_stacks, conv_widths, find_stacks
 from .checkpoints import ConvertsOnLoad, close_checkpoints, open_checkpoints
@@ -239,7 +240,7 @@ def _can_stack(conv: nn.Module, deep: bool) -> bool:
 
 def _convert(model: nn.Module, names: list[str], config_of: ConfigOf, places: dict[str, StackPlace]) -> None:
     layers = dict(model.named_modules())
-    first, at_input = [True], ""
+    entrance, at_input = Entrance(), ""
     last = output_layer(names, {name: mixin_for(layers[name]) or QuantizedLayer for name in names})
     for name in names:
         layer = layers[name]
@@ -251,10 +252,10 @@ def _convert(model: nn.Module, names: list[str], config_of: ConfigOf, places: di
         device, dtype = _placement(layer, model)
         settings = config_of(name)
         output = name == last and settings.bits_for("output") != OFF
-        before = first[0] = first[0] or is_in_copy(model, name, at_input)
-        sites = SiteFactory(name, settings, device, dtype, first, config_of, place)
+        enters = entrance.is_open = entrance.is_open or is_in_copy(model, name, at_input)
+        sites = SiteFactory(name, settings, device, dtype, entrance, config_of, place)
         convert_layer(layer, mixin, sites, output=output)
-        if before and not first[0]:
+        if enters and not entrance.is_open:
             at_input = at_input or name
 
 

@@ -53,7 +53,7 @@ class DeepGCNConv(DeepGCN, QuantizedGCNConv):
     def attach(cls, layer: Any, sites: SiteFactory) -> None:
         layer._deep_place, layer._deep_config = sites.place, sites.config.smp
         # What is sent are the features themselves, often non-negative: levels of messages are not for them.
-        if sites.first[0]:
+        if sites.entrance.is_open:
             layer.message_quantizer = sites.features("message", layer.in_channels)
         else:
             layer.message_quantizer = sites.make("message", "message", channels=layer.in_channels)

@@ -45,7 +45,7 @@ class GIN(Convolution):
 
     @classmethod
     def attach(cls, layer: Any, sites: SiteFactory) -> None:
-        layer.message_quantizer = sites.features("message") if sites.first[0] else sites.message("message")
+        layer.message_quantizer = sites.features("message") if sites.entrance.is_open else sites.message("message")
         attach_constraint(layer, sites.config.smp, sites.device)
 
     @classmethod

@@ -64,7 +64,7 @@ class Hops(Propagation):
         mapped, steps = cls.maps_first(layer), []
         width = layer.out_channels if mapped else getattr(layer, "in_channels", None)
         for k in range(getattr(layer, "K", 1)):
-            entering = k == 0 and sites.first[0] and not mapped
+            entering = k == 0 and sites.entrance.is_open and not mapped
             steps.append((sites.features if entering else sites.message)(f"step{k}", width))
         cls.attach_steps(layer, sites, steps)
         attach_constraint(layer, sites.config.smp, sites.device)
@@ -206,9 +206,9 @@ class QuantizedTAGConv(TAGHops, QuantizedHops):
 
     @classmethod
     def attach(cls, layer: Any, sites: SiteFactory) -> None:
-        entering = sites.first[0]
+        entering = sites.entrance.is_open
         super().attach(layer, sites)
-        sites.first[0] = entering  # the first of its maps reads the same features
+        sites.entrance.is_open = entering  # the first of its maps reads the same features
 
 
 class QuantizedLGConv(LGHops, QuantizedHops):

@@ -12,7 +12,14 @@ from ..config import Granularity, Levels, QuantConfig, Site
 from ..quantizers import QLRQuantizer
 from ..smp.deep import StackPlace
 
-__all__ = ["SiteFactory"]
+__all__ = ["Entrance", "SiteFactory"]
+
+
+@dataclass
+class Entrance:
+    """Where features enter a model: open until the first site takes them."""
+
+    is_open: bool = True
 
 
 @dataclass
@@ -23,7 +30,7 @@ class SiteFactory:
     config: QuantConfig
     device: torch.device | None
     dtype: torch.dtype | None
-    first: list[bool] = field(default_factory=lambda: [True])
+    entrance: Entrance = field(default_factory=Entrance)
     configs: Callable[[str], QuantConfig] | None = None  # of inner layers, by name; default this layer's own
     place: StackPlace | None = None  # in a deep stack
 
@@ -63,8 +70,8 @@ class SiteFactory:
         self, label: str, channels: int | None = None, *, granularity: Granularity | None = None
     ) -> QLRQuantizer:
         """A quantizer for a layer's input: the model's input for the first layer, an activation afterwards."""
-        site: Site = "input" if self.first[0] else "activation"
-        self.first[0] = False
+        site: Site = "input" if self.entrance.is_open else "activation"
+        self.entrance.is_open = False
         return self.make(site, label, channels=channels, granularity=granularity)
 
     def weight(self, label: str, weight: Tensor) -> QLRQuantizer:
