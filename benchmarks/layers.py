@@ -66,16 +66,14 @@ Written by `python -m benchmarks.layers` (`make bench-layers`). What the columns
   with ranges from `calibrate` on a graph of at most 2,000 nodes, and no training. It compares layers with each other;
   what trained models lose is in [results](results.md);
 - **speed**: PyG's processor time over the packed model's at 4 bits, on one thread, the median over interleaved rounds;
-  above 1 is faster than float;
+  above 1 is faster than float. Both run where the C library keeps what is freed, which is where float layers are
+  fastest: by default glibc maps every block of more than 32 MB anew, in some processes and not in others, and float
+  layers that write a row for each edge then take two to three times as long, most of it page faults;
 - **memory**: growth of peak memory in one call at width {memory_width}, packed / float, in MB.
 
 Convolutions are measured as two of them with ReLU between, models as they are, at width {width} on {nodes:,} nodes and
 {edges:,} random edges, given as an `edge_index` without order, the same in every call. Where a float model would not
 fit, widths are smaller (FastRGCNConv, NNConv, RGATConv: 32).{smaller}
-
-Times of one and the same layer differ by up to two from one process to the next on a shared machine, those of float
-layers that write a row for each edge most of all (SAGEConv and GraphSAGE, the same two layers, took 79 and 35 ms in the
-run of this page): a speed may be half, or twice, the next time.
 
 `MetaPath2Vec` looks up rows of a table, and `MaskLabel` adds some to a copy of what it is given: they compute nothing
 that fewer bits would make faster. Where float copies rows the packed model dequantizes them, and their results are

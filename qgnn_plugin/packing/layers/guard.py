@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from ...layers.errors import REFUSALS, expect_features, name_layer
 from ...quantizers.autocast import full_precision
 from ...quantizers.transforms import transform_of
+from ..lazy.of_nodes import mapped_nodes
 
 __all__ = ["inference", "unseen"]
 
@@ -83,7 +85,10 @@ def inference(forward: Forward) -> Forward:
         try:
             if not self._runs_own_forward:
                 expect_features(args[0] if args else kwargs.get("x", ()))
-            return concluded(self, (forward if self._runs_own_forward else alone)(self, *args, **kwargs))
+            if self._runs_own_forward:
+                return concluded(self, forward(self, *args, **kwargs))
+            of_nodes = None if kwargs or len(args) != 1 else mapped_nodes(id(self), args[0], partial(alone, self))
+            return concluded(self, alone(self, *args, **kwargs) if of_nodes is None else of_nodes)
         except REFUSALS as error:
             name_layer(error, self._packed.spec.name)
             raise

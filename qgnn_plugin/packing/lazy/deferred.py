@@ -358,18 +358,24 @@ class Scope:
     def __init__(self, mode: TorchFunctionMode | None = None) -> None:
         self.mode = mode
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Scope:
         self.made: list[weakref.ref[DeferredTensor]] = []
         self.outer = _scope.get()
         _scope.set(self)
         if self.mode is not None:
             self.mode.__enter__()
+        return self
+
+    def end_mode(self) -> None:
+        """Have nothing look at functions of torch from now on."""
+        if self.mode is not None:
+            mode, self.mode = self.mode, None
+            mode.__exit__(None, None, None)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         try:
             explain_missing_memory(error)
-            if self.mode is not None:
-                self.mode.__exit__(None, None, None)
+            self.end_mode()
             if kind is None:
                 self._compute_what_is_left()
         finally:

@@ -77,8 +77,10 @@ def _scoped(inner: Any) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return inner.forward(self, *args, **kwargs)
-        with Scope(Gathering.of(args, kwargs) if not is_deferring() else None):
-            return materialized(inner.forward(self, *args, **kwargs))
+        with Scope(Gathering.of(args, kwargs) if not is_deferring() else None) as scope:
+            out = inner.forward(self, *args, **kwargs)
+            scope.end_mode()  # it would see, and slow down, every function by which results are computed
+            return materialized(out)
 
     return forward
 

@@ -18,6 +18,6 @@ FEW_BLOCKS = 8
 FEW_RESULTS = 1 << 19
 # Floats of what a block's edges hold of the widest argument or message, for each thread.  A block costs about a
 # millisecond of calls whatever its size: EdgeConv of width 64 took 1.5 times as long in blocks of half of this.
-EDGE_BLOCK_FLOATS = 1 << 19
+EDGE_BLOCK_FLOATS = 1 << 20
 # Edges of such a block.
 FEWEST_EDGES, MOST_EDGES = 256, 1 << 14

@@ -92,12 +92,14 @@ class FrozenWeight(StandIn, Tensor):  # type: ignore[misc]
             if part is not None:
                 return part
         out = func(*_plain(args), **_plain(kwargs))
-        frozen = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, cls)]
+        frozen = [leaf for leaf in _leaves((*args, *kwargs.values())) if isinstance(leaf, cls)]
         if all(value.alias_info is None for value in func._schema.returns):
             if func.overloadpacket not in _MADE_LIKE:
                 _warn_of_others([weight._layer for weight in frozen if not weight._is_same])
             return out
         layer, is_same = frozen[0]._layer, frozen[0]._is_same
+        if isinstance(out, Tensor):
+            return cls(layer, out, out.shape, out.device, is_same)
         return tree_map_only(Tensor, lambda view: cls(layer, view, view.shape, view.device, is_same), out)
 
     def materialized(self) -> Tensor:
@@ -190,8 +192,20 @@ def _warn_of_others(layers: list[str]) -> None:
         )
 
 
+_NESTED = (tuple, list, dict)
+
+
 def _plain(value: Any) -> Any:
-    return tree_map_only(FrozenWeight, FrozenWeight.materialized, value)
+    """Weights among arguments as the matrices that they stand for."""
+    if isinstance(value, FrozenWeight):
+        return value.materialized()
+    if type(value) is tuple:  # looks at most arguments alone: those of an operation are asked for again and again
+        return tuple(_plain(one) if isinstance(one, (FrozenWeight, *_NESTED)) else one for one in value)
+    return tree_map_only(FrozenWeight, FrozenWeight.materialized, value) if isinstance(value, _NESTED) else value
+
+
+def _leaves(args: tuple[Any, ...]) -> list[Any]:
+    return [leaf for arg in args for leaf in (tree_leaves(arg) if isinstance(arg, _NESTED) else (arg,))]
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> FrozenWeight | None:

@@ -13,9 +13,12 @@ from ...layers.factors import Factor, FactorTensor
 from ...layers.own_weights import QuantizedOwnConv, QuantizedOwnModule, WeightsAsRows, factor, own_weights
 from ...layers.reads import reads_of
 from ..layers.base import register_packed
+from ..layers.matrix import PackedMatrix
 from ..layers.weights import PackedWeights
+from ..lazy.of_nodes import held_for_blocks, is_held_for_blocks, mapped_nodes
 from ..lazy.weight import FrozenWeight
 from .generic import PackedMessagePassing
+from .row_blocks import TOLERANCE
 
 __all__ = ["PackedOwnConv", "PackedOwnModule", "PackedOwnWeights"]
 
@@ -23,12 +26,32 @@ __all__ = ["PackedOwnConv", "PackedOwnModule", "PackedOwnWeights"]
 class FrozenFactor(FactorTensor, FrozenWeight):  # type: ignore[misc]
     """A packed weight while its layer's code runs: products with it are of integers, its values are dequantized."""
 
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _PRODUCTS and not kwargs and (found := _product_of_nodes(*args)) is not None:
+            return found
+        return super().__torch_function__(func, types, args, kwargs)
+
     def _viewed(self, view: Callable[[Tensor], Any], own: Factor | list[Factor]) -> Any:
         if isinstance(own, list):
             return tuple(self._viewed(partial(_item, view, i), part) for i, part in enumerate(own))
         weight = FrozenFactor(self._layer, lambda: view(self.materialized()), torch.Size(own.shape), self.device)
         weight._factor = own
         return weight
+
+
+_PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
+
+
+def _product_of_nodes(x: Any, weight: Any) -> Tensor | None:
+    """``x @ W`` in floats, with the values of a matrix that is no factor, of features that a block has gathered."""
+    if not isinstance(weight, FrozenFactor) or weight._factor is not None or weight.dim() != 2:
+        return None
+    values = weight.materialized()
+    if not is_held_for_blocks(values):
+        return None
+    key = (values.data_ptr(), values.shape, values.stride())
+    return mapped_nodes(key, x, lambda rows: torch.matmul(rows, values), TOLERANCE)
 
 
 def _item(view: Callable[[Tensor], Any], place: int, weight: Tensor) -> Tensor:
@@ -44,7 +67,8 @@ class PackedOwnWeights(WeightsAsRows, PackedWeights):
 
     def _stand_in(self, name: str) -> Tensor:
         frozen: Any = super()._stand_in(name)
-        weight = FrozenFactor(frozen._layer, frozen._value, frozen.shape, frozen.device)
+        value = partial(held_for_blocks, (id(self), name), frozen._value)
+        weight = FrozenFactor(frozen._layer, value, frozen.shape, frozen.device)
         weight._factor = factor(self, name, self._quantized_weight(name), self._shapes[name])
         return weight
 
@@ -57,7 +81,11 @@ class PackedOwnWeights(WeightsAsRows, PackedWeights):
                 f"packed one under torch.no_grad()"
             )
         with torch.no_grad():
-            return super()._times_features(x, name, matrix)
+            multiply = super()._times_features
+            # A part of a weight is another matrix.
+            key = (id(self), name, matrix.words.data_ptr()) if isinstance(matrix, PackedMatrix) else None
+            of_nodes = None if key is None else mapped_nodes(key, x, lambda rows: multiply(rows, name, matrix))
+            return multiply(x, name, matrix) if of_nodes is None else of_nodes
 
 
 class PackedOwnModule(PackedOwnWeights):

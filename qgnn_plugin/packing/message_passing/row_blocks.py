@@ -24,6 +24,7 @@ from torch_geometric.nn.aggr import Aggregation, GRUAggregation, LCMAggregation,
 
 from ..lazy import sizes
 from ..lazy.columns import Late, waits
+from ..lazy.of_nodes import FEWEST_EDGES, OfNodes
 from .call import SPECIAL, NotByRows, Propagation
 from .nodes import PackedNodes, is_features
 
@@ -124,13 +125,19 @@ def _blocks(call: Propagation, edges: int) -> Iterator[tuple[slice, Edges]]:
 class _Runner:
     """A layer's functions on edges; what they write to the layer is seen, and taken back."""
 
-    def __init__(self, call: Propagation) -> None:
-        self.call = call
+    def __init__(self, call: Propagation, of_nodes: OfNodes | None = None) -> None:
+        self.call, self.of_nodes = call, of_nodes
         self.before = dict(call.layer.__dict__)
         get = call.layer.inspector.get_param_names
         self.names = {stage: list(get(stage)) for stage in call.stages}
 
     def __call__(self, edges: Edges) -> Any:
+        if self.of_nodes is None:
+            return self._run(edges)
+        with self.of_nodes.block():
+            return self._run(edges)
+
+    def _run(self, edges: Edges) -> Any:
         given = {name: self._given(name, edges) for names in self.names.values() for name in names}
         out: Any = None
         for k, stage in enumerate(self.call.stages):
@@ -146,9 +153,11 @@ class _Runner:
             return self._special(name, edges)
         if name[-2:] in ("_i", "_j"):
             value, nodes = call.end(name), edges.targets if name.endswith("_i") else edges.sources
-            if isinstance(value, PackedNodes):
-                return value.take(nodes)
-            return value.index_select(call.layer.node_dim, nodes) if isinstance(value, Tensor) else None
+            if not is_features(value):
+                return None
+            dim = call.layer.node_dim
+            rows = value.take(nodes) if isinstance(value, PackedNodes) else value.index_select(dim, nodes)
+            return rows if self.of_nodes is None else self._of_nodes(name, value, rows, nodes)
         value = call.argument(name)
         if not call.is_per_edge(value):
             if isinstance(value, PackedNodes) or (isinstance(value, (tuple, list)) and any(map(is_features, value))):
@@ -161,6 +170,16 @@ class _Runner:
         ordered = call.per_edge(name)
         assert ordered is not None
         return ordered[edges.positions]
+
+    def _of_nodes(self, name: str, value: Any, rows: Tensor, nodes: Tensor) -> Tensor:
+        """``rows`` of features, noted as those of ``nodes`` where there are many more edges than nodes."""
+        assert self.of_nodes is not None
+        dim = self.call.layer.node_dim
+        if dim % rows.dim() != 0 or self.call.num_edges < FEWEST_EDGES * value.size(0):
+            return rows
+        # Both sides of the same features are mapped once.
+        side = f"features {id(value)}"
+        return self.of_nodes.take(side, value.values if isinstance(value, PackedNodes) else lambda: value, rows, nodes)
 
     def _special(self, name: str, edges: Edges) -> Any:
         i, j = self.call.ends
@@ -204,7 +223,7 @@ def _width(out: Any, count: int) -> int:
 
 def run_by_rows(call: Propagation, blocks: RowBlocks) -> Any:
     """What ``aggregate`` would return for all rows."""
-    runner, results, kept = _Runner(call), _Rows(call), _Kept(call, blocks.kept)
+    runner, results, kept = _Runner(call, OfNodes()), _Rows(call), _Kept(call, blocks.kept)
     with _not_alone(runner):
         for rows, edges in _blocks(call, blocks.edges_per_block()):
             results.put(rows, edges, runner(edges))
@@ -215,7 +234,7 @@ def run_by_rows(call: Propagation, blocks: RowBlocks) -> Any:
 
 def run_edges_by_rows(call: Propagation, blocks: RowBlocks) -> Any:
     """What ``edge_update`` would return for all edges, in the caller's order."""
-    runner, results = _Runner(call), _PerEdge(call)
+    runner, results = _Runner(call, OfNodes()), _PerEdge(call)
     with _not_alone(runner):
         for _, edges in _blocks(call, blocks.edges_per_block()):
             results.put(edges, runner(edges))
