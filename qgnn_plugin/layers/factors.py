@@ -81,6 +81,10 @@ class FactorTensor:
 
     _factor: Any = None  # a Factor
 
+    def _values(self) -> Any:
+        """What operations take that are no products."""
+        return self
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -102,8 +106,8 @@ def _is_factor(x: Any) -> bool:
 
 def _plain(x: Any) -> Any:
     """The values of a weight as an ordinary tensor."""
-    if isinstance(x, UsedWeight):
-        return x.as_subclass(Tensor)
+    if isinstance(x, FactorTensor):
+        return x._values()
     if isinstance(x, (tuple, list)) and any(map(_is_factor, x)):
         return type(x)(_plain(item) for item in x)
     return x
@@ -125,6 +129,9 @@ class UsedWeight(FactorTensor, Tensor):
         weight = values.as_subclass(UsedWeight)
         weight._factor = factor
         return weight
+
+    def _values(self) -> Tensor:
+        return self.as_subclass(Tensor)
 
     def _viewed(self, view: Callable[[Tensor], Any], factor: Factor | list[Factor]) -> Any:
         out = view(self.as_subclass(Tensor))

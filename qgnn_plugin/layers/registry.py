@@ -77,11 +77,11 @@ def mixin_for(layer: nn.Module | type[nn.Module]) -> type[QuantizedLayer] | None
 def _generic_mixin(layer: nn.Module | type[nn.Module], cls: type[nn.Module]) -> type[QuantizedLayer] | None:
     """What converts a layer that is not registered: by what it sends, and by the weights that its code reads."""
     if isinstance(layer, nn.Module):
-        owns, reads = bool(own_weights(layer)), bool(own_weights(layer) or own_tables(layer))
+        reads = bool(own_weights(layer) or own_tables(layer))
     else:
-        owns = reads = bool(reads_of(cls).weights)
+        reads = bool(reads_of(cls).weights)
     if issubclass(cls, MessagePassing):
-        return QuantizedOwnConv if owns else QuantizedMessagePassing
+        return QuantizedOwnConv if reads else QuantizedMessagePassing
     # Containers run, or count, whatever they hold.
     return QuantizedOwnModule if reads and not issubclass(cls, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) else None
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from core.support import WIDTH, features, graph
 from torch import Tensor, nn
-from torch_geometric.nn import GCNConv
+from torch_geometric.nn import GCNConv, MessagePassing
 
 import qgnn_plugin as qgnn
 
@@ -66,7 +66,23 @@ class Inside(nn.Module):
         return self.conv(self.inner(x, edge_index), edge_index) @ self.inner.tables["b"].weight.t()
 
 
-@pytest.mark.parametrize("cls", [Tied, TiedStack, Tables, Inside])
+class InMessages(MessagePassing):
+    """A convolution whose message reads the weights of layers that it also calls."""
+
+    def __init__(self) -> None:
+        super().__init__(aggr="add")
+        self.table, self.maps = nn.Embedding(20, WIDTH), nn.ModuleList([nn.Linear(WIDTH, WIDTH)])
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        return self.propagate(edge_index, x=x, kind=edge_index[0] % 20)
+
+    def message(self, x_j: Tensor, kind: Tensor) -> Tensor:
+        for inner in self.maps:
+            x_j = inner(x_j) @ inner.weight
+        return x_j * self.table.weight[kind] + self.table(kind)
+
+
+@pytest.mark.parametrize("cls", [Tied, TiedStack, Tables, Inside, InMessages])
 @pytest.mark.parametrize("bits", [8, 2])
 def test_weights_read_elsewhere_are_the_same_in_packed_models(cls: type[nn.Module], bits: int) -> None:
     x, edge_index = features(), graph()

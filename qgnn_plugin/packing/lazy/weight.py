@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from .deferred import is_deferring
 from .stand_in import StandIn, refusing_reads
 
-__all__ = ["FrozenWeight", "read_only", "refuse_dtype"]
+__all__ = ["FrozenWeight", "is_transforming", "read_only", "refuse_dtype"]
 
 
 def read_only(layer: str, attempt: str) -> ValueError:
@@ -76,8 +76,11 @@ class FrozenWeight(StandIn, Tensor):  # type: ignore[misc]
     # Fast paths of torch.nn that would take the matrix past its layer leave tensors with a torch function alone.
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
+            if is_transforming():
+                return func(*_plain(args), **_plain(kwargs))
+            return func(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -133,6 +136,15 @@ class FrozenWeight(StandIn, Tensor):  # type: ignore[misc]
 
     def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
         return self.materialized().clone().__dlpack__(*args, **kwargs)
+
+
+def is_transforming() -> bool:
+    """Whether a transform of ``torch.func`` runs, such as that by which messages are recorded.
+
+    What a weight is computed of may be the transform's then, which is gone where an operation comes to dispatch: read
+    there, it would end the process.
+    """
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 aten = torch.ops.aten

@@ -16,7 +16,7 @@ from ..layers.base import register_packed
 from ..layers.matrix import PackedMatrix
 from ..layers.weights import PackedWeights
 from ..lazy.of_nodes import held_for_blocks, is_held_for_blocks, mapped_nodes
-from ..lazy.weight import FrozenWeight
+from ..lazy.weight import FrozenWeight, is_transforming
 from .generic import PackedMessagePassing
 from .row_blocks import TOLERANCE
 
@@ -31,6 +31,9 @@ class FrozenFactor(FactorTensor, FrozenWeight):  # type: ignore[misc]
         if func in _PRODUCTS and not kwargs and (found := _product_of_nodes(*args)) is not None:
             return found
         return super().__torch_function__(func, types, args, kwargs)
+
+    def _values(self) -> Tensor:
+        return self.materialized() if is_transforming() else self
 
     def _viewed(self, view: Callable[[Tensor], Any], own: Factor | list[Factor]) -> Any:
         if isinstance(own, list):
