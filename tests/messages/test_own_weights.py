@@ -35,7 +35,7 @@ class OfKind(MessagePassing):
     def __init__(self, read: str) -> None:
         super().__init__(aggr="add")
         self.weight, self.read = nn.Parameter(torch.randn(3, WIDTH, WIDTH) / WIDTH**0.5), read
-        self.cell, self.table = nn.GRUCell(WIDTH, WIDTH), nn.Embedding(3, WIDTH)
+        self.table = nn.Embedding(3, WIDTH)
 
     def forward(self, x: Tensor, edge_index: Tensor, kind: Tensor) -> Tensor:
         return self.propagate(edge_index, x=x @ self.weight[0], kind=kind)
