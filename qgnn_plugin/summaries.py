@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from .config import OFF
-from .conversion.converted import expect_converted, is_packed, is_quantized, quantized_layers
-from .conversion.coverage import Coverage, coverage
+from .conversion.converted import expect_converted, is_packed, is_quantized, quantized_layers, quantizers
+from .conversion.coverage import Coverage, coverage, has_run
 from .kernels.layout import row_words
 from .layers.normalized import still
 from .packing.model import packed_bytes
@@ -118,7 +118,8 @@ def summary(qmodel: nn.Module) -> Summary | PackedSummary:
 
 
 def _summary(qmodel: nn.Module) -> Summary:
-    layers = [_report(name, layer) for name, layer in quantized_layers(qmodel).items()]
+    ran = any(q.bits != OFF and q.is_set for q in quantizers(qmodel).values())
+    layers = [_report(name, layer, ran and not has_run(layer)) for name, layer in quantized_layers(qmodel).items()]
     before = sum(layer.float_bytes for layer in layers)
     extra = {id(t) for module in qmodel.modules() if isinstance(module, QLRQuantizer) for t in _tensors(module)}
     extra |= {id(t) for layer in smp_layers(qmodel).values() for t in layer._constraint_buffers}
@@ -135,7 +136,8 @@ def _tensor_bytes(module: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in _tensors(module))
 
 
-def _report(name: str, layer: Any) -> LayerReport:
+def _report(name: str, layer: Any, stays: bool) -> LayerReport:
+    """What is to be said of a layer; one that ``stays`` float when packed, as no data reached it, keeps its bytes."""
     own = dict(layer.own_quantizers())
     bits = {site.removesuffix("_quantizer"): q.stored_bits for site, q in own.items()}
     if getattr(layer, "attention_bits", OFF) != OFF:
@@ -146,7 +148,7 @@ def _report(name: str, layer: Any) -> LayerReport:
     after, error = before, None
     weights = layer._weight_sites()
     ran = any(q.is_set for q in own.values() if q.bits != OFF)  # what has no range then is not read: it stays as it is
-    used = {site: q for site, q in own.items() if q.bits != OFF and (q.is_set or not ran)}
+    used = {site: q for site, q in own.items() if q.bits != OFF and (q.is_set or not ran) and not stays}
     matrices = [(used[site], matrix) for site, matrix in layer._weight_matrices().items() if site in used]
     for weight, matrix in matrices:
         held = 4 * row_words(matrix.size(1), weight.bits) * matrix.size(0) + _range_bytes(weight, matrix.size(0))

@@ -88,6 +88,29 @@ def test_bytes_are_those_of_the_packed_model(conv: nn.Module, settings: dict[str
     assert (report.float_bytes, report.packed_bytes) == packed  # type: ignore[union-attr]
 
 
+class _HalfUsed(nn.Module):
+    """A convolution, and layers that its forward never calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.unused, self.attention = GCNConv(WIDTH, OUT), nn.Linear(WIDTH, OUT), nn.MultiheadAttention(8, 2)
+
+    def forward(self, x: torch.Tensor, edge_index: torch.Tensor) -> torch.Tensor:
+        return self.conv(x, edge_index)
+
+
+def test_layers_that_no_data_reach_keep_their_bytes() -> None:
+    """Packing leaves them as they are; before any data nobody knows which these are."""
+    fresh = qgnn.quantize_model(_HalfUsed(), 4)
+    assert rows(fresh)["unused"].packed_bytes < rows(fresh)["unused"].float_bytes / 2
+    qmodel = quantized(_HalfUsed(), features(), graph(), bits=4)
+    assert rows(qmodel)["unused"].packed_bytes == rows(qmodel)["unused"].float_bytes
+    with pytest.warns(UserWarning, match="attention"):
+        packed = qgnn.packed_bytes(qgnn.pack_model(qmodel))
+    report = qgnn.summary(qmodel)
+    assert (report.float_bytes, report.packed_bytes) == packed  # type: ignore[union-attr]
+
+
 def test_ranges_and_errors() -> None:
     x = features() - 3
     config = QuantConfig(bits=8, granularity="tensor", weight_granularity="tensor")

@@ -15,7 +15,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch_geometric.nn import MessagePassing
 
 from ..config import OFF
-from ..layers.base import QuantizedLayer, SwappedLayer
+from ..layers.base import WEIGHT, QuantizedLayer, SwappedLayer
 from ..layers.message_passing import SentFeatures
 from ..layers.naming import float_class_of
 from ..layers.registry import mixin_for
@@ -29,6 +29,7 @@ __all__ = [
     "LayerShare",
     "counting_rows",
     "coverage",
+    "has_run",
     "warn_of_float_parts",
     "warn_of_unregistered",
 ]
@@ -229,7 +230,7 @@ class _Finder:
             self._seen.add(id(tensor))
             if bits == OFF:
                 self._leave(name, module, count, OFF_BY_CHOICE, chosen=True)
-            elif isinstance(module, QuantizedLayer) and self._has_run and not _has_run(module):
+            elif isinstance(module, QuantizedLayer) and self._has_run and not has_run(module):
                 self._leave(name, module, count, NEVER_RAN)
             else:
                 work = 0 if isinstance(module, nn.Embedding) else count * self._rows_of(name)
@@ -281,9 +282,12 @@ def _parametrized(module: Any) -> list[Tensor]:
     return list(inner.parameters()) if isinstance(inner, nn.Module) else []
 
 
-def _has_run(layer: QuantizedLayer) -> bool:
-    used = [quantizer for _, quantizer in layer.own_quantizers() if quantizer.bits != OFF]
-    return not used or any(quantizer.is_set for quantizer in used)
+def has_run(layer: QuantizedLayer) -> bool:
+    """Whether data reached ``layer`` while ranges were set; a layer that quantizes nothing needs no data."""
+    used = {site: quantizer for site, quantizer in layer.own_quantizers() if quantizer.bits != OFF}
+    reads = layer.has_others  # a weight of its own has a range once its code has read it
+    data = [quantizer for site, quantizer in used.items() if reads or site != WEIGHT] or list(used.values())
+    return not data or any(quantizer.is_set for quantizer in data)
 
 
 def _is_matrix(p: Tensor) -> bool:

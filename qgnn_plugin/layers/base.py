@@ -21,6 +21,7 @@ from .saved import CarriesConfiguration
 from .sites import SiteFactory
 
 __all__ = [
+    "WEIGHT",
     "QuantizedLayer",
     "SiteFactory",
     "SwappedLayer",
@@ -30,6 +31,8 @@ __all__ = [
     "quantized_class",
     "restore_class",
 ]
+
+WEIGHT = "weight_quantizer"  # the site of a weight, whose range a packed layer holds with its words
 
 
 class SwappedLayer:
@@ -213,7 +216,7 @@ class QuantizedLayer(CarriesConfiguration, SwappedLayer):
 
     def _weight_sites(self: Any) -> dict[str, Tensor]:
         """The matrices that its own sites quantize, by the name of the site."""
-        return {"weight_quantizer": self.weight} if "weight_quantizer" in self._modules else {}
+        return {WEIGHT: self.weight} if WEIGHT in self._modules else {}
 
     def _weight_matrices(self) -> dict[str, Tensor]:
         """The same as ``[O, K]``: rows that features are multiplied by."""

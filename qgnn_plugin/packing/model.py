@@ -14,6 +14,7 @@ from torch_geometric.nn.models.rev_gnn import InvertibleModule
 from ..config import OFF
 from ..conversion.converted import SPECS, is_packed, is_quantized, quantized_layers
 from ..conversion.copying import copying_memo
+from ..conversion.coverage import has_run
 from ..conversion.passed_by import takes_tensors_alone
 from ..layers.base import QuantizedLayer, attribute_names, clashes, float_state, names_kept
 from ..layers.message_passing import QuantizedMessagePassing
@@ -25,7 +26,7 @@ from ..quantizers import QLRQuantizer
 from ..saved import CONFIG_KEY
 from ..smp.constraint import constraint_names
 from ..smp.deep import DeepLayer, StackPlace, connect_stacks
-from .layers.base import NEVER_RAN, WEIGHT, LayerSpec, PackedLayer, frozen_class, packed_class
+from .layers.base import NEVER_RAN, LayerSpec, PackedLayer, frozen_class, packed_class
 from .layers.ranges import PackedRange
 from .layers.weights import PackedWeight
 from .lazy.scoped import defer_inside
@@ -164,9 +165,9 @@ def _describe(layers: Mapping[str, Any], differentiated: Iterable[str] = ()) -> 
             reason: str | None = DIFFERENTIATED
         elif id(layer) in decided:
             reason = decided[id(layer)]
-            if reason is None and not _has_run(layer):
+            if reason is None and not has_run(layer):
                 reason = NEVER_RAN
-        elif not _has_run(layer):
+        elif not has_run(layer):
             reason = NEVER_RAN
         elif cls is None:
             deep = " in a deep stack" if isinstance(layer, DeepLayer) else ""
@@ -182,14 +183,6 @@ def _describe(layers: Mapping[str, Any], differentiated: Iterable[str] = ()) -> 
             decided |= {id(child): inner for child in maps if child is not None}
         specs.append(LayerSpec.of(name, layer, reason))
     return specs
-
-
-def _has_run(layer: Any) -> bool:
-    """Whether data reached ``layer`` while ranges were set; a layer that quantizes nothing needs no data."""
-    used = {site: quantizer for site, quantizer in layer.own_quantizers() if quantizer.bits != OFF}
-    reads = getattr(layer, "has_others", False)  # a weight of its own has a range once its code has read it
-    data = [quantizer for site, quantizer in used.items() if reads or site != WEIGHT] or list(used.values())
-    return not data or any(quantizer.is_set for quantizer in data)
 
 
 def _say_what_never_ran(specs: list[LayerSpec]) -> None:

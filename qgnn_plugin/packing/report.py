@@ -8,9 +8,10 @@ from typing import Any
 from torch import nn
 
 from ..conversion.coverage import Coverage, coverage
+from ..layers.base import WEIGHT
 from ..smp.deep import StackPlace
 from ..tables import table
-from .layers.base import WEIGHT, LayerSpec
+from .layers.base import LayerSpec
 from .layers.ranges import PackedRange
 from .layers.weights import PackedWeight, PackedWeights
 from .model import PackedBytes, packed_bytes, packed_layers, specs_of

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch_geometric.nn import MessagePassing
 
 from ...config import OFF, QuantConfig
-from ...layers.base import QuantizedLayer, SwappedLayer, float_state, named_as
+from ...layers.base import WEIGHT, QuantizedLayer, SwappedLayer, float_state, named_as
 from ...layers.own_weights import outside_compiler
 from ...smp.constraint import constraint_names
 from ...smp.deep import StackPlace
@@ -30,7 +30,6 @@ __all__ = ["LayerSpec", "PackedLayer", "frozen_class", "packed_class", "register
 
 _REGISTRY: dict[type[QuantizedLayer], type[PackedLayer]] = {}
 
-WEIGHT = "weight_quantizer"  # the site of a weight, whose range is held with its words
 NEVER_RAN = "never ran"  # the reason of a layer that no data reached while ranges were set
 
 

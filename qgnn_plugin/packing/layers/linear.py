@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from ...config import OFF
 from ...kernels.layout import row_words
+from ...layers.base import WEIGHT
 from ...layers.linear import QuantizedLinear
 from ...layers.normalized import effective_weight, is_recomputed, without_sources
 from ...quantizers import QuantizedTensor
 from ..lazy.producers import Producer
 from ..lazy.weight import FrozenWeight, read_only
-from .base import WEIGHT, LayerSpec, PackedLayer, register_packed
+from .base import LayerSpec, PackedLayer, register_packed
 from .conv import Activation
 from .few_rows import direct_product
 from .guard import inference
