@@ -205,6 +205,8 @@ def linear_kernel(bits: int, dotted: int = 0):
         sums = np.empty(BLOCK_ROWS, np.float32)
         unpacked = np.empty(code_row, np.uint8)
         none, signs = vlanes("u8", per_tile), vsplat(SIGNS, wide)
+        ones, nothing = vsplat(ONES, wide), vsplat(0, wide)
+        is_whole, last_tile = 4 * stride * parts == features, (stride - 1) // TILE * TILE
         while True:
             chunk = atomic_add(counter, 0, 1)
             if chunk >= bounds.size - 1:
@@ -212,14 +214,19 @@ def linear_kernel(bits: int, dotted: int = 0):
             for first in range(bounds[chunk], bounds[chunk + 1], BLOCK_ROWS):
                 count = min(BLOCK_ROWS, bounds[chunk + 1] - first)
                 for r in range(count):
-                    for tile in range(0, stride, TILE):
-                        live = stride - tile
-                        row = vload_first(words, (first + r) * stride + tile, TILE, live)
+                    total = nothing
+                    # The last tile first: what it writes too much is written over, or lies between rows.
+                    for tile in range(last_tile, -1, -TILE):
+                        row = vload_first(words, (first + r) * stride + tile, TILE, stride - tile)
                         row = vspread(row, none)
+                        total = vdot(total, vview(row, "i32"), ones)
                         if flip:
                             row = vview(vview(row, "i32") ^ signs, "u8")
-                        vstore_parts(codes, r * pitch + 4 * tile, 4 * stride, row, parts, 4 * live)
-                    sums[r] = _row_sum(lanes, r * (pitch // 4), depth) + FEATURES * depth * flip
+                        vstore_parts(codes, r * pitch + 4 * tile, 4 * stride, row, parts, None)
+                    if is_whole:
+                        sums[r] = vsum(total)
+                    else:  # words have codes past the last feature, of which nothing is known
+                        sums[r] = _row_sum(lanes, r * (pitch // 4), depth) + FEATURES * depth * flip
                 multiply(lanes, pitch // 4, count, weight, stretch, depth, start, acc, spec.width)
                 if dotted == 1:
                     vectors, number, heads, places, total = dots

@@ -30,6 +30,21 @@ def test_linear(x_bits: int, w_bits: int) -> None:
                 assert_equal(linear, x, w, **source, **weight, **shape, bias=bias, relu=True, addend=other, **out)
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_rows_of_any_number_of_words(bits: int) -> None:
+    """Tiles of words are written over one another, last one first, and whole words tell the sum of a row's codes."""
+    for words in (1, 7, 15, 16, 17, 32, 35):
+        depth = 32 // bits * words
+        for rows in (1, 97):
+            x, w = random_words(rows, depth, bits), random_words(3, depth, bits)
+            one, low = torch.ones(1), -torch.ones(1)
+            assert_equal(linear, x, w, one, low, one, low, depth, bits, bits)
+            if bits < 8:  # and codes past the last feature are none of it
+                fewer = depth - 4
+                weights = random_words(3, fewer, bits)
+                assert_equal(linear, x, weights, one, low, one, low, fewer, bits, bits)
+
+
 def test_row_scale_is_a_product_before_quantization() -> None:
     """The packed messages of a normalized graph, in one pass or in three."""
     x, w, one, zero = random_words(50, 40, 4), random_words(24, 40, 2), torch.ones(1), -torch.ones(1)
