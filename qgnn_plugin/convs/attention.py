@@ -307,7 +307,7 @@ class PackedGATConv(GAT, FrozenAttention):
     lin_src: Any
     lin_dst: Any
 
-    _convolved = inference(GAT.forward)
+    _convolved = inference(GAT.forward, direct_gat)
 
     def forward(
         self, x: Any, edge_index: Any, edge_attr: Any = None, size: Any = None, return_attention_weights: Any = None

@@ -93,7 +93,7 @@ class QuantizedGCNConv(GCN, Trainable):
 class PackedGCNConv(GCN, Frozen):
     """Packed :class:`torch_geometric.nn.GCNConv`."""
 
-    _convolved = inference(GCN.forward)
+    _convolved = inference(GCN.forward, direct_gcn)
 
     def forward(self, x: Tensor, edge_index: Any, edge_weight: Tensor | None = None) -> Tensor:
         few = direct_gcn(self, x, edge_index, edge_weight)

@@ -199,7 +199,7 @@ class QuantizedSAGEConv(SAGE, Trainable):
 class PackedSAGEConv(SAGE, Frozen):
     """Packed :class:`torch_geometric.nn.SAGEConv`."""
 
-    _convolved = inference(SAGE.forward)
+    _convolved = inference(SAGE.forward, direct_sage)
 
     def freeze(self: Any, layer: Any, spec: LayerSpec) -> None:
         super().freeze(layer, spec)

@@ -20,10 +20,12 @@ __all__ = ["inference", "unseen"]
 Forward = TypeVar("Forward", bound=Callable[..., Any])
 
 
-def unseen(function: Forward) -> Forward:
+def unseen(function: Forward, short: Callable[..., Any] | None = None) -> Forward:
     """Run ``function`` past the mode that sees what a model gathers (:mod:`..lazy.gathers`).
 
-    It costs every call of torch's functions some time, and kernels are run at once where there is none.
+    It costs every call of torch's functions some time, and kernels are run at once where there is none.  Where the mode
+    was there, ``short`` is asked first: the short way of the same call, :obj:`None` where it is not taken, as it is not
+    before anything that looks at functions.
     """
 
     @functools.wraps(function)
@@ -35,7 +37,8 @@ def unseen(function: Forward) -> Forward:
         if not passes:
             torch._C._push_on_torch_function_stack(mode)
         try:
-            return function(*args, **kwargs)
+            few = short(*args, **kwargs) if passes and short is not None else None
+            return function(*args, **kwargs) if few is None else few
         finally:
             if passes:
                 torch._C._push_on_torch_function_stack(mode)
@@ -43,15 +46,17 @@ def unseen(function: Forward) -> Forward:
     return run  # type: ignore[return-value]
 
 
-def inference(forward: Forward) -> Forward:
+def inference(forward: Forward, short: Callable[..., Any] | None = None) -> Forward:
     """Guard a packed layer's forward: eval mode only, no gradient, output quantization.
+
+    ``short`` is its short way, as :func:`unseen` takes it; who calls the forward has asked it before.
 
     Raises:
         RuntimeError: In training mode, or where an input requires a gradient and gradients are on, is a batch of
             :func:`torch.func.vmap` or has a forward-mode derivative.
     """
 
-    alone = unseen(forward)
+    alone = unseen(forward, short)
 
     @functools.wraps(forward)
     @full_precision

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -132,7 +133,7 @@ class PackedLinear(PackedLayer):
         few = direct_product(self, x)
         return self._mapped_rows(x) if few is None else few
 
-    @inference
+    @partial(inference, short=direct_product)
     def _mapped_rows(self, x: Tensor) -> Tensor:
         if x.layout != torch.strided or x.dim() == 2:
             taken = self.quantize(x)

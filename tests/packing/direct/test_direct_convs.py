@@ -25,6 +25,8 @@ from qgnn_plugin.kernels.edge_order import few as small
 from qgnn_plugin.kernels.plan import pinned_plans
 from qgnn_plugin.packing.direct.attention import direct_gat
 from qgnn_plugin.packing.direct.convs import direct_gcn, direct_gin, direct_sage
+from qgnn_plugin.packing.lazy import sizes
+from qgnn_plugin.packing.lazy.deferred import DeferredTensor
 from qgnn_plugin.packing.lazy.sizes import FEW_RESULTS
 
 pytestmark = pytest.mark.skipif(not has_numba(), reason="kernels of the CPU are compiled by numba")
@@ -169,6 +171,45 @@ class Stack(nn.Module):
         for conv in self.convs:
             x = conv(x, edge_index).relu()
         return x
+
+
+class Gathering(nn.Module):
+    """What its layers give, and rows of it for every edge."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.kinds: list[type] = []
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        own = x[edge_index[0]]
+        for layer in self.layers:
+            x = layer(x) if isinstance(layer, nn.Linear) else layer(x, edge_index)
+            self.kinds.append(type(x))
+        found = x[edge_index[1]]
+        self.kinds += [type(own), type(found)]
+        return own.sum() + found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [*KINDS, "linear"])
+def test_gathers_are_looked_for_around_the_short_way(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call with so many edges that gathers of the model's own are noted has layers of few rows still."""
+    torch.manual_seed(0)
+    make: Layer = nn.Linear if kind == "linear" else LAYERS[kind]
+    x, edge_index = torch.randn(NODES, WIDTH), random_graph(NODES, 60)
+    model = Gathering(make(WIDTH, CHANNELS), make(CHANNELS, 3)).eval()
+    qmodel = qgnn.calibrate(qgnn.quantize_model(model, bits=4), (x, edge_index), method="ranges").eval()
+    packed = qgnn.pack_model(qmodel)
+    expected = qmodel(x, edge_index)
+    packed.kinds.clear()
+    assert torch.equal(packed(x, edge_index), expected)
+    assert packed.kinds == [Tensor] * 4
+    monkeypatch.setattr(sizes, "FEWEST_INDICES", 1)
+    monkeypatch.setattr(sizes, "FEWEST_GATHERED", 1)
+    packed.kinds.clear()
+    assert torch.equal(packed(x, edge_index), expected)
+    assert packed.kinds == [Tensor, Tensor, DeferredTensor, DeferredTensor]
 
 
 # Who looks ############################################################################################################
