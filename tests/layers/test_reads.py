@@ -139,6 +139,26 @@ def test_reads_that_conversion_does_not_see_are_told_by_the_packed_model() -> No
         packed.encoder.weight.sum()  # while the model does not run
 
 
+class Cell(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.head = nn.GRUCell(WIDTH, WIDTH), nn.Linear(WIDTH, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.cell(x, x)) * self.cell.weight_hh[:3].t().mean()
+
+
+def test_what_is_told_to_be_excluded_is_a_layer() -> None:
+    """Of one with several weights, not the name of the weight, which is that of no layer."""
+    x = features()
+    packed = qgnn.pack_model(qgnn.calibrate(qgnn.quantize_model(Cell(), bits=8), (x,)))
+    with pytest.warns(UserWarning, match=r"weight of 'cell.weight_hh' are read .* exclude 'cell' from conversion"):
+        packed(x)
+    qmodel = qgnn.calibrate(qgnn.quantize_model(Cell(), bits=8, exclude=["cell"]), (x,))
+    with torch.no_grad():
+        torch.testing.assert_close(qgnn.pack_model(qmodel)(x), qmodel.eval()(x))
+
+
 class About(Tied):
     def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
         weight = self.encoder.weight

@@ -174,7 +174,8 @@ class PackedWeights(MultipliesWeights, PackedLayer):
         device = (site.values if site.words is None else site.words).device
         label = f"{self._qualified_name}.{name}"
         shape, is_read = self._shapes[name], self._packed.is_read
-        return FrozenWeight(label, lambda: self._dequantized(name), shape, device, is_read)
+        owner = self._qualified_name
+        return FrozenWeight(label, lambda: self._dequantized(name), shape, device, is_read, owner)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__.get("_shapes", {}):

@@ -45,15 +45,17 @@ class FrozenWeight(StandIn, Tensor):  # type: ignore[misc]
     Shape, dtype and device are known without.  Views of it, such as ``.t()`` or ``.data``, are read-only too.
 
     Args:
-        layer: Name of its layer, for errors.
+        layer: What errors call it: its layer, or its own name in there.
         value: The matrix, or what computes it.
         shape: Its shape, of a value yet to be computed.
         device: Its device, likewise.
         is_same: Whether the converted model reads these values too; else whoever reads them while the packed model
             runs is warned.
+        owner: Its layer, where ``layer`` is its own name.
     """
 
     _layer: str
+    _owner: str
     _value: Tensor | Callable[[], Tensor]
     _is_same: bool
     rows: Callable[[Tensor], Tensor] | None = None  # those numbered by indices, without the others
@@ -66,11 +68,13 @@ class FrozenWeight(StandIn, Tensor):  # type: ignore[misc]
         shape: torch.Size,
         device: torch.device,
         is_same: bool = True,
+        owner: str | None = None,
     ) -> FrozenWeight:
         strides = value.stride() if isinstance(value, Tensor) else None
         dtype = value.dtype if isinstance(value, Tensor) else torch.float32
         weight = Tensor._make_wrapper_subclass(cls, shape, strides=strides, dtype=dtype, device=device)
         weight._layer, weight._value, weight._is_same = layer, value, is_same
+        weight._owner = layer if owner is None else owner
         return refusing_reads(weight)
 
     # Fast paths of torch.nn that would take the matrix past its layer leave tensors with a torch function alone.
@@ -98,12 +102,12 @@ class FrozenWeight(StandIn, Tensor):  # type: ignore[misc]
         frozen = [leaf for leaf in _leaves((*args, *kwargs.values())) if isinstance(leaf, cls)]
         if all(value.alias_info is None for value in func._schema.returns):
             if func.overloadpacket not in _MADE_LIKE:
-                _warn_of_others([weight._layer for weight in frozen if not weight._is_same])
+                _warn_of_others([weight for weight in frozen if not weight._is_same])
             return out
-        layer, is_same = frozen[0]._layer, frozen[0]._is_same
+        layer, is_same, owner = frozen[0]._layer, frozen[0]._is_same, frozen[0]._owner
         if isinstance(out, Tensor):
-            return cls(layer, out, out.shape, out.device, is_same)
-        return tree_map_only(Tensor, lambda view: cls(layer, view, view.shape, view.device, is_same), out)
+            return cls(layer, out, out.shape, out.device, is_same, owner)
+        return tree_map_only(Tensor, lambda view: cls(layer, view, view.shape, view.device, is_same, owner), out)
 
     def materialized(self) -> Tensor:
         if not isinstance(self._value, Tensor):
@@ -163,8 +167,9 @@ def _slice(weight: FrozenWeight, dim: int = 0, start: Any = None, end: Any = Non
         return None
     shape = torch.Size((last - first, *weight.shape[1:]))
     part = FrozenWeight(
-        weight._layer, lambda: rows(torch.arange(first, last, device=device)), shape, device, weight._is_same
-    )
+        weight._layer, lambda: rows(torch.arange(first, last, device=device)), shape, device, weight._is_same,
+        weight._owner,
+    )  # fmt: skip
     part.rows = lambda index: rows(index + first)
     return part
 
@@ -179,7 +184,7 @@ def _take(weight: FrozenWeight, index: Any) -> Tensor | None:
     if low < 0 or high >= weight.size(0):
         return None
     if not weight._is_same:
-        _warn_of_others([weight._layer])
+        _warn_of_others([weight])
     return weight.rows(index.reshape(-1).long()).view(*index.shape, *weight.shape[1:])
 
 
@@ -192,14 +197,15 @@ _OF_ROWS: dict[Any, Callable[..., Tensor | None]] = {
 }
 
 
-def _warn_of_others(layers: list[str]) -> None:
+def _warn_of_others(weights: list[FrozenWeight]) -> None:
     """Warn where a packed model that runs reads weights that its converted form takes in floats."""
-    if layers and is_deferring():
-        listed = ", ".join(f"'{name}'" for name in layers)
+    if weights and is_deferring():
+        listed = ", ".join(f"'{weight._layer}'" for weight in weights)
+        owners = ", ".join(f"'{name}'" for name in dict.fromkeys(weight._owner for weight in weights))
         warnings.warn(
             f"The values of the weight of {listed} are read past the packed layer, by the model's code or a hook: they "
             f"are those of its codes, where the converted model has the float weight, so that results made of them "
-            f"differ; exclude {listed} from conversion",
+            f"differ; exclude {owners} from conversion",
             stacklevel=3,
         )
 

@@ -38,7 +38,9 @@ class FrozenFactor(FactorTensor, FrozenWeight):  # type: ignore[misc]
     def _viewed(self, view: Callable[[Tensor], Any], own: Factor | list[Factor]) -> Any:
         if isinstance(own, list):
             return tuple(self._viewed(partial(_item, view, i), part) for i, part in enumerate(own))
-        weight = FrozenFactor(self._layer, lambda: view(self.materialized()), torch.Size(own.shape), self.device)
+        weight = FrozenFactor(
+            self._layer, lambda: view(self.materialized()), torch.Size(own.shape), self.device, owner=self._owner
+        )
         weight._factor = own
         return weight
 
@@ -71,7 +73,7 @@ class PackedOwnWeights(WeightsAsRows, PackedWeights):
     def _stand_in(self, name: str) -> Tensor:
         frozen: Any = super()._stand_in(name)
         value = partial(held_for_blocks, (id(self), name), frozen._value)
-        weight = FrozenFactor(frozen._layer, value, frozen.shape, frozen.device)
+        weight = FrozenFactor(frozen._layer, value, frozen.shape, frozen.device, owner=frozen._owner)
         weight._factor = factor(self, name, self._quantized_weight(name), self._shapes[name])
         return weight
 
