@@ -32,7 +32,9 @@ def row_blocks(num_rows: int, num_features: int, device: torch.device) -> Iterat
         return iter((slice(0, num_rows),))
     step = max(1, num_rows)
     if device.type == "cpu":
-        step = max(1, sizes.BLOCK_FLOATS // max(1, num_features) // BLOCK_ROWS) * BLOCK_ROWS
+        # As many rows in each, and no rest of a few, which costs as many calls as a block does.
+        count = max(1, round(num_rows * num_features / sizes.BLOCK_FLOATS))
+        step = max(1, -(-num_rows // (count * BLOCK_ROWS))) * BLOCK_ROWS
     return (slice(start, min(start + step, num_rows)) for start in range(0, max(1, num_rows), step))
 
 

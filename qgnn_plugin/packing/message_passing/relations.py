@@ -210,8 +210,7 @@ def _sent(layer: Any, x: Tensor) -> tuple[Operand, tuple[Tensor, ...]] | None:
 
 def _summed(operand: Operand, held: tuple[Tensor, ...], plan: GraphPlan, is_mean: bool) -> Producer:
     """Sums, or means, of what sources send, bit for bit those of the traced message: in the order of the edges."""
-    width = operand.width
-    program = Program((operand,), (Node("load", (), width), Node("sum", (Use(0),), width, is_row=True)), (1,))
+    width, program = operand.width, _sum_of(operand)
     share = plan.degree.clamp(min=1).view(-1, 1) if is_mean else None
 
     def run(start: int, stop: int, **out: Any) -> Any:
@@ -219,6 +218,12 @@ def _summed(operand: Operand, held: tuple[Tensor, ...], plan: GraphPlan, is_mean
         return with_epilogue(y if share is None else y.div_(share[start:stop]), **out)
 
     return Producer(plan.num_dst, width, plan.device, run, is_fused=False)
+
+
+@functools.lru_cache(maxsize=64)
+def _sum_of(operand: Operand) -> Program:
+    width = operand.width
+    return Program((operand,), (Node("load", (), width), Node("sum", (Use(0),), width, is_row=True)), (1,))
 
 
 class _Terms:

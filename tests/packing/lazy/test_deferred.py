@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qgnn_plugin.kernels.quantize_pack import quantize_pack
 from qgnn_plugin.packing.lazy import sizes
 from qgnn_plugin.packing.lazy.deferred import DeferredTensor
-from qgnn_plugin.packing.lazy.producers import Producer
+from qgnn_plugin.packing.lazy.producers import Producer, row_blocks
 
 ROWS, WIDTH = 150, 7
 RANGE = {"out_scale": torch.tensor(0.3), "out_offset": torch.tensor(-1.0), "out_bits": 4}
@@ -165,9 +165,24 @@ def test_sums_and_steps_of_producers(monkeypatch: pytest.MonkeyPatch) -> None:
     total = Producer.plus(Producer.of(first.value), Producer(ROWS, WIDTH, torch.device("cpu"), second.run))
     expected = first.value + second.value
     assert torch.equal(DeferredTensor(total).pending.packed(**RANGE), codes(expected))
-    assert second.runs == 3  # blocks of 64 rows
+    assert second.runs == 2  # blocks of 128 rows and the rest
     assert torch.equal(DeferredTensor(total).relu() + 0, expected.relu())
     assert torch.equal(DeferredTensor(total.then(F.softplus)).pending.packed(**RANGE), codes(F.softplus(expected)))
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 63, 64, 65, 150, 1_000, 1_407, 20_011])
+@pytest.mark.parametrize("width", [1, 3, 8])
+def test_blocks_have_all_rows_and_are_of_one_size(num_rows: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for less than 64 rows for each block that the last one lacks; none is half as large again as asked for."""
+    limit = 128 * 3
+    monkeypatch.setattr(sizes, "BLOCK_FLOATS", limit)
+    blocks = list(row_blocks(num_rows, width, torch.device("cpu")))
+    assert [block.start for block in blocks[1:]] == [block.stop for block in blocks[:-1]]
+    assert (blocks[0].start, blocks[-1].stop) == (0, num_rows)
+    first = blocks[0].stop
+    assert all(block.start % 64 == 0 and block.stop - block.start == first for block in blocks[:-1])
+    assert first * width <= 1.5 * limit + 64 * width
+    assert num_rows < 2 * 64 or len(blocks) <= max(1, round(num_rows * width / limit))
 
 
 def test_empty_matrix() -> None:
