@@ -13,15 +13,17 @@ from ..arithmetic import LARGEST_MULTIPLIER, multiplied
 from ..layout import next_power_of_two, parts_per_byte, row_words
 from ..triton.bits import (
     ROW,
-    finish,
     isolated_part,
     load_range,
+    multiplied_part,
+    pack_part,
+    pack_row,
     part_features,
     part_peak,
     part_sums,
     power_of_two,
-    row_multipliers,
     scale_bias_relu,
+    store_part,
     store_words,
 )
 from ..triton.gather import heads_part, max_codes, spread_heads, sum_codes, sum_multiplied, sum_slots, sum_weighted
@@ -79,13 +81,28 @@ def _part(total, part: tl.constexpr, MODE: tl.constexpr, BITS: tl.constexpr, ROW
     """One part of an accumulator as a part tile: int32 sums or codes, or float32 weighted sums."""
     if MODE == "sum":
         tile = part_sums(total, part, BITS, ROWS, WORDS)
-    elif MODE == "max" or MODE == "multiplied":
+    elif MODE == "multiplied":
+        tile = multiplied_part(total, part, BITS, ROWS, WORDS)
+    elif MODE == "max":
         fields, shift = isolated_part(total, part, BITS, ROWS, WORDS)
         tile = fields.to(tl.int32) >> shift
     else:
         fields, shift = isolated_part(total, part, BITS, ROWS, WORDS)
         tile = fields * power_of_two(-shift)  # exact
     return tile
+
+
+@triton.jit
+def _values(  # type: ignore[no-untyped-def]
+    total, masses, units, scale, offset, factor, bias, first, part: tl.constexpr,
+    MODE: tl.constexpr, F: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
+    SCALE: tl.constexpr, OFFSET: tl.constexpr, RELU: tl.constexpr,
+):  # fmt: skip
+    """A part tile of the result in floats, of the reduced codes of that part."""
+    mass = heads_part(masses, part, BITS, ROWS, WORDS)
+    y = _affine(total, mass, units, scale, offset, first, part, MODE, F, W, WORDS, SCALE, OFFSET)
+    feature, feature_ok = part_features(first, part, F, W, WORDS)
+    return scale_bias_relu(y, factor, bias, feature, feature_ok, RELU)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -107,7 +124,7 @@ def aggregate_kernel(  # type: ignore[no-untyped-def]
     begin = tl.load(begin_of + item, mask=item_ok, other=0)
     length = tl.load(length_of + item, mask=item_ok, other=0)
     longest = tl.load(length_of + tl.program_id(0) * ROWS)  # items are sorted
-    first = tl.program_id(1) * WORDS
+    first = tl.program_id(1) * WORDS if out_unit is None else 0  # of packed rows with multipliers a tile has the whole
     word = first + tl.arange(0, WORDS)
     edge = col + begin
     units = length  # what the offset is counted by
@@ -145,28 +162,26 @@ def aggregate_kernel(  # type: ignore[no-untyped-def]
         factor = dst_scale
         if dst_scale is not None:
             factor = tl.load(dst_scale + row, mask=item_ok, other=0.0)
-        times = out_unit
-        if out_unit is not None:  # the whole row is in this tile: its peak first, then the same values once more
-            peak = tl.zeros([ROWS], tl.float32)
-            for part in tl.static_range(parts):
-                y = _affine(
-                    _part(total, part, MODE, BITS, ROWS, WORDS), heads_part(masses, part, BITS, ROWS, WORDS),
-                    units, scale, offset, first, part, MODE, F, W, WORDS, SCALE, OFFSET,
-                )  # fmt: skip
-                feature, feature_ok = part_features(first, part, F, W, WORDS)
-                done = scale_bias_relu(y, factor, bias, feature, feature_ok, RELU)
-                peak = tl.maximum(peak, part_peak(done, feature_ok))
-            times = row_multipliers(peak, out_unit, LARGEST)
-            tl.store(out_multiplier + row, times.to(tl.uint8), mask=item_ok)
         packed = tl.zeros([ROWS, WORDS], tl.int32)
+        values, peak = (), tl.zeros([ROWS], tl.float32)
         for part in tl.static_range(parts):
-            y = _affine(
-                _part(total, part, MODE, BITS, ROWS, WORDS), heads_part(masses, part, BITS, ROWS, WORDS),
-                units, scale, offset, first, part, MODE, F, W, WORDS, SCALE, OFFSET,
+            y = _values(
+                _part(total, part, MODE, BITS, ROWS, WORDS), masses, units, scale, offset, factor, bias, first,
+                part, MODE, F, W, BITS, ROWS, WORDS, SCALE, OFFSET, RELU,
             )  # fmt: skip
-            packed |= finish(
-                y, out, row, item_ok, first, factor, bias, out_scale, out_offset, part,
-                F, W, BITS, ROWS, WORDS, RELU, PACK, OUT_SCALE, OUT_OFFSET, times,
+            if out_unit is not None:  # the peak of a row comes before the first of its codes
+                values += (y,)
+                peak = tl.maximum(peak, part_peak(y, part_features(first, part, F, W, WORDS)[1]))
+            elif PACK:
+                packed |= pack_part(
+                    y, row, item_ok, first, out_scale, out_offset, part, F, W, BITS, ROWS, WORDS, OUT_SCALE, OUT_OFFSET,
+                )  # fmt: skip
+            else:
+                store_part(y, out, row, item_ok, first, part, F, W, WORDS)
+        if out_unit is not None:
+            packed = pack_row(
+                values, peak, row, item_ok, out_scale, out_offset, out_unit, out_multiplier,
+                F, W, BITS, ROWS, WORDS, OUT_SCALE, OUT_OFFSET, LARGEST,
             )  # fmt: skip
         if PACK:
             store_words(out, packed, row, item_ok, first, W, WORDS)
@@ -206,7 +221,7 @@ def hub_kernel(  # type: ignore[no-untyped-def]
     row = tl.load(hub_row + hub + tl.arange(0, 1))
     count = tl.load(hub_count + hub)
     first_slot = tl.load(hub_first + hub).to(tl.int64)
-    first = tl.program_id(1) * WORDS
+    first = tl.program_id(1) * WORDS if out_unit is None else 0  # of packed rows with multipliers a tile has the whole
     word = first + tl.arange(0, WORDS)
     byte = 4 * first + tl.arange(0, 4 * WORDS)
     width: tl.constexpr = 32 // BITS * W
@@ -223,30 +238,26 @@ def hub_kernel(  # type: ignore[no-untyped-def]
     factor = dst_scale
     if dst_scale is not None:
         factor = tl.load(dst_scale + row)
-    times = out_unit
-    if out_unit is not None:
-        peak = tl.zeros([1], tl.float32)
-        for part in tl.static_range(8 // BITS):
-            total = _hub_part(partial, first_slot, count, byte, part, width, MODE, W, SLOTS, WORDS)
-            y = _affine(
-                total, heads_part(masses, part, BITS, 1, WORDS), degree, scale, offset, first, part,
-                MODE, F, W, WORDS, SCALE, OFFSET,
-            )  # fmt: skip
-            feature, feature_ok = part_features(first, part, F, W, WORDS)
-            done = scale_bias_relu(y, factor, bias, feature, feature_ok, RELU)
-            peak = tl.maximum(peak, part_peak(done, feature_ok))
-        times = row_multipliers(peak, out_unit, LARGEST)
-        tl.store(out_multiplier + row, times.to(tl.uint8))
     packed = tl.zeros([1, WORDS], tl.int32)
+    values, peak = (), tl.zeros([1], tl.float32)
     for part in tl.static_range(8 // BITS):
-        total = _hub_part(partial, first_slot, count, byte, part, width, MODE, W, SLOTS, WORDS)
-        y = _affine(
-            total, heads_part(masses, part, BITS, 1, WORDS), degree, scale, offset, first, part,
-            MODE, F, W, WORDS, SCALE, OFFSET,
+        y = _values(
+            _hub_part(partial, first_slot, count, byte, part, width, MODE, W, SLOTS, WORDS), masses, degree, scale,
+            offset, factor, bias, first, part, MODE, F, W, BITS, 1, WORDS, SCALE, OFFSET, RELU,
         )  # fmt: skip
-        packed |= finish(
-            y, out, row, row >= 0, first, factor, bias, out_scale, out_offset, part,
-            F, W, BITS, 1, WORDS, RELU, PACK, OUT_SCALE, OUT_OFFSET, times,
+        if out_unit is not None:  # the peak of a row comes before the first of its codes
+            values += (y,)
+            peak = tl.maximum(peak, part_peak(y, part_features(first, part, F, W, WORDS)[1]))
+        elif PACK:
+            packed |= pack_part(
+                y, row, row >= 0, first, out_scale, out_offset, part, F, W, BITS, 1, WORDS, OUT_SCALE, OUT_OFFSET,
+            )  # fmt: skip
+        else:
+            store_part(y, out, row, row >= 0, first, part, F, W, WORDS)
+    if out_unit is not None:
+        packed = pack_row(
+            values, peak, row, row >= 0, out_scale, out_offset, out_unit, out_multiplier,
+            F, W, BITS, 1, WORDS, OUT_SCALE, OUT_OFFSET, LARGEST,
         )  # fmt: skip
     if PACK:
         store_words(out, packed, row, row >= 0, first, W, WORDS)
@@ -326,9 +337,7 @@ def aggregate(
     mode = "weighted" if edge_weight is not None or per_row else "multiplied" if multiplier is not None else reduce
     num_words = row_words(num_features, bits)
     heads = edge_weight.size(1) if edge_weight is not None and edge_weight.dim() == 2 else 1
-    # Sums with multipliers hold what weighted ones do.
-    kernel = f"aggregate_{'weighted' if mode == 'multiplied' else mode}"
-    config = fitted(config_for(kernel, device, num_words), num_features, heads, bits)
+    config = fitted(config_for(f"aggregate_{mode}", device, num_words), num_features, heads, bits)
     rows, tile = word_tile(config, num_words, warp_size(), bits)
     if out_bits not in (0, bits) or (out_unit is not None and tile < num_words):
         # Packing at another width crosses threads, the peak of a row in several tiles programs: a second kernel.

@@ -20,19 +20,19 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aggregate.triton import heads_aligned
-from ..arithmetic import LARGEST_MULTIPLIER, attention_thresholds, multiplied
-from ..arithmetic import finish as finish_rows
+from ..arithmetic import LARGEST_MULTIPLIER, attention_thresholds, finish, multiplied
 from ..layout import next_power_of_two, row_words, top_code
 from ..quantize_pack.triton import quantize_pack
 from ..triton.bits import (
     COLUMN,
     HEAD,
     ROW,
-    finish,
+    pack_part,
+    pack_row,
     part_features,
     part_peak,
-    row_multipliers,
     scale_bias_relu,
+    store_part,
     store_words,
 )
 from ..triton.gather import heads_part, spread_heads, sum_slots
@@ -108,30 +108,29 @@ def attention_kernel(  # type: ignore[no-untyped-def]
     else:
         inverses = spread_heads(inverse_of(share), word, F, W, BITS, ROWS, WORDS, HEADS, ALIGNED)
         starts = spread_heads(offsets, word, F, W, BITS, ROWS, WORDS, HEADS, ALIGNED)
-        times = out_unit
-        if out_unit is not None:  # the peak of the whole row first, then the same values once more
-            largest = tl.zeros([ROWS], tl.float32)
-            for part in tl.static_range(parts):
-                y = normalize(
-                    part_of_sums(total, part, BITS, ROWS, WORDS, INTEGER, PAIRED, SHIFTED),
-                    heads_part(inverses, part, BITS, ROWS, WORDS), heads_part(starts, part, BITS, ROWS, WORDS),
-                    scale, offset, 0, part, F, W, WORDS, SCALE, OFFSET, multiplier is not None,
-                )  # fmt: skip
-                feature, feature_ok = part_features(0, part, F, W, WORDS)
-                done = scale_bias_relu(y, None, bias, feature, feature_ok, RELU)
-                largest = tl.maximum(largest, part_peak(done, feature_ok))
-            times = row_multipliers(largest, out_unit, LARGEST)
-            tl.store(out_multiplier + row, times.to(tl.uint8), mask=item_ok)
         packed = tl.zeros([ROWS, WORDS], tl.int32)
+        values, largest = (), tl.zeros([ROWS], tl.float32)
         for part in tl.static_range(parts):
             y = normalize(
                 part_of_sums(total, part, BITS, ROWS, WORDS, INTEGER, PAIRED, SHIFTED),
                 heads_part(inverses, part, BITS, ROWS, WORDS), heads_part(starts, part, BITS, ROWS, WORDS),
                 scale, offset, 0, part, F, W, WORDS, SCALE, OFFSET, multiplier is not None,
             )  # fmt: skip
-            packed |= finish(
-                y, out, row, item_ok, 0, None, bias, out_scale, out_offset, part,
-                F, W, BITS, ROWS, WORDS, RELU, PACK, OUT_SCALE, OUT_OFFSET, times,
+            feature, feature_ok = part_features(0, part, F, W, WORDS)
+            y = scale_bias_relu(y, None, bias, feature, feature_ok, RELU)
+            if out_unit is not None:  # the peak of a row comes before the first of its codes
+                values += (y,)
+                largest = tl.maximum(largest, part_peak(y, feature_ok))
+            elif PACK:
+                packed |= pack_part(
+                    y, row, item_ok, 0, out_scale, out_offset, part, F, W, BITS, ROWS, WORDS, OUT_SCALE, OUT_OFFSET
+                )
+            else:
+                store_part(y, out, row, item_ok, 0, part, F, W, WORDS)
+        if out_unit is not None:
+            packed = pack_row(
+                values, largest, row, item_ok, out_scale, out_offset, out_unit, out_multiplier,
+                F, W, BITS, ROWS, WORDS, OUT_SCALE, OUT_OFFSET, LARGEST,
             )  # fmt: skip
         if PACK:
             store_words(out, packed, row, item_ok, 0, W, WORDS)
@@ -163,30 +162,29 @@ def attention_hub_kernel(  # type: ignore[no-untyped-def]
     inverses = spread_heads(inverse_of(share), word, F, W, BITS, 1, WORDS, HEADS, ALIGNED)
     starts = spread_heads(offsets, word, F, W, BITS, 1, WORDS, HEADS, ALIGNED)
     sums = partial + first_slot * width
-    times = out_unit
-    if out_unit is not None:
-        largest = tl.zeros([1], tl.float32)
-        for part in tl.static_range(8 // BITS):
-            y = normalize(
-                sum_slots(sums + part * 4 * W, count, width, kind, SLOTS, 4 * W, 4 * WORDS),
-                heads_part(inverses, part, BITS, 1, WORDS), heads_part(starts, part, BITS, 1, WORDS),
-                scale, offset, 0, part, F, W, WORDS, SCALE, OFFSET, MULTIPLIED,
-            )  # fmt: skip
-            feature, feature_ok = part_features(0, part, F, W, WORDS)
-            done = scale_bias_relu(y, None, bias, feature, feature_ok, RELU)
-            largest = tl.maximum(largest, part_peak(done, feature_ok))
-        times = row_multipliers(largest, out_unit, LARGEST)
-        tl.store(out_multiplier + row, times.to(tl.uint8))
     packed = tl.zeros([1, WORDS], tl.int32)
+    values, largest = (), tl.zeros([1], tl.float32)
     for part in tl.static_range(8 // BITS):
         y = normalize(
             sum_slots(sums + part * 4 * W, count, width, kind, SLOTS, 4 * W, 4 * WORDS),
             heads_part(inverses, part, BITS, 1, WORDS), heads_part(starts, part, BITS, 1, WORDS),
             scale, offset, 0, part, F, W, WORDS, SCALE, OFFSET, MULTIPLIED,
         )  # fmt: skip
-        packed |= finish(
-            y, out, row, row >= 0, 0, None, bias, out_scale, out_offset, part,
-            F, W, BITS, 1, WORDS, RELU, PACK, OUT_SCALE, OUT_OFFSET, times,
+        feature, feature_ok = part_features(0, part, F, W, WORDS)
+        y = scale_bias_relu(y, None, bias, feature, feature_ok, RELU)
+        if out_unit is not None:  # the peak of a row comes before the first of its codes
+            values += (y,)
+            largest = tl.maximum(largest, part_peak(y, feature_ok))
+        elif PACK:
+            packed |= pack_part(
+                y, row, row >= 0, 0, out_scale, out_offset, part, F, W, BITS, 1, WORDS, OUT_SCALE, OUT_OFFSET
+            )
+        else:
+            store_part(y, out, row, row >= 0, 0, part, F, W, WORDS)
+    if out_unit is not None:
+        packed = pack_row(
+            values, largest, row, row >= 0, out_scale, out_offset, out_unit, out_multiplier,
+            F, W, BITS, 1, WORDS, OUT_SCALE, OUT_OFFSET, LARGEST,
         )  # fmt: skip
     if PACK:
         store_words(out, packed, row, row >= 0, 0, W, WORDS)
@@ -305,10 +303,10 @@ def attention_aggregate(
         if not concat:
             y = y.view(y.size(0), heads, -1).mean(1)
         if out_unit is None:
-            return finish_rows(y, bias, relu, out_scale, out_offset, out_bits)
+            return finish(y, bias, relu, out_scale, out_offset, out_bits)
         assert out_scale is not None
         assert out_offset is not None
-        return quantize_pack(finish_rows(y, bias, relu), out_scale, out_offset, out_bits, out_unit)
+        return quantize_pack(finish(y, bias, relu), out_scale, out_offset, out_bits, out_unit)
     tensors = {
         "words": words, "col": col, "scale": scale, "offset": offset, "alpha_src": alpha_src,
         "alpha_dst": alpha_dst, "alpha_edge": alpha_edge, "att": att, "x_dst": x_dst,

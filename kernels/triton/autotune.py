@@ -57,7 +57,8 @@ _PRODUCT: dict[str, tuple[int, ...]] = {
     "num_stages": (1, 2, 3), "max_registers": (0, 128, 168), "programs": (1, 2, 3, 4),
 }  # fmt: skip
 SEARCH: dict[str, dict[str, tuple[int, ...]]] = {
-    **dict.fromkeys(("aggregate_sum", "aggregate_max", "aggregate_weighted", "float_sum"), _TILED),
+    **dict.fromkeys(("aggregate_sum", "aggregate_multiplied", "aggregate_max", "aggregate_weighted"), _TILED),
+    "float_sum": _TILED,
     **dict.fromkeys(("attention", "attention_v2"), _EDGES),
     **dict.fromkeys(("linear", "linear_rows"), _PRODUCT),
     "elementwise": {"num_warps": (2, 4, 8), "words_per_thread": (1, 2, 4), "tile_words": (16, 32, 64)},
@@ -135,6 +136,8 @@ def _runs(plan: GraphPlan, words: int) -> Iterator[tuple[str, Callable[[], Any]]
     rows = (packed, plan, one, zero, features, bits)
     weight = torch.rand(plan.num_edges, device=device)
     yield "aggregate_sum", lambda: aggregate(*rows)
+    multiplier = torch.ones(nodes, dtype=torch.uint8, device=device)
+    yield "aggregate_multiplied", lambda: aggregate(*rows, multiplier=multiplier)
     yield "aggregate_max", lambda: aggregate(*rows, reduce="max")
     yield "aggregate_weighted", lambda: aggregate(*rows, edge_weight=weight)
     source, target = torch.randn(2, nodes, HEADS, device=device)

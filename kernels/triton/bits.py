@@ -9,6 +9,8 @@ registers a kernel needs.
 
 from __future__ import annotations
 
+import os
+
 import triton
 import triton.language as tl
 
@@ -23,12 +25,15 @@ __all__ = [
     "field_floats",
     "field_max",
     "field_shift",
-    "finish",
     "isolate",
     "isolated_part",
     "load_range",
     "load_words",
+    "multiplied_part",
+    "nibbles",
     "pack_features",
+    "pack_part",
+    "pack_row",
     "part_features",
     "part_peak",
     "part_sums",
@@ -40,6 +45,7 @@ __all__ = [
     "scale_bias_relu",
     "select_part",
     "spread",
+    "store_part",
     "store_words",
     "sums_by_part",
 ]  # fmt: skip
@@ -51,6 +57,7 @@ ROW = tl.constexpr(2)
 HEAD = tl.constexpr(3)  # one per row and head
 
 _TWO_23 = tl.constexpr(8388608.0)
+_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 
 
 @triton.jit
@@ -186,6 +193,35 @@ def isolated_part(x, part: tl.constexpr, bits: tl.constexpr, rows: tl.constexpr,
 
 
 @triton.jit
+def nibbles(x, bits: tl.constexpr, rows: tl.constexpr, words: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The codes of each word, two in 16 bits each of what :func:`sums_by_part` has: ``[ROWS, 2 * WORDS, PARTS]``.
+
+    The half of a byte that they are in is moved to bit 0, and the shift within it left to the end: three shifts and a
+    mask for each pair.
+    """
+    x = tl.join(x, x >> 8)
+    x = tl.join(x & 0x000F000F, (x >> 4) & 0x000F000F)
+    if bits < 4:
+        x = tl.join(x & 0x00030003, x & 0x000C000C)
+    if bits < 2:
+        x = tl.join(x & 0x00050005, x & 0x000A000A)
+    return tl.reshape(x, [rows, 2 * words, 8 // bits])
+
+
+@triton.jit
+def multiplied_part(total, part: tl.constexpr, bits: tl.constexpr, rows: tl.constexpr, words: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One part of sums of products of :func:`nibbles`, or of bytes in the order of :func:`isolate`, as a part tile of
+    int32.
+    """
+    if bits == 8:
+        tile, shift = isolated_part(total, part, bits, rows, words)
+        tile = tile.to(tl.int32) >> shift
+    else:
+        tile = part_sums(total, part, bits, rows, words) >> (part % (4 // bits) * bits)
+    return tile
+
+
+@triton.jit
 def power_of_two(exponent):
     """``2^exponent`` in float32."""
     return ((127 + exponent) << 23).to(tl.float32, bitcast=True)
@@ -251,9 +287,14 @@ def load_range(ptr, kind: tl.constexpr, row, row_ok, feature, feature_ok):  # ty
 def quantize(x, scale, offset, bits: tl.constexpr):  # type: ignore[no-untyped-def]
     """``clamp(floor((x - l) * (1 / s) + 1/2), 0, Q)`` as int32; 0 for NaN."""
     top: tl.constexpr = (1 << bits) - 1
-    position = (x - offset) * tl.div_rn(1.0, scale) + 0.5
-    position = tl.where(position > 0, position, 0.0)  # false for NaN
+    position = at_least_zero((x - offset) * tl.div_rn(1.0, scale) + 0.5)
     return tl.minimum(position, top * 1.0).to(tl.int32)  # from 0 on, truncation is the floor
+
+
+@triton.jit
+def at_least_zero(x):
+    """``max(x, 0)``, and 0 for NaN: one instruction, which the interpreter takes for NumPy's, and that hands NaN on."""
+    return tl.where(x > 0, x, 0.0) if _INTERPRETED else tl.maximum(x, 0.0)
 
 
 @triton.jit
@@ -306,8 +347,7 @@ def scale_bias_relu(y, dst_scale, bias, feature, feature_ok, RELU: tl.constexpr)
 @triton.jit
 def part_peak(y, feature_ok):
     """Largest absolute values of the rows of a part tile, ``[ROWS]``; NaN counts as 0."""
-    size = tl.abs(y)
-    return tl.max(tl.where(feature_ok[None, :] & (size > 0), size, 0.0), 1)
+    return at_least_zero(tl.max(tl.where(feature_ok[None, :], tl.abs(y), 0.0), 1))  # a maximum leaves NaN out
 
 
 @triton.jit
@@ -319,32 +359,51 @@ def row_multipliers(peak, unit, LARGEST: tl.constexpr):  # type: ignore[no-untyp
 
 
 @triton.jit
-def finish(  # type: ignore[no-untyped-def]
-    y, out, row, row_ok, first, dst_scale, bias, out_scale, out_offset, part: tl.constexpr,
-    F: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
-    RELU: tl.constexpr, PACK: tl.constexpr, OUT_SCALE: tl.constexpr, OUT_OFFSET: tl.constexpr,
-    times=None,
-):  # fmt: skip
-    """The canonical epilogue of a part tile, :func:`scale_bias_relu` and what becomes of it.
+def store_part(  # type: ignore[no-untyped-def]
+    y, out, row, row_ok, first, part: tl.constexpr, F: tl.constexpr, W: tl.constexpr, WORDS: tl.constexpr
+):
+    """Store the values of a part tile."""
+    feature, feature_ok = part_features(first, part, F, W, WORDS)
+    target = out + (row.to(tl.int64) * F)[:, None] + feature[None, :]
+    tl.store(target, y, mask=row_ok[:, None] & feature_ok[None, :])
 
-    Floats are stored and 0 is returned; codes are returned where they lie in their words, so that
-    the bitwise or over the parts is what :func:`store_words` stores.  ``times``, ``[ROWS]`` float32, are the rows'
-    multipliers.
+
+@triton.jit
+def pack_part(  # type: ignore[no-untyped-def]
+    y, row, row_ok, first, out_scale, out_offset, part: tl.constexpr,
+    F: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
+    OUT_SCALE: tl.constexpr, OUT_OFFSET: tl.constexpr, times=None,
+):  # fmt: skip
+    """The codes of a part tile where they lie in their words, so that the bitwise or over the parts is what
+    :func:`store_words` stores.  ``times``, ``[ROWS]`` float32, are the rows' multipliers.
     """
     feature, feature_ok = part_features(first, part, F, W, WORDS)
-    y = scale_bias_relu(y, dst_scale, bias, feature, feature_ok, RELU)
-    if PACK:
-        scale = load_range(out_scale, OUT_SCALE, row, row_ok, feature, feature_ok)
-        offset = load_range(out_offset, OUT_OFFSET, row, row_ok, feature, feature_ok)
-        if times is not None:
-            scale, offset = scale * times[:, None], offset * times[:, None]
-        codes = quantize(y, scale, offset, BITS)
-        if F * BITS < 32 * W:  # bits that no feature has are 0
-            codes = tl.where(feature_ok[None, :], codes, 0)
-        lanes = tl.reshape(codes, [ROWS, WORDS, 4]) << (8 * tl.arange(0, 4))[None, None, :]
-        tile = tl.sum(lanes, 2) << (part * BITS)
-    else:
-        target = out + (row.to(tl.int64) * F)[:, None] + feature[None, :]
-        tl.store(target, y, mask=row_ok[:, None] & feature_ok[None, :])
-        tile = tl.zeros([ROWS, WORDS], tl.int32)
-    return tile
+    scale = load_range(out_scale, OUT_SCALE, row, row_ok, feature, feature_ok)
+    offset = load_range(out_offset, OUT_OFFSET, row, row_ok, feature, feature_ok)
+    if times is not None:
+        scale, offset = scale * times[:, None], offset * times[:, None]
+    codes = quantize(y, scale, offset, BITS)
+    if F * BITS < 32 * W:  # bits that no feature has are 0
+        codes = tl.where(feature_ok[None, :], codes, 0)
+    lanes = tl.reshape(codes, [ROWS, WORDS, 4]) << (8 * tl.arange(0, 4))[None, None, :]
+    return tl.sum(lanes, 2) << (part * BITS)
+
+
+@triton.jit
+def pack_row(  # type: ignore[no-untyped-def]
+    values, peak, row, row_ok, out_scale, out_offset, out_unit, out_multiplier,
+    F: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
+    OUT_SCALE: tl.constexpr, OUT_OFFSET: tl.constexpr, LARGEST: tl.constexpr,
+):  # fmt: skip
+    """A word tile of whole rows with multipliers, which are stored: of the part tiles of their values, and of their
+    peaks, ``[ROWS]``.
+    """
+    times = row_multipliers(peak, out_unit, LARGEST)
+    tl.store(out_multiplier + row, times.to(tl.uint8), mask=row_ok)
+    packed = tl.zeros([ROWS, WORDS], tl.int32)
+    for part in tl.static_range(8 // BITS):
+        packed |= pack_part(
+            values[part], row, row_ok, 0, out_scale, out_offset, part,
+            F, W, BITS, ROWS, WORDS, OUT_SCALE, OUT_OFFSET, times,
+        )  # fmt: skip
+    return packed

@@ -15,6 +15,7 @@ from .bits import (
     isolate,
     isolated_part,
     load_words,
+    nibbles,
     row_magic,
     select_part,
     spread,
@@ -220,10 +221,15 @@ def sum_multiplied(  # type: ignore[no-untyped-def]
     W: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
     UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """``sum m c`` in the form of ``isolate`` and ``sum m``, ``[ROWS]``, over at most 256 edges: exact, since codes in
-    place are below ``2^16`` and ``15 * 2^16 * 256 < 2^32``.
+    """``sum m c`` in the form of ``multiplied_part`` and ``sum m``, ``[ROWS]``, over at most 256 edges, exact.
+
+    Two codes share a product where they are narrower than a byte, each in 16 bits: what :func:`nibbles` leaves of a
+    code in place is at most 15, and ``256 * 15 * 15 < 2^16``.  Bytes have a product each.
     """
-    total = tl.zeros([ROWS, WORDS, 32 // BITS], tl.uint32)
+    if BITS == 8:
+        total = tl.zeros([ROWS, WORDS, 4], tl.uint32)  # codes in place are below 2^16, and 256 * 15 * 2^16 < 2^32
+    else:
+        total = tl.zeros([ROWS, 2 * WORDS, 8 // BITS], tl.uint32)
     mass = tl.zeros([ROWS], tl.int32)
     for k in range(0, longest, UNROLL):
         for u in tl.static_range(UNROLL):
@@ -231,7 +237,8 @@ def sum_multiplied(  # type: ignore[no-untyped-def]
             source = tl.load(edge + (k + u), mask=ok, other=0)
             factor = tl.load(multiplier + source, mask=ok, other=0).to(tl.int32)
             mass += factor
-            fields = isolate(gather_words(words, source, ok, word, W), BITS, ROWS, WORDS)
+            tile = gather_words(words, source, ok, word, W)
+            fields = isolate(tile, BITS, ROWS, WORDS) if BITS == 8 else nibbles(tile, BITS, ROWS, WORDS)
             total += fields * factor.to(tl.uint32)[:, None, None]
     return total, mass
 

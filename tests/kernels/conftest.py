@@ -8,7 +8,7 @@ import pytest
 collect_ignore_glob = [] if find_spec("triton") else ["*/test_triton.py", "triton/*"]
 
 SEGMENT = 16  # small graphs have hubs, and interpreted loops stay short
-KERNELS = ("aggregate_sum", "aggregate_max", "aggregate_weighted", "attention", "float_sum")
+KERNELS = ("aggregate_sum", "aggregate_multiplied", "aggregate_max", "aggregate_weighted", "attention", "float_sum")
 
 
 @pytest.fixture(autouse=True)

@@ -33,7 +33,7 @@ def aggregate_cases(grid: str, target: str) -> Iterator[Case]:
     for mode in ("sum", "max", "weighted", "multiplied"):
         for bits, features in shapes(grid):
             words = row_words(features, bits)
-            config = table_config(f"aggregate_{'weighted' if mode == 'multiplied' else mode}", words, target)
+            config = table_config(f"aggregate_{mode}", words, target)
             constants = tile_constants(features, bits, config, target)
             constants |= {
                 "MODE": mode, "UNROLL": config.unroll, "HEADS": 1, "HEAD_TILE": 1, "ALIGNED": True,

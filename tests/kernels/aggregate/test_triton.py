@@ -7,6 +7,7 @@ from triton_support import SMALL, assert_same, plan_of, ranges
 
 from qgnn_plugin.kernels.aggregate import aggregate
 from qgnn_plugin.kernels.aggregate.triton import aggregate as triton_aggregate
+from qgnn_plugin.kernels.arithmetic import LARGEST_MULTIPLIER
 from qgnn_plugin.kernels.backend import use_backend
 from qgnn_plugin.kernels.layout import pack_codes
 from qgnn_plugin.kernels.plan import GraphPlan
@@ -67,6 +68,22 @@ def test_largest_codes_do_not_overflow_a_lane(bits: int, neighbours: int) -> Non
     scale, offset = torch.tensor(0.3), torch.tensor(-1.0)
     with override(aggregate_sum=Config(num_warps=1, segment=256, words_per_thread=1)):
         assert_same(lambda: aggregate(words, plan, scale, offset, 5, bits))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("neighbours", [256, 300])
+def test_largest_products_do_not_overflow_a_lane(bits: int, neighbours: int) -> None:
+    """One row of the longest segment, and one of several, of the largest codes times the largest multiplier."""
+    plan = plan_of(star(neighbours))
+    features, top = 37, 2**bits - 1
+    codes = torch.full((plan.num_src, features), top)
+    codes[::2, ::3] = 0  # what a lane carries into the next one would show
+    words, times = pack_codes(codes, bits), torch.full((plan.num_src,), LARGEST_MULTIPLIER, dtype=torch.uint8)
+    scale, offset, unit = torch.tensor(0.3), torch.tensor(-1.0), torch.tensor([0.7])
+    out = {"out_scale": torch.tensor([0.2]), "out_offset": torch.tensor([-0.1]), "out_bits": bits, "out_unit": unit}
+    with override(aggregate_multiplied=Config(num_warps=1, segment=256, words_per_thread=1)):
+        assert_same(lambda: aggregate(words, plan, scale, offset, features, bits, multiplier=times))
+        assert_same(lambda: aggregate(words, plan, scale, offset, features, bits, multiplier=times, relu=True, **out))
 
 
 @pytest.mark.parametrize(
