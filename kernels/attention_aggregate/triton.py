@@ -197,11 +197,10 @@ def fitted(
     multipliers or a range per row a start for every code; where ``rows`` are packed with multipliers of their own,
     values beside sums.
     """
-    most = rows or (v2 and (multiplied or ROW.value in (scale_kind, offset_kind)))
-    if not most and not (v2 and COLUMN.value in (scale_kind, offset_kind)):
-        return config
-    config = fewer_codes(config, bits)
-    return replace(config, max_registers=MOST_REGISTERS) if most else config
+    most = v2 and (rows or multiplied or ROW.value in (scale_kind, offset_kind))
+    if most or (v2 and COLUMN.value in (scale_kind, offset_kind)):
+        config = fewer_codes(config, bits)
+    return replace(config, max_registers=MOST_REGISTERS) if most or rows else config
 
 
 @cache
