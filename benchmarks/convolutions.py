@@ -34,7 +34,7 @@ import qgnn_plugin as qgnn
 from .convolution_cases import CASES, Case, Graph
 from .cpu_probe import peak_bytes
 from .model_cases import MODELS
-from .timing import interleaved, kept_memory, set_threads
+from .timing import interleaved, set_threads
 
 __all__ = ["Figures", "flat", "markdown", "measure", "measure_apart", "sample"]
 
@@ -51,8 +51,7 @@ class Figures:
         name: Of :data:`~benchmarks.convolution_cases.CASES`.
         path: How its layers run, as in the summary of the packed model.
         speed: PyG's processor time over the packed model's, the median over rounds.
-        float_ms, packed_ms: Medians of processor time, of memory that is kept
-            (:func:`~benchmarks.timing.kept_memory`).
+        float_ms, packed_ms: Medians of processor time.
         float_bytes, packed_bytes: Growth of peak memory in a call.
         error: ``||packed - float|| / ||float||`` of the result, untrained weights.
     """
@@ -128,8 +127,7 @@ def measure(
         expected = flat(model(*arguments))
         error = float((flat(packed(*arguments)) - expected).norm() / expected.norm())
         path = _path(packed)
-        with kept_memory():
-            timings = interleaved({"float": lambda: model(*arguments), "packed": lambda: packed(*arguments)}, rounds)
+        timings = interleaved({"float": lambda: model(*arguments), "packed": lambda: packed(*arguments)}, rounds)
         float_times, packed_times = timings["float"].processor, timings["packed"].processor
         speed = median(float_times[k] / packed_times[k] for k in float_times)
         del expected

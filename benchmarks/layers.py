@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -35,6 +36,7 @@ from .convolution_cases import CASES, LEFT_OUT, Case, Graph
 from .convolutions import BITS, EDGES, MEMORY_WIDTH, NODES, ROUNDS, WIDTH, flat, measure, sample
 from .environment import code_digest, compact_json, environment, write_atomically
 from .model_cases import MODELS, MODELS_LEFT_OUT
+from .timing import KEPT_MEMORY
 
 __all__ = ["SECTIONS", "errors", "markdown", "names_of"]
 
@@ -66,9 +68,10 @@ Written by `python -m benchmarks.layers` (`make bench-layers`). What the columns
   with ranges from `calibrate` on a graph of at most 2,000 nodes, and no training. It compares layers with each other;
   what trained models lose is in [results](results.md);
 - **speed**: PyG's processor time over the packed model's at 4 bits, on one thread, the median over interleaved rounds;
-  above 1 is faster than float. Both run where the C library keeps what is freed, which is where float layers are
-  fastest: by default glibc maps every block of more than 32 MB anew, in some processes and not in others, and float
-  layers that write a row for each edge then take two to three times as long, most of it page faults;
+  above 1 is faster than float. First as the C library is by default, then in a process where it keeps what is freed
+  (`MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4611686018427387904`, or jemalloc), where float layers are fastest:
+  by default glibc maps every block of more than 32 MB anew, in some processes and not in others, and a float layer that
+  writes a row for each edge then takes two to three times as long, most of it page faults;
 - **memory**: growth of peak memory in one call at width {memory_width}, packed / float, in MB.
 
 Convolutions are measured as two of them with ReLU between, models as they are, at width {width} on {nodes:,} nodes and
@@ -79,6 +82,7 @@ fit, widths are smaller (FastRGCNConv, NNConv, RGATConv: 32).{smaller}
 that fewer bits would make faster. Where float copies rows the packed model dequantizes them, and their results are
 floats; what is saved is the table, which takes an eighth.
 """
+HEADER = "| | path | error, 8 / 4 / 2 bits | speed, by default / memory kept | memory |"
 SMALLER = (
     f" **This is a smaller graph than the {NODES:,} nodes and {EDGES:,} edges that the command takes by default**: "
     "kernels have less to gain on it, and figures of memory are coarse."
@@ -119,15 +123,19 @@ def _one(name: str, nodes: int, edges: int, rounds: int) -> dict[str, Any]:
         return {"failed": f"{type(error).__name__}: {text}"[:MOST_TEXT]}
 
 
-def _work(names: list[str], options: dict[str, int]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Cases in a process of their own with one thread; after one that ends the process, in another."""
+def _work(
+    names: list[str], options: dict[str, int], variables: Mapping[str, str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Cases in a process of their own with one thread and ``variables`` of the environment; after one that ends the
+    process, in another.
+    """
     threads = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     folder = Path(__file__).parent.parent
     left = list(names)
     while left:
         command = [sys.executable, "-m", "benchmarks.layers", "--some", json.dumps([left, options])]
         with subprocess.Popen(
-            command, stdout=subprocess.PIPE, text=True, cwd=folder, env={**os.environ, **threads}
+            command, stdout=subprocess.PIPE, text=True, cwd=folder, env={**os.environ, **threads, **variables}
         ) as process:
             for line in process.stdout or ():
                 yield left.pop(0), json.loads(line)
@@ -141,7 +149,7 @@ def _cells(found: dict[str, Any]) -> Iterator[str]:
         return
     yield found["path"].replace("|", "\\|")
     yield " / ".join(f"{found['errors'][str(bits)]:.3f}" for bits in WIDTHS)
-    yield f"{found['speed']:.2f}"
+    yield f"{found['speed']:.2f} / {found.get('kept_speed', math.nan):.2f}"
     yield f"{found['packed_bytes'] / 1e6:.0f} / {found['float_bytes'] / 1e6:.0f}"
 
 
@@ -152,7 +160,7 @@ def markdown(cases: Mapping[str, dict[str, Any]], options: Mapping[str, int], co
     notes = NOTES.format(**size, smaller=SMALLER if smaller else "")
     lines = ["# Every layer of PyG", "", notes]
     for section, (_, _, left_out) in SECTIONS.items():
-        lines += [f"## {section}", "", "| | path | error, 8 / 4 / 2 bits | speed | memory |", "| --- " * 5 + "|"]
+        lines += [f"## {section}", "", HEADER, "| --- " * 5 + "|"]
         for name in names_of(section):
             for case in variants(section, name):
                 cells = _cells(cases[case]) if case in cases else ("not measured yet", "", "", "")
@@ -171,7 +179,7 @@ def _counts(cases: Mapping[str, dict[str, Any]]) -> str:
     for way in ways:
         count = sum(found["path"].split(", ")[0].split(":")[0] == way for found in done.values())
         text.append(f"{count} {way}")
-    slower = sorted(name for name, found in done.items() if found["speed"] < 1)
+    slower = sorted(name for name, found in done.items() if _least_speed(found) < 1)
     heavy = sorted(name for name, found in done.items() if found["packed_bytes"] > 0.5 * max(1, found["float_bytes"]))
     return (
         f"Of {len(done)} convolutions and variants of them, by the first path of each: {', '.join(text)}.\n\n"
@@ -180,11 +188,16 @@ def _counts(cases: Mapping[str, dict[str, Any]]) -> str:
     )
 
 
+def _least_speed(found: Mapping[str, Any]) -> float:
+    """Of the two ways to keep memory."""
+    return min(found["speed"], found.get("kept_speed", math.inf))
+
+
 def _aims(cases: Mapping[str, dict[str, Any]]) -> list[str]:
     """What kinds of layers are to reach, and what they do."""
     lines = []
     for what, (least, names) in AIMS.items():
-        found = {name: cases[name]["speed"] for name in names if "speed" in cases.get(name, {})}
+        found = {name: _least_speed(cases[name]) for name in names if "speed" in cases.get(name, {})}
         if found:
             shown = ", ".join(f"{name} {speed:.1f}" for name, speed in found.items())
             lines.append(f"{what}, which are to be {least} times as fast as float: {shown}.\n")
@@ -232,17 +245,25 @@ def main() -> None:
 
     def is_wanted(name: str) -> bool:
         found = cases.get(name, {"failed": "not measured"})
+        if "failed" not in found and "kept_speed" not in found:
+            return True
         return args.fresh or "failed" in found or not (args.missing or found.get("code") == code)
 
     wanted = [name for name in args.names or every if is_wanted(name)]
     lock = Lock()
 
     def run(names: list[str]) -> None:
-        for name, found in _work(names, options):
+        for name, found in _work(names, options, {}):
             with lock:
                 cases[name] = {**found, "code": code}
                 save()
-                print(name, *_cells(found), sep=" | ", flush=True)
+        names = [name for name in names if "failed" not in cases[name]]
+        for name, found in _work(names, options, KEPT_MEMORY):
+            with lock:
+                kept = {f"kept_{key}": found[key] for key in ("speed", "float_ms", "packed_ms") if key in found}
+                cases[name] |= kept or found
+                save()
+                print(name, *_cells(cases[name]), sep=" | ", flush=True)
 
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(run, [wanted[k :: args.jobs] for k in range(args.jobs)]))

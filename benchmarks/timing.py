@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numba
 import torch
 
-__all__ = ["Timing", "copy_bandwidth", "interleaved", "kept_memory", "set_threads"]
+__all__ = ["KEPT_MEMORY", "Timing", "copy_bandwidth", "interleaved", "set_threads"]
 
 
 @dataclass(frozen=True)
@@ -85,27 +83,11 @@ def set_threads(count: int) -> None:
         dgl.utils.set_num_threads(count)
 
 
-# Options of glibc's mallopt, and what it comes to by itself in a process that frees large blocks.
-_MMAP_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -4, -3, -1
-_DEFAULTS = {_MMAP_MAX: 65_536, _MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20}
-
-
-@contextmanager
-def kept_memory() -> Iterator[None]:
-    """Have the C library keep what is freed and allocate of it, which is when float layers are fastest.
-
-    By default glibc maps each block of more than 32 MB anew, and gives it back when it is freed, unless there is room
-    for it in what was freed before: a page fault for each 4 kB that is written, which is up to two thirds of the time
-    of a float layer that writes a row for each of 200,000 edges, in some processes and not in others.
-    """
-    option = getattr(ctypes.CDLL(None), "mallopt", None)  # other libraries keep memory, or have no such option
-    for name, value in {_MMAP_MAX: 0, _TRIM_THRESHOLD: -1}.items() if option is not None else ():
-        option(name, value)
-    try:
-        yield
-    finally:
-        for name, value in _DEFAULTS.items() if option is not None else ():
-            option(name, value)
+# Of a process whose C library (glibc) keeps what is freed and allocates of it, which is when float layers are fastest.
+# By default it maps each block of more than 32 MB anew, and gives it back when it is freed, unless there is room for it
+# in what was freed before: a page fault for each 4 kB that is written, which is up to two thirds of the time of a float
+# layer that writes a row for each of 200,000 edges, in some processes and not in others.
+KEPT_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 62)}
 
 
 def copy_bandwidth(num_bytes: int = 1 << 28, rounds: int = 7) -> float:

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-import resource
-
 import pytest
 import torch
 from torch_geometric.nn import conv as pyg
 
 from benchmarks.convolution_cases import CASES, LEFT_OUT, Graph, Twice
 from benchmarks.convolutions import Figures, markdown, measure
-from benchmarks.timing import kept_memory
-
-PAGES = 16_384  # of 4 kB, 64 MB
 
 
 def test_every_exported_convolution_is_measured_or_left_out_for_a_reason():
@@ -44,17 +38,3 @@ def test_memory_is_packed_over_float():
     assert figures.memory == 0.25
     line = "| A | kernel | 2.00 | 10 | 5 | 0.25 (1 / 4 MB) | 0.100 |"
     assert markdown([figures])[2:] == [line]
-
-
-def test_memory_that_is_kept_is_written_without_page_faults():
-    """A block of more than glibc gives out of what was freed, unless it is told to."""
-
-    def faults() -> int:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.ones(PAGES * 1024)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-    with kept_memory():
-        faults()
-        if hasattr(ctypes.CDLL(None), "mallopt"):
-            assert faults() < PAGES // 10
