@@ -170,7 +170,7 @@ def aggregate_kernel(  # type: ignore[no-untyped-def]
                 part, MODE, F, W, BITS, ROWS, WORDS, SCALE, OFFSET, RELU,
             )  # fmt: skip
             if out_unit is not None:  # the peak of a row comes before the first of its codes
-                values += (y,)
+                values += (y,)  # type: ignore[assignment]
                 peak = tl.maximum(peak, part_peak(y, part_features(first, part, F, W, WORDS)[1]))
             elif PACK:
                 packed |= pack_part(
@@ -246,7 +246,7 @@ def hub_kernel(  # type: ignore[no-untyped-def]
             offset, factor, bias, first, part, MODE, F, W, BITS, 1, WORDS, SCALE, OFFSET, RELU,
         )  # fmt: skip
         if out_unit is not None:  # the peak of a row comes before the first of its codes
-            values += (y,)
+            values += (y,)  # type: ignore[assignment]
             peak = tl.maximum(peak, part_peak(y, part_features(first, part, F, W, WORDS)[1]))
         elif PACK:
             packed |= pack_part(

@@ -119,7 +119,7 @@ def attention_kernel(  # type: ignore[no-untyped-def]
             feature, feature_ok = part_features(0, part, F, W, WORDS)
             y = scale_bias_relu(y, None, bias, feature, feature_ok, RELU)
             if out_unit is not None:  # the peak of a row comes before the first of its codes
-                values += (y,)
+                values += (y,)  # type: ignore[assignment]
                 largest = tl.maximum(largest, part_peak(y, feature_ok))
             elif PACK:
                 packed |= pack_part(
@@ -173,7 +173,7 @@ def attention_hub_kernel(  # type: ignore[no-untyped-def]
         feature, feature_ok = part_features(0, part, F, W, WORDS)
         y = scale_bias_relu(y, None, bias, feature, feature_ok, RELU)
         if out_unit is not None:  # the peak of a row comes before the first of its codes
-            values += (y,)
+            values += (y,)  # type: ignore[assignment]
             largest = tl.maximum(largest, part_peak(y, feature_ok))
         elif PACK:
             packed |= pack_part(
