@@ -115,7 +115,7 @@ def measure(
         name: Of :data:`~benchmarks.convolution_cases.CASES` or :data:`~benchmarks.model_cases.MODELS`.
         bits: Of the packed model.
         nodes, edges: Of the graph.
-        width, memory_width: Of the layers where time and memory are measured.
+        width, memory_width: Of the layers where time and memory are measured; 0 leaves memory out.
         rounds: Timed rounds.
     """
     set_threads(1)
@@ -131,10 +131,12 @@ def measure(
         float_times, packed_times = timings["float"].processor, timings["packed"].processor
         speed = median(float_times[k] / packed_times[k] for k in float_times)
         del expected
-        model, packed = _models(case, graph, memory_width, bits)
-        arguments = case.arguments(graph, memory_width)
-        packed(*arguments)  # finds kernels and plans of the graph
-        packed_bytes, float_bytes = peak_bytes(lambda: packed(*arguments)), peak_bytes(lambda: model(*arguments))
+        packed_bytes = float_bytes = 0
+        if memory_width:
+            model, packed = _models(case, graph, memory_width, bits)
+            arguments = case.arguments(graph, memory_width)
+            packed(*arguments)  # finds kernels and plans of the graph
+            packed_bytes, float_bytes = peak_bytes(lambda: packed(*arguments)), peak_bytes(lambda: model(*arguments))
     return Figures(
         name, path, speed, 1e3 * median(float_times.values()), 1e3 * median(packed_times.values()), float_bytes,
         packed_bytes, error,

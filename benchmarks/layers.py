@@ -112,11 +112,13 @@ def errors(case: Case, graph: Graph, width: int) -> dict[str, float]:
     return found
 
 
-def _one(name: str, nodes: int, edges: int, rounds: int) -> dict[str, Any]:
+def _one(name: str, nodes: int, edges: int, rounds: int, only_times: bool = False) -> dict[str, Any]:
     """What was measured of a case, in this process; what failed says so."""
     case = {**CASES, **MODELS}[name]
     try:
-        found = asdict(measure(name, BITS, nodes, edges, WIDTH, MEMORY_WIDTH, rounds))
+        found = asdict(measure(name, BITS, nodes, edges, WIDTH, 0 if only_times else MEMORY_WIDTH, rounds))
+        if only_times:
+            return found
         return {**found, "errors": errors(case, Graph(nodes, edges), WIDTH)}
     except Exception as error:  # the others go on
         text = " ".join(str(error).split())
@@ -124,7 +126,7 @@ def _one(name: str, nodes: int, edges: int, rounds: int) -> dict[str, Any]:
 
 
 def _work(
-    names: list[str], options: dict[str, int], variables: Mapping[str, str]
+    names: list[str], options: Mapping[str, Any], variables: Mapping[str, str]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Cases in a process of their own with one thread and ``variables`` of the environment; after one that ends the
     process, in another.
@@ -258,7 +260,7 @@ def main() -> None:
                 cases[name] = {**found, "code": code}
                 save()
         names = [name for name in names if "failed" not in cases[name]]
-        for name, found in _work(names, options, KEPT_MEMORY):
+        for name, found in _work(names, {**options, "only_times": True}, KEPT_MEMORY):
             with lock:
                 kept = {f"kept_{key}": found[key] for key in ("speed", "float_ms", "packed_ms") if key in found}
                 cases[name] |= kept or found
