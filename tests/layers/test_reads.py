@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch_geometric.nn import GCNConv, MessagePassing
 
 import qgnn_plugin as qgnn
+from qgnn_plugin.layers.own_weights import QuantizedOwnConv
+from qgnn_plugin.layers.reads import Reads, reads_of
 
 IDS = torch.arange(features().size(0))
 
@@ -197,3 +199,26 @@ def test_writes_to_weights_act_on_the_parameters() -> None:
     qmodel(features(), graph())
     assert float(qmodel.table.weight.detach().abs().max()) <= 0.125
     assert bool((qmodel.head.weight == 0.25).all())
+
+
+def test_what_pyg_writes_for_a_class_reads_no_weights() -> None:
+    """An argument called ``weight`` is one of ``message``, in the code of ``propagate`` that PyG generates as well."""
+
+    class Weighted(MessagePassing):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, edge_index: Tensor, weight: Tensor) -> Tensor:
+            return self.propagate(edge_index, x=self.lin(x), weight=weight)
+
+        def message(self, x_j: Tensor, weight: Tensor) -> Tensor:
+            return weight.view(-1, 1) * x_j
+
+    layer = Weighted()
+    graph = torch.randn(5, 4), torch.randint(5, (2, 12)), torch.rand(12)
+    expected = layer(*graph)
+    assert reads_of(Weighted) == Reads()
+    converted = qgnn.quantize_model(layer, bits=32)
+    assert not isinstance(converted, QuantizedOwnConv)
+    assert torch.equal(converted(*graph), expected)
