@@ -88,7 +88,7 @@ def _readers(cls: type) -> Iterator[tuple[type, str, _Reader]]:
             function = inspect.unwrap(method) if inspect.isfunction(method) else None
             if function is None or name in SETTING_UP or inspect.getattr_static(cls, name) is not method:
                 continue
-            if function.__module__.startswith(f"{owner.__module__}_{owner.__name__}_"):
+            if str(function.__module__).startswith(f"{owner.__module__}_{owner.__name__}_"):
                 continue  # what PyG writes for a class, where arguments of the name of a weight are none
             reader = _Reader()
             try:

@@ -222,3 +222,11 @@ def test_what_pyg_writes_for_a_class_reads_no_weights() -> None:
     converted = qgnn.quantize_model(layer, bits=32)
     assert not isinstance(converted, QuantizedOwnConv)
     assert torch.equal(converted(*graph), expected)
+
+
+def test_methods_of_no_module_are_read() -> None:
+    """Code that is executed from a string, as notebooks and documentation have it, may have no module."""
+    names: dict[str, Any] = {"nn": nn}
+    exec("class Net(nn.Module):\n    def forward(self, x):\n        return x @ self.weight\n", names)
+    names["Net"].forward.__module__ = None
+    assert reads_of(names["Net"]) == Reads()  # its source cannot be found
