@@ -69,7 +69,7 @@ Written by `python -m benchmarks.layers` (`make bench-layers`). What the columns
   what trained models lose is in [results](results.md);
 - **speed**: PyG's processor time over the packed model's at 4 bits, on one thread, the median over interleaved rounds;
   above 1 is faster than float. First as the C library is by default, then in a process where it keeps what is freed
-  (`MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4611686018427387904`, or jemalloc), where float layers are fastest:
+  (`MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4611686018427387904`), where float layers are fastest:
   by default glibc maps every block of more than 32 MB anew, in some processes and not in others, and a float layer that
   writes a row for each edge then takes two to three times as long, most of it page faults;
 - **memory**: growth of peak memory in one call at width {memory_width}, packed / float, in MB.

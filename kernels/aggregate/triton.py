@@ -16,15 +16,12 @@ from ..triton.bits import (
     isolated_part,
     load_range,
     multiplied_part,
-    pack_part,
-    pack_row,
     part_features,
-    part_peak,
     part_sums,
     power_of_two,
     scale_bias_relu,
-    store_part,
-    store_words,
+    write_part,
+    write_words,
 )
 from ..triton.gather import heads_part, max_codes, spread_heads, sum_codes, sum_multiplied, sum_slots, sum_weighted
 from ..triton.launch import (
@@ -162,29 +159,21 @@ def aggregate_kernel(  # type: ignore[no-untyped-def]
         factor = dst_scale
         if dst_scale is not None:
             factor = tl.load(dst_scale + row, mask=item_ok, other=0.0)
-        packed = tl.zeros([ROWS, WORDS], tl.int32)
-        values, peak = (), tl.zeros([ROWS], tl.float32)
+        values, top, packed = (), tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, WORDS], tl.int32)
         for part in tl.static_range(parts):
             y = _values(
                 _part(total, part, MODE, BITS, ROWS, WORDS), masses, units, scale, offset, factor, bias, first,
                 part, MODE, F, W, BITS, ROWS, WORDS, SCALE, OFFSET, RELU,
             )  # fmt: skip
-            if out_unit is not None:  # the peak of a row comes before the first of its codes
-                values += (y,)  # type: ignore[assignment]
-                peak = tl.maximum(peak, part_peak(y, part_features(first, part, F, W, WORDS)[1]))
-            elif PACK:
-                packed |= pack_part(
-                    y, row, item_ok, first, out_scale, out_offset, part, F, W, BITS, ROWS, WORDS, OUT_SCALE, OUT_OFFSET,
-                )  # fmt: skip
-            else:
-                store_part(y, out, row, item_ok, first, part, F, W, WORDS)
-        if out_unit is not None:
-            packed = pack_row(
-                values, peak, row, item_ok, out_scale, out_offset, out_unit, out_multiplier,
-                F, W, BITS, ROWS, WORDS, OUT_SCALE, OUT_OFFSET, LARGEST,
+            values, top, packed = write_part(
+                y, values, top, packed, out, row, item_ok, first, out_scale, out_offset, out_unit, part,
+                F, W, BITS, ROWS, WORDS, PACK, OUT_SCALE, OUT_OFFSET,
             )  # fmt: skip
         if PACK:
-            store_words(out, packed, row, item_ok, first, W, WORDS)
+            write_words(
+                values, top, packed, out, row, item_ok, first, out_scale, out_offset, out_unit, out_multiplier,
+                F, W, BITS, ROWS, WORDS, OUT_SCALE, OUT_OFFSET, LARGEST,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -238,29 +227,21 @@ def hub_kernel(  # type: ignore[no-untyped-def]
     factor = dst_scale
     if dst_scale is not None:
         factor = tl.load(dst_scale + row)
-    packed = tl.zeros([1, WORDS], tl.int32)
-    values, peak = (), tl.zeros([1], tl.float32)
+    values, top, packed = (), tl.zeros([1], tl.float32), tl.zeros([1, WORDS], tl.int32)
     for part in tl.static_range(8 // BITS):
         y = _values(
             _hub_part(partial, first_slot, count, byte, part, width, MODE, W, SLOTS, WORDS), masses, degree, scale,
             offset, factor, bias, first, part, MODE, F, W, BITS, 1, WORDS, SCALE, OFFSET, RELU,
         )  # fmt: skip
-        if out_unit is not None:  # the peak of a row comes before the first of its codes
-            values += (y,)  # type: ignore[assignment]
-            peak = tl.maximum(peak, part_peak(y, part_features(first, part, F, W, WORDS)[1]))
-        elif PACK:
-            packed |= pack_part(
-                y, row, row >= 0, first, out_scale, out_offset, part, F, W, BITS, 1, WORDS, OUT_SCALE, OUT_OFFSET,
-            )  # fmt: skip
-        else:
-            store_part(y, out, row, row >= 0, first, part, F, W, WORDS)
-    if out_unit is not None:
-        packed = pack_row(
-            values, peak, row, row >= 0, out_scale, out_offset, out_unit, out_multiplier,
-            F, W, BITS, 1, WORDS, OUT_SCALE, OUT_OFFSET, LARGEST,
+        values, top, packed = write_part(
+            y, values, top, packed, out, row, row >= 0, first, out_scale, out_offset, out_unit, part,
+            F, W, BITS, 1, WORDS, PACK, OUT_SCALE, OUT_OFFSET,
         )  # fmt: skip
     if PACK:
-        store_words(out, packed, row, row >= 0, first, W, WORDS)
+        write_words(
+            values, top, packed, out, row, row >= 0, first, out_scale, out_offset, out_unit, out_multiplier,
+            F, W, BITS, 1, WORDS, OUT_SCALE, OUT_OFFSET, LARGEST,
+        )  # fmt: skip
 
 
 def heads_aligned(num_features: int, heads: int, bits: int, tile_words: int) -> bool:

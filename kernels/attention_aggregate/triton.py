@@ -27,13 +27,8 @@ from ..triton.bits import (
     COLUMN,
     HEAD,
     ROW,
-    pack_part,
-    pack_row,
-    part_features,
-    part_peak,
-    scale_bias_relu,
-    store_part,
-    store_words,
+    write_part,
+    write_words,
 )
 from ..triton.gather import heads_part, spread_heads, sum_slots
 from ..triton.launch import (
@@ -108,32 +103,22 @@ def attention_kernel(  # type: ignore[no-untyped-def]
     else:
         inverses = spread_heads(inverse_of(share), word, F, W, BITS, ROWS, WORDS, HEADS, ALIGNED)
         starts = spread_heads(offsets, word, F, W, BITS, ROWS, WORDS, HEADS, ALIGNED)
-        packed = tl.zeros([ROWS, WORDS], tl.int32)
-        values, largest = (), tl.zeros([ROWS], tl.float32)
+        values, top, packed = (), tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, WORDS], tl.int32)
         for part in tl.static_range(parts):
             y = normalize(
                 part_of_sums(total, part, BITS, ROWS, WORDS, INTEGER, PAIRED, SHIFTED),
                 heads_part(inverses, part, BITS, ROWS, WORDS), heads_part(starts, part, BITS, ROWS, WORDS),
-                scale, offset, 0, part, F, W, WORDS, SCALE, OFFSET, multiplier is not None,
+                scale, offset, bias, part, F, W, WORDS, SCALE, OFFSET, multiplier is not None, RELU,
             )  # fmt: skip
-            feature, feature_ok = part_features(0, part, F, W, WORDS)
-            y = scale_bias_relu(y, None, bias, feature, feature_ok, RELU)
-            if out_unit is not None:  # the peak of a row comes before the first of its codes
-                values += (y,)  # type: ignore[assignment]
-                largest = tl.maximum(largest, part_peak(y, feature_ok))
-            elif PACK:
-                packed |= pack_part(
-                    y, row, item_ok, 0, out_scale, out_offset, part, F, W, BITS, ROWS, WORDS, OUT_SCALE, OUT_OFFSET
-                )
-            else:
-                store_part(y, out, row, item_ok, 0, part, F, W, WORDS)
-        if out_unit is not None:
-            packed = pack_row(
-                values, largest, row, item_ok, out_scale, out_offset, out_unit, out_multiplier,
-                F, W, BITS, ROWS, WORDS, OUT_SCALE, OUT_OFFSET, LARGEST,
+            values, top, packed = write_part(
+                y, values, top, packed, out, row, item_ok, 0, out_scale, out_offset, out_unit, part,
+                F, W, BITS, ROWS, WORDS, PACK, OUT_SCALE, OUT_OFFSET,
             )  # fmt: skip
         if PACK:
-            store_words(out, packed, row, item_ok, 0, W, WORDS)
+            write_words(
+                values, top, packed, out, row, item_ok, 0, out_scale, out_offset, out_unit, out_multiplier,
+                F, W, BITS, ROWS, WORDS, OUT_SCALE, OUT_OFFSET, LARGEST,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -162,32 +147,22 @@ def attention_hub_kernel(  # type: ignore[no-untyped-def]
     inverses = spread_heads(inverse_of(share), word, F, W, BITS, 1, WORDS, HEADS, ALIGNED)
     starts = spread_heads(offsets, word, F, W, BITS, 1, WORDS, HEADS, ALIGNED)
     sums = partial + first_slot * width
-    packed = tl.zeros([1, WORDS], tl.int32)
-    values, largest = (), tl.zeros([1], tl.float32)
+    values, top, packed = (), tl.zeros([1], tl.float32), tl.zeros([1, WORDS], tl.int32)
     for part in tl.static_range(8 // BITS):
         y = normalize(
             sum_slots(sums + part * 4 * W, count, width, kind, SLOTS, 4 * W, 4 * WORDS),
             heads_part(inverses, part, BITS, 1, WORDS), heads_part(starts, part, BITS, 1, WORDS),
-            scale, offset, 0, part, F, W, WORDS, SCALE, OFFSET, MULTIPLIED,
+            scale, offset, bias, part, F, W, WORDS, SCALE, OFFSET, MULTIPLIED, RELU,
         )  # fmt: skip
-        feature, feature_ok = part_features(0, part, F, W, WORDS)
-        y = scale_bias_relu(y, None, bias, feature, feature_ok, RELU)
-        if out_unit is not None:  # the peak of a row comes before the first of its codes
-            values += (y,)  # type: ignore[assignment]
-            largest = tl.maximum(largest, part_peak(y, feature_ok))
-        elif PACK:
-            packed |= pack_part(
-                y, row, row >= 0, 0, out_scale, out_offset, part, F, W, BITS, 1, WORDS, OUT_SCALE, OUT_OFFSET
-            )
-        else:
-            store_part(y, out, row, row >= 0, 0, part, F, W, WORDS)
-    if out_unit is not None:
-        packed = pack_row(
-            values, largest, row, row >= 0, out_scale, out_offset, out_unit, out_multiplier,
-            F, W, BITS, 1, WORDS, OUT_SCALE, OUT_OFFSET, LARGEST,
+        values, top, packed = write_part(
+            y, values, top, packed, out, row, row >= 0, 0, out_scale, out_offset, out_unit, part,
+            F, W, BITS, 1, WORDS, PACK, OUT_SCALE, OUT_OFFSET,
         )  # fmt: skip
     if PACK:
-        store_words(out, packed, row, row >= 0, 0, W, WORDS)
+        write_words(
+            values, top, packed, out, row, row >= 0, 0, out_scale, out_offset, out_unit, out_multiplier,
+            F, W, BITS, 1, WORDS, OUT_SCALE, OUT_OFFSET, LARGEST,
+        )  # fmt: skip
 
 
 def fitted(

@@ -17,6 +17,7 @@ from ..triton.bits import (
     part_sums,
     power_of_two,
     row_magic,
+    scale_bias_relu,
     spread,
     sums_by_part,
 )
@@ -28,14 +29,14 @@ __all__ = ["inverse_of", "normalize", "part_of_sums", "weighted_sums"]
 
 @triton.jit
 def normalize(  # type: ignore[no-untyped-def]
-    total, inverse, offsets, scale, offset, first, part: tl.constexpr,
+    total, inverse, offsets, scale, offset, bias, part: tl.constexpr,
     F: tl.constexpr, W: tl.constexpr, WORDS: tl.constexpr, SCALE: tl.constexpr,
-    OFFSET: tl.constexpr, MULTIPLIED: tl.constexpr,
+    OFFSET: tl.constexpr, MULTIPLIED: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
-    """``(s total) inverse + l`` of a part tile, ``l`` times the mean multiplier where there are any; 0 where
-    ``inverse`` is 0.
+    """``(s total) inverse + l`` of a part tile, ``l`` times the mean multiplier where there are any, 0 where
+    ``inverse`` is 0; then bias and ReLU.
     """
-    feature, feature_ok = part_features(first, part, F, W, WORDS)
+    feature, feature_ok = part_features(0, part, F, W, WORDS)
     total = total.to(tl.float32)
     if SCALE < ROW:
         total = total * load_range(scale, SCALE, 0, True, feature, feature_ok)
@@ -46,7 +47,8 @@ def normalize(  # type: ignore[no-untyped-def]
         if MULTIPLIED:
             start = start * (offsets.to(tl.float32) * inverse)
         y = total * inverse + start
-    return tl.where(inverse > 0, y, 0.0)
+    y = tl.where(inverse > 0, y, 0.0)
+    return scale_bias_relu(y, None, bias, feature, feature_ok, RELU)
 
 
 @triton.jit

@@ -33,7 +33,6 @@ __all__ = [
     "nibbles",
     "pack_features",
     "pack_part",
-    "pack_row",
     "part_features",
     "part_peak",
     "part_sums",
@@ -48,6 +47,8 @@ __all__ = [
     "store_part",
     "store_words",
     "sums_by_part",
+    "write_part",
+    "write_words",
 ]  # fmt: skip
 
 # Kinds of range tensors: one element, one per column, one per row.
@@ -390,20 +391,41 @@ def pack_part(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def pack_row(  # type: ignore[no-untyped-def]
-    values, peak, row, row_ok, out_scale, out_offset, out_unit, out_multiplier,
+def write_part(  # type: ignore[no-untyped-def]
+    y, values, peak, packed, out, row, row_ok, first, out_scale, out_offset, out_unit, part: tl.constexpr,
+    F: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
+    PACK: tl.constexpr, OUT_SCALE: tl.constexpr, OUT_OFFSET: tl.constexpr,
+):  # fmt: skip
+    """Store a part tile as floats, or add its codes to the words ``packed``.
+
+    With ``out_unit`` it joins ``values``, and ``peak``, ``[ROWS]``: that of a row comes before the first of its codes.
+    (Without, values that were held would not fit the registers.)
+    """
+    if out_unit is not None:
+        values += (y,)
+        peak = tl.maximum(peak, part_peak(y, part_features(first, part, F, W, WORDS)[1]))
+    elif PACK:
+        packed = packed | pack_part(
+            y, row, row_ok, first, out_scale, out_offset, part, F, W, BITS, ROWS, WORDS, OUT_SCALE, OUT_OFFSET
+        )
+    else:
+        store_part(y, out, row, row_ok, first, part, F, W, WORDS)
+    return values, peak, packed
+
+
+@triton.jit
+def write_words(  # type: ignore[no-untyped-def]
+    values, peak, packed, out, row, row_ok, first, out_scale, out_offset, out_unit, out_multiplier,
     F: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
     OUT_SCALE: tl.constexpr, OUT_OFFSET: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
-    """A word tile of whole rows with multipliers, which are stored: of the part tiles of their values, and of their
-    peaks, ``[ROWS]``.
-    """
-    times = row_multipliers(peak, out_unit, LARGEST)
-    tl.store(out_multiplier + row, times.to(tl.uint8), mask=row_ok)
-    packed = tl.zeros([ROWS, WORDS], tl.int32)
-    for part in tl.static_range(8 // BITS):
-        packed |= pack_part(
-            values[part], row, row_ok, 0, out_scale, out_offset, part,
-            F, W, BITS, ROWS, WORDS, OUT_SCALE, OUT_OFFSET, times,
-        )  # fmt: skip
-    return packed
+    """Store the words of rows after :func:`write_part` of all parts, with ``out_unit`` their multipliers as well."""
+    if out_unit is not None:
+        times = row_multipliers(peak, out_unit, LARGEST)
+        tl.store(out_multiplier + row, times.to(tl.uint8), mask=row_ok)
+        for part in tl.static_range(8 // BITS):
+            packed |= pack_part(
+                values[part], row, row_ok, first, out_scale, out_offset, part,
+                F, W, BITS, ROWS, WORDS, OUT_SCALE, OUT_OFFSET, times,
+            )  # fmt: skip
+    store_words(out, packed, row, row_ok, first, W, WORDS)

@@ -17,6 +17,8 @@ __all__ = ["Reads", "reads_of"]
 
 FRAMEWORK = ("torch.", "pytorch_lightning.", "lightning.")
 SETTING_UP = {"__init__", "__repr__", "extra_repr", "reset_parameters", "initialize_parameters"}
+# What PyG writes for a class, in modules of their own: an argument may be called ``weight`` there.
+GENERATED = ("propagate", "edge_updater")
 PRODUCTS = {"matmul", "mm", "bmm", "addmm", "baddbmm", "linear", "einsum", "segment_matmul"}
 TRANSPOSING = {"t", "T", "mT", "transpose", "swapaxes"}
 VIEWS = {*TRANSPOSING, "contiguous", "to", "type_as", "unbind", "chunk", "split", "unsqueeze", "squeeze"}
@@ -88,8 +90,8 @@ def _readers(cls: type) -> Iterator[tuple[type, str, _Reader]]:
             function = inspect.unwrap(method) if inspect.isfunction(method) else None
             if function is None or name in SETTING_UP or inspect.getattr_static(cls, name) is not method:
                 continue
-            if str(function.__module__).startswith(f"{owner.__module__}_{owner.__name__}_"):
-                continue  # what PyG writes for a class, where arguments of the name of a weight are none
+            if function.__module__ in {f"{owner.__module__}_{owner.__name__}_{made}" for made in GENERATED}:
+                continue
             reader = _Reader()
             try:
                 reader.visit(ast.parse(textwrap.dedent(inspect.getsource(function))))

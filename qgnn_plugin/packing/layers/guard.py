@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -92,7 +91,9 @@ def inference(forward: Forward, short: Callable[..., Any] | None = None) -> Forw
                 expect_features(args[0] if args else kwargs.get("x", ()))
             if self._runs_own_forward:
                 return concluded(self, forward(self, *args, **kwargs))
-            of_nodes = None if kwargs or len(args) != 1 else mapped_nodes(id(self), args[0], partial(alone, self))
+            of_nodes = None
+            if len(args) == 1 and not kwargs:
+                of_nodes = mapped_nodes(id(self), args[0], functools.partial(alone, self))
             return concluded(self, alone(self, *args, **kwargs) if of_nodes is None else of_nodes)
         except REFUSALS as error:
             name_layer(error, self._packed.spec.name)
