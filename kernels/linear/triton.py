@@ -20,9 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..arithmetic import LARGEST_MULTIPLIER
-from ..layout import next_power_of_two, parts_per_byte, row_bytes, row_words
+from ..layout import BITS_PER_BYTE, next_power_of_two, parts_per_byte, row_bytes, row_words
 from ..quantize_pack.triton import quantize_pack
-from ..triton.bits import load_range, part_peak, quantize, relu, row_multipliers
 from ..triton.launch import (
     UNSPECIALIZED,
     Config,
@@ -34,21 +33,23 @@ from ..triton.launch import (
     processors,
 )
 from ..triton.ranges import range_kind
+from .triton_finish import MOST_VECTORS, finish
 from .triton_prepared import prepared_weights, zero_code
 from .triton_unpack import operand, word_sums
 
-__all__ = ["Tiles", "linear", "linear_kernel", "tiles_of", "unpacks_words"]
+__all__ = ["Tiles", "has_heads", "linear", "linear_kernel", "multiply", "tiles_of", "unpacks_words"]
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def linear_kernel(  # type: ignore[no-untyped-def]
     x, x_words, w, column_sum, column_term, x_scale, x_offset, multiplier, w_scale, w_offset, bias, row_scale, addend,
-    out, out_scale, out_offset, out_unit, out_multiplier, num_rows, num_items, num_out,
+    vectors, dots, out, out_scale, out_offset, out_unit, out_multiplier, num_rows, num_items, num_out,
     X_BITS: tl.constexpr, X_BYTES: tl.constexpr, W_ZERO: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_B: tl.constexpr, CHUNKS: tl.constexpr, WHOLE: tl.constexpr, PTX: tl.constexpr, STAGES: tl.constexpr,
     X_SCALE: tl.constexpr, X_OFFSET: tl.constexpr, W_SCALE: tl.constexpr, W_OFFSET: tl.constexpr,
     RELU: tl.constexpr, OUT_BITS: tl.constexpr, OUT_BYTES: tl.constexpr,
-    OUT_SCALE: tl.constexpr, OUT_OFFSET: tl.constexpr, LARGEST: tl.constexpr,
+    OUT_SCALE: tl.constexpr, OUT_OFFSET: tl.constexpr, LARGEST: tl.constexpr, HEADS: tl.constexpr,
+    VECTORS: tl.constexpr,
 ):  # fmt: skip
     """``y = (((acc sw) + (rowsum lw)) sx) + (colterm lx)``, then the canonical epilogue.
 
@@ -106,9 +107,10 @@ def linear_kernel(  # type: ignore[no-untyped-def]
             sx, lx = sx * times, lx * times
         y = acc.to(tl.float32) * sw + row_sum.to(tl.float32)[:, None] * lw
         y = y * sx + tl.load(column_term + column, mask=column_ok, other=0.0)[None, :] * lx
-        _finish(
-            y, row, row_ok, column, column_ok, bias, row_scale, addend, out, out_scale, out_offset, out_unit,
-            out_multiplier, num_out, BLOCK_M, width, WHOLE, RELU, OUT_BITS, OUT_BYTES, OUT_SCALE, OUT_OFFSET, LARGEST,
+        finish(
+            y, row, row_ok, column, column_ok, bias, row_scale, addend, vectors, dots, out, out_scale, out_offset,
+            out_unit, out_multiplier, num_rows, num_out, BLOCK_M, width, WHOLE, RELU, OUT_BITS, OUT_BYTES, OUT_SCALE,
+            OUT_OFFSET, LARGEST, HEADS, VECTORS,
         )  # fmt: skip
 
 
@@ -127,51 +129,11 @@ def _input(x, x_words, start, first, row_ok, X_BYTES: tl.constexpr, BLOCK_B: tl.
     return tile, words
 
 
-@triton.jit
-def _finish(  # type: ignore[no-untyped-def]
-    y, row, row_ok, column, column_ok, bias, row_scale, addend, out, out_scale, out_offset, out_unit, out_multiplier,
-    num_out, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr, RELU: tl.constexpr,
-    OUT_BITS: tl.constexpr, OUT_BYTES: tl.constexpr, OUT_SCALE: tl.constexpr, OUT_OFFSET: tl.constexpr,
-    LARGEST: tl.constexpr,
-):  # fmt: skip
-    """Bias, addend, ReLU, the row's factor and either floats or codes."""
-    if bias is not None:
-        y = y + tl.load(bias + column, mask=column_ok, other=0.0)[None, :]
-    ok = row_ok[:, None] & column_ok[None, :]
-    row64 = row.to(tl.int64)[:, None]
-    if addend is not None:
-        y = y + tl.load(addend + row64 * num_out + column[None, :], mask=ok, other=0.0)
-    if RELU:
-        y = relu(y)
-    if row_scale is not None:
-        y = y * tl.load(row_scale + row, mask=row_ok, other=0.0)[:, None]
-    if OUT_BITS == 0:
-        tl.store(out + row64 * num_out + column[None, :], y, mask=ok)
-    else:
-        parts: tl.constexpr = 8 // OUT_BITS
-        scale = load_range(out_scale, OUT_SCALE, row, row_ok, column, column_ok)
-        start = load_range(out_offset, OUT_OFFSET, row, row_ok, column, column_ok)
-        if out_unit is not None:
-            peak = part_peak(y, column_ok)
-            times = row_multipliers(peak, out_unit, LARGEST)
-            tl.store(out_multiplier + row, times.to(tl.uint8), mask=row_ok)
-            scale, start = scale * times[:, None], start * times[:, None]
-        codes = quantize(y, scale, start, OUT_BITS)
-        if not WHOLE:
-            codes = tl.where(column_ok[None, :], codes, 0)
-        codes = tl.reshape(codes, [BLOCK_M, parts, WIDTH])
-        lanes = tl.sum(codes << (OUT_BITS * tl.arange(0, parts))[None, :, None], 1)
-        byte = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-        byte_ok = row_ok[:, None]
-        if not WHOLE:
-            byte_ok = byte_ok & (byte < OUT_BYTES)[None, :]
-        tl.store(out + row64 * OUT_BYTES + byte[None, :], lanes.to(tl.int8), mask=byte_ok)
-
-
 SMALLEST_K, SMALLEST_N = 32, 16  # of an int8 product
 STREAMED = 128  # positions of a chunk where a row's weights are not kept
 NARROW = 64  # features of a program that holds more: what is added, or the next chunk
 KEPT_ON_HIP = 32 << 10  # bytes of weights: half of the shared memory there is
+MOST_AT_ONCE = 256  # input positions, of fewer bits than a byte, beside which registers hold the values of 64 whole rows
 WIDEST_ROW = 512  # features, with those that fill bytes up, of rows whose peak one program finds
 
 
@@ -211,7 +173,8 @@ def tiles_of(
     if rows:
         of_row = row_width(num_out, out_bits)
         fewer = max(1, of_row // config.block_n)
-        config = replace(config, block_n=of_row, block_m=config.block_m // fewer, block_k=config.block_k // fewer)
+        block_m = config.block_m if x_bits < BITS_PER_BYTE and parts * width <= MOST_AT_ONCE else min(config.block_m, 32)
+        config = replace(config, block_n=of_row, block_m=block_m // fewer, block_k=config.block_k // fewer)
     out_parts = parts_per_byte(out_bits) if out_bits else 1
     places = row_bytes(num_out, out_bits) if out_bits else num_out  # each of them ``out_parts`` features
     row = max(SMALLEST_K // parts, next_power_of_two(width))
@@ -223,6 +186,16 @@ def tiles_of(
     of_program = block_n // out_parts
     whole = places % of_program == 0 and out_parts * places == num_out
     return Tiles(config.block_m, block_n, block_b, max(1, -(-width // block_b)), whole, -(-places // of_program))
+
+
+def has_heads(in_features: int, x_bits: int, num_out: int, out_bits: int, heads: int, vectors: int) -> bool:
+    """Whether a program has whole rows of ``num_out`` features, in their order, and registers for what ``vectors``
+    vectors make of their heads.
+    """
+    width = num_out // heads
+    whole = row_width(num_out, out_bits) == num_out <= WIDEST_ROW
+    fits = in_features <= (MOST_AT_ONCE if x_bits == BITS_PER_BYTE else 2 * MOST_AT_ONCE)
+    return whole and fits and width & (width - 1) == 0 and 0 < vectors <= MOST_VECTORS
 
 
 def unpacks_words() -> bool:
@@ -251,18 +224,34 @@ def linear(
     out_unit: Tensor | None = None,
 ) -> Any:
     rows = out_unit is not None
+    product = (x_words, w_words, x_scale, x_offset, w_scale, w_offset, in_features, x_bits, w_bits)
+    more = {"bias": bias, "relu": relu, "row_scale": row_scale, "addend": addend, "multiplier": multiplier}
     if rows and row_width(w_words.size(0), out_bits) > WIDEST_ROW:
         assert out_scale is not None
         assert out_offset is not None
-        y = linear(
-            x_words, w_words, x_scale, x_offset, w_scale, w_offset, in_features, x_bits, w_bits, bias, relu,
-            row_scale=row_scale, addend=addend, multiplier=multiplier,
-        )  # fmt: skip
+        y = multiply(*product, **more)[0]
         return quantize_pack(y, out_scale, out_offset, out_bits, out_unit)  # a row's peak crosses programs
+    out, times, _ = multiply(
+        *product, **more, out_scale=out_scale, out_offset=out_offset, out_bits=out_bits, out_unit=out_unit
+    )
+    return out if times is None else (out, times)
+
+
+def multiply(
+    x_words: Tensor, w_words: Tensor, x_scale: Tensor, x_offset: Tensor, w_scale: Tensor, w_offset: Tensor,
+    in_features: int, x_bits: int, w_bits: int, *, bias: Tensor | None = None, relu: bool = False,
+    out_scale: Tensor | None = None, out_offset: Tensor | None = None, out_bits: int = 0,
+    row_scale: Tensor | None = None, addend: Tensor | None = None, multiplier: Tensor | None = None,
+    out_unit: Tensor | None = None, vectors: Tensor | None = None, heads: int = 1,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """:func:`linear` in one kernel: rows, their multipliers with ``out_unit``, and dot products of their ``heads`` with
+    ``vectors`` where these are given.  Both take whole rows of at most :data:`WIDEST_ROW` features.
+    """
     device = check_devices(
         x_words, w_words, x_scale, x_offset, w_scale, w_offset, bias, out_scale, out_offset, row_scale,
-        addend, multiplier, out_unit,
+        addend, multiplier, out_unit, vectors,
     )  # fmt: skip
+    rows = out_unit is not None or vectors is not None
     num_rows, num_out = x_words.size(0), w_words.size(0)
     config = config_for("linear_rows" if rows else "linear", device, row_words(in_features, x_bits))
     tiles = tiles_of(config, in_features, num_out, x_bits, out_bits, addend is not None, rows)
@@ -270,12 +259,14 @@ def linear(
         config = replace(config, max_registers=0)
     shape = (num_rows, row_words(num_out, out_bits) if out_bits else num_out)
     out = x_words.new_empty(shape, dtype=torch.int32 if out_bits else torch.float32)
-    times = x_words.new_empty(num_rows, dtype=torch.uint8) if rows else None
+    times = x_words.new_empty(num_rows, dtype=torch.uint8) if out_unit is not None else None
+    number = 0 if vectors is None else vectors.size(0)
+    dots = None if vectors is None else x_scale.new_empty((number, num_rows, heads))
     if out.numel() == 0:
-        return out if times is None else (out, times.fill_(1))
+        return out, None if times is None else times.fill_(1), dots
     weights = prepared_weights(w_words, w_scale, w_offset, in_features, x_bits, w_bits, tiles.block_b)
     x_words = x_words.contiguous()
-    rest = [None if t is None else t.contiguous() for t in (bias, row_scale, addend)]
+    rest = [None if t is None else t.contiguous() for t in (bias, row_scale, addend, vectors)]
     ranges = [None if t is None else t.contiguous() for t in (out_scale, out_offset)]
     num_items = triton.cdiv(num_rows, tiles.block_m)
     programs = max(1, processors(device) * config.programs // tiles.columns)
@@ -283,7 +274,7 @@ def linear(
         linear_kernel, (min(num_items, programs) if tiles.chunks == 1 else num_items, tiles.columns), device,
         x_words.view(torch.int8), x_words, weights.codes, weights.column_sum, weights.column_term,
         x_scale.contiguous(), x_offset.contiguous(), None if multiplier is None else multiplier.contiguous(),
-        w_scale.contiguous(), w_offset.contiguous(), *rest,
+        w_scale.contiguous(), w_offset.contiguous(), *rest, dots,
         out.view(torch.int8) if out_bits else out, *ranges, out_unit, times, num_rows, num_items, num_out,
         X_BITS=x_bits, X_BYTES=row_bytes(in_features, x_bits), W_ZERO=zero_code(w_bits),
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_B=tiles.block_b, CHUNKS=tiles.chunks, WHOLE=tiles.whole,
@@ -292,6 +283,6 @@ def linear(
         W_SCALE=w_scale.numel() > 1, W_OFFSET=w_offset.numel() > 1, RELU=relu,
         OUT_BITS=out_bits, OUT_BYTES=row_bytes(num_out, out_bits) if out_bits else 0,
         OUT_SCALE=range_kind(out_scale), OUT_OFFSET=range_kind(out_offset), LARGEST=LARGEST_MULTIPLIER,
-        **launch_options(config), num_stages=config.num_stages,
+        HEADS=heads, VECTORS=number, **launch_options(config), num_stages=config.num_stages,
     )  # fmt: skip
-    return out if times is None else (out, times)
+    return out, times, dots

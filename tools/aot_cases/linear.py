@@ -16,6 +16,8 @@ from .grid import ONE, PACKED_TYPES, WIDTHS, table_config
 __all__ = ["linear_cases"]
 
 LINEAR_OUTPUTS = 256
+HEADS, VECTORS = 4, 2
+DOT_TYPES = {"vectors": "*fp32", "dots": "*fp32"}
 ROW_TYPES = {"multiplier": "*u8", "out_unit": "*fp32", "out_multiplier": "*u8"}
 
 
@@ -34,7 +36,13 @@ def linear_cases(grid: str, target: str) -> Iterator[Case]:
                 (" packed, added", x_bits, True, dict.fromkeys(("row_scale", "addend"), "*fp32"), traffic + 4 * 256),
                 (" packed rows", x_bits, False, rows, traffic + 2),
                 (" packed rows, added", x_bits, False, rows | {"addend": "*fp32"}, traffic + 4 * 256 + 2),
+                (" packed, dots", x_bits, True, DOT_TYPES, traffic + 4 * HEADS * VECTORS),
+                (" packed rows, dots", x_bits, True, ROW_TYPES | DOT_TYPES, traffic + 4 * HEADS * VECTORS + 2),
             ):  # fmt: skip
+                if "dots" in more and not linear_module.has_heads(
+                    features, x_bits, LINEAR_OUTPUTS, out_bits, HEADS, VECTORS
+                ):
+                    continue
                 yield _linear(name + label, features, x_bits, w_bits, out_bits, ranges, more, bytes_out, target)
 
 
@@ -44,7 +52,8 @@ def _linear(
 ) -> Case:  # fmt: skip
     """``ranges``: whether every output channel of the weight has a range of its own."""
     hip = is_hip(target)
-    rows = "out_unit" in more
+    dots = "dots" in more
+    rows = "out_unit" in more or dots
     config = table_config("linear_rows" if rows else "linear", row_words(features, x_bits), target)
     with rehearsed_for(target):
         tiles = linear_module.tiles_of(config, features, LINEAR_OUTPUTS, x_bits, out_bits, "addend" in more, rows)
@@ -52,9 +61,10 @@ def _linear(
         "X_BITS": x_bits, "X_BYTES": row_bytes(features, x_bits), "W_ZERO": zero_code(w_bits),
         "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_B": tiles.block_b, "CHUNKS": tiles.chunks,
         "WHOLE": tiles.whole, "PTX": not hip, "STAGES": config.num_stages,
-        "X_SCALE": False, "X_OFFSET": False, "W_SCALE": ranges, "W_OFFSET": ranges, "RELU": True,
+        "X_SCALE": False, "X_OFFSET": False, "W_SCALE": ranges, "W_OFFSET": ranges, "RELU": not dots,
         "OUT_BITS": out_bits, "OUT_BYTES": row_bytes(LINEAR_OUTPUTS, out_bits) if out_bits else 0,
         "OUT_SCALE": ONE, "OUT_OFFSET": ONE, "LARGEST": LARGEST_MULTIPLIER,
+        "HEADS": HEADS, "VECTORS": VECTORS if dots else 0,
     }  # fmt: skip
     types = dict.fromkeys(("x", "w"), "*i8") | dict.fromkeys(("x_words", "column_sum"), "*i32")
     types |= dict.fromkeys(("num_rows", "num_items", "num_out"), "i32")
