@@ -133,7 +133,7 @@ SMALLEST_K, SMALLEST_N = 32, 16  # of an int8 product
 STREAMED = 128  # positions of a chunk where a row's weights are not kept
 NARROW = 64  # features of a program that holds more: what is added, or the next chunk
 KEPT_ON_HIP = 32 << 10  # bytes of weights: half of the shared memory there is
-MOST_AT_ONCE = 256  # input positions, of fewer bits than a byte, beside which registers hold the values of 64 whole rows
+MOST_AT_ONCE = 256  # input positions beside which the registers hold the values of 64 whole rows
 WIDEST_ROW = 512  # features, with those that fill bytes up, of rows whose peak one program finds
 
 
@@ -173,7 +173,8 @@ def tiles_of(
     if rows:
         of_row = row_width(num_out, out_bits)
         fewer = max(1, of_row // config.block_n)
-        block_m = config.block_m if x_bits < BITS_PER_BYTE and parts * width <= MOST_AT_ONCE else min(config.block_m, 32)
+        few = x_bits < BITS_PER_BYTE and parts * width <= MOST_AT_ONCE
+        block_m = config.block_m if few else min(config.block_m, 32)
         config = replace(config, block_n=of_row, block_m=block_m // fewer, block_k=config.block_k // fewer)
     out_parts = parts_per_byte(out_bits) if out_bits else 1
     places = row_bytes(num_out, out_bits) if out_bits else num_out  # each of them ``out_parts`` features

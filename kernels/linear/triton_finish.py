@@ -22,7 +22,7 @@ def finish(  # type: ignore[no-untyped-def]
     RELU: tl.constexpr, OUT_BITS: tl.constexpr, OUT_BYTES: tl.constexpr, OUT_SCALE: tl.constexpr,
     OUT_OFFSET: tl.constexpr, LARGEST: tl.constexpr, HEADS: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
-    """Bias, addend, ReLU, the row's factor, dot products of heads with ``VECTORS`` vectors, and either floats or codes."""
+    """Bias, addend, ReLU, the row's factor, dot products of heads with vectors, and either floats or codes."""
     if bias is not None:
         y = y + tl.load(bias + column, mask=column_ok, other=0.0)[None, :]
     ok = row_ok[:, None] & column_ok[None, :]

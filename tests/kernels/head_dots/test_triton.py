@@ -39,7 +39,7 @@ def test_product_with_dots(bits: int) -> None:
 def test_one_kernel_has_codes_and_dots(
     features: int, heads: int, vectors: int, bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of whole rows: nothing else is launched, for a last block of few rows, with a bias, with multipliers and without."""
+    """Of whole rows: nothing else is launched; few rows in the last block, a bias, with multipliers and without."""
     if bits == 1 and features == 64:
         features, heads = 128, 2 * heads
     monkeypatch.setattr(module, "quantize_pack", None)
@@ -60,7 +60,8 @@ def test_one_kernel_has_codes_and_dots(
 
 
 @pytest.mark.parametrize(
-    ("features", "heads", "vectors"), [(40, 1, 2), (48, 3, 2), (72, 8, 1), (64, 4, 3), (64, 4, 0), (1024, 8, 2), (8, 1, 2)]
+    ("features", "heads", "vectors"),
+    [(40, 1, 2), (48, 3, 2), (72, 8, 1), (64, 4, 3), (64, 4, 0), (1024, 8, 2), (8, 1, 2)],
 )
 def test_rows_that_one_kernel_does_not_have(features: int, heads: int, vectors: int) -> None:
     """Of other sizes: the product, codes and dots one after the other, and the same results."""
