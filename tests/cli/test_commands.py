@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import runpy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,6 +57,19 @@ def test_help(name: str, run: Run) -> None:
     else:
         assert all(command in out for command in COMMANDS)
         assert "Exit codes: 0 done; 1" in out
+
+
+@pytest.mark.parametrize("module", ["qgnn_plugin", "qgnn_plugin.cli"])
+@pytest.mark.parametrize(("argv", "code"), [(["--help"], 0), (["inspect", "no-such.safetensors"], 1), (["no-such"], 2)])
+def test_python_m(
+    module: str, argv: list[str], code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``python -m`` is the command, with its exit codes."""
+    monkeypatch.setattr(sys, "argv", ["-m", *argv])
+    with pytest.raises(SystemExit) as exited:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    assert exited.value.code == code
+    assert "qgnn" in "".join(capsys.readouterr())
 
 
 def test_train_writes_packed_models_that_need_nothing_else(trained: Path, graph: Path, run: Run) -> None:
