@@ -10,7 +10,6 @@ features,
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from ..checks import check_float
 from ..layout import check_packed, most_products, unpack_codes
 from ..library import register
 
-__all__ = ["check_product", "linear", "linear_reference", "prepared_linear"]
+__all__ = ["check_product", "linear", "linear_reference"]
 
 
 def linear_reference(
@@ -181,19 +180,3 @@ def linear(
     if out_unit is None:
         return torch.ops.qgnn.linear.default(*args)
     return torch.ops.qgnn.linear.rows(*args, out_unit=out_unit)
-
-
-def prepared_linear(
-    w_words: Tensor, w_scale: Tensor, w_offset: Tensor, in_features: int, w_bits: int, signed: bool, bias: Tensor | None
-) -> Any:
-    """:func:`linear` by one weight, prepared for few rows on the CPU, past checks and dispatcher.
-
-    Args:
-        signed: Whether codes of the input have 8 bits.
-
-    Returns:
-        A function of ``x_words``, ``x_scale``, ``x_offset``, ``x_bits``, ``multiplier`` and, by their names, the other
-        arguments of :func:`linear`; to be called where :func:`..backend.is_direct` holds.
-    """
-    module = importlib.import_module(f"{__package__}.cpu")
-    return module.Prepared(w_words, w_scale, w_offset, in_features, w_bits, signed, bias)

@@ -19,19 +19,10 @@ from numba import njit
 from torch import Tensor
 
 from ..checksum import checksum
-from ..checksum.cpu import whole_checksum
 from ..cpu import jit
 from ..cpu.epilogue import (
     GROUP,
-    HAS_ADDEND,
-    HAS_BIAS,
-    HAS_DST,
-    HAS_ROW_SCALE,
-    HAS_TERM,
-    HAS_UNIT,
-    MULTIPLIED,
     OFFSET,
-    RELU,
     SCALE,
     TERM,
     address,
@@ -62,10 +53,10 @@ from ..cpu.simd import (
     vsum,
     vview,
 )
-from ..layout import BITS_PER_BYTE, lane_mask, parts_per_byte, row_words, unpack_codes
+from ..layout import BITS_PER_BYTE, lane_mask, parts_per_byte, unpack_codes
 from ..plan import PlanCache
 
-__all__ = ["Prepared", "linear", "linear_kernel"]
+__all__ = ["linear", "linear_kernel"]
 
 LANES = 64  # output channels per step
 MICRO_ROWS = 6  # rows per step: 6 x 4 accumulators, 4 weights, one broadcast
@@ -290,96 +281,4 @@ def linear(
     return out
 
 
-class Prepared:
-    """A product by one weight, its constants gathered once: :func:`linear` at a fraction of its time on few rows.
-
-    Arguments and results are those of :func:`linear`; shapes, dtypes and devices are taken to be as these say.
-    """
-
-    __slots__ = ("bias", "constants", "contents", "depth", "fixed", "offset", "options", "scale", "size", "words")
-
-    def __init__(
-        self,
-        words: Tensor,
-        scale: Tensor,
-        offset: Tensor,
-        in_features: int,
-        bits: int,
-        signed: bool,
-        bias: Tensor | None,
-    ) -> None:
-        self.words, self.scale, self.offset, self.bias = words, scale.contiguous(), offset.contiguous(), bias
-        self.options = (in_features, bits, signed)
-        self.size = words.numel() * words.element_size()
-        self.depth = -(-in_features // FEATURES)
-        self._prepare()
-
-    def _prepare(self) -> None:
-        self.constants = weights_of(self.words, *self.options)
-        self.contents = checksum(self.words)
-        weight, start, colsum = self.constants
-        addresses = weight.data_ptr(), start.numel(), self.depth, start.data_ptr(), colsum.data_ptr()
-        self.fixed = (*addresses, self.options[0])
-
-    def __call__(
-        self,
-        x_words: Tensor,
-        x_scale: Tensor,
-        x_offset: Tensor,
-        x_bits: int,
-        multiplier: Tensor | None = None,
-        relu: bool = False,
-        out_scale: Tensor | None = None,
-        out_offset: Tensor | None = None,
-        out_bits: int = 0,
-        out_unit: Tensor | None = None,
-        row_scale: Tensor | None = None,
-        addend: Tensor | None = None,
-    ) -> Any:
-        words, scale, offset, bias = self.words, self.scale, self.offset, self.bias
-        rows, channels = x_words.size(0), words.size(0)
-        size = rows * channels
-        in_features = self.options[0]
-        if size == 0 or size > FEW_RESULTS or (out_bits and out_scale.dim() == 2):
-            return linear(
-                x_words, words, x_scale, x_offset, scale, offset, in_features, x_bits, self.options[1], bias,
-                relu, out_scale, out_offset, out_bits, row_scale, addend, multiplier, out_unit,
-            )  # fmt: skip
-        if whole_checksum(words.data_ptr(), self.size) != self.contents:
-            self._prepare()
-        held: list[Tensor] = []
-        flags = HAS_DST | HAS_TERM | (HAS_BIAS if bias is not None else 0) | (RELU if relu else 0)
-        multipliers, place, range_ = None, 0, NO_RANGE
-        if out_bits:
-            out = torch.empty((rows, row_words(channels, out_bits)), dtype=torch.int32)
-            range_ = (address(out_scale, held), out_scale.numel(), address(out_offset, held), out_offset.numel())
-            if out_unit is not None:
-                flags |= HAS_UNIT
-                multipliers = torch.empty(rows, dtype=torch.uint8)
-                place = multipliers.data_ptr()
-        else:
-            out = torch.empty((rows, channels), dtype=torch.float32)
-        if row_scale is not None:
-            flags |= HAS_ROW_SCALE
-        if addend is not None:
-            flags |= HAS_ADDEND
-        if multiplier is not None:
-            flags |= MULTIPLIED
-        closed = (
-            rows, channels, out_bits, flags, out.data_ptr(), place, 0 if out_unit is None else out_unit.data_ptr(),
-            scale.data_ptr(), scale.numel(), offset.data_ptr(), offset.numel(), 0,
-            0 if bias is None else bias.data_ptr(), *range_, 0,
-            address(x_scale, held), int(x_scale.numel() > 1), address(x_offset, held), int(x_offset.numel() > 1),
-            0 if row_scale is None else address(row_scale, held), 0 if addend is None else address(addend, held),
-            0 if multiplier is None else address(multiplier, held),
-        )  # fmt: skip
-        run_chunks(
-            linear_kernel(x_bits), even_chunks(rows, 1 + in_features * channels // 512), address(x_words, held),
-            x_words.size(1), *self.fixed, closed, code_pitch(channels, out_bits), NO_DOTS,
-        )  # fmt: skip
-        return out if multipliers is None else (out, multipliers)
-
-
-NO_RANGE = (0, 0, 0, 0)
 NO_DOTS = (0, 0, 0, 0, 0)
-FEW_RESULTS = 1 << 18  # results: of more, memory is recycled, and gathering constants counts for nothing

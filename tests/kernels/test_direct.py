@@ -1,4 +1,4 @@
-"""Kernels run past the dispatcher, with constants gathered once, are the ops bit for bit."""
+"""Kernels run past the dispatcher are the ops bit for bit."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from qgnn_plugin.kernels.aggregate import aggregate
 from qgnn_plugin.kernels.backend import has_numba, is_direct, use_backend
 from qgnn_plugin.kernels.finite import is_finite
-from qgnn_plugin.kernels.linear import linear, prepared_linear
+from qgnn_plugin.kernels.linear import linear
 from qgnn_plugin.kernels.plan import GraphPlan
 from qgnn_plugin.kernels.quantize_pack import quantize_pack
 from qgnn_plugin.kernels.unpack_dequantize import unpack_dequantize
@@ -50,7 +50,7 @@ def output(bits: int, columns: int, has_unit: bool) -> dict[str, Any]:
     multiplied=st.booleans(),
     rest=st.integers(0, 31),
 )
-def test_prepared_products(
+def test_products_past_the_dispatcher(
     rows: int,
     width: int,
     channels: int,
@@ -70,9 +70,8 @@ def test_prepared_products(
         options |= {"row_scale": torch.rand(rows), "addend": torch.randn(rows, channels)}
     multiplier = torch.randint(1, 16, (rows,), dtype=torch.uint8) if multiplied else None
     x_range = torch.tensor(0.3), torch.tensor(-0.2)
-    prepared = prepared_linear(w_words, scale, offset, width, w_bits, x_bits == 8, bias)
-    found = prepared(x_words, *x_range, x_bits, multiplier, **options)
     args = (x_words, w_words, *x_range, scale, offset, width, x_bits, w_bits)
+    found = linear(*args, bias=bias, multiplier=multiplier, is_checked=True, **options)
     with use_backend("torch"):
         assert_same(found, linear(*args, bias=bias, multiplier=multiplier, **options))
 
@@ -81,15 +80,15 @@ def test_prepared_products(
 def test_weights_that_are_written_are_read_again(write: str) -> None:
     x_words, w_words, other = (random_words(20, 48, 4) for _ in range(3))
     ranges = torch.tensor(0.3), torch.tensor(-0.2)
-    prepared = prepared_linear(w_words, *ranges, 48, 4, False, None)
-    prepared(x_words, *ranges, 4)
+    args = (*ranges, *ranges, 48, 4, 4)
+    linear(x_words, w_words, *args, is_checked=True)
     if write == "numpy":
         w_words.numpy()[:] = other.numpy()
     elif write == "data":
         w_words.data.copy_(other)
     else:
         w_words.copy_(other)
-    assert_same(prepared(x_words, *ranges, 4), linear(x_words, other, *ranges, *ranges, 48, 4, 4))
+    assert_same(linear(x_words, w_words, *args, is_checked=True), linear(x_words, other, *args))
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

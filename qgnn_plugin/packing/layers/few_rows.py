@@ -115,7 +115,7 @@ def prepared_map(lin: Any, site: Any, bias: Tensor | None, target: Any = None) -
     fits = all(tensor is None or is_plain(tensor, shape) for tensor, shape in shapes.items())
     if not fits or not is_plain(words, words.shape, torch.int32):
         return None
-    if count not in (1, lin._num_out) or lin._matrix.prepared is None:
+    if count not in (1, lin._num_out) or not lin._matrix.is_checked:
         return None
     end = own.zero_code if lower is None else lower
     if end is None:

@@ -217,7 +217,7 @@ class PackedLinear(PackedLayer):
         site, shape = self._site, (self._num_out, row_words(self._num_in, self._site.bits))
         fits = words.shape == shape and scale.numel() == lower.numel() and scale.numel() in (1, self._num_out)
         made = PackedMatrix.of(words, scale, lower, self._num_in, site.bits, site.zero_code == 0)
-        made = replace(made, prepared={}) if fits else made
+        made = replace(made, is_checked=fits)
         if not torch.compiler.is_compiling():
             last.matrix = made
         return made

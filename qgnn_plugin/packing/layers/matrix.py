@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...kernels import linear as kernel
 from ...kernels.aggregate import aggregate
-from ...kernels.backend import has_numba, is_direct
 from ...kernels.head_linear import head_linear
-from ...kernels.layout import BITS_PER_BYTE, most_products, pack_codes, top_code, unpack_codes
+from ...kernels.layout import most_products, pack_codes, top_code, unpack_codes
+from ...kernels.linear import linear
 from ...kernels.plan import plan_cache
-from ...layers.arithmetic import EXACT_FLOAT32, linear
+from ...layers import arithmetic
+from ...layers.arithmetic import EXACT_FLOAT32
 from ...quantizers import QuantizedTensor
 from ..lazy.producers import Producer, with_epilogue
 from .ranges import PackedRange, PackedTensor
@@ -27,7 +27,7 @@ Activation = PackedTensor | QuantizedTensor
 def wide_product(x: Activation, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
     """``x W^T + b`` of ``[N, K]`` and ``[O, K]`` in floats over unpacked codes, as the converted layer computes it."""
     quantized = QuantizedTensor.unpacked(x) if isinstance(x, PackedTensor) else x
-    return linear(quantized, weight, bias, exact=True)
+    return arithmetic.linear(quantized, weight, bias, exact=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,14 +38,13 @@ class PackedMatrix:
         packed: Its rows.
         scale: One element or ``[O]``, float32, as products take it.
         lower: Lower end, of the same shape.
-        prepared: Products by it that are prepared, by whether codes of the input fill a byte; :obj:`None` where its
-            tensors are not known to be as described.
+        is_checked: Whether its tensors are known to be as described.
     """
 
     packed: PackedTensor
     scale: Tensor
     lower: Tensor
-    prepared: dict[bool, Any] | None = None
+    is_checked: bool = False
 
     @classmethod
     def of(cls, words: Tensor, scale: Tensor, lower: Tensor, num_in: int, bits: int, unsigned: bool) -> PackedMatrix:
@@ -92,15 +91,14 @@ class PackedMatrix:
             return self._sparse_product(x, bias, row_scale)
         if not self._factors_out(x):
             return None
-        prepared = self._prepared(x.bits, bias)
+        fits = bias is None or (bias.shape == (self.num_out,) and bias.dtype is torch.float32)
+        is_checked = self.is_checked and fits and self.words.is_cpu
 
         def run(start: int, stop: int, **out: Any) -> Tensor:
             rows, factor = x.rows(start, stop), None if row_scale is None else row_scale[start:stop]
-            if prepared is not None and is_direct():
-                return prepared(rows.words, rows.scale, rows.lower, x.bits, rows.multiplier, row_scale=factor, **out)
-            return kernel.linear(
-                rows.words, self.words, rows.scale, rows.lower, self.scale, self.lower,
-                self.num_in, x.bits, self.bits, bias=bias, row_scale=factor, multiplier=rows.multiplier, **out,
+            return linear(
+                rows.words, self.words, rows.scale, rows.lower, self.scale, self.lower, self.num_in, x.bits, self.bits,
+                bias=bias, row_scale=factor, multiplier=rows.multiplier, is_checked=is_checked, **out,
             )  # fmt: skip
 
         def taken(index: Tensor) -> Producer:
@@ -128,19 +126,6 @@ class PackedMatrix:
         """Whether ``x W^T`` is a product of integers, its range a factor, and these stay below ``2^31``."""
         factors_out = x.scale.dim() != 1 or x.scale.numel() <= 1
         return factors_out and self.num_in <= most_products(x.bits, self.bits)
-
-    def _prepared(self, bits: int, bias: Tensor | None) -> Any:
-        """The product of codes of ``bits`` bits as the CPU runs it on few rows; :obj:`None` where it does not."""
-        if self.prepared is None or not self.words.is_cpu or not has_numba() or torch.compiler.is_compiling():
-            return None
-        signed = bits == BITS_PER_BYTE
-        found = self.prepared.get(signed)
-        if found is None or found.bias is not bias:
-            if bias is not None and (bias.shape != (self.num_out,) or bias.dtype is not torch.float32):
-                return None
-            found = kernel.prepared_linear(self.words, self.scale, self.lower, self.num_in, self.bits, signed, bias)
-            self.prepared[signed] = found
-        return found
 
     def _sparse_product(self, x: QuantizedTensor, bias: Tensor | None, row_scale: Tensor | None) -> Producer | None:
         """Sparse codes times the weight: a sum of the packed rows of ``W^T`` that a row of ``x`` names."""

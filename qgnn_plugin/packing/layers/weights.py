@@ -149,7 +149,7 @@ class PackedWeights(MultipliesWeights, PackedLayer):
         if known is None or len(known[0]) != len(key) or any(map(_differ, known[0], key)):
             weight, num_rows = self._quantized_weight(name), site.num_out // count
             parts = [self._part(weight, k * num_rows, (k + 1) * num_rows) for k in range(count)]
-            parts = [replace(part, prepared={}) if isinstance(part, PackedMatrix) else part for part in parts]
+            parts = [replace(part, is_checked=True) if isinstance(part, PackedMatrix) else part for part in parts]
             self._packed.last.parts[name] = known = (key, parts)
         return known[1]
 
