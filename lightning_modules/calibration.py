@@ -12,7 +12,7 @@ import qgnn_plugin as qgnn
 from qgnn_plugin.inputs import is_data, run_model
 from qgnn_plugin.quantizers import QLRQuantizer
 
-from .framework import MisconfigurationException, isolate_rng, pl
+from .framework import CombinedLoader, MisconfigurationException, isolate_rng, pl
 
 Forward = Callable[[Any, Any], Any]
 
@@ -71,8 +71,10 @@ def _predict(pl_module: Any, batch: Any) -> Any:
 
 
 def _batches(trainer: pl.Trainer, count: int) -> Iterator[Any]:
+    """The first training batches, in the form that steps will see."""
     trainer.fit_loop.setup_data()  # the loader as the run will use it, sharded over ranks
     if trainer.train_dataloader is None:
         raise MisconfigurationException("expected a train_dataloader to calibrate ranges on")
-    for batch in islice(trainer.train_dataloader, count):
-        yield trainer.strategy.batch_to_device(batch)
+    # Of several loaders as many as have a part of each.
+    for batch, _, _ in islice(iter(CombinedLoader(trainer.train_dataloader, "min_size")), count):
+        yield trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))

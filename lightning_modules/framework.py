@@ -15,7 +15,15 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["FRAMEWORK", "MisconfigurationException", "TrainerFn", "isolate_rng", "pl", "rank_zero_warn"]
+__all__ = [
+    "FRAMEWORK",
+    "CombinedLoader",
+    "MisconfigurationException",
+    "TrainerFn",
+    "isolate_rng",
+    "pl",
+    "rank_zero_warn",
+]
 
 VARIABLE = "QGNN_LIGHTNING"
 NAMES = {"lightning": "lightning.pytorch", "pytorch_lightning": "pytorch_lightning"}
@@ -38,12 +46,14 @@ def _part(path: str) -> Any:
 if TYPE_CHECKING:
     import pytorch_lightning as pl
     from pytorch_lightning.trainer.states import TrainerFn
+    from pytorch_lightning.utilities.combined_loader import CombinedLoader
     from pytorch_lightning.utilities.exceptions import MisconfigurationException
     from pytorch_lightning.utilities.rank_zero import rank_zero_warn
     from pytorch_lightning.utilities.seed import isolate_rng
 else:
     pl = importlib.import_module(FRAMEWORK)
     TrainerFn = _part("trainer.states").TrainerFn
+    CombinedLoader = _part("utilities.combined_loader").CombinedLoader
     MisconfigurationException = _part("utilities.exceptions").MisconfigurationException
     rank_zero_warn = _part("utilities.rank_zero").rank_zero_warn
     isolate_rng = _part("utilities.seed").isolate_rng

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities import CombinedLoader
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 from torch_geometric.data import Data
@@ -91,6 +93,59 @@ def test_reads_a_few_batches_and_no_randomness(make_sbm, make_trainer, calls):
         make_trainer(max_epochs=2, callbacks=[callback]).fit(module, loader())
     assert len(calls[0]) == 2
     assert orders[0] == orders[1]
+
+
+class Pairs(pl.LightningModule):
+    """A module of the user's own, of batches as ``parts`` takes them apart."""
+
+    def __init__(self, model, parts):
+        super().__init__()
+        self.model, self.parts, self.seen = model, parts, []
+
+    def predict_step(self, batch, batch_idx):
+        graphs = self.parts(batch)
+        self.seen.append(graphs)
+        return [self.model(x, edge_index) for x, edge_index in graphs]
+
+    def training_step(self, batch, batch_idx):
+        return sum(out.square().mean() for out in self.predict_step(batch, batch_idx))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def assert_calibrated_as_trained(module, trainer, loaders):
+    """The calibration saw the batches of the first steps."""
+    trainer.fit(module, loaders)
+    half = len(module.seen) // 2
+    for calibrating, training in zip(module.seen[:half], module.seen[half:], strict=True):
+        assert len(calibrating) == len(training)
+        for (x, _), (other, _) in zip(calibrating, training, strict=True):
+            assert torch.equal(x, other)
+            assert x.dtype == other.dtype
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_batches_are_of_the_precision_of_the_run(make_sbm, make_trainer, precision):
+    data = [(graph.x, graph.edge_index) for graph in map(make_sbm, range(2))]
+    module = Pairs(make_model(), lambda batch: [batch])
+    trainer = make_trainer(max_epochs=1, precision=precision, callbacks=[RangeCalibration()])
+    assert_calibrated_as_trained(module, trainer, DataLoader(data, batch_size=None))
+
+
+@pytest.mark.parametrize("kind", [list, dict, CombinedLoader])
+def test_several_loaders_give_their_batches_together(make_sbm, make_trainer, kind):
+    def loader(first):
+        data = [(graph.x, graph.edge_index) for graph in map(make_sbm, (first, first + 1))]
+        return DataLoader(data, batch_size=None)
+
+    loaders = {"a": loader(0), "b": loader(2)}
+    if kind is list:
+        loaders, parts = list(loaders.values()), list
+    else:
+        loaders, parts = kind(loaders), lambda batch: list(batch.values())
+    module = Pairs(make_model(), parts)
+    assert_calibrated_as_trained(module, make_trainer(max_epochs=1, callbacks=[RangeCalibration()]), loaders)
 
 
 def test_refuses_to_calibrate_on_nothing():
