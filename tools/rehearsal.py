@@ -46,7 +46,8 @@ class Launch:
         code: The binary; equal for launches of one specialization.
         hip: Whether it is AMD's.
         numbers: Arguments and constants that are numbers, by name.
-        tensor_bytes: Of all distinct tensors among the arguments: what is read or written at least once.
+        tensor_bytes: Of all distinct tensors among the arguments: what is read or written at least once, of the second
+            stage of hubs their partial results and no more rows of the rest than there are hubs.
     """
 
     kernel: str
@@ -68,6 +69,13 @@ class Launch:
         if self.hip:
             raise ValueError("Expected an NVIDIA binary (got an AMD one); use the aot module")
         return read_cubin(self.code, self.shared_bytes)
+
+
+def _touched_bytes(kernel: str, name: str, value: torch.Tensor, programs: int) -> int:
+    """Of an argument: all of it, or the rows of as many hubs as there are ``programs``."""
+    if not kernel.endswith(("hub_kernel", "hub_peak_kernel")) or name == "partial" or value.dim() == 0:
+        return value.nbytes
+    return value.nbytes * min(value.size(0), programs) // max(1, value.size(0))
 
 
 class _Driver(DriverBase):
@@ -110,7 +118,10 @@ class _Driver(DriverBase):
         def launch(x: int, y: int, z: int, stream: int, code: bytes, *rest: Any) -> None:
             arguments = dict(zip(names, rest[-len(names) :], strict=True))  # hooks and metadata come first
             numbers = {k: v for k, v in arguments.items() if isinstance(v, (int, float))}
-            tensors = {v.data_ptr(): v.nbytes for v in arguments.values() if isinstance(v, torch.Tensor)}
+            tensors = {
+                v.data_ptr(): _touched_bytes(metadata.name, name, v, x)
+                for name, v in arguments.items() if isinstance(v, torch.Tensor)
+            }  # fmt: skip
             shape = (metadata.num_warps, metadata.shared)
             made = Launch(metadata.name, (x, y, z), *shape, code, self.hip, numbers, sum(tensors.values()))
             _launches.get().append(made)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from benchmarks.environment import environment
 from qgnn_plugin.kernels.aggregate import aggregate
+from qgnn_plugin.kernels.arithmetic import LARGEST_MULTIPLIER
 from qgnn_plugin.kernels.backend import use_backend
 from qgnn_plugin.kernels.layout import row_words
 from qgnn_plugin.kernels.linear import linear
@@ -21,11 +22,16 @@ from .record import Row
 from .timing import copies, copy_bandwidth, timed
 from .worker import Run, Unit
 
-__all__ = ["aggregate_calls", "aggregate_units", "device_units", "linear_calls", "linear_units", "random_words"]
+__all__ = [
+    "FORMS", "aggregate_calls", "aggregate_units", "device_units", "linear_calls", "linear_units", "random_words",
+]  # fmt: skip
 
 FEATURES, DRY_FEATURES = (256, 128, 64, 512), (8,)
 SHAPES, DRY_SHAPES = ((256, 256), (128, 256), (256, 40), (512, 256)), ((16, 16),)
 BITS, DRY_BITS = (2, 4, 8), (2,)
+# What leaves a kernel: codes with row multipliers, as the default configuration has them in and out; codes of one
+# range; floats.
+FORMS = {"rows": " rows out", "packed": " packed out", "floats": ""}
 
 
 def device_units(run: Run) -> Iterator[Unit]:
@@ -72,11 +78,24 @@ def _tf32(enabled: bool) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def aggregate_calls(plan: GraphPlan, features: int, bits: int, packed: bool) -> list[Callable[[], Any]]:
-    """One call per buffer."""
+def _form(form: str, rows: int, bits: int, device: torch.device) -> dict[str, Any]:
+    """Arguments of an op in one of :data:`FORMS`."""
+    assert form in FORMS
+    if form == "floats":
+        return {}
+    one, zero = torch.ones(1, device=device), torch.zeros(1, device=device)
+    out = {"out_scale": one, "out_offset": zero, "out_bits": bits}
+    if form == "packed":
+        return out
+    multiplier = torch.randint(1, LARGEST_MULTIPLIER + 1, (rows,), device=device, dtype=torch.uint8)
+    return {**out, "multiplier": multiplier, "out_unit": one}
+
+
+def aggregate_calls(plan: GraphPlan, features: int, bits: int, form: str) -> list[Callable[[], Any]]:
+    """One call per buffer, in one of :data:`FORMS`."""
     device, words = plan.device, row_words(features, bits)
     one, zero = torch.ones(1, device=device), torch.zeros(1, device=device)
-    out: dict[str, Any] = {"out_scale": one, "out_offset": zero, "out_bits": bits} if packed else {}
+    out = _form(form, plan.num_src, bits, device)
     inputs = copies(lambda: random_words(plan.num_src, words, device))
     return [lambda x=x: aggregate(x, plan, one, zero, features, bits, **out) for x in inputs]  # type: ignore[misc]
 
@@ -109,11 +128,13 @@ def _one(name: str, make: Callable[[], Row], base: Row) -> Iterator[Row]:
 
 def _packed(run: Run, plan: GraphPlan, features: int, bits: int, base: Row) -> Iterator[Row]:
     words = row_words(features, bits)
-    for packed in (True, False):
+    for form, label in FORMS.items():
         with use_backend(run.backend):
-            row = timed(aggregate_calls(plan, features, bits, packed))
-        moved = aggregate_bytes(plan, features, 4 * words, 4 * words if packed else 4 * features)
-        yield {**base, "name": f"int{bits}{' packed out' if packed else ''}", **row, **moved}
+            row = timed(aggregate_calls(plan, features, bits, form))
+        multipliers = form == "rows"
+        written = 4 * features if form == "floats" else 4 * words + multipliers
+        moved = aggregate_bytes(plan, features, 4 * words + multipliers, written)
+        yield {**base, "name": f"int{bits}{label}", **row, **moved}
 
 
 def _otherwise(plan: GraphPlan, features: int) -> dict[str, Callable[[], Row]]:
@@ -152,13 +173,13 @@ def _otherwise(plan: GraphPlan, features: int) -> dict[str, Callable[[], Row]]:
 
 
 def linear_calls(
-    rows: int, inputs: int, outputs: int, bits: int, packed: bool, device: torch.device
+    rows: int, inputs: int, outputs: int, bits: int, form: str, device: torch.device
 ) -> list[Callable[[], Any]]:
-    """One call per buffer, with a range per output channel, as packed models call it."""
+    """One call per buffer, in one of :data:`FORMS`, with a range per output channel, as packed models call it."""
     weights = random_words(outputs, row_words(inputs, bits), device)
     one, zero = torch.ones(1, device=device), torch.zeros(1, device=device)
     scale, offset = torch.rand(outputs, device=device) + 0.1, torch.randn(outputs, device=device)
-    out: dict[str, Any] = {"out_scale": one, "out_offset": zero, "out_bits": bits} if packed else {}
+    out = _form(form, rows, bits, device)
     buffers = copies(lambda: random_words(rows, row_words(inputs, bits), device))
     return [
         lambda x=x: linear(x, weights, one, zero, scale, offset, inputs, bits, bits, relu=True, **out)  # type: ignore[misc]
@@ -172,10 +193,10 @@ def linear_units(run: Run, size: str) -> Iterator[Unit]:
         base = {"kind": "linear", "rows": rows, "shape": f"{inputs}x{outputs}"}
 
         def ours(bits: int, inputs: int = inputs, outputs: int = outputs, base: Row = base) -> Iterator[Row]:
-            for packed in (True, False):
+            for form, label in FORMS.items():
                 with use_backend(run.backend):
-                    row = timed(linear_calls(rows, inputs, outputs, bits, packed, run.device))
-                yield {**base, "name": f"int{bits}{' packed out' if packed else ''}", **row}
+                    row = timed(linear_calls(rows, inputs, outputs, bits, form, run.device))
+                yield {**base, "name": f"int{bits}{label}", **row}
 
         def product(dtype: torch.dtype, tf32: bool, inputs: int = inputs, outputs: int = outputs) -> Row:
             weight = torch.randn(inputs, outputs, device=run.device).to(dtype)

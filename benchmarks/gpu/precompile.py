@@ -30,6 +30,7 @@ DRY_TARGET = "sm_90"
 def tasks(package: bool) -> list[tuple[str, dict[str, Any]]]:
     """What is compiled, the slowest and the first needed in front."""
     from .kernels import BITS, FEATURES, SHAPES
+    from .tuning import SETTINGS
 
     found: list[tuple[str, dict[str, Any]]] = []
     if package:
@@ -54,7 +55,7 @@ def tasks(package: bool) -> list[tuple[str, dict[str, Any]]]:
     for bits in (2, 4, 8):
         found.append((f"large int{bits}", {"make": "large", "bits": bits}))
     for bits in (2, 4):
-        for kernel in ("aggregate_sum", "linear"):
+        for kernel in SETTINGS:
             found.append((f"tuning {kernel} int{bits}", {"make": "tuning", "kernel": kernel, "bits": bits}))
     return found
 
@@ -72,16 +73,16 @@ def _ops(bits: int, features: int, heads: int) -> list[Callable[[], Any]]:
 
 
 def _aggregate(bits: int, features: int) -> list[Callable[[], Any]]:
-    from .kernels import aggregate_calls
+    from .kernels import FORMS, aggregate_calls
 
     plan = _plan()
-    return [aggregate_calls(plan, features, bits, packed)[0] for packed in (True, False)]
+    return [aggregate_calls(plan, features, bits, form)[0] for form in FORMS]
 
 
 def _linear(bits: int, inputs: int, outputs: int) -> list[Callable[[], Any]]:
-    from .kernels import linear_calls
+    from .kernels import FORMS, linear_calls
 
-    return [linear_calls(NODES, inputs, outputs, bits, packed, torch.device("cpu"))[0] for packed in (True, False)]
+    return [linear_calls(NODES, inputs, outputs, bits, form, torch.device("cpu"))[0] for form in FORMS]
 
 
 def _model(model: str, bits: int) -> list[Callable[[], Any]]:

@@ -136,7 +136,7 @@ def _call(op: str, bits: int, device: str) -> None:
     if dry:
         mend_interpreter()
     place = torch.device("cpu" if dry else "cuda")
-    kernel = "linear" if op == "linear" else "aggregate_sum"
+    kernel = {"linear": "linear_rows", "aggregate": "aggregate_multiplied"}[op]
     plan = generated("170k/2M", place, dry)
     with use_backend("interpret" if dry else "triton"):
         found = calls(kernel, plan, bits, DRY_FEATURES if dry else FEATURES)

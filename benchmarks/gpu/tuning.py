@@ -1,4 +1,6 @@
-"""A few launch settings of the two kernels that decide, each of them compiled beforehand."""
+"""A few launch settings of the two kernels that decide, as the default configuration runs them (row multipliers in and
+out), each of them compiled beforehand.
+"""
 
 from __future__ import annotations
 
@@ -27,14 +29,14 @@ DRY_CANDIDATES = 2
 
 # What is tried of each kernel, one setting at a time from the one in use.
 SETTINGS: dict[str, tuple[dict[str, int], ...]] = {
-    "aggregate_sum": (
-        {"num_warps": 2}, {"num_warps": 8}, {"words_per_thread": 2}, {"words_per_thread": 1}, {"unroll": 2},
-        {"segment": 128}, {"max_registers": 64}, {"max_registers": 96},
+    "aggregate_multiplied": (
+        {"num_warps": 2}, {"num_warps": 8}, {"words_per_thread": 2}, {"words_per_thread": 1}, {"unroll": 1},
+        {"unroll": 4}, {"segment": 128}, {"max_registers": 96}, {"max_registers": 168},
     ),
-    "linear": (
-        {"block_n": 64}, {"block_n": 256, "max_registers": 0, "programs": 2}, {"block_m": 128, "num_warps": 8},
-        {"block_k": 128}, {"num_stages": 1}, {"num_stages": 3}, {"max_registers": 0}, {"max_registers": 128},
-        {"programs": 1}, {"programs": 2}, {"programs": 4},
+    "linear_rows": (  # whose programs have whole rows: the width is not theirs to choose
+        {"block_m": 32}, {"block_m": 32, "max_registers": 168, "programs": 3}, {"block_m": 64, "num_warps": 8},
+        {"block_m": 128, "num_warps": 8, "programs": 1}, {"block_k": 128}, {"num_stages": 1}, {"num_stages": 3},
+        {"max_registers": 0}, {"programs": 1},
     ),
 }  # fmt: skip
 
@@ -51,9 +53,9 @@ def candidates(kernel: str, device: torch.device, bits: int, features: int) -> d
 
 
 def calls(kernel: str, plan: GraphPlan, bits: int, features: int) -> list[Callable[[], Any]]:
-    if kernel == "linear":
-        return linear_calls(plan.num_dst, features, features, bits, True, plan.device)
-    return aggregate_calls(plan, features, bits, True)
+    if kernel == "linear_rows":
+        return linear_calls(plan.num_dst, features, features, bits, "rows", plan.device)
+    return aggregate_calls(plan, features, bits, "rows")
 
 
 def units(run: Run) -> Iterator[Unit]:

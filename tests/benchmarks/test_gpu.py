@@ -12,12 +12,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import layout, precompile, profiles, record, report, sections, worker
+from benchmarks.gpu import layout, models, precompile, profiles, record, report, sections, tuning, worker
+from benchmarks.gpu.graphs import edge_index_of
 from benchmarks.gpu.worker import LOST, Unit, run_units
+from benchmarks.stacks import build_stack
+from qgnn_plugin.kernels.backend import use_backend
+from qgnn_plugin.kernels.triton import launch
+from qgnn_plugin.kernels.triton.autotune import power_law_plan
 
 ROOT = Path(__file__).parents[2]
 
@@ -191,6 +197,23 @@ def test_every_task_of_the_compilation_has_a_maker_and_a_name_of_its_own() -> No
     assert {options["make"] for _, options in found} == set(precompile.MAKERS)
 
 
+def test_what_is_tuned_is_what_the_default_configuration_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels whose settings a packed model of the default configuration looks up, and no others."""
+    plan = power_law_plan(24, 60, "cpu")
+    x, edge_index = torch.randn(24, 16), edge_index_of(plan)
+    packed = models.packed_model(build_stack("GCN", (16, 16, 8)).eval(), x, edge_index, 2)
+    seen, look_up = list[str](), launch._lookup
+    monkeypatch.setattr(launch, "_lookup", lambda kernel, *rest: seen.append(kernel) or look_up(kernel, *rest))
+    with use_backend("interpret"), torch.no_grad():
+        packed(x, edge_index)
+        assert set(tuning.SETTINGS) <= set(seen)
+        for kernel in tuning.SETTINGS:
+            seen.clear()
+            tuning.calls(kernel, plan, 2, 16)[0]()
+            assert seen == [kernel]
+            assert len(tuning.candidates(kernel, plan.device, 2, 256)) > 2
+
+
 @pytest.mark.parametrize("broken", [False, True])
 def test_launchers_are_built_along_with_kernels_where_they_can_be(
     monkeypatch: pytest.MonkeyPatch, broken: bool
@@ -273,7 +296,9 @@ def check_dry(rows: list[dict[str, Any]]) -> None:
 def test_dry_run_of_two_sections(tmp_path: Path) -> None:
     rows = dry_run(tmp_path / "out", "--only", "device", "--only", "aggregate 170k")
     check_dry(rows)
-    assert {row["name"] for row in rows if row["kind"] == "aggregate"} >= {"int2", "int2 packed out", "edge_index fp32"}
+    assert {row["name"] for row in rows if row["kind"] == "aggregate"} >= {
+        "int2", "int2 packed out", "int2 rows out", "edge_index fp32",
+    }  # fmt: skip
 
 
 @pytest.mark.slow

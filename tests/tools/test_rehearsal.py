@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from qgnn_plugin.kernels.backend import available_backends
-from tools.rehearsal import rehearse
+from tools.rehearsal import _touched_bytes, rehearse
 
 ROOT = Path(__file__).parents[2]
 OPS = {
@@ -55,3 +56,14 @@ def test_not_under_the_interpreter() -> None:
     with pytest.raises(ValueError, match="sm_80"), rehearse("sm_12"):
         pass
     assert "triton" not in available_backends("cpu")
+
+
+def test_second_stages_touch_the_rows_of_hubs() -> None:
+    """All partial results, and of results as many rows as there are hubs."""
+    partial, out, one = torch.empty(40, 8), torch.empty(1000, 8), torch.empty(1)
+    for kernel in ("hub_kernel", "attention_hub_kernel", "hub_peak_kernel", "float_sum_hub_kernel"):
+        assert _touched_bytes(kernel, "partial", partial, 3) == partial.nbytes
+        assert _touched_bytes(kernel, "out", out, 3) == 3 * 8 * 4
+        assert _touched_bytes(kernel, "scale", one, 3) == one.nbytes
+        assert _touched_bytes(kernel, "out", out[:0], 3) == 0
+    assert _touched_bytes("aggregate_kernel", "out", out, 3) == out.nbytes
