@@ -21,6 +21,7 @@ from qgnn_plugin.kernels.triton.launch import Config, launch_options
 
 from .aot_cases import BUILDERS
 from .case import TARGETS, Case, is_hip
+from .rehearsal import driven_by
 from .sass import Binary, read_amdgcn, read_cubin
 
 __all__ = ["GRIDS", "cases", "compile_case", "main"]
@@ -45,15 +46,13 @@ def compile_case(case: Case, target: str) -> Binary:
     # What the launcher specializes on: tensors of torch's allocator start at multiples of 16.
     aligned = {(names.index(n),): [["tt.divisibility", 16]] for n, kind in case.types.items() if kind.startswith("*")}
     source = ASTSource(case.kernel, signature, constants, aligned)
-    compiled = triton.compile(
-        source,
-        target=GPUTarget(*TARGETS[target]),
-        options={
-            **launch_options(Config(num_warps=case.num_warps, max_registers=case.max_registers), not is_hip(target)),
-            "num_stages": case.num_stages,
-            "enable_fp_fusion": False,
-        },
-    )
+    launched = launch_options(Config(num_warps=case.num_warps, max_registers=case.max_registers), not is_hip(target))
+    with driven_by(target):
+        compiled = triton.compile(
+            source,
+            target=GPUTarget(*TARGETS[target]),
+            options={**launched, "num_stages": case.num_stages, "enable_fp_fusion": False},
+        )
     if "cubin" in compiled.asm:
         return read_cubin(compiled.asm["cubin"], compiled.metadata.shared)
     return read_amdgcn(compiled.asm["amdgcn"])

@@ -26,7 +26,7 @@ from qgnn_plugin.kernels.triton.launch import rehearsed_for
 from .case import TARGETS, is_hip
 from .sass import Binary, read_cubin
 
-__all__ = ["Launch", "rehearse"]
+__all__ = ["Launch", "driven_by", "rehearse"]
 
 MAX_SHARED = {"sm_80": 166912, "sm_90": 232448, "gfx942": 65536}  # bytes of a program
 MAX_THREADS = 1024
@@ -147,13 +147,21 @@ def rehearse(target: str) -> Iterator[list[Launch]]:
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         raise RuntimeError("Expected TRITON_INTERPRET to be unset (got 1); use a subprocess")
     launches: list[Launch] = []
-    drivers = triton.runtime.driver
-    previous = drivers._active
-    drivers.set_active(_Driver(target))
     token = _launches.set(launches)
     try:
-        with rehearsed_for(target), rehearsing(), use_backend("triton"):
+        with driven_by(target), rehearsed_for(target), rehearsing(), use_backend("triton"):
             yield launches
     finally:
         _launches.reset(token)
+
+
+@contextmanager
+def driven_by(target: str) -> Iterator[None]:
+    """Triton takes a key of :data:`.case.TARGETS` for the card that is there, also where kernels ask for it."""
+    drivers = triton.runtime.driver
+    previous = drivers._active
+    drivers.set_active(_Driver(target))
+    try:
+        yield
+    finally:
         drivers._active = previous

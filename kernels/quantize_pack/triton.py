@@ -74,7 +74,7 @@ def pack_scaled(
     out = x.new_empty((num_rows, words), dtype=torch.int32)
     multiplier = None if unit is None else x.new_empty(num_rows, dtype=torch.uint8)
     config = config_for("elementwise", device, words)
-    rows, width = (word_tile if unit is None else whole_row_tile)(config, words, warp_size())
+    rows, width = (word_tile if unit is None else whole_row_tile)(config, words, warp_size(), bits)
     launch(
         quantize_pack_kernel, (triton.cdiv(num_rows, rows), triton.cdiv(words, width)), device,
         x.contiguous(), factor, scale.contiguous(), offset.contiguous(), unit, out, multiplier, num_rows,

@@ -14,6 +14,11 @@ import os
 import triton
 import triton.language as tl
 
+try:
+    from triton.language.target_info import is_cuda
+except ImportError:  # of a version that does not tell
+    is_cuda = None
+
 __all__ = [
     "COLUMN",
     "HEAD",
@@ -59,6 +64,7 @@ HEAD = tl.constexpr(3)  # one per row and head
 
 _TWO_23 = tl.constexpr(8388608.0)
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+_KNOWS_TARGET = tl.constexpr(is_cuda is not None and os.environ.get("TRITON_INTERPRET", "0") != "1")
 
 
 @triton.jit
@@ -287,9 +293,32 @@ def load_range(ptr, kind: tl.constexpr, row, row_ok, feature, feature_ok):  # ty
 @triton.jit
 def quantize(x, scale, offset, bits: tl.constexpr):  # type: ignore[no-untyped-def]
     """``clamp(floor((x - l) * (1 / s) + 1/2), 0, Q)`` as int32; 0 for NaN."""
+    return whole_part((x - offset) * tl.div_rn(1.0, scale) + 0.5, bits)
+
+
+@triton.jit
+def whole_part(position, bits: tl.constexpr):  # type: ignore[no-untyped-def]
+    """``clamp(floor(position), 0, Q)`` as int32; 0 for NaN.
+
+    On NVIDIA a conversion to unsigned clamps at 0 and takes NaN for 0, and one to a byte clamps at 255 as well.
+    """
     top: tl.constexpr = (1 << bits) - 1
-    position = at_least_zero((x - offset) * tl.div_rn(1.0, scale) + 0.5)
-    return tl.minimum(position, top * 1.0).to(tl.int32)  # from 0 on, truncation is the floor
+    if _KNOWS_TARGET:
+        if is_cuda():
+            if bits == 8:
+                code = tl.inline_asm_elementwise(
+                    "cvt.rzi.u8.f32 $0, $1;", "=r,f", [position], dtype=tl.int32, is_pure=True, pack=1
+                )
+            else:
+                most = tl.minimum(position, top * 1.0, propagate_nan=tl.PropagateNan.ALL)
+                code = tl.inline_asm_elementwise(
+                    "cvt.rzi.u32.f32 $0, $1;", "=r,f", [most], dtype=tl.int32, is_pure=True, pack=1
+                )
+        else:
+            code = tl.minimum(at_least_zero(position), top * 1.0).to(tl.int32)
+    else:
+        code = tl.minimum(at_least_zero(position), top * 1.0).to(tl.int32)  # from 0 on, truncation is the floor
+    return code
 
 
 @triton.jit

@@ -52,7 +52,7 @@ def unpack_dequantize(
     num_rows, num_words = words.size(0), row_words(num_features, bits)
     out = words.new_empty((num_rows, num_features), dtype=torch.float32)
     config = config_for("elementwise", device, num_words)
-    rows, width = word_tile(config, num_words, warp_size())
+    rows, width = word_tile(config, num_words, warp_size(), bits)
     launch(
         unpack_dequantize_kernel,
         (triton.cdiv(num_rows, rows), triton.cdiv(num_words, width)), device,

@@ -39,7 +39,7 @@ def pack_cases(grid: str, target: str) -> Iterator[Case]:
                 config.num_warps, facts={"bits": bits, "features": features,
                                          "row_traffic": row_bytes(features, bits) + 4 * features},
             )  # fmt: skip
-        rows, width = whole_row_tile(config, row_words(features, bits), WARP[target])
+        rows, width = whole_row_tile(config, row_words(features, bits), WARP[target], bits)
         yield Case(
             "quantize_pack", f"int{bits} F={features} rows", quantize_module.quantize_pack_kernel,
             {"x": "*fp32", "out": "*i32", "scale": "*fp32", "offset": "*fp32", "unit": "*fp32", "multiplier": "*u8",
