@@ -87,10 +87,14 @@ def _rowwise(plan: GraphPlan, features: int, bits: int) -> list[Check]:
     device, nodes = plan.device, plan.num_src
     one, column, out = _ranges(features, bits, device)
     x, grad = torch.randn(2, nodes, features, device=device)
+    awkward = x.clone()
+    for i, value in enumerate((float("nan"), float("inf"), -float("inf"), 1e38, -1e38, 0.0, -0.0, 1e-44)):
+        awkward[i::8, i % features] = value
     words, w = _packed(nodes, features, bits, device), _packed(64, features, bits, device)
     product = (words, w, *one, *one, features, bits, bits)
     return [
         ("quantize_pack", True, lambda: quantize_pack(x, *column, bits)),
+        ("quantize_pack, no numbers", True, lambda: quantize_pack(awkward, *one, bits)),
         ("unpack_dequantize", True, lambda: unpack_dequantize(words, *column, features, bits)),
         ("fake_quantize", False, lambda: _fake_quantize(x, grad, *column, bits)),
         ("fake_quantize, one range", False, lambda: _fake_quantize(x, grad, *one, bits)),
