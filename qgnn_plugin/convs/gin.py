@@ -97,21 +97,13 @@ class QuantizedGINConv(GIN, Trainable):
         return self.is_off or not (x if isinstance(x, Tensor) else x[0]).is_floating_point()
 
 
-def _short_way(layer: Any, x: Any, edge_index: Any, size: Any) -> Tensor | None:
-    few = direct_gin(layer, x, edge_index, size)
-    if few is None:
-        return None
-    out, is_whole = few
-    return out if is_whole else layer._through_network(out)
-
-
 class PackedGINConv(GIN, Frozen):
     """Packed :class:`torch_geometric.nn.GINConv`."""
 
-    _convolved = inference(GIN.forward, _short_way)
+    _convolved = inference(GIN.forward, direct_gin)
 
     def forward(self, x: Any, edge_index: Any, size: Any = None) -> Tensor:
-        few = _short_way(self, x, edge_index, size)
+        few = direct_gin(self, x, edge_index, size)
         return self._convolved(x, edge_index, size) if few is None else few
 
     def _through_network(self, sums: Tensor) -> Tensor:

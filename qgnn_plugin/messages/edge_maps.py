@@ -28,7 +28,7 @@ aten = torch.ops.aten
 def product_of(lin: Any) -> Product | None:
     """A packed linear layer as a kernel maps edges by it; :obj:`None` where it does not."""
     site = lin.input_quantizer
-    if lin.words is None or site is None or not site.check or site._forward_hooks or site._forward_pre_hooks:
+    if lin.words is None or site is None or site._forward_hooks or site._forward_pre_hooks:
         return None
     spec, own = site.spec, lin._site
     if not spec.is_fixed or spec.granularity not in ("tensor", "row") or own.is_zero_one:

@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch_geometric.nn import APPNP, GATConv, GATv2Conv, GCNConv, SAGEConv
 
 import qgnn_plugin as qgnn
+from qgnn_plugin.packing.layers.ranges import PackedRange
 
 NODES, FEATURES, CLASSES = 40, 24, 8
 
@@ -83,13 +84,11 @@ class Synchronizing(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", [*CONVS, "propagation"])
-def test_the_steady_state_neither_synchronizes_nor_sizes_by_data(name: str) -> None:
+def test_the_steady_state_neither_synchronizes_nor_sizes_by_data(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the Triton path, whose launches are the same on a device: what capture in a CUDA graph forbids."""
     pytest.importorskip("triton")
     model, x, edge_index = packed(Propagation() if name == "propagation" else Model(name), 4)
-    for module in model.modules():
-        if hasattr(module, "check"):
-            module.check = False  # it reads values back on the CPU alone
+    monkeypatch.setattr(PackedRange, "expect_finite", lambda *_: None)  # it reads values back on the CPU alone
     from qgnn_plugin.kernels.backend import use_backend
 
     with use_backend("interpret"), torch.no_grad():

@@ -8,58 +8,54 @@ import torch
 from torch import Tensor
 
 from ...kernels.backend import implementation
-from ...kernels.edge_order.few import few_edges
 from ...kernels.few_rows import few_rows_packed, neighbour_attention
 from ...kernels.head_dots import head_dots
-from ..layers.few_rows import has_hooks, is_plain, prepared, prepared_map, range_of, sources_of_map, sources_of_range
-from .convs import NONE, address_of, fits, result_of, rows_of, scratch
+from ..layers.few_rows import is_plain, prepared, prepared_map, range_of
+from ..layers.linear import PackedLinear
+from .convs import address_of, entry_of, graph_of, result_of, rows_of, scratch
 
 __all__ = ["direct_gat"]
 
 
-def _make_gat(layer: Any) -> Any:
-    from ..layers.linear import PackedLinear  # which imports this package's short ways
-
-    modules, bias = layer._modules, layer._parameters.get("bias")
-    lin, site = modules.get("lin"), modules["message_quantizer"]
-    if not isinstance(lin, PackedLinear) or lin.input_quantizer is None:
+def _make_gat(layer: Any, lin: Any, entry: Any, site: Any) -> Any:
+    bias, width = layer._parameters.get("bias"), layer.heads * layer.out_channels
+    if not isinstance(lin, PackedLinear) or lin._num_out != width:
         return None
-    width = layer.heads * layer.out_channels
     shape, ends = (1, layer.heads, layer.out_channels), (layer.att_src, layer.att_dst)
-    if lin._num_out != width or not all(end is not None and is_plain(end, shape) for end in ends):
+    if not all(end is not None and is_plain(end, shape) for end in ends):
         return None
     if bias is not None and not is_plain(bias, (width if layer.concat else layer.out_channels,)):
         return None
     range_ = range_of(site)
-    mapped = prepared_map(lin, lin.input_quantizer, lin._parameters.get("bias"))
+    mapped = prepared_map(lin, entry, lin._parameters.get("bias"))
     if range_ is None or mapped is None:
         return None
-    options = width, range_, layer.heads, layer.attention_bits, layer.negative_slope, layer.concat
-    attention = neighbour_attention(*options)
-    return mapped, few_rows_packed(width, range_), attention, options
+    attention = neighbour_attention(
+        width, range_, layer.heads, layer.attention_bits, layer.negative_slope, layer.concat
+    )
+    return mapped, few_rows_packed(width, range_), attention
 
 
 def direct_gat(layer: Any, x: Any, edge_index: Any, edge_attr: Any, size: Any, returned: Any) -> Tensor | None:
     """What the packed GATConv ``layer`` gives, :obj:`None` where that is for the long way to say."""
-    if edge_attr is not None or size is not None or returned:
+    if edge_attr is not None or size is not None or returned or layer.res is not None:
         return None
-    rows, modules, parameters = rows_of(layer, x), layer._modules, layer._parameters
-    lin, site = modules.get("lin"), modules["message_quantizer"]
-    if not rows or lin is None or layer.res is not None:
+    rows, lin, site = rows_of(layer, x), layer._modules.get("lin"), layer._modules["message_quantizer"]
+    if not rows or lin is None:
         return None
-    entry: Any = lin._modules.get("input_quantizer")
-    att_src, att_dst, bias = parameters.get("att_src"), parameters.get("att_dst"), parameters.get("bias")
-    sources = (*sources_of_map(lin), *sources_of_range(entry), *sources_of_range(site), att_src, att_dst, bias)
-    made = prepared(layer, sources, _make_gat)
-    if made is None or x.shape[1] != lin._num_in or not entry.check or has_hooks(lin, entry, site):
+    options = layer.heads, layer.attention_bits, layer.negative_slope, layer.concat
+    made = prepared(layer, (lin, entry_of(lin), site), _make_gat, *options)
+    if made is None or x.shape[1] != lin._num_in:
         return None
-    graph = few_edges(edge_index, rows, (layer.flow != "source_to_target", layer.add_self_loops, NONE))
-    width, heads = lin._num_out, layer.heads
-    if graph is None or not fits(rows, lin._num_in, width, graph):
+    width, (heads, attention_bits, negative_slope, concat) = lin._num_out, options
+    graph = graph_of(layer, edge_index, rows, lin._num_in, width, layer.add_self_loops)
+    if graph is None:
         return None
-    mapped, packed, attention, options = made
-    if attention is not None and options[2:] == (heads, layer.attention_bits, layer.negative_slope, layer.concat):
-        out = result_of(rows, width if layer.concat else layer.out_channels)
+    mapped, packed, attention = made
+    parameters = layer._parameters
+    att_src, att_dst, bias = parameters["att_src"], parameters["att_dst"], parameters.get("bias")
+    if attention is not None:
+        out = result_of(rows, width if concat else layer.out_channels)
         at = scratch.at(attention.room(rows))
         if not mapped(x.data_ptr(), rows, at):
             return None
@@ -75,7 +71,7 @@ def direct_gat(layer: Any, x: Any, edge_index: Any, edge_attr: Any, size: Any, r
         alpha_src, alpha_dst = head_dots(z, torch.cat([att_src, att_dst]).flatten(1), heads, is_checked=True)
         lower, words, multiplier = packed.parts(message, rows)
         return implementation("attention_aggregate", "cpu")(
-            words, graph.rowptr, graph.col, site._buffers["scale"].view(1), lower,
-            width, site.bits, heads, layer.attention_bits, layer.negative_slope, alpha_src, alpha_dst, None, None, None,
-            layer.concat, bias, multiplier=multiplier if site.has_multipliers else None,
+            words, graph.rowptr, graph.col, site._buffers["scale"].view(1), lower, width, site.bits, heads,
+            attention_bits, negative_slope, alpha_src, alpha_dst, None, None, None, concat, bias,
+            multiplier=multiplier if site.has_multipliers else None,
         )  # fmt: skip

@@ -10,6 +10,7 @@ that each thread keeps.
 from __future__ import annotations
 
 import threading
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,7 +23,6 @@ from ...kernels.few_rows import few_rows_packed, neighbour_sums, whole_lines
 from ...layers.watched import is_watched
 from ..layers.few_rows import (
     ROW_COST,
-    has_hooks,
     is_few,
     is_plain,
     is_plain_call,
@@ -30,12 +30,21 @@ from ..layers.few_rows import (
     prepared,
     prepared_map,
     range_of,
-    sources_of_map,
-    sources_of_range,
 )
+from ..layers.linear import PackedLinear
 from .network import direct_steps
 
-__all__ = ["NONE", "address_of", "direct_gcn", "direct_gin", "direct_sage", "fits", "result_of", "rows_of", "scratch"]
+__all__ = [
+    "address_of",
+    "direct_gcn",
+    "direct_gin",
+    "direct_sage",
+    "entry_of",
+    "graph_of",
+    "result_of",
+    "rows_of",
+    "scratch",
+]
 
 ROOT, INVERSE, NONE = 1, 0, -1  # factors of nodes (:func:`~qgnn_plugin.kernels.edge_order.few.few_edges`)
 SUMS = {"mean": INVERSE, "sum": NONE, "add": NONE}
@@ -54,9 +63,16 @@ def rows_of(layer: Any, x: Any) -> int:
     return shape[0] if x.numel() and is_few(x.numel()) else 0
 
 
-def fits(rows: int, num_in: int, num_out: int, graph: FewEdges) -> bool:
-    """Whether a map of ``rows`` rows and a sum over ``graph`` are few enough for one thread."""
-    return is_few(rows * num_out) and not is_shared(rows * (1 + num_in * num_out // ROW_COST) + graph.num_edges)
+def graph_of(
+    layer: Any, edge_index: Any, rows: int, num_in: int, num_out: int, loops: bool = False, factors: int = NONE
+) -> FewEdges | None:
+    """The graph as ``layer`` sums over it, where a map of ``rows`` rows and the sum are few enough for one thread."""
+    if not is_few(rows * num_out):
+        return None
+    graph = few_edges(edge_index, rows, (layer.flow != "source_to_target", loops, factors))
+    if graph is None or is_shared(rows * (1 + num_in * num_out // ROW_COST) + graph.num_edges):
+        return None
+    return graph
 
 
 class _Scratch(threading.local):
@@ -93,18 +109,19 @@ def address_of(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def entry_of(lin: Any) -> Any:
+    """The range of what the map ``lin`` takes."""
+    return None if lin is None else lin._modules.get("input_quantizer")
+
+
 # GCNConv ##############################################################################################################
 
 
-def _make_gcn(layer: Any) -> Any:
-    from ..layers.linear import PackedLinear  # which imports this package's short ways
-
-    lin, site, bias = layer._modules.get("lin"), layer._modules["message_quantizer"], layer._parameters.get("bias")
-    if not isinstance(lin, PackedLinear) or lin.input_quantizer is None:
+def _make_gcn(layer: Any, lin: Any, entry: Any, site: Any) -> Any:
+    bias = layer._parameters.get("bias")
+    if not isinstance(lin, PackedLinear) or (bias is not None and not is_plain(bias, (lin._num_out,))):
         return None
-    if bias is not None and not is_plain(bias, (lin._num_out,)):
-        return None
-    mapped = prepared_map(lin, lin.input_quantizer, lin._parameters.get("bias"), site)
+    mapped = prepared_map(lin, entry, lin._parameters.get("bias"), site)
     return None if mapped is None else (mapped, neighbour_sums(lin._num_out, site.bits))
 
 
@@ -113,23 +130,19 @@ def direct_gcn(layer: Any, x: Any, edge_index: Any, edge_weight: Any) -> Tensor 
     rows = 0 if edge_weight is not None or layer.improved else rows_of(layer, x)
     if not rows:
         return None
-    modules, bias = layer._modules, layer._parameters.get("bias")
-    lin, site = modules.get("lin"), modules["message_quantizer"]
-    entry: Any = None if lin is None else lin._modules.get("input_quantizer")
-    sources = (*sources_of_map(lin), *sources_of_range(entry), *sources_of_range(site), bias)
-    made = prepared(layer, sources, _make_gcn)
-    if made is None or x.shape[1] != lin._num_in or not entry.check or has_hooks(lin, entry, site):
+    lin, site = layer._modules.get("lin"), layer._modules["message_quantizer"]
+    made = prepared(layer, (lin, entry_of(lin), site), _make_gcn)
+    if made is None or x.shape[1] != lin._num_in:
         return None
-    looped = layer.normalize and layer.add_self_loops
-    form = (layer.flow != "source_to_target", looped, ROOT if layer.normalize else NONE)
-    graph = few_edges(edge_index, rows, form)
-    width = lin._num_out
-    if graph is None or not fits(rows, lin._num_in, width, graph):
+    loops, factors = layer.normalize and layer.add_self_loops, ROOT if layer.normalize else NONE
+    graph = graph_of(layer, edge_index, rows, lin._num_in, lin._num_out, loops, factors)
+    if graph is None:
         return None
     mapped, sums = made
-    out, at, factor_at = result_of(rows, width), scratch.at(mapped.room(rows)), graph.factor_at
+    out, at, factor_at = result_of(rows, lin._num_out), scratch.at(mapped.room(rows)), graph.factor_at
     if not mapped(x.data_ptr(), rows, at, factor_at):
         return None
+    bias = layer._parameters.get("bias")
     sums(at, site._buffers["scale"].data_ptr(), graph, out.data_ptr(), factor_at, address_of(bias))
     return out
 
@@ -137,11 +150,7 @@ def direct_gcn(layer: Any, x: Any, edge_index: Any, edge_weight: Any) -> Tensor 
 # SAGEConv #############################################################################################################
 
 
-def _make_sage(layer: Any) -> Any:
-    from ..layers.linear import PackedLinear
-
-    modules = layer._modules
-    left, right, site = modules.get("lin_l"), modules.get("lin_r"), modules["input_quantizer"]
+def _make_sage(layer: Any, left: Any, inner: Any, right: Any, site: Any, sent: Any) -> Any:
     if not isinstance(left, PackedLinear) or not (right is None or isinstance(right, PackedLinear)):
         return None
     bias, num_in = left._parameters.get("bias"), left._num_in
@@ -149,12 +158,11 @@ def _make_sage(layer: Any) -> Any:
     if right is not None and (own is None or right._num_in != num_in or right._num_out != left._num_out):
         return None
     if layer._maps_first:
-        sent = modules["message_quantizer"]
         if bias is not None and not is_plain(bias, (left._num_out,)):
             return None
         mapped = prepared_map(left, site, None, sent)
         return None if mapped is None else (mapped, neighbour_sums(left._num_out, sent.bits), own, sent)
-    range_, mapped = range_of(site), prepared_map(left, left.input_quantizer, bias)
+    range_, mapped = range_of(site), prepared_map(left, inner, bias)
     if range_ is None or mapped is None:
         return None
     return few_rows_packed(num_in, range_), neighbour_sums(num_in, site.bits), own, site, mapped
@@ -168,17 +176,12 @@ def direct_sage(layer: Any, x: Any, edge_index: Any, size: Any) -> Tensor | None
     left, right = modules["lin_l"], modules.get("lin_r")
     if not rows or layer.target_quantizer is not None or (right is None) is layer.root_weight:
         return None
-    site, sent = modules["input_quantizer"], modules.get("message_quantizer")
-    inner = left._modules.get("input_quantizer")
-    sources = (
-        *sources_of_map(left), *sources_of_range(inner), *sources_of_map(right), *sources_of_range(site),
-        *sources_of_range(sent),
-    )  # fmt: skip
-    made = prepared(layer, sources, _make_sage)
-    if made is None or x.shape[1] != left._num_in or not site.check or has_hooks(left, right, site, inner, sent):
+    inner = (left, entry_of(left), right, modules["input_quantizer"], modules.get("message_quantizer"))
+    made = prepared(layer, inner, _make_sage)
+    if made is None or x.shape[1] != left._num_in:
         return None
-    graph = few_edges(edge_index, rows, (layer.flow != "source_to_target", False, SUMS[layer.aggr]))
-    if graph is None or not fits(rows, 2 * left._num_in, left._num_out, graph):
+    graph = graph_of(layer, edge_index, rows, 2 * left._num_in, left._num_out, factors=SUMS[layer.aggr])
+    if graph is None:
         return None
     return _sage_maps_first(left, x, graph, made) if layer._maps_first else _sage_sums_first(left, x, graph, made)
 
@@ -214,34 +217,25 @@ def _sage_sums_first(left: Any, x: Tensor, graph: FewEdges, made: Any) -> Tensor
 # GINConv ##############################################################################################################
 
 
-def _make_gin(layer: Any) -> Any:
-    site, epsilon = layer._modules["message_quantizer"], layer.eps
-    range_ = range_of(site)
+def _make_gin(layer: Any, site: Any) -> Any:
+    range_, epsilon = range_of(site), layer.eps
     if range_ is None or not is_plain(epsilon, epsilon.shape) or epsilon.numel() != 1:
         return None
     # Features are as wide as they come: a call for each width.
-    return {}, range_, epsilon
+    return cache(lambda width: (few_rows_packed(width, range_, epsilon), neighbour_sums(width, site.bits)))
 
 
-def direct_gin(layer: Any, x: Any, edge_index: Any, size: Any) -> tuple[Tensor, bool] | None:
-    """What the packed GINConv ``layer`` gives, or what its network is given, and whether it is the former; :obj:`None`
-    where that is for the long way to say.
-    """
+def direct_gin(layer: Any, x: Any, edge_index: Any, size: Any) -> Tensor | None:
+    """What the packed GINConv ``layer`` gives, :obj:`None` where that is for the long way to say."""
     rows = 0 if size is not None else rows_of(layer, x)
     if not rows:
         return None
-    site, epsilon = layer._modules["message_quantizer"], layer.eps
-    made = prepared(layer, (*sources_of_range(site), epsilon), _make_gin)
-    if made is None or not site.check or has_hooks(site):
+    site, width = layer._modules["message_quantizer"], x.shape[1]
+    made = prepared(layer, (site,), _make_gin)
+    graph = None if made is None else graph_of(layer, edge_index, rows, 1, width)
+    if graph is None:
         return None
-    graph = few_edges(edge_index, rows, (layer.flow != "source_to_target", False, NONE))
-    width = x.shape[1]
-    if graph is None or not fits(rows, 1, width, graph):
-        return None
-    known, range_, _ = made
-    if width not in known:
-        known[width] = few_rows_packed(width, range_, epsilon), neighbour_sums(width, site.bits)
-    packed, sums = known[width]
+    packed, sums = made(width)
     steps = direct_steps(layer._modules["nn"], rows, width)
     room = whole_lines(packed.room(rows))
     if steps is None:
@@ -254,8 +248,8 @@ def direct_gin(layer: Any, x: Any, edge_index: Any, size: Any) -> tuple[Tensor, 
         return None
     sums(at, site._buffers["scale"].data_ptr(), graph, out_at, 0, 0, out_at)
     if steps is None:
-        return out, False
+        return layer._through_network(out)
     out = result_of(rows, steps.width)
     if steps(out_at, rows, out_at + whole_lines(4 * rows * width), out.data_ptr()):
-        return out, True
-    return scratch.copied(out_at, rows, width), False  # what is not finite is for the network to say
+        return out
+    return layer._through_network(scratch.copied(out_at, rows, width))  # what is not finite is for the network to say

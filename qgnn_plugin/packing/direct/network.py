@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ...kernels.few_rows import whole_lines
-from ..layers.few_rows import ROW_COST, direct_call, has_hooks, is_few, is_shared
+from ..layers.few_rows import ROW_COST, direct_call, is_few, is_shared
 from ..layers.linear import PackedLinear
 
 __all__ = ["Steps", "direct_steps"]
@@ -47,7 +47,7 @@ def direct_steps(network: Any, rows: int, width: int) -> Steps | None:
 
     To be called where :func:`..layers.few_rows.is_plain_call` holds of the layer that has it.
     """
-    if type(network) is not nn.Sequential or has_hooks(network):
+    if type(network) is not nn.Sequential or network._forward_hooks or network._forward_pre_hooks:
         return None
     maps: list[tuple[Any, int, bool]] = []
     for child in network._modules.values():

@@ -25,20 +25,15 @@ __all__ = [
     "Direct",
     "direct_call",
     "direct_product",
-    "has_hooks",
     "is_few",
     "is_plain_call",
     "is_shared",
     "prepared",
     "prepared_map",
     "range_of",
-    "sources_of_map",
-    "sources_of_range",
 ]
 
 ROW_COST, ALONE = 1 << 9, 1 << 14  # products of a row and rows of that cost, from which on threads share the work
-
-Sources = tuple[Any, ...]
 
 
 class Direct:
@@ -46,46 +41,46 @@ class Direct:
 
     __slots__ = ("call", "sources")
 
-    def __init__(self, call: Any, sources: Sources) -> None:
+    def __init__(self, call: Any, sources: list[Any]) -> None:
         self.call, self.sources = call, sources
 
 
-def prepared(layer: Any, sources: Sources, make: Callable[[Any], Any]) -> Any:
-    """What ``make(layer)`` gives, made again once any of ``sources``, the objects it reads, is another one."""
+def prepared(layer: Any, inner: tuple[Any, ...], make: Callable[..., Any], *options: Any) -> Any:
+    """What ``make(layer, *inner)`` gives, made again once any object that it reads is another one.
+
+    :obj:`None` where somebody looks at calls of one of ``inner``, which the short way does not make.
+
+    Args:
+        layer: A packed layer.
+        inner: The maps and ranges of its that ``make`` reads, :obj:`None` for one that it has not.
+        make: Prepares the short way.
+        options: Attributes of the layer that it reads, beside tensors.
+    """
+    sources = [*options, *layer._buffers.values(), *layer._parameters.values()]
+    for module in inner:
+        if module is not None:
+            if module._forward_hooks or module._forward_pre_hooks:
+                return None
+            spec = module.__dict__.get("spec")
+            sources += (module, spec, *module._buffers.values(), *module._parameters.values())
+    if _has_any_global_hook():
+        return None
     last = layer._packed.last
     direct = last.direct
     if direct is None or len(direct.sources) != len(sources) or any(map(is_not, direct.sources, sources)):
-        direct = last.direct = Direct(make(layer) if has_numba() else None, sources)
+        direct = last.direct = Direct(make(layer, *inner) if has_numba() else None, sources)
     return direct.call
 
 
 # What is read #########################################################################################################
 
 
-def sources_of_range(range_: Any) -> Sources:
-    """The objects that the short way reads of a range."""
-    if range_ is None:
-        return ()
-    ranges = range_._buffers
-    return range_, range_.spec, ranges.get("scale"), ranges.get("lower_end"), ranges.get("unit")
-
-
-def sources_of_map(lin: Any) -> Sources:
-    """The objects that the short way reads of a packed linear layer apart from its ranges."""
-    if lin is None:
-        return ()
-    buffers, parameters = lin._buffers, lin._parameters
-    return (
-        lin, buffers.get("words"), parameters.get("weight_scale"), buffers.get("weight_lower_end"),
-        parameters.get("bias"),
-    )  # fmt: skip
-
-
 def range_of(range_: Any) -> Range | None:
     """The range of a site; :obj:`None` where its numbers are not as the short way takes them."""
     if range_ is None:
         return None
-    _, site, scale, lower, unit = sources_of_range(range_)
+    site, ranges = range_.spec, range_._buffers
+    scale, lower, unit = ranges["scale"], ranges["lower_end"], ranges["unit"]
     if not site.is_fixed or site.granularity not in ("tensor", "row") or scale is None:
         return None
     if not all(tensor is None or is_plain(tensor, ()) for tensor in (scale, lower, unit)):
@@ -104,8 +99,8 @@ def prepared_map(lin: Any, site: Any, bias: Tensor | None, target: Any = None) -
     taken, out = range_of(site), range_of(target)
     if taken is None or (out is None and target is not None) or lin.output_quantizer is not None:
         return None
-    _, words, scale, lower, _ = sources_of_map(lin)
-    own = lin._site
+    words, lower, own = lin._buffers["words"], lin._buffers["weight_lower_end"], lin._site
+    scale = lin._parameters.get("weight_scale")
     if words is None or scale is None or "bias" not in lin._parameters or own.is_zero_one:
         return None
     if lin._num_in * lin._num_out == 0 or lin._num_in > most_products(site.spec.bits, own.bits):
@@ -141,14 +136,6 @@ def is_plain_call(layer: Any, x: Any) -> bool:
     return not ((x.requires_grad and torch.is_grad_enabled()) or x.is_neg() or is_autocasting())
 
 
-def has_hooks(*modules: Any) -> bool:
-    """Whether somebody looks at calls of one of ``modules``, which the short way does not make."""
-    for module in modules:
-        if module is not None and (module._forward_hooks or module._forward_pre_hooks):
-            return True
-    return _has_any_global_hook()
-
-
 def is_few(results: int) -> bool:
     """Whether so many floats, of a matrix that is read or written, go the short way."""
     return results <= sizes.FEW_RESULTS
@@ -162,16 +149,13 @@ def is_shared(cost: int) -> bool:
 # Linear layers ########################################################################################################
 
 
-def _made(layer: Any) -> Any:
-    site = layer._modules.get("input_quantizer")
+def _make_linear(layer: Any, site: Any) -> Any:
     return None if site is None else prepared_map(layer, site, layer._parameters.get("bias"))
 
 
 def direct_call(layer: Any) -> Any:
     """The prepared call of the packed linear ``layer``, :obj:`None` where it has none or somebody looks at its site."""
-    site = layer._modules.get("input_quantizer")
-    call = prepared(layer, (*sources_of_map(layer), *sources_of_range(site)), _made)
-    return None if call is None or not site.check or has_hooks(site) else call
+    return prepared(layer, (layer._modules.get("input_quantizer"),), _make_linear)
 
 
 def direct_product(layer: Any, x: Any) -> Tensor | None:

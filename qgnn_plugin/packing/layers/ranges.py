@@ -62,7 +62,6 @@ class PackedRange(nn.Module):
     Args:
         spec: What the site does.
         site: Its name, for errors.
-        check: Whether to refuse NaN and infinity in what does not come from a packed layer (one more pass over it).
     """
 
     scale: Tensor | None
@@ -70,16 +69,9 @@ class PackedRange(nn.Module):
     skew: Tensor | None
     unit: Tensor | None
 
-    def __init__(
-        self,
-        spec: SiteSpec,
-        site: str,
-        *,
-        check: bool = True,
-        device: torch.device | None = None,
-    ) -> None:
+    def __init__(self, spec: SiteSpec, site: str, *, device: torch.device | None = None) -> None:
         super().__init__()
-        self.spec, self.site, self.check = spec, site, check
+        self.spec, self.site = spec, site
         shape = (spec.channels,) if spec.granularity == "channel" else ()
         ranged = spec.has_range
         free = ranged and spec.zero_code is None
@@ -191,8 +183,8 @@ class PackedRange(nn.Module):
 
         Raises:
             TypeError: If ``x`` is no float32 tensor.
-            ValueError: If it is on another device, 0/1 data are no longer 0 or one value, or (with ``check``)
-                not finite.
+            ValueError: If it is on another device, 0/1 data are no longer 0 or one value, or not finite where
+                they do not come from a packed layer.
         """
         if type(x) is DeferredTensor and self.spec.is_fixed:
             scale = self._buffers["scale"]
@@ -234,12 +226,12 @@ class PackedRange(nn.Module):
             )
 
     def expect_finite(self, x: Tensor) -> None:
-        """Refuse NaN and infinity where the site checks, on the CPU: an accelerator would have to be waited for.
+        """Refuse NaN and infinity, on the CPU: an accelerator would have to be waited for.
 
         Raises:
             ValueError: If there are any.
         """
-        if not self.check or x.device.type != "cpu":
+        if x.device.type != "cpu":
             return
         if is_exporting():  # the program checks what it is given in turn
             torch._assert_async(x.isfinite().all(), NOT_FINITE.format(where=self.site, found="NaN or infinity"))

@@ -103,8 +103,7 @@ def directly(layer: Any, x: Any, edge_index: Any, third: Any = None) -> Tensor |
     if isinstance(layer, GATConv):
         return direct_gat(layer, x, edge_index, None, third, None)
     if isinstance(layer, GINConv):
-        few = direct_gin(layer, x, edge_index, third)
-        return few if few is None else few[0] if few[1] else layer.nn(few[0])
+        return direct_gin(layer, x, edge_index, third)
     short = {"GCNConv": direct_gcn, "SAGEConv": direct_sage}[type(layer).__name__]
     return short(layer, x, edge_index, third)
 
