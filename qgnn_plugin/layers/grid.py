@@ -45,6 +45,8 @@ class RunsGridConv(MultipliesWeights):
             parts.append(self._times(self._taken(rows.flatten(0, -2), INPUT), own, bias))
         y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         y = y.view(patches.size(0), patches.size(2), self.out_channels).transpose(1, 2).unflatten(2, grid)
+        if not _is_channels_last(x):  # callers take views of what torch lays out in one piece
+            y = y.contiguous()
         return y if batched else y.squeeze(0)
 
     def _patches(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
@@ -69,6 +71,10 @@ class RunsGridConv(MultipliesWeights):
         if self.padding_mode != "zeros" or isinstance(self.padding, str):
             return list(self._reversed_padding_repeated_twice)
         return [margin for width in reversed(self.padding) for margin in (width, width)]
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 class QuantizedGridConv(RunsGridConv, QuantizedWeights):

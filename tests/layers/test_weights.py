@@ -248,6 +248,27 @@ def test_a_convolution_is_that_of_quantized_patches_and_weights() -> None:
     torch.testing.assert_close(q(x), expected)
 
 
+@pytest.mark.parametrize("name", sorted(LAYERS))
+def test_results_are_laid_out_as_floats_are(name: str) -> None:
+    """Callers take ``view`` of what torch returns in one piece."""
+    make, run = LAYERS[name]
+    model, x = Around(make(), run).eval(), features()
+    qmodel = qgnn.quantize_model(model, 8)
+    qgnn.calibrate(qmodel, [(x,)], method="ranges")
+    want = [part.is_contiguous() for part in _parts(model(x))]
+    for converted in (qmodel.train(), copy.deepcopy(qmodel).eval(), qgnn.pack_model(qmodel.eval())):
+        parts = _parts(converted(x))
+        assert [part.is_contiguous() for part, whole in zip(parts, want, strict=True) if whole] == [True] * sum(want)
+
+
+def test_channels_last_images_stay_so() -> None:
+    layer = nn.Conv2d(3, 6, 3)
+    x = torch.randn(2, 3, 8, 10).contiguous(memory_format=torch.channels_last)
+    qmodel = qgnn.calibrate(qgnn.quantize_model(layer, 8), [(x,)], method="ranges").eval()
+    for model in (layer, qmodel, qgnn.pack_model(qmodel)):
+        assert model(x).is_contiguous(memory_format=torch.channels_last)
+
+
 # Tables ###############################################################################################################
 
 
