@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch_geometric import EdgeIndex
+from torch_geometric.typing import torch_sparse
 from torch_geometric.utils import add_self_loops, remove_self_loops
 from torch_geometric.utils.sparse import set_sparse_value
 
@@ -204,19 +205,20 @@ class Attention(WatchedAttention, Convolution):
             ValueError: If edge features are given beside a matrix that gets self-loops.
         """
         sparse = is_sparse(edge_index)
+        if sparse and not isinstance(edge_index, Tensor):
+            return self._graph_of_sparse_tensor(edge_index, edge_attr, size, returned)
         if sparse and self.add_self_loops and edge_attr is not None:
             raise ValueError(
                 f"Expected the edge features of '{layer_name(self)}' as the values of its sparse adjacency, as it "
                 f"adds self-loops (got both 'edge_attr' and a matrix); pass an edge_index, or add_self_loops=False"
             )
-        matrix = sparse and isinstance(edge_index, Tensor)
-        as_pyg = returned or edge_attr is not None or (matrix and edge_index.dense_dim() > 0)
+        as_pyg = returned or edge_attr is not None or (sparse and edge_index.dense_dim() > 0)
         adjacency = edge_index
         if self.add_self_loops and as_pyg:
             adjacency, edge_attr = remove_self_loops(adjacency, edge_attr)
             options = {"fill_value": self.fill_value, "num_nodes": min(size)}
             adjacency, edge_attr = add_self_loops(adjacency, edge_attr, **options)
-        if matrix and as_pyg:  # in the order of its entries
+        if sparse and as_pyg:  # in the order of its entries
             (dst, src), values = entries_of(adjacency)
             plan = GraphPlan.from_edges(src, dst, *size)
             edge_attr = values if edge_attr is None and values.dim() > 1 else edge_attr
@@ -227,6 +229,25 @@ class Attention(WatchedAttention, Convolution):
         else:
             plan = plain_graph(edge_index, size, self.flow).plan
         return AttentionGraph(plan, None if edge_attr is None else plan.sort(edge_attr), adjacency)
+
+    def _graph_of_sparse_tensor(
+        self: Any, adj_t: Any, edge_attr: Tensor | None, size: tuple[int, int], returned: bool
+    ) -> AttentionGraph:
+        """:meth:`_graph` of a ``SparseTensor``; values ``[E, D]`` are features of its edges."""
+        if self.add_self_loops and self.edge_dim is not None:
+            raise ValueError(
+                f"Expected '{layer_name(self)}', whose edges have features, not to add self-loops to a SparseTensor "
+                f"(got edge_dim={self.edge_dim}), as in PyG; pass an edge_index, or add_self_loops=False"
+            )
+        if self.add_self_loops and returned:
+            adj_t = torch_sparse.set_diag(adj_t)
+        elif self.add_self_loops:
+            return AttentionGraph(looped_plan(adj_t, size, self.flow), None, adj_t)
+        values = adj_t.coo()[2]
+        if edge_attr is None and values is not None and values.dim() > 1:
+            edge_attr = values
+        plan = plain_graph(adj_t, size, self.flow).plan
+        return AttentionGraph(plan, None if edge_attr is None else plan.sort(edge_attr), adj_t)
 
     def _head_terms(self: Any, z: Tensor, vector: Tensor) -> Tensor:
         """``<z_nh, a_h>`` ``[N, H]`` of ``z`` ``[N, H, C]`` and ``vector`` ``[1, H, C]``; the kernel's in eval mode."""
@@ -264,9 +285,10 @@ class Attention(WatchedAttention, Convolution):
         """``out``, and the attention weights of the edges in the caller's form and order where these are wanted."""
         if not returned:
             return out
-        alpha = graph.plan.unsort(alpha)
-        matrix = is_sparse(graph.adjacency)
-        return out, (set_sparse_value(graph.adjacency, alpha) if matrix else graph.adjacency, alpha)
+        alpha, adjacency = graph.plan.unsort(alpha), graph.adjacency
+        if not isinstance(adjacency, Tensor):
+            return out, adjacency.set_value(alpha, layout="coo")
+        return out, (set_sparse_value(adjacency, alpha) if is_sparse(adjacency) else adjacency, alpha)
 
     def _smoothed(self: Any, z: Tensor, out: Tensor, alpha: Tensor, plan: GraphPlan) -> Tensor:
         if not self._minds_change:

@@ -131,7 +131,7 @@ def _weighted(
 
 
 def _plain(edge_index: Any, size: tuple[int, int], flow: str, weight: Tensor | None = None) -> NormalizedGraph:
-    edges = edges_of(edge_index, weight, flow, size)
+    edges = edges_of(edge_index, weight, flow, size, weighted=isinstance(edge_index, Tensor))
     plan = GraphPlan.from_edges(edges.src, edges.dst, *size)
     values = edges.weight if isinstance(edge_index, Tensor) else weight
     return NormalizedGraph(plan, None if values is None else own_order(plan, values), None, None)
@@ -198,8 +198,6 @@ def gcn_graph(
         return LoopedPlan.of(edges, size, loops, weighted)
 
     def operator(looped: LoopedPlan, weight: Tensor | None) -> NormalizedGraph:
-        if weight is None and fill != 1.0 and loops in ("more", "new"):
-            weight = torch.ones(looped.plan.num_edges - looped.num_loops, dtype=dtype, device=looped.plan.device)
         weight = None if weight is None else looped.weights(weight, fill)
         return (
             _normalized(looped.plan, weight, dtype) if normalize else NormalizedGraph(looped.plan, weight, None, None)
@@ -212,7 +210,10 @@ def gcn_graph(
 
     def build() -> NormalizedGraph:
         edges = edges_of(edge_index, edge_weight, flow, size, dtype)
-        return operator(plan_of(edges, weighted=edges.weight is not None or fill != 1.0), edges.weight)
+        weight = edges.weight
+        if weight is None and fill != 1.0 and loops in ("more", "new"):
+            weight = torch.ones(edges.src.numel(), dtype=dtype, device=edges.src.device)
+        return operator(plan_of(edges, weighted=weight is not None), weight)
 
     key = ("gcn", num_nodes, improved, add_self_loops, normalize, flow, dtype)
     return _cached(edge_index, edge_weight, key, build, copies, loops)
@@ -238,8 +239,8 @@ def looped_plan(edge_index: Any, size: tuple[int, int], flow: str) -> GraphPlan:
     """The plan of a graph whose self-loops are removed and put back once per node, as GATConv does."""
 
     def build() -> GraphPlan:
-        edges = edges_of(edge_index, None, flow, size)
-        if is_sparse(edge_index):  # PyG merges what a matrix repeats
+        edges = edges_of(edge_index, None, flow, size, weighted=False)
+        if is_sparse(edge_index) and isinstance(edge_index, Tensor):  # PyG merges what such a matrix repeats
             dst, src = torch.unique(torch.stack([edges.dst, edges.src]), dim=1)
             edges = Edges(src, dst, None)
         return LoopedPlan.of(edges, size, "new", weighted=False).plan

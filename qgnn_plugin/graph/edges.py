@@ -45,6 +45,8 @@ def edges_of(
     flow: str = "source_to_target",
     size: tuple[int, int] | None = None,
     dtype: torch.dtype | None = None,
+    *,
+    weighted: bool = True,
 ) -> Edges:
     """Read an ``edge_index`` [2, E], ``EdgeIndex``, ``torch.sparse`` or ``SparseTensor`` transposed adjacency.
 
@@ -56,6 +58,7 @@ def edges_of(
         flow: Of messages, as in PyG.
         size: Number of sources and targets, which a matrix has to have.
         dtype: Of the weights; by default their own, or float32 for integers and booleans.
+        weighted: Whether the values of a ``SparseTensor`` are weights; else they may be features ``[E, D]``.
 
     Raises:
         TypeError: If these are no graph, or weights are complex.
@@ -70,7 +73,7 @@ def edges_of(
         _check_size(edge_index, size)
     if not isinstance(edge_index, Tensor):
         dst, src, value = edge_index.coo()
-        return Edges(src, dst, _unless_ones(_checked(value, src, dtype, "values")))
+        return Edges(src, dst, _unless_ones(_checked(value, src, dtype, "values")) if weighted else None)
     if edge_index.layout == torch.strided:
         first, second = _checked_pair(edge_index).unbind(0)
         src, dst = (first, second) if flow == "source_to_target" else (second, first)

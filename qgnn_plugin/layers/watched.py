@@ -123,9 +123,10 @@ def watched_graph(
         edges, weight = edge_index, edge_weight
         if layer.normalize:
             improved = getattr(layer, "improved", False)
-            edges, weight = gcn_norm(
+            normalized = gcn_norm(
                 edges, weight, samples.num_nodes, improved, layer.add_self_loops, layer.flow, dtype=values.dtype
-            )
+            )  # of a SparseTensor there is one that has its weights
+            edges, weight = normalized if isinstance(normalized, tuple) else (normalized, weight)
         edges, weight = _dropped(edges, weight, getattr(layer, "dropout", 0.0), layer.training)
         return samples.rows(through_pyg(layer, edges, x=samples.shaped(values), edge_weight=weight))
 
