@@ -144,7 +144,7 @@ def test_watched_layers_propagate_by_it(edge_index: Tensor, monkeypatch: pytest.
     monkeypatch.setattr("torch_geometric.nn.conv.sg_conv.spmm", lambda adj, x, reduce: operator @ x)
     x, seen = torch.randn(NODES, WIDTH), []
     for model in models(SGConv(WIDTH, 8, K=2, bias=False), x, edge_index):
-        model.register_propagate_forward_hook(lambda layer, args, out: seen.append((args[1]["x"], out)))
+        model.register_propagate_forward_hook(lambda layer, args, out: seen.append((args[-1]["x"], out)))
         model(x, sparse(edge_index))
     assert len(seen) == 4
     for sent, out in seen:
