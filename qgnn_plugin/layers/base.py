@@ -54,19 +54,21 @@ class SwappedLayer:
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """Those of the layer itself to code of the model, which may run each of them; torch sees all."""
-        return self._seen_children(None if torch.compiler.is_compiling() else sys._getframe(1).f_globals)
+        hidden = self._hidden_from(None if torch.compiler.is_compiling() else sys._getframe(1).f_globals)
+        found: Iterator[tuple[str, nn.Module]] = super().named_children()  # type: ignore[misc]
+        return ((name, child) for name, child in found if name not in hidden)
 
     def children(self) -> Iterator[nn.Module]:
         """As :meth:`named_children`."""
-        caller = None if torch.compiler.is_compiling() else sys._getframe(1).f_globals
-        return (child for _, child in self._seen_children(caller))
+        hidden = self._hidden_from(None if torch.compiler.is_compiling() else sys._getframe(1).f_globals)
+        added = {id(self._modules.get(name)) for name in hidden}  # type: ignore[attr-defined]
+        found: Iterator[nn.Module] = super().children()  # type: ignore[misc]
+        return (child for child in found if id(child) not in added)
 
-    def _seen_children(self, caller: dict[str, Any] | None) -> Iterator[tuple[str, nn.Module]]:
-        """What code with the globals ``caller`` is to see; what is compiled is code of the model."""
+    def _hidden_from(self, caller: dict[str, Any] | None) -> frozenset[str]:
+        """The children that code with the globals ``caller`` is not to see; what is compiled is code of the model."""
         sees_all = caller is not None and str(caller.get("__name__")).startswith(_INFRASTRUCTURE)
-        hidden = () if sees_all else frozenset(self.added_names())
-        found: Iterator[tuple[str, nn.Module]] = super().named_children()  # type: ignore[misc]
-        return ((name, child) for name, child in found if name not in hidden)
+        return frozenset() if sees_all else frozenset(self.added_names())
 
     def as_float(self) -> nn.Module:
         """The layer as its own class describes it, without what was added: a view to read, not to run or keep."""
@@ -105,6 +107,7 @@ def names_kept(mixin: type, layer: nn.Module) -> tuple[str, ...]:
 
 # What a mixin means to put in the place of the layer's own.
 _REPLACED = frozenset({"forward", "reset_parameters", "weight", "_save_to_state_dict", "_load_from_state_dict"})
+_EXTENDED = frozenset({"named_children", "children", "_apply"})  # of torch, where the layer's own run as well
 _INFRASTRUCTURE = ("torch.", __name__.partition(".")[0] + ".")
 _LIBRARIES = (*_INFRASTRUCTURE, "torch_geometric.")
 
@@ -123,7 +126,7 @@ def clashes(mixin: type, layer: nn.Module) -> list[str]:
     for cls in mixin.__mro__:
         if not issubclass(float_class, cls):
             for name, value in vars(cls).items():
-                if name.startswith("__") or name in _REPLACED or isinstance(value, Alias):
+                if name.startswith("__") or name in _REPLACED | _EXTENDED or isinstance(value, Alias):
                     continue
                 is_method = callable(value) or isinstance(value, _METHODS)
                 (methods if is_method else constants).add(name)

@@ -106,6 +106,52 @@ def test_multipliers_move_whatever_their_name() -> None:
     assert float(converted.state_dict()["layer.qgnn_multiplier"]) == 0
 
 
+class Validated(nn.Linear):
+    """A layer that extends methods of torch's, as those do whose children are made once their sizes are known."""
+
+    def __init__(self) -> None:
+        super().__init__(WIDTH, WIDTH)
+        self.drop, self.asked = nn.Dropout(0.0), set()
+
+    def named_children(self) -> Any:
+        self.asked.add("named_children")
+        return super().named_children()
+
+    def children(self) -> Any:
+        self.asked.add("children")
+        return reversed(list(super().children()))
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self.asked.add("_apply")
+        return super()._apply(*args, **kwargs)
+
+
+class ValidatedWeight(Validated):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+@pytest.mark.parametrize("make", [Validated, ValidatedWeight])
+@torch.no_grad()
+def test_methods_of_torch_that_a_layer_extends(make: Any) -> None:
+    model, args = Model(make()).eval(), inputs()
+    model.layer.extra = nn.Identity()
+    forms = forms_of(model, args)
+    expected = forms["converted"](*args)
+    for form in FORMS:
+        layer: Any = forms[form].layer
+        assert torch.equal(forms[form](*args), expected)
+        for ask, seen in {"named_children": dict, "children": list}.items():
+            layer.asked.clear()
+            theirs, own = seen(getattr(layer, ask)()), seen(getattr(model.layer, ask)())
+            assert ask in layer.asked
+            assert [*map(repr, theirs)] == [*map(repr, own)]
+        layer.asked.clear()
+        layer.to("cpu")
+        assert "_apply" in layer.asked
+        assert form == "converted" or qgnn.summary(forms[form]).layers[1].reason is None
+
+
 def test_names_that_are_needed_are_refused() -> None:
     class Arguments(MessagePassing):
         def quantized_arguments(self) -> None: ...
