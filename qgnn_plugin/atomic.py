@@ -16,7 +16,7 @@ try:
 except ImportError:  # Windows: no locks, and no open file can take another's place
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["PathLike", "atomic_file", "shown"]
+__all__ = ["PathLike", "atomic_file", "named", "shown"]
 
 PathLike = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
@@ -24,9 +24,23 @@ TEMPORARY = re.compile(r"\.qgnn-[0-9a-f]{32}\.tmp")
 ATTEMPTS = 100
 
 
+def named(path: PathLike) -> str:
+    """``path`` as a text.
+
+    Raises:
+        TypeError: If it is none, such as an open file.
+    """
+    if not isinstance(path, (str, bytes, os.PathLike)):
+        raise TypeError(
+            f"Expected a path, of str, bytes or os.PathLike (got {type(path).__name__}): files are opened here, to be "
+            f"written whole or not at all"
+        )
+    return os.fsdecode(path)
+
+
 def shown(path: PathLike) -> str:
     """``path`` for a message: bytes that are no UTF-8 are escaped."""
-    return os.fsdecode(path).encode("utf-8", "backslashreplace").decode()
+    return named(path).encode("utf-8", "backslashreplace").decode()
 
 
 @contextlib.contextmanager
@@ -41,7 +55,7 @@ def atomic_file(path: PathLike) -> Iterator[BinaryIO]:
         FileNotFoundError: If there is no folder to write to.
         OSError: If ``path`` is a folder or cannot be written.
     """
-    target = os.path.abspath(os.fsdecode(path))
+    target = os.path.abspath(named(path))
     folder = os.path.dirname(target)
     _check(target, folder)
     _sweep(folder)

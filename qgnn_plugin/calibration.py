@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import check_one_of
-from .conversion.converted import expect_converted, quantizers
+from .conversion.converted import expect_converted, expect_values, quantizers
 from .conversion.coverage import counting_rows
 from .conversion.passed_by import Reached
 from .inputs import Forward, is_data, run_model, tensors_in
@@ -73,6 +73,7 @@ def calibrate(
         TypeError: If a batch does not fit ``qmodel``.
     """
     expect_converted(qmodel)
+    expect_values(qmodel)
     if forward is not None and not callable(forward):
         raise TypeError(f"Expected a function of model and batch as 'forward' (got {type(forward).__name__})")
     check_one_of("method", method, METHODS)

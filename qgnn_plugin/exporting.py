@@ -5,7 +5,6 @@ In each of them the edges are an input like the features: one program serves gra
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_map
 
-from .atomic import PathLike, atomic_file, shown
+from .atomic import PathLike, atomic_file, named, shown
 from .conversion.converted import is_quantized
 from .graph.adjacency import has_fixed_graph
 from .packing import is_packed
@@ -86,7 +85,7 @@ def export_package(
         OSError: If there is no folder for it.
     """
     configs = options.pop("inductor_configs", None)
-    target = os.fsdecode(path)
+    target = named(path)
     if not target.endswith(".pt2"):
         raise ValueError(f"Expected a path that ends in '.pt2' (got '{shown(path)}')")
     with atomic_file(path) as file:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
 
-from .atomic import PathLike, atomic_file, shown
+from .atomic import PathLike, atomic_file, named, shown
 from .packing import load_packed, save_packed
 from .packing.model import specs_of
 
@@ -37,12 +36,14 @@ def save_pretrained(packed: nn.Module, folder: PathLike, *, arguments: Mapping[s
             :class:`PretrainedMixin` has seen.
 
     Raises:
+        TypeError: If ``arguments`` are no mapping of names.
         ValueError: If ``packed`` is no packed model, or ``arguments`` are not what JSON can hold.
         OSError: If the folder cannot be written.
     """
     specs = specs_of(packed)
     if arguments is None:
         arguments = vars(packed).get(ARGUMENTS)
+    _check_arguments(arguments)
     layers = {spec.name: spec.config.to_dict() for spec in specs}
     configs = list(layers.values())
     same = all(config == configs[0] for config in configs)
@@ -54,17 +55,27 @@ def save_pretrained(packed: nn.Module, folder: PathLike, *, arguments: Mapping[s
         "quantization": configs[0] if same else layers,
     }
     try:
-        text = json.dumps(config, indent=2)
+        text = json.dumps(config, indent=2, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"Expected arguments that JSON can hold: numbers, texts, lists and mappings (got {error}); give others by "
             f"from_pretrained(folder, model)"
         ) from None
-    where = Path(os.fsdecode(folder))
+    where = Path(named(folder))
     where.mkdir(parents=True, exist_ok=True)
     save_packed(packed, where / WEIGHTS)
     with atomic_file(where / CONFIG) as file:
         file.write(text.encode() + b"\n")
+
+
+def _check_arguments(arguments: Any) -> None:
+    if arguments is None:
+        return
+    if not isinstance(arguments, Mapping):
+        raise TypeError(f"Expected 'arguments' by name, a mapping (got {type(arguments).__name__})")
+    for name in arguments:
+        if not isinstance(name, str):
+            raise TypeError(f"Expected names of arguments in 'arguments' (got {name!r})")
 
 
 def from_pretrained(folder: PathLike, model: nn.Module | type[nn.Module], **options: Any) -> nn.Module:
@@ -80,7 +91,7 @@ def from_pretrained(folder: PathLike, model: nn.Module | type[nn.Module], **opti
         ValueError: If ``config.json`` is none of this library, or tells no arguments where ``model`` is a class,
             besides what :func:`qgnn_plugin.load_packed` raises.
     """
-    where = Path(os.fsdecode(folder))
+    where = Path(named(folder))
     config = _read(where / CONFIG)
     if isinstance(model, type):
         arguments = config.get("arguments")

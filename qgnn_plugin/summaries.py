@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .config import OFF
-from .conversion.converted import expect_converted, is_packed, is_quantized, quantized_layers, quantizers
+from .conversion.converted import expect_converted, expect_values, is_packed, is_quantized, quantized_layers, quantizers
 from .conversion.coverage import Coverage, coverage, has_run
 from .kernels.layout import row_words
 from .layers.normalized import still
@@ -113,6 +113,7 @@ def summary(qmodel: nn.Module) -> Summary | PackedSummary:
     if isinstance(qmodel, nn.Module) and is_packed(qmodel):
         return packed_summary(qmodel)
     expect_converted(qmodel)
+    expect_values(qmodel)
     with still(qmodel):
         return _summary(qmodel)
 

@@ -312,6 +312,9 @@ def test_moving_precision_and_device(name: str) -> None:
     values = state(qmodel)
     meta = copy.deepcopy(qmodel).to("meta")
     assert all(p.is_meta for p in (*meta.parameters(), *meta.buffers()))
+    for call in (qgnn.pack_model, qgnn.summary, lambda model: qgnn.calibrate(model, (x, edge_index))):
+        with pytest.raises(ValueError, match=r"Expected a model with values \(got '.*' on the device 'meta'\)"):
+            call(meta)
     meta.to_empty(device="cpu").load_state_dict(values)
     assert torch.equal(meta(x, edge_index), expected)
 

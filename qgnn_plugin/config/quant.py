@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
@@ -24,6 +24,16 @@ CONFIG_VERSION = 1
 _BIT_FIELDS = (
     "bits", "input_bits", "weight_bits", "activation_bits", "message_bits", "attention_bits", "output_bits",
 )  # fmt: skip
+# The sites that a field is of: which of a layer's own have it as they are made.
+_SITES_OF: dict[str, tuple[Site, ...]] = {
+    "input_bits": ("input", "activation"),  # features, wherever the model takes them
+    "weight_bits": ("weight",),
+    "weight_granularity": ("weight",),
+    "weight_levels": ("weight",),
+    "activation_bits": ("input", "activation"),
+    "message_bits": ("message",),
+    "message_levels": ("message",),
+}
 
 
 @dataclass(frozen=True)
@@ -56,7 +66,7 @@ class QuantConfig:
             already fits them, and a gradient for every stored value is the dearest part of a step on sparse features.
         smp: Smoothness constraint of every message-passing layer, or :obj:`None`.
         overrides: Layer-name pattern (as in :mod:`fnmatch`) to a mapping of the fields above for matching layers;
-            later patterns win.
+            later patterns win.  Weights of a convolution are mostly those of a layer inside it: ``"convs.1*"`` is both.
     """
 
     bits: int = 4
@@ -74,7 +84,7 @@ class QuantConfig:
     learn_ranges: bool = True
     learn_input_ranges: bool = False
     smp: SMPConfig | None = field(default_factory=SMPConfig)
-    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
     version: int = CONFIG_VERSION
 
     def __post_init__(self) -> None:
@@ -104,6 +114,11 @@ class QuantConfig:
         overrides = {k: _mapping(k, v) for k, v in _mapping("overrides", self.overrides).items()}
         object.__setattr__(self, "overrides", overrides)
         for pattern, changes in self.overrides.items():
+            if not isinstance(pattern, str):
+                raise TypeError(
+                    f"Expected names of layers, or patterns of them, in 'overrides' (got {pattern!r}); of a type: "
+                    f"{{name: changes for name, layer in model.named_modules() if isinstance(layer, ...)}}"
+                )
             for name in changes:
                 if name not in known:
                     raise ValueError(
@@ -143,6 +158,21 @@ class QuantConfig:
                 hint = did_you_mean(pattern, layer_names) or "."
                 layers = ", ".join(layer_names) or "none"
                 raise ValueError(f"The override pattern {pattern!r} matches no layer{hint} Layers: {layers}")
+
+    def idle_overrides(self, sites: Collection[tuple[str, Site]]) -> Iterator[tuple[str, str, list[str]]]:
+        """Overrides for sites that none of the layers they match has, and others have.
+
+        Args:
+            sites: What there is: names of layers, and the kind of a site.
+
+        Yields:
+            The pattern, the field, and the layers that have such sites.
+        """
+        for pattern, changes in self.overrides.items():
+            for name in changes:
+                able = sorted({layer for layer, site in sites if site in _SITES_OF.get(name, ())})
+                if able and not any(fnmatchcase(layer, pattern) for layer in able):
+                    yield pattern, name, able
 
     def to_dict(self) -> dict[str, Any]:
         """A plain, JSON-serializable description; :meth:`from_dict` is its inverse."""

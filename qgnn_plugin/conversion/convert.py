@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from ..config import OFF, QuantConfig
+from ..config import OFF, QuantConfig, Site
 from ..layers.base import QuantizedLayer, restore_class
 from ..layers.fast_paths import close_fast_paths, open_fast_paths
 from ..layers.message_passing import QuantizedConv
@@ -86,10 +88,11 @@ def quantize_model(
         check_methods(model, dict(chosen))
         places = _stack_places(chosen, config.for_layer)
         with still(model):
-            _convert_or_undo(model, [name for name, _ in chosen], config.for_layer, places)
+            made = _convert_or_undo(model, [name for name, _ in chosen], config.for_layer, places)
     except Exception:
         close_scripted(model)
         raise
+    _warn_of_idle_overrides(config, made, stacklevel=2)
     open_checkpoints(model)
     warn_of_comparisons(model, stacklevel=2)
     warn_of_parameter_sums(model, stacklevel=2)
@@ -200,11 +203,12 @@ def _configuration(bits: int | QuantConfig | None, config: QuantConfig | None) -
 
 
 ConfigOf = Callable[[str], QuantConfig]
+Sites = set[tuple[str, Site]]
 
 
-def _convert_or_undo(model: nn.Module, names: list[str], config_of: ConfigOf, places: dict[str, StackPlace]) -> None:
+def _convert_or_undo(model: nn.Module, names: list[str], config_of: ConfigOf, places: dict[str, StackPlace]) -> Sites:
     try:
-        _convert(model, names, config_of, places)
+        made = _convert(model, names, config_of, places)
         connect_stacks(model, places)
         close_fast_paths(model)
     except Exception:
@@ -213,6 +217,19 @@ def _convert_or_undo(model: nn.Module, names: list[str], config_of: ConfigOf, pl
             if isinstance(layer, QuantizedLayer):
                 restore_class(layer)
         raise
+    return made
+
+
+def _warn_of_idle_overrides(config: QuantConfig, made: Sites, stacklevel: int) -> None:
+    for pattern, name, able in config.idle_overrides(made):
+        inside = [layer for layer in able if fnmatchcase(layer, f"{pattern}.*")]
+        others = inside or able
+        listed = ", ".join(f"'{layer}'" for layer in others[:5]) + (", ..." if len(others) > 5 else "")
+        warnings.warn(
+            f"{name!r} in the override for '{pattern}' changes nothing: no layer of that name has such a site; "
+            f"{listed} {'inside have: ' + repr(pattern + '.*') if inside else 'have'}",
+            stacklevel=stacklevel + 1,
+        )
 
 
 def _stack_places(chosen: list[tuple[str, nn.Module]], config_of: ConfigOf) -> dict[str, StackPlace]:
@@ -238,9 +255,9 @@ def _can_stack(conv: nn.Module, deep: bool) -> bool:
     return deep and deep_mixin(mixin_for(conv)) is not None
 
 
-def _convert(model: nn.Module, names: list[str], config_of: ConfigOf, places: dict[str, StackPlace]) -> None:
+def _convert(model: nn.Module, names: list[str], config_of: ConfigOf, places: dict[str, StackPlace]) -> Sites:
     layers = dict(model.named_modules())
-    entrance, at_input = Entrance(), ""
+    entrance, at_input, made = Entrance(), "", set[tuple[str, Site]]()
     last = output_layer(names, {name: mixin_for(layers[name]) or QuantizedLayer for name in names})
     for name in names:
         layer = layers[name]
@@ -253,10 +270,11 @@ def _convert(model: nn.Module, names: list[str], config_of: ConfigOf, places: di
         settings = config_of(name)
         output = name == last and settings.bits_for("output") != OFF
         enters = entrance.is_open = entrance.is_open or is_in_copy(model, name, at_input)
-        sites = SiteFactory(name, settings, device, dtype, entrance, config_of, place)
+        sites = SiteFactory(name, settings, device, dtype, entrance, config_of, place, made)
         convert_layer(layer, mixin, sites, output=output)
         if enters and not entrance.is_open:
             at_input = at_input or name
+    return made
 
 
 def _kind_of_state(state: Mapping[str, Any]) -> str:

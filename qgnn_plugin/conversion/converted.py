@@ -13,6 +13,7 @@ __all__ = [
     "check_unconverted",
     "expect_converted",
     "expect_trainable",
+    "expect_values",
     "is_packed",
     "is_quantized",
     "kind_of",
@@ -63,6 +64,16 @@ def expect_trainable(model: Any) -> None:
     if state in ("", "packed"):
         error = ValueError if state else TypeError
         raise error(f"Expected a model to train (got {kind_of(model)}); {_REMEDIES[state]}")
+
+
+def expect_values(model: nn.Module) -> None:
+    """Raise where ranges of ``model`` are on the device ``meta``, which holds no values."""
+    empty = (name for name, m in model.named_modules() if isinstance(m, QLRQuantizer) and m.kind.is_meta)
+    if (name := next(empty, None)) is not None:
+        raise ValueError(
+            f"Expected a model with values (got '{name}' on the device 'meta'); give it some: "
+            f"model.to_empty(device='cpu'), then load_state_dict"
+        )
 
 
 def check_unconverted(model: nn.Module) -> None:

@@ -33,6 +33,7 @@ class SiteFactory:
     entrance: Entrance = field(default_factory=Entrance)
     configs: Callable[[str], QuantConfig] | None = None  # of inner layers, by name; default this layer's own
     place: StackPlace | None = None  # in a deep stack
+    made: set[tuple[str, Site]] = field(default_factory=set)  # sites of layers by name; inner layers add theirs
 
     def make(
         self,
@@ -49,6 +50,7 @@ class SiteFactory:
 
         What the model returns has one range where rows would have multiples of one: it is read as one matrix.
         """
+        self.made.add((self.name, site))
         granularity = granularity or self.config.granularity
         if (granularity == "channel" and channels is None) or (granularity == "row" and site == "output"):
             granularity = "tensor"

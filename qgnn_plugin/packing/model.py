@@ -12,7 +12,7 @@ from torch_geometric.nn.aggr import EquilibriumAggregation
 from torch_geometric.nn.models.rev_gnn import InvertibleModule
 
 from ..config import OFF
-from ..conversion.converted import SPECS, is_packed, is_quantized, quantized_layers
+from ..conversion.converted import SPECS, expect_values, is_packed, is_quantized, kind_of, quantized_layers
 from ..conversion.copying import copying_memo
 from ..conversion.coverage import has_run
 from ..conversion.passed_by import takes_tensors_alone
@@ -76,6 +76,7 @@ def pack_model(qmodel: nn.Module) -> nn.Module:
             f"Expected a model made by quantize_model (got a plain {type(qmodel).__name__}); "
             f"convert it first: qgnn_plugin.quantize_model(model)"
         )
+    expect_values(qmodel)
     layers = quantized_layers(qmodel)
     differentiated = [name for name, m in qmodel.named_modules() if isinstance(m, EquilibriumAggregation)]
     with still(qmodel):
@@ -218,8 +219,11 @@ def specs_of(model: nn.Module) -> list[LayerSpec]:
     """The descriptions that a packed model carries.
 
     Raises:
-        ValueError: If ``model`` is not packed.
+        TypeError: If ``model`` is no module.
+        ValueError: If it is not packed.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"Expected a model made by pack_model (got {kind_of(model)})")
     specs: list[LayerSpec] | None = vars(model).get(SPECS)  # not of what a wrapper passes attributes on from
     if specs is None:
         inside = next((name for name, module in model.named_modules() if SPECS in vars(module)), None)

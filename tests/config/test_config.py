@@ -6,6 +6,7 @@ from types import MappingProxyType
 from typing import Any
 
 import pytest
+from torch_geometric.nn import GCNConv
 
 from qgnn_plugin import QuantConfig, SMPConfig
 
@@ -151,6 +152,18 @@ def test_patterns_must_match() -> None:
     with pytest.raises(ValueError, match=r"'haed' matches no layer\. Did you mean 'head'\? Layers: convs\.0, head"):
         config.check_overrides(["convs.0", "head"])
     config.check_overrides(["convs.0", "haed"])
+
+
+@pytest.mark.parametrize("pattern", [GCNConv, 3, None, ("a", "b")], ids=repr)
+def test_patterns_are_texts(pattern: Any) -> None:
+    with pytest.raises(TypeError, match=r"Expected names of layers, or patterns of them, in 'overrides'"):
+        QuantConfig(overrides={pattern: {"bits": 8}})
+
+
+def test_equal_configurations_have_one_hash() -> None:
+    configs = [QuantConfig(overrides={"a": {"bits": 8}}), QuantConfig(overrides={"a": {"bits": 8}}), QuantConfig()]
+    assert hash(configs[0]) == hash(configs[1])
+    assert len(set(configs)) == 2
 
 
 def test_accurate_placement() -> None:

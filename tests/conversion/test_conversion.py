@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,14 @@ from core.support import (
 from torch import Tensor, nn
 from torch_geometric.nn import (
     APPNP,
+    GAT,
     GCN,
+    GIN,
     FiLMConv,
     GATConv,
     GCNConv,
     GraphConv,
+    GraphSAGE,
     Linear,
     MessagePassing,
     SAGEConv,
@@ -199,6 +203,27 @@ def test_overrides_reach_every_site_of_a_layer_and_inner_layers() -> None:
     assert list(qgnn.smp_layers(qmodel)) == ["a"]
     assert not any(p.requires_grad for p in qgnn.range_parameters(qmodel))
     assert not hasattr(qmodel["b"], "multiplier")
+
+
+@pytest.mark.parametrize("field", ["weight_bits", "message_bits"])
+@pytest.mark.parametrize("model", [GCN, GraphSAGE, GAT, GIN])
+def test_overrides_change_something_or_say_so(model: type[nn.Module], field: str) -> None:
+    """A convolution's weights are those of the layers inside it: the pattern of its name reaches none."""
+    float_model = model(WIDTH, 8, num_layers=2, out_channels=OUT)
+    before = {name: site.bits for name, site in qgnn.quantizers(qgnn.quantize_model(float_model, 4)).items()}
+    layers = {name.rpartition(".")[0] for name in before}
+    outcomes = set()
+    for pattern in (*layers, "*", "convs.1*", "convs.1.*"):
+        config = QuantConfig(bits=4, overrides={pattern: {field: 8}})
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            qmodel = qgnn.quantize_model(float_model, config=config)
+        changed = before != {name: site.bits for name, site in qgnn.quantizers(qmodel).items()}
+        said = [str(w.message) for w in caught if f"'{pattern}' changes nothing" in str(w.message)]
+        assert changed != bool(said), pattern
+        assert all(f"'{field}' in the override" in text for text in said)
+        outcomes.add(changed)
+    assert outcomes == {True, False}
 
 
 def test_later_overrides_win() -> None:

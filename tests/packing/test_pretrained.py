@@ -82,6 +82,11 @@ def test_what_cannot_be_read_or_written_says_why(tmp_path: Path) -> None:
     model = packed(GCN(**WIDTHS))
     with pytest.raises(ValueError, match=r"that JSON can hold.*from_pretrained\(folder, model\)"):
         qgnn.save_pretrained(model, tmp_path, arguments={"act": torch.relu})
+    with pytest.raises(ValueError, match="that JSON can hold"):
+        qgnn.save_pretrained(model, tmp_path, arguments={"dropout": float("nan")})
+    for arguments in ([1, 2], {1: 2}, "x"):
+        with pytest.raises(TypeError, match="arguments"):
+            qgnn.save_pretrained(model, tmp_path, arguments=arguments)
     with pytest.raises(ValueError, match="pack it first"):
         qgnn.save_pretrained(GCN(**WIDTHS), tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
-from ...atomic import PathLike, atomic_file, shown
+from ...atomic import PathLike, atomic_file, named, shown
 from ...kernels.layout import LAYOUT_VERSION
 from . import tensor_file
 
@@ -119,7 +119,7 @@ def kind_of(path: PathLike) -> str:
 
 def _opened(path: PathLike, *, mmap: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors in a file, not yet compared with their checksums, and its header."""
-    name = os.fsdecode(path)
+    name = named(path)
     if not os.path.isfile(name):
         found = "a folder" if os.path.isdir(name) else "nothing" if not os.path.lexists(name) else "no regular file"
         raise FileNotFoundError(f"Expected a file (got {found} at '{shown(path)}')")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 from pathlib import Path
@@ -128,6 +129,33 @@ def test_wrong_arguments(saved: Path, tmp_path: Path) -> None:
         qgnn_plugin.load_packed(saved, qgnn_plugin.quantize_model(MODELS["gcn"]()))
     with pytest.raises(TypeError, match="float model"):
         qgnn_plugin.load_packed(saved, {"a": 1})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("path", [io.BytesIO(), 3, None, ["a"]], ids=repr)
+def test_paths_are_paths(saved: Path, path: Any) -> None:
+    packed = qgnn_plugin.load_packed(saved, MODELS["gcn"]())
+    graph = torch.randn(3, FEATURES), torch.tensor([[0, 1], [1, 2]])
+    table = qgnn_plugin.PackedEmbeddings.from_float(torch.randn(20, 8), bits=4)
+    calls = [
+        lambda: qgnn_plugin.save_packed(packed, path),
+        lambda: qgnn_plugin.load_packed(path, MODELS["gcn"]()),
+        lambda: qgnn_plugin.save_pretrained(packed, path),
+        lambda: qgnn_plugin.from_pretrained(path, MODELS["gcn"]()),
+        lambda: qgnn_plugin.export_onnx(packed, graph, path),
+        lambda: qgnn_plugin.export_package(packed, graph, path),
+        lambda: table.save(path),
+        lambda: qgnn_plugin.PackedEmbeddings.load(path),
+    ]
+    for call in calls:
+        with pytest.raises(TypeError, match=rf"Expected a path.*\(got {type(path).__name__}\)"):
+            call()
+
+
+@pytest.mark.parametrize("model", [None, GCN, {"a": 1}, torch.zeros(1)], ids=lambda model: type(model).__name__)
+def test_models_are_modules(tmp_path: Path, model: Any) -> None:
+    for call in (qgnn_plugin.packed_bytes, lambda m: qgnn_plugin.save_packed(m, tmp_path / "new")):
+        with pytest.raises(TypeError, match=rf"made by pack_model \(got a {type(model).__name__}\)"):
+            call(model)
 
 
 def test_writing_is_atomic(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
