@@ -30,7 +30,7 @@ from qgnn_plugin.kernels.cpu.simd import (
     vstore,
 )
 from qgnn_plugin.kernels.generated.lanes import (
-    vabove, vabs, vexp, vexpm1, vfrom, vgreater, vhead_sum, vleaky, vload_tile, vlog, vlog1p, vneg, vpattern, vrelu,
+    vabove, vabs, vexp, vexpm1, vgreater, vhead_sum, vleaky, vload_tile, vlog, vlog1p, vneg, vpattern, vrelu,
     vsigmoid, vsoftplus, vsqrt, vstore_tile, vtanh, vwhere,
 )
 

@@ -38,7 +38,6 @@ __all__ = [
     "vabs",
     "vexp",
     "vexpm1",
-    "vfrom",
     "vgreater",
     "vhead_sum",
     "vleaky",
@@ -159,17 +158,6 @@ def vhead_sum(typingctx, v, pattern, head):
         return call
 
     return signature(types.float32, v, pattern, head), codegen
-
-
-@intrinsic(prefer_literal=True)
-def vfrom(typingctx, v, count):
-    """``v`` with zeros from lane ``count`` on, a constant."""
-    kept = count.literal_value
-
-    def codegen(context, builder, sig, args):
-        return builder.select(_mask(v.lanes, kept), args[0], _constant(v, 0))
-
-    return signature(v, v, count), codegen
 
 
 def _intrinsic(name: str, llvm: str):

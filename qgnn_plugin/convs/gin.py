@@ -20,7 +20,8 @@ from ..packing.layers.base import register_packed
 from ..packing.layers.conv import packed_dense
 from ..packing.layers.few_rows import is_few
 from ..packing.layers.guard import inference
-from ..packing.lazy.deferred import DeferredTensor, is_deferring
+from ..packing.lazy.calls import is_deferring
+from ..packing.lazy.deferred import DeferredTensor
 from ..quantizers import QuantizedTensor
 from ..smp.constraint import Operator, attach_constraint
 from .base import Codes, Convolution, Frozen, Result, Trainable, trainable

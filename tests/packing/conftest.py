@@ -45,12 +45,12 @@ def blocks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 def tiny(monkeypatch: pytest.MonkeyPatch, blocks_alone: None) -> list[int]:
     """Blocks of a few edges; gives how many edges each had."""
     sizes: list[int] = []
-    run = row_blocks._Runner.__call__
+    run = row_blocks.Runner.__call__
 
     def counted(self: Any, edges: Any) -> Any:
         sizes.append(edges.count)
         return run(self, edges)
 
     monkeypatch.setattr(row_blocks.RowBlocks, "edges_per_block", lambda self: 16)
-    monkeypatch.setattr(row_blocks._Runner, "__call__", counted)
+    monkeypatch.setattr(row_blocks.Runner, "__call__", counted)
     return sizes

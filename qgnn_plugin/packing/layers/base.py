@@ -17,8 +17,9 @@ from ...layers.own_weights import outside_compiler
 from ...smp.constraint import constraint_names
 from ...smp.deep import StackPlace
 from ..lazy.asked import Asked
+from ..lazy.calls import is_deferring
 from ..lazy.columns import deferred_result
-from ..lazy.deferred import is_deferring, materialized
+from ..lazy.deferred import materialized
 from ..lazy.producers import Producer
 from ..lazy.weight import refuse_dtype
 from .few_rows import Direct

@@ -8,26 +8,23 @@ operations in the same order, so what a model returns does not depend on what wa
 
 from __future__ import annotations
 
-import contextlib
 import math
-import weakref
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from .asked import Asked, key_of
-from .floats import Floats
+from .calls import left_to_scope
 from .producers import Block, Producer, Rows, gathered, row_blocks
-from .stand_in import StandIn, explain_missing_memory, refusing_reads
+from .stand_in import StandIn, refusing_reads
 from .steps import IN_PLACE, Step, as_now, batch_norm, finished, step_of, with_epilogue
 
-__all__ = ["NOTES", "DeferredTensor", "Pending", "Scope", "is_deferring", "materialized"]
+__all__ = ["NOTES", "DeferredTensor", "Pending", "materialized"]
 
 aten = torch.ops.aten
 
@@ -45,6 +42,25 @@ class _Runs:
 
     def undo(self) -> None:
         self.count -= 1
+
+
+class Floats:
+    """A matrix that was computed for a result, and that only what follows from this result can read.
+
+    Args:
+        value: The matrix ``[N, F]``; nobody else holds it.
+    """
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+        self.readers: WeakSet[Any] = WeakSet()  # results that are made of it, should somebody ask for them
+        self.is_kept = False  # by what cannot be told any more
+
+    def left_to(self, reader: Any) -> Tensor | None:
+        """The matrix, for ``reader`` to write over; :obj:`None` where something else that is left may read it."""
+        is_alone = not self.is_kept and all(other is reader for other in self.readers)
+        self.readers.discard(reader)
+        return self.value if is_alone else None
 
 
 class Pending:
@@ -235,14 +251,8 @@ class DeferredTensor(StandIn, Tensor):  # type: ignore[misc]
         shape, kind = (producer.num_rows, *dims), {"dtype": torch.float32, "device": producer.device}
         tensor = Tensor._make_wrapper_subclass(cls, shape, strides, **kind)
         tensor.pending = pending
-        tensor.left_to_scope()
+        left_to_scope(tensor)
         return refusing_reads(tensor)
-
-    def left_to_scope(self) -> None:
-        """Have the call that runs, if any, compute this one at its end, where something still refers to it."""
-        scope = _scope.get()
-        if scope is not None:
-            scope.made.append(weakref.ref(self))
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -339,63 +349,3 @@ def _note_layer_norm(pending: Pending, shape: Any, *rest: Any) -> Any:
         return None
     norm, empty, rest = aten.native_layer_norm.default, torch.empty(0), as_now(*rest)
     return DeferredTensor._of(pending.then(lambda y: norm(y, shape, *rest)[0])), empty, empty
-
-
-# Where layers may defer ###############################################################################################
-
-_scope: ContextVar[Scope | None] = ContextVar("qgnn_deferring", default=None)
-
-
-class Scope:
-    """One call of a packed model, as a context: the deferred tensors that were made in it.
-
-    Args:
-        mode: What looks at the functions of torch that are called in it, if anything does.
-    """
-
-    __slots__ = ("made", "mode", "outer")
-
-    def __init__(self, mode: TorchFunctionMode | None = None) -> None:
-        self.mode = mode
-
-    def __enter__(self) -> Scope:
-        self.made: list[weakref.ref[DeferredTensor]] = []
-        self.outer = _scope.get()
-        _scope.set(self)
-        if self.mode is not None:
-            self.mode.__enter__()
-        return self
-
-    def end_mode(self) -> None:
-        """Have nothing look at functions of torch from now on."""
-        if self.mode is not None:
-            mode, self.mode = self.mode, None
-            mode.__exit__(None, None, None)
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
-        try:
-            explain_missing_memory(error)
-            self.end_mode()
-            if kind is None:
-                self._compute_what_is_left()
-        finally:
-            _scope.set(self.outer)
-
-    def _compute_what_is_left(self) -> None:
-        """Compute what something still refers to after the call, such as an attribute of the model or a field of what
-        it returns, and put ordinary tensors in its place.
-
-        What it follows from may be written over from now on.
-        """
-        left = [tensor for made in self.made if (tensor := made()) is not None]
-        self.made.clear()  # what is weakly referred to is not swapped
-        for tensor in left:
-            tensor.materialized()
-        for tensor in reversed(left):  # views hold what they are of
-            with contextlib.suppress(RuntimeError):  # where others refer to it so, it stays what stands for its value
-                torch.utils.swap_tensors(tensor, tensor.materialized().detach())
-
-
-def is_deferring() -> bool:
-    """Whether a packed model is running in a :class:`Scope`; never while compiling."""
-    return not torch.compiler.is_compiling() and not torch.jit.is_tracing() and _scope.get() is not None

@@ -16,7 +16,8 @@ from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
 from . import sizes
-from .deferred import NOTES, DeferredTensor, Pending, is_deferring, materialized
+from .calls import is_deferring
+from .deferred import NOTES, DeferredTensor, Pending, materialized
 from .producers import Producer
 
 __all__ = ["Gathering"]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from . import deferred
-from .deferred import Scope, is_deferring, materialized
+from .calls import Scope, is_deferring
+from .deferred import materialized
 from .gathers import Gathering
 from .weight import refuse_dtype
 

@@ -13,6 +13,7 @@ from torch.nn import Parameter
 from ...kernels.cpu.memory import empty
 from ...kernels.finite import is_finite
 from .asked import Asked
+from .calls import left_to_scope
 from .deferred import NOTES, VIEWS, DeferredTensor, Pending, materialized
 from .producers import Producer, gathered, row_blocks
 from .stand_in import refusing_reads
@@ -183,7 +184,7 @@ class Stacked(DeferredTensor):
             cls, (len(tensors), *first.shape), dtype=torch.float32, device=first.device
         )
         made.parts, made.pending = tuple(tensors), _StackedPending(tensors)  # type: ignore[assignment]
-        made.left_to_scope()
+        left_to_scope(made)
         return refusing_reads(made)
 
     @classmethod

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .deferred import is_deferring
+from .calls import is_deferring
 from .stand_in import StandIn, refusing_reads
 
 __all__ = ["FrozenWeight", "is_transforming", "read_only", "refuse_dtype"]

@@ -36,7 +36,8 @@ from ..lazy.producers import Producer
 from .call import MessageKernel, NotByRows, Propagation, find_message_kernel
 from .nodes import packed_nodes, values_of
 from .relations import own_form
-from .row_blocks import RowBlocks, check_rows, is_one_block, run_by_rows, run_edges_by_rows, widest
+from .row_blocks import RowBlocks, is_one_block, run_by_rows, run_edges_by_rows, widest
+from .row_checks import check_rows
 
 __all__ = ["PackedMessagePassing"]
 

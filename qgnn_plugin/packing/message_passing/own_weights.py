@@ -18,7 +18,7 @@ from ..layers.weights import PackedWeights
 from ..lazy.of_nodes import held_for_blocks, is_held_for_blocks, mapped_nodes
 from ..lazy.weight import FrozenWeight, is_transforming
 from .generic import PackedMessagePassing
-from .row_blocks import TOLERANCE
+from .row_checks import TOLERANCE
 
 __all__ = ["PackedOwnConv", "PackedOwnModule", "PackedOwnWeights"]
 

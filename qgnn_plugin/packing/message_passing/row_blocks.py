@@ -6,7 +6,7 @@ dequantized, indices are renumbered to it, and ``message`` and ``aggregate`` run
 function of ``index`` stays right, since rows are whole and their edges keep their order.
 
 Layers that break the contract, such as one that takes a mean over all edges, are found out before they are run by
-blocks: :func:`check_rows` computes a few made-up rows together and apart, and compares.
+blocks (:mod:`.row_checks`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch_geometric.nn.aggr import Aggregation, GRUAggregation, LCMAggregation, LSTMAggregation
 
 from ..lazy import sizes
 from ..lazy.columns import Late, waits
@@ -28,13 +27,19 @@ from ..lazy.of_nodes import FEWEST_EDGES, OfNodes
 from .call import SPECIAL, NotByRows, Propagation
 from .nodes import PackedNodes, is_features
 
-__all__ = ["RowBlocks", "check_rows", "run_by_rows", "run_edges_by_rows"]
-
-SAMPLE_DEGREES = (1, 3, 0, 7, 2, 0, 24, 5, 1, 40, 0, 13)  # of the made-up rows
-TOLERANCE = 1e-4  # of the largest result: functions of blocks may round otherwise
-
-# Sequences of neighbours are padded to the longest of all rows, and the padding counts.
-_PADDED = (LSTMAggregation, GRUAggregation, LCMAggregation)
+__all__ = [
+    "Edges",
+    "RowBlocks",
+    "Runner",
+    "expect_per_edge",
+    "is_one_block",
+    "not_alone",
+    "parts_of",
+    "row_dim",
+    "run_by_rows",
+    "run_edges_by_rows",
+    "widest",
+]
 
 
 @dataclass
@@ -122,7 +127,7 @@ def _blocks(call: Propagation, edges: int) -> Iterator[tuple[slice, Edges]]:
         yield rows, Edges(positions, col[positions].long(), targets, targets - rows.start, rows.stop - rows.start)
 
 
-class _Runner:
+class Runner:
     """A layer's functions on edges; what they write to the layer is seen, and taken back."""
 
     def __init__(self, call: Propagation, of_nodes: OfNodes | None = None) -> None:
@@ -223,8 +228,8 @@ def _width(out: Any, count: int) -> int:
 
 def run_by_rows(call: Propagation, blocks: RowBlocks) -> Any:
     """What ``aggregate`` would return for all rows."""
-    runner, results, kept = _Runner(call, OfNodes()), _Rows(call), _Kept(call, blocks.kept)
-    with _not_alone(runner):
+    runner, results, kept = Runner(call, OfNodes()), _Rows(call), _Kept(call, blocks.kept)
+    with not_alone(runner):
         for rows, edges in _blocks(call, blocks.edges_per_block()):
             results.put(rows, edges, runner(edges))
             kept.put(edges, runner.written())
@@ -234,8 +239,8 @@ def run_by_rows(call: Propagation, blocks: RowBlocks) -> Any:
 
 def run_edges_by_rows(call: Propagation, blocks: RowBlocks) -> Any:
     """What ``edge_update`` would return for all edges, in the caller's order."""
-    runner, results = _Runner(call, OfNodes()), _PerEdge(call)
-    with _not_alone(runner):
+    runner, results = Runner(call, OfNodes()), _PerEdge(call)
+    with not_alone(runner):
         for _, edges in _blocks(call, blocks.edges_per_block()):
             results.put(edges, runner(edges))
             if runner.written():
@@ -244,7 +249,7 @@ def run_edges_by_rows(call: Propagation, blocks: RowBlocks) -> Any:
 
 
 @contextmanager
-def _not_alone(runner: _Runner) -> Iterator[None]:
+def not_alone(runner: Runner) -> Iterator[None]:
     """Turn what a user's functions raise of a few edges into a reason to run them on all, and tidy up after them."""
     try:
         yield
@@ -256,7 +261,7 @@ def _not_alone(runner: _Runner) -> Iterator[None]:
         runner.written()
 
 
-def _parts(value: Any) -> tuple[list[Tensor], Callable[[list[Tensor]], Any]]:
+def parts_of(value: Any) -> tuple[list[Tensor], Callable[[list[Tensor]], Any]]:
     """The tensors of a result, and how they make one again."""
     if isinstance(value, Tensor):
         return [value], lambda parts: parts[0]
@@ -274,15 +279,15 @@ class _Rows:
         self.make: Any = None
 
     def put(self, rows: slice, edges: Edges, out: Any) -> None:
-        parts, self.make = _parts(out)
+        parts, self.make = parts_of(out)
         if not self.outs:
             self.outs = [self._new(part, edges) for part in parts]
         for whole, part in zip(self.outs, parts, strict=True):
-            dim = _row_dim(self.call, part, edges.num_rows)
+            dim = row_dim(self.call, part, edges.num_rows)
             whole.narrow(dim, rows.start, edges.num_rows).copy_(part)
 
     def _new(self, part: Tensor, edges: Edges) -> Tensor:
-        dim = _row_dim(self.call, part, edges.num_rows)
+        dim = row_dim(self.call, part, edges.num_rows)
         return part.new_empty((*part.shape[:dim], self.call.num_dst, *part.shape[dim + 1 :]))
 
     @property
@@ -290,12 +295,18 @@ class _Rows:
         return self.make(self.outs)
 
 
-def _row_dim(call: Propagation, part: Tensor, num_rows: int) -> int:
+def row_dim(call: Propagation, part: Tensor, num_rows: int) -> int:
     dim: int = call.layer.node_dim
     dim = dim + part.dim() if dim < 0 else dim
     if not 0 <= dim < part.dim() or part.size(dim) != num_rows:
         raise NotByRows("its aggregation does not give one row per node")
     return dim
+
+
+def expect_per_edge(parts: list[Tensor], count: int) -> None:
+    """Raise where one of the results of ``count`` edges does not have an entry for each."""
+    if any(part.dim() == 0 or part.size(0) != count for part in parts):
+        raise NotByRows("its functions do not give one entry per edge")
 
 
 class _PerEdge:
@@ -306,9 +317,8 @@ class _PerEdge:
         self.make: Any = None
 
     def put(self, edges: Edges, out: Any) -> None:
-        parts, self.make = _parts(out)
-        if any(part.dim() == 0 or part.size(0) != edges.count for part in parts):
-            raise NotByRows("its functions do not give one entry per edge")
+        parts, self.make = parts_of(out)
+        expect_per_edge(parts, edges.count)
         if not self.outs:
             self.outs = [part.new_empty((self.call.num_edges, *part.shape[1:])) for part in parts]
         perm, at = self.call.plan.perm, edges.positions
@@ -338,83 +348,3 @@ class _Kept:
     def hand_over(self) -> None:
         for name, parts in self.parts.items():
             setattr(self.layer, name, parts.result)
-
-
-# Whether blocks are allowed ###########################################################################################
-
-
-def check_rows(call: Propagation) -> RowBlocks:
-    """How the calls of this form are cut, after a look at whether the layer's functions treat every row for itself.
-
-    A few of the call's edges are given to made-up rows of very different degrees, and computed together and apart.
-
-    Raises:
-        NotByRows: If that makes a difference.
-    """
-    for module in call.layer.modules() if "aggregate" in call.stages else ():
-        if isinstance(module, _PADDED) and isinstance(module, Aggregation):
-            raise NotByRows(f"{type(module).__name__} pads the neighbours of a node to those of all nodes")
-    whole = _sample(call)
-    cut = len(SAMPLE_DEGREES) // 2
-    runner = _Runner(call)
-    with _not_alone(runner):
-        together = runner(whole)
-        written = runner.written()
-        apart = [runner(part) for part in _split(whole, cut)]
-    for name, value in written.items():
-        if not isinstance(value, Tensor) or value.dim() == 0 or value.size(0) != whole.count:
-            raise NotByRows(f"its functions write '{name}', which is not one entry per edge")
-    _compare(call, whole, together, apart, cut)
-    return RowBlocks(max(widest(call), runner.width), tuple(written))
-
-
-def _sample(call: Propagation) -> Edges:
-    """Edges from all over the graph as those of a few rows."""
-    plan = call.plan
-    degrees = torch.tensor(SAMPLE_DEGREES, device=plan.device)
-    count = int(degrees.sum())
-    positions = torch.linspace(0, plan.num_edges - 1, count, device=plan.device).long()
-    index = torch.repeat_interleave(torch.arange(degrees.numel(), device=plan.device), degrees)
-    return Edges(positions, plan.col[positions].long(), plan.dst[positions], index, degrees.numel())
-
-
-def _split(whole: Edges, cut: int) -> list[Edges]:
-    """The first ``cut`` rows, and the others."""
-    assert isinstance(whole.positions, Tensor)
-    first = whole.index < cut
-    parts = []
-    for mask, start, rows in ((first, 0, cut), (~first, cut, whole.num_rows - cut)):
-        parts.append(
-            Edges(
-                whole.positions[mask], whole.sources[mask], whole.targets[mask], whole.index[mask] - start, rows
-            )
-        )  # fmt: skip
-    return parts
-
-
-def _compare(call: Propagation, whole: Edges, together: Any, apart: list[Any], cut: int) -> None:
-    by_rows = "aggregate" in call.stages
-    first = cut if by_rows else int((whole.index < cut).sum())
-    halves = [first, (whole.num_rows if by_rows else whole.count) - first]
-    parts, _ = _parts(together)
-    others = [_parts(out)[0] for out in apart]
-    for k, value in enumerate(parts):
-        if by_rows:
-            dim = _row_dim(call, value, whole.num_rows)
-        elif value.dim() == 0 or value.size(0) != whole.count:
-            raise NotByRows("its functions do not give one entry per edge")
-        else:
-            dim = 0
-        for part, expected in zip(others, value.split(halves, dim), strict=True):
-            if not _agree(part[k], expected):
-                raise NotByRows("its functions look across rows")
-
-
-def _agree(found: Tensor, expected: Tensor) -> bool:
-    if found.shape != expected.shape or found.dtype != expected.dtype:
-        return False
-    if not expected.is_floating_point():
-        return torch.equal(found, expected)
-    usual = expected[expected.isfinite()]
-    peak = float(usual.abs().max()) if usual.numel() else 0.0
-    return bool(torch.isclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE * peak, equal_nan=True).all())

@@ -22,7 +22,8 @@ import qgnn_plugin
 from qgnn_plugin.kernels.backend import use_backend
 from qgnn_plugin.kernels.cpu.parallel import num_threads
 from qgnn_plugin.packing.lazy import deferred, sizes
-from qgnn_plugin.packing.lazy.deferred import DeferredTensor, is_deferring
+from qgnn_plugin.packing.lazy.calls import is_deferring
+from qgnn_plugin.packing.lazy.deferred import DeferredTensor
 from qgnn_plugin.packing.lazy.producers import Producer
 
 

@@ -17,7 +17,7 @@ from torch_geometric.nn import GCNConv, GraphConv, ResGatedGraphConv, Transforme
 
 import qgnn_plugin as qgnn
 from qgnn_plugin.packing.lazy import deferred, sizes
-from qgnn_plugin.packing.lazy.deferred import is_deferring
+from qgnn_plugin.packing.lazy.calls import is_deferring
 
 
 class _Interrupted(nn.Module):

@@ -155,13 +155,13 @@ def test_a_plan_is_found_by_what_its_edges_hold() -> None:
 def test_a_small_graph_is_not_cut() -> None:
     _, packed = pair(lambda: Summed(WIDTH, OUT), (x(), graph(), per_edge()))
     calls: list[int] = []
-    original = row_blocks._Runner.__call__
+    original = row_blocks.Runner.__call__
     try:
-        row_blocks._Runner.__call__ = lambda self, edges: calls.append(1) or original(self, edges)  # type: ignore
+        row_blocks.Runner.__call__ = lambda self, edges: calls.append(1) or original(self, edges)  # type: ignore
         with torch.no_grad():
             packed(x(), graph(), per_edge())
     finally:
-        row_blocks._Runner.__call__ = original  # type: ignore[method-assign]
+        row_blocks.Runner.__call__ = original  # type: ignore[method-assign]
     assert not calls
 
 
