@@ -134,6 +134,7 @@ STREAMED = 128  # positions of a chunk where a row's weights are not kept
 NARROW = 64  # features of a program that holds more: what is added, or the next chunk
 KEPT_ON_HIP = 32 << 10  # bytes of weights: half of the shared memory there is
 MOST_AT_ONCE = 256  # input positions beside which the registers hold the values of 64 whole rows
+MOST_WEIGHTS = 1 << 17  # of a program that adds up heads as well
 WIDEST_ROW = 512  # features, with those that fill bytes up, of rows whose peak one program finds
 
 
@@ -173,7 +174,7 @@ def tiles_of(
     if rows:
         of_row = row_width(num_out, out_bits)
         fewer = max(1, of_row // config.block_n)
-        few = x_bits < BITS_PER_BYTE and parts * width <= MOST_AT_ONCE
+        few = x_bits < BITS_PER_BYTE and parts * width <= MOST_AT_ONCE and fewer == 1
         block_m = config.block_m if few else min(config.block_m, 32)
         config = replace(config, block_n=of_row, block_m=block_m // fewer, block_k=config.block_k // fewer)
     out_parts = parts_per_byte(out_bits) if out_bits else 1
@@ -195,7 +196,7 @@ def has_heads(in_features: int, x_bits: int, num_out: int, out_bits: int, heads:
     """
     width = num_out // heads
     whole = row_width(num_out, out_bits) == num_out <= WIDEST_ROW
-    fits = in_features <= (MOST_AT_ONCE if x_bits == BITS_PER_BYTE else 2 * MOST_AT_ONCE)
+    fits = in_features * num_out <= (MOST_WEIGHTS // 2 if x_bits == BITS_PER_BYTE else MOST_WEIGHTS)
     return whole and fits and width & (width - 1) == 0 and 0 < vectors <= MOST_VECTORS
 
 
