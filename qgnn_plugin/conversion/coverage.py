@@ -20,6 +20,7 @@ from ..layers.message_passing import SentFeatures
 from ..layers.naming import float_class_of
 from ..layers.registry import mixin_for
 from ..quantizers import QLRQuantizer
+from .selection import is_output_projection
 from .unregistered import unregistered_layers
 
 __all__ = [
@@ -261,7 +262,7 @@ class _Finder:
             return NEVER_RAN
         if (mixin_for(module) is not None or isinstance(module, nn.Linear)) and not isinstance(module, MessagePassing):
             around = self.model.get_submodule(name.rpartition(".")[0])
-            part = isinstance(around, nn.MultiheadAttention) and not isinstance(around, SwappedLayer)
+            part = is_output_projection(self.model, name) and not isinstance(around, SwappedLayer)
             return "read by the attention around it, which stays float" if part else "not converted"
         for cls, reason in REASONS.items():
             if isinstance(module, cls):

@@ -16,7 +16,7 @@ from ..layers.own_weights import QuantizedOwnModule
 from ..layers.registry import mixin_for
 from ..quantizers import QLRQuantizer
 
-__all__ = ["Selector", "is_in_copy", "output_layer", "select", "selectors"]
+__all__ = ["Selector", "is_in_copy", "is_output_projection", "output_layer", "select", "selectors"]
 
 Selector = str | type[nn.Module]
 
@@ -59,14 +59,20 @@ def select(
     taken = {name for name, _ in chosen}
     chosen = [(name, module) for name, module in chosen if not _is_read_past(model, name, taken)]
     if not chosen:
+        names = [name for name in names if not _is_read_past(model, name, set(names))]
         raise ValueError(f"Nothing to convert in {type(model).__name__}. {_candidates(model, names)}")
     return chosen
 
 
 def _is_read_past(model: nn.Module, name: str, taken: set[str]) -> bool:
-    """Whether a layer is never called: a float attention multiplies the weight of its ``out_proj`` itself."""
-    around = name.rpartition(".")[0]
-    return name != "" and around not in taken and isinstance(model.get_submodule(around), nn.MultiheadAttention)
+    """Whether a layer is part of a float attention that reads its weight."""
+    return name.rpartition(".")[0] not in taken and is_output_projection(model, name)
+
+
+def is_output_projection(model: nn.Module, name: str) -> bool:
+    """Whether a layer is the ``out_proj`` of an attention: torch multiplies its weight, and never calls it."""
+    around, _, own = name.rpartition(".")
+    return own == "out_proj" and isinstance(model.get_submodule(around), nn.MultiheadAttention)
 
 
 def is_within(name: str, outer: str) -> bool:
@@ -81,7 +87,7 @@ def _nearest(selector: Selector, names: list[str]) -> str:
 def _candidates(model: nn.Module, names: list[str]) -> str:
     if names:
         return f"Layers that can be converted: {', '.join(name or '(the model itself)' for name in names)}"
-    types = sorted({_described(type(m)) for m in model.modules()})
+    types = sorted({_described(type(m)) for n, m in model.named_modules() if not is_output_projection(model, n)})
     return (
         f"It has no Linear, MultiheadAttention or MessagePassing layer, only {', '.join(types)}; "
         f"register your own layer type with qgnn_plugin.register_layer"

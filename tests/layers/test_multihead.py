@@ -267,3 +267,44 @@ def test_attention_inside_layers_of_pyg(kind: str) -> None:
         expected, actual = model(*args), qmodel(*args)
         assert float((actual - expected).norm() / expected.norm()) < 0.1
         torch.testing.assert_close(qgnn.pack_model(qmodel)(*args), actual, rtol=1e-5, atol=1e-5)
+
+
+class Projected(nn.MultiheadAttention):
+    """An attention with a forward of its own, and a map beside those of torch's that it calls."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(EMBED, HEADS)
+        self.map = nn.Linear(width, EMBED)
+
+    def forward(self, x: Tensor) -> Any:  # type: ignore[override]
+        x = self.map(x)
+        return super().forward(x, x, x)[0]
+
+
+@torch.no_grad()
+def test_what_a_float_attention_calls_is_converted() -> None:
+    x, run = torch.randn(LENGTH, 6), lambda model, x: model(x)
+    model = nn.Sequential(Projected(6), nn.Linear(EMBED, EMBED)).eval()
+    with pytest.warns(UserWarning, match="stay float"):
+        qmodel = qgnn.calibrate(qgnn.quantize_model(model, 8), [x], forward=run).eval()
+    assert [row.name for row in qgnn.summary(qmodel).layers] == ["0.map", "1"]
+    text = str(qgnn.summary(qmodel))
+    assert "0.out_proj (NonDynamicallyQuantizableLinear, 256 weights): read by the attention" in text
+    packed = qgnn.pack_model(qmodel)
+    assert [row.reason for row in qgnn.summary(packed).layers] == [None, None]
+    assert torch.equal(packed(x), qmodel(x))
+    assert not torch.equal(qmodel[0](x), model[0](x))
+    torch.testing.assert_close(qmodel(x), model(x), rtol=0, atol=0.05 * model(x).abs().max().item())
+
+
+def test_a_refusal_names_no_map_that_is_never_called() -> None:
+    class Own(nn.MultiheadAttention):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs)
+
+    with pytest.raises(ValueError, match="Nothing to convert") as refused:
+        qgnn.quantize_model(Own(EMBED, HEADS))
+    assert str(refused.value).endswith(
+        "It has no Linear, MultiheadAttention or MessagePassing layer, only Own (a MultiheadAttention that computes "
+        "something else); register your own layer type with qgnn_plugin.register_layer"
+    )
