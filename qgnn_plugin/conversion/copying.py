@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["CopyingMemo", "copy_model", "copying_memo", "reachable"]
+__all__ = ["CopyingMemo", "builtin_of", "copy_model", "copying_memo", "reachable"]
 
 # Copied by reference, or holding nothing that a model computes.
 ATOMIC = (type, types.ModuleType, types.BuiltinFunctionType, str, bytes, int, float, complex, bool)
@@ -194,10 +194,11 @@ def _walk(root: Any, enter: Callable[[Any], bool] = lambda value: True) -> Itera
 
 
 def _parts(value: Any) -> list[Any]:
-    if isinstance(value, (tuple, list, set, frozenset, deque)):
-        parts = list(value)
-    elif isinstance(value, dict):
-        parts = [*value.keys(), *value.values()]
+    base = builtin_of(value)
+    if base is dict:
+        parts = [*dict.keys(value), *dict.values(value)]
+    elif base is not None:
+        parts = [*base.__iter__(value)]
     elif isinstance(value, functools.partial):
         parts = [value.func, *value.args, *value.keywords.values()]
     elif isinstance(value, types.MethodType):
@@ -214,6 +215,11 @@ def _parts(value: Any) -> list[Any]:
     return parts
 
 
+def builtin_of(value: Any) -> Any:
+    """The container that ``value`` is at heart, whose own iterator comes to what a class of it may hide, or nothing."""
+    return next((base for base in _CONTAINERS if isinstance(value, base)), None)
+
+
 def _state(value: Any) -> dict[str, Any]:
     """The attributes of ``value`` that are copied: a LightningModule leaves its trainer out."""
     own = getattr(type(value), "__getstate__", None)
@@ -223,8 +229,9 @@ def _state(value: Any) -> dict[str, Any]:
     return state if isinstance(state, dict) else {}
 
 
+_CONTAINERS = (tuple, list, set, frozenset, deque, dict)
 _CALLABLE = (types.FunctionType, types.MethodType, functools.partial)
-_TRANSPARENT = (*_CALLABLE, list, tuple, set, frozenset, dict, deque)
+_TRANSPARENT = (*_CALLABLE, *_CONTAINERS)
 
 
 def _held(function: types.FunctionType) -> list[Any]:

@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .copying import builtin_of
+
 __all__ = ["unregistered_layers"]
 
 DEPTH = 4
@@ -51,12 +53,13 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
     """What ``value`` holds, and how it is come to."""
     if isinstance(value, (str, bytes, type, Tensor, types.ModuleType)):
         return
-    if isinstance(value, (list, tuple, deque)):
-        yield from ((f"[{i}]", part) for i, part in enumerate(value))
-    elif isinstance(value, (set, frozenset)):
-        yield from (("{...}", part) for part in value)
-    elif isinstance(value, dict):
-        yield from ((f"[{key!r}]", part) for key, part in value.items())
+    base = builtin_of(value)
+    if base in (list, tuple, deque):
+        yield from ((f"[{i}]", part) for i, part in enumerate(base.__iter__(value)))
+    elif base in (set, frozenset):
+        yield from (("{...}", part) for part in base.__iter__(value))
+    elif base is dict:
+        yield from ((f"[{key!r}]", part) for key, part in dict.items(value))
     elif isinstance(value, functools.partial):
         yield from (("(...)", part) for part in (value.func, *value.args, *value.keywords.values()))
     elif isinstance(value, types.MethodType):

@@ -33,12 +33,39 @@ class Slotted:
         self.value = value
 
 
+class Row(tuple[Any, ...]):
+    """As e3nn's ``Irrep``: a tuple that will not be gone through."""
+
+    __slots__ = ()
+
+    def __iter__(self) -> Any:
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+
+class Fields(dict[str, Any]):
+    """Whose keys are found by other ways than a dictionary's."""
+
+    def __iter__(self) -> Any:
+        return iter(())
+
+    def keys(self) -> Any:
+        raise NotImplementedError
+
+    def values(self) -> Any:
+        raise NotImplementedError
+
+
 KEPT: dict[str, Callable[[Tensor], Any]] = {
     "tensor": lambda h: h,
     "list": lambda h: [h, 2 * h],
     "nested": lambda h: {"layers": [(h, {"again": h})]},
     "object": Box,
     "slots": Slotted,
+    "tuple that cannot be iterated": lambda h: Row([h, Row([2 * h])]),
+    "dictionary that hides": lambda h: Fields(h=h),
     "partial": lambda h: partial(torch.add, h),
     "view": lambda h: h[:3],
     "sparse": lambda h: h.to_sparse(),
