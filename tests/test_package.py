@@ -128,3 +128,10 @@ def _reached(graph: dict[str, set[str]], start: set[str]) -> set[str]:
 
 def test_every_listed_name_is_there() -> None:
     assert not [name for name in qgnn.__all__ if getattr(qgnn, name, None) is None]
+
+
+@pytest.mark.parametrize("name", ["packing.lazy", "packing.message_passing"])
+def test_folders_that_say_what_is_where_name_every_module(name: str) -> None:
+    folder = Path(qgnn.__file__).parent.joinpath(*name.split("."))
+    doc = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
+    assert [path.stem for path in folder.glob("[a-z]*.py") if f"``{path.stem}``" not in doc] == []

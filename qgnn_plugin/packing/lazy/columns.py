@@ -21,7 +21,7 @@ from ...kernels.finite import is_finite
 from . import sizes
 from .deferred import NOTES, VIEWS, DeferredTensor, Pending, Step, materialized
 from .producers import Producer, Rows, row_blocks, with_epilogue
-from .sums import BothRun
+from .runs import JointRuns, RunsOfColumns
 
 __all__ = ["Columns", "Late", "Shaped", "deferred_result", "waits"]
 
@@ -80,15 +80,6 @@ class Late:
         return made[id(self.base)][:, self.columns[0] : self.columns[1]]
 
 
-class _OnceRun(BothRun):
-    """The runs of a result whose columns share the rows that are computed of it."""
-
-    is_once = True
-
-    def __init__(self, runs: Any) -> None:
-        self.terms = (runs,)
-
-
 class Columns(Pending):
     """The columns ``[start, stop)`` of another result; its value is a view of that one's, as in torch."""
 
@@ -121,7 +112,7 @@ class Columns(Pending):
     @property
     def runs(self) -> Any:
         if self.base.runs_of_columns is None:
-            self.base.runs_of_columns = _OnceRun(self.base.runs)
+            self.base.runs_of_columns = RunsOfColumns(self.base.runs)
         return self.base.runs_of_columns
 
     @property
@@ -285,7 +276,7 @@ def note_cat(tensors: Any, dim: int = 0) -> DeferredTensor | None:
         t.pending.composed() if waits(t) else Producer.of(materialized(t).detach().flatten(1).clone()) for t in tensors
     ]
     pending = Pending(_side_by_side(parts, middle, widths))
-    pending.runs = BothRun(*(t.pending.runs for t in late))
+    pending.runs = JointRuns(*(t.pending.runs for t in late))
     return shaped(pending, (*middle, sum(widths)))
 
 

@@ -21,27 +21,13 @@ from torch.utils._pytree import tree_map_only
 from .asked import Asked, key_of
 from .calls import left_to_scope
 from .producers import Block, Producer, Rows, gathered, row_blocks
+from .runs import Runs
 from .stand_in import StandIn, refusing_reads
 from .steps import IN_PLACE, Step, as_now, batch_norm, finished, step_of, with_epilogue
 
 __all__ = ["NOTES", "DeferredTensor", "Pending", "materialized"]
 
 aten = torch.ops.aten
-
-
-class _Runs:
-    """How often a producer has run: all that follows from it shares the count."""
-
-    def __init__(self, on_repeat: Callable[[], None], asked: Asked) -> None:
-        self.count, self.on_repeat, self.asked = 0, on_repeat, asked
-
-    def add(self) -> None:
-        self.count += 1
-        if self.count > 1:
-            self.on_repeat()
-
-    def undo(self) -> None:
-        self.count -= 1
 
 
 class Floats:
@@ -69,7 +55,7 @@ class Pending:
     def __init__(
         self, producer: Producer, *, on_repeat: Callable[[], None] = lambda: None, asked: Asked | None = None
     ) -> None:
-        self.producer, self.runs = producer, _Runs(on_repeat, Asked() if asked is None else asked)
+        self.producer, self.runs = producer, Runs(on_repeat, Asked() if asked is None else asked)
         self.steps: tuple[Step, ...] = ()
         self.value = None
         self.first: dict[str, Any] | None = None  # the range that it was packed in first, since its last step

@@ -12,13 +12,13 @@ from torch.nn import Parameter
 
 from ...kernels.cpu.memory import empty
 from ...kernels.finite import is_finite
-from .asked import Asked
 from .calls import left_to_scope
 from .deferred import NOTES, VIEWS, DeferredTensor, Pending, materialized
 from .producers import Producer, gathered, row_blocks
+from .runs import JointRuns
 from .stand_in import refusing_reads
 
-__all__ = ["BothRun", "Stacked"]
+__all__ = ["Stacked"]
 
 aten = torch.ops.aten
 
@@ -86,7 +86,7 @@ def _both(x: Any, other: Any, combined: Callable[..., Producer], onto: Callable[
     if first.floats is not None or second.floats is not None:
         return _of_blocks(first, second, onto)
     pending = Pending(combined(first.composed(), second.composed()))
-    pending.runs = BothRun(first.runs, second.runs)
+    pending.runs = JointRuns(first.runs, second.runs)
     return DeferredTensor._of(pending)
 
 
@@ -142,31 +142,6 @@ def note_row_sums(x: DeferredTensor, dims: Any, keepdim: bool = False, **options
     return gathered(x.size(0), ((rows, value.sum(1, keepdim=keepdim)) for rows, value in x.pending.blocks()))
 
 
-class BothRun:
-    """The runs of a sum are those of its terms; columns of one result, whose rows are computed once, are one."""
-
-    is_once = False
-    terms: tuple[Any, ...]
-
-    def __init__(self, *terms: Any) -> None:
-        every = [one for term in terms for one in (term.terms if type(term) is BothRun else (term,))]
-        firsts = {id(term): k for k, term in reversed(list(enumerate(every)))}
-        self.terms = tuple(t for k, t in enumerate(every) if not getattr(t, "is_once", False) or firsts[id(t)] == k)
-
-    @property
-    def asked(self) -> Asked:
-        """That of the first: ranges are told apart by what packs in them."""
-        return self.terms[0].asked
-
-    def add(self) -> None:
-        for term in self.terms:
-            term.add()
-
-    def undo(self) -> None:
-        for term in self.terms:
-            term.undo()
-
-
 class Stacked(DeferredTensor):
     """Matrices that are not computed yet, ``[M, N, F]``; their sum is computed by blocks of rows, without the stack."""
 
@@ -208,7 +183,7 @@ def _sum_of(parts: list[Pending]) -> Tensor:
     terms = [part.composed() for part in parts]
     if len(terms) <= IN_ORDER:
         pending = Pending(reduce(Producer.plus, terms))
-        pending.runs = BothRun(*(part.runs for part in parts))
+        pending.runs = JointRuns(*(part.runs for part in parts))
         return DeferredTensor._of(pending)
     for part in parts:
         part.runs.add()
