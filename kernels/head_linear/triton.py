@@ -28,7 +28,7 @@ def head_linear(
     out_unit: Tensor | None,
     **product: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    to = {"out_scale": out_scale, "out_offset": out_offset, "out_bits": out_bits}
+    to: dict[str, Any] = {"out_scale": out_scale, "out_offset": out_offset, "out_bits": out_bits}
     product.update(w_words=w_words, in_features=in_features, x_bits=x_bits)
     if has_heads(in_features, x_bits, w_words.size(0), out_bits, heads, vectors.size(0)):
         words, times, dots = multiply(**product, **to, out_unit=out_unit, vectors=vectors, heads=heads)

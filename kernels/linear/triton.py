@@ -227,7 +227,9 @@ def linear(
 ) -> Any:
     rows = out_unit is not None
     product = (x_words, w_words, x_scale, x_offset, w_scale, w_offset, in_features, x_bits, w_bits)
-    more = {"bias": bias, "relu": relu, "row_scale": row_scale, "addend": addend, "multiplier": multiplier}
+    more: dict[str, Any] = {
+        "bias": bias, "relu": relu, "row_scale": row_scale, "addend": addend, "multiplier": multiplier,
+    }  # fmt: skip
     if rows and row_width(w_words.size(0), out_bits) > WIDEST_ROW:
         assert out_scale is not None
         assert out_offset is not None

@@ -87,7 +87,7 @@ def _store_dots(products, target, row, row_ok, HEADS: tl.constexpr):  # type: ig
 
 
 @triton.jit
-def _groups(x):  # type: ignore[no-untyped-def]
+def _groups(x):
     """``[ROWS, HEADS, GROUPS, LANES]`` as a tuple of its groups, in their order."""
     tl.static_assert(x.shape[2] <= 32)
     groups = (x,)
@@ -96,18 +96,18 @@ def _groups(x):  # type: ignore[no-untyped-def]
             halves = ()
             for i in tl.static_range(len(groups)):
                 halves += _halves(groups[i])
-            groups = halves
+            groups = halves  # type: ignore[assignment]
     return groups
 
 
 @triton.jit
-def _halves(x):  # type: ignore[no-untyped-def]
+def _halves(x):
     """The first and the second half of the groups."""
     pair = tl.reshape(x, [x.shape[0], x.shape[1], 2, x.shape[2] // 2, x.shape[3]])
     return tl.split(tl.permute(pair, (0, 1, 3, 4, 2)))
 
 
 @triton.jit
-def _fold(x):  # type: ignore[no-untyped-def]
+def _fold(x):
     """The upper half of the lanes added to the lower one: of two numbers, in whatever order."""
     return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1], 2, x.shape[2] // 2]), 2)
