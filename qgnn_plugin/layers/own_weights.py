@@ -18,7 +18,7 @@ from .linear import QuantizedLinear
 from .message_passing import QuantizedMessagePassing
 from .naming import float_class_of
 from .products import QuantizedWeights
-from .reads import reads_of
+from .reads import reads_of, with_reading
 
 __all__ = ["OwnWeights", "QuantizedOwnConv", "QuantizedOwnModule", "WeightsAsRows", "own_tables", "own_weights"]
 
@@ -98,9 +98,9 @@ class OwnWeights(WeightsAsRows, QuantizedWeights):
 
     @classmethod
     def _own_methods(cls, float_class: type[nn.Module]) -> dict[str, Any]:
-        """The methods of ``float_class`` that read weights, as those of its quantized form."""
+        """The methods and properties of ``float_class`` that read weights, as those of its quantized form."""
         found = reads_of(float_class).methods
-        return {name: _reading_weights(getattr(float_class, name)) for name in found}
+        return {name: with_reading(getattr(float_class, name), _reading_weights) for name in found}
 
     def __getattr__(self: Any, name: str) -> Any:
         value = super().__getattr__(name)  # type: ignore[misc]

@@ -6,14 +6,15 @@ import ast
 import inspect
 import textwrap
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+from types import FunctionType, ModuleType
 from typing import Any
 
 from torch import nn
 from torch_geometric.nn import MessagePassing
 
-__all__ = ["Reads", "reads_of"]
+__all__ = ["Reads", "reads_of", "with_reading"]
 
 FRAMEWORK = ("torch.", "pytorch_lightning.", "lightning.")
 SETTING_UP = {"__init__", "__repr__", "extra_repr", "reset_parameters", "initialize_parameters"}
@@ -28,6 +29,7 @@ ABOUT = {"dtype", "device", "shape", "layout", "ndim", "dim", "size", "numel", "
 ABOUT |= {"is_cuda", "is_leaf", "is_floating_point", "element_size", "get_device", "data_ptr"}
 ABOUT |= {"requires_grad_", "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"}
 ITERATING = {"reversed", "zip", "enumerate", "list", "tuple", "iter", "next", "sorted", "getattr"}
+NOBODY = "\0"  # the name of no argument
 OUT_LAST, OUT_BEFORE = -2, -1  # the dimension that features meet: of ``x @ W``, and of ``linear(x, W)``
 
 
@@ -40,7 +42,7 @@ class Reads:
         tables: Attributes whose ``weight`` is read.
         maps: Those of them that are read by code of the user's, so that they may be linear maps as well.
         deep: Whether such code reads the ``weight`` of layers inside of attributes.
-        methods: The methods that do any of these.
+        methods: The methods and properties that do any of these.
     """
 
     weights: dict[str, int] = field(default_factory=dict)
@@ -58,6 +60,13 @@ def reads_of(cls: type) -> Reads:
     if cls not in _READS:
         _READS[cls] = _read(cls)
     return _READS[cls]
+
+
+def with_reading(member: Any, wrap: Any) -> Any:
+    """A method, or what a property gets, as ``wrap`` makes it."""
+    if isinstance(member, property):
+        return property(wrap(member.fget), member.fset, member.fdel, member.__doc__)
+    return wrap(member)
 
 
 def _read(cls: type) -> Reads:
@@ -82,34 +91,92 @@ def _read(cls: type) -> Reads:
 
 
 def _readers(cls: type) -> Iterator[tuple[type, str, _Reader]]:
-    """What reads each method of ``cls``, with the class that it is of and its name."""
+    """What reads each method and property of ``cls``, with the class that it is of and its name."""
     for owner in cls.__mro__:
         if owner in (nn.Module, MessagePassing, object) or f"{owner.__module__}.".startswith(FRAMEWORK):
             continue
-        for name, method in vars(owner).items():
+        for name, member in vars(owner).items():
+            method = member.fget if isinstance(member, property) else member
             function = inspect.unwrap(method) if inspect.isfunction(method) else None
-            if function is None or name in SETTING_UP or inspect.getattr_static(cls, name) is not method:
+            if function is None or name in SETTING_UP or inspect.getattr_static(cls, name) is not member:
                 continue
             if function.__module__ in {f"{owner.__module__}_{owner.__name__}_{made}" for made in GENERATED}:
                 continue
             reader = _Reader()
-            try:
-                reader.visit(ast.parse(textwrap.dedent(inspect.getsource(function))))
-            except (OSError, SyntaxError, TypeError):
+            if not reader.has_read(function):
                 continue
+            if not reader.deep and reader.handed:
+                reader.deep = _read_by_callees(reader, function, cls, {function})
             yield owner, name, reader
+
+
+def _read_by_callees(reader: _Reader, function: FunctionType, cls: type, seen: set[FunctionType]) -> bool:
+    """Whether a function of the user's that ``function`` hands layers to reads the ``weight`` of one."""
+    for node, places, keywords in reader.handed:
+        callee, num_bound = _callee(node, reader.owner, function, cls)
+        if callee is None or callee in seen:
+            continue
+        seen.add(callee)
+        names = callee.__code__.co_varnames[num_bound : callee.__code__.co_argcount]
+        inner = _Reader(owner=NOBODY, inside=keywords | {name for i, name in enumerate(names) if i in places})
+        if not inner.has_read(callee) or inner.writes:
+            continue
+        if inner.deep or _read_by_callees(inner, callee, cls, seen):
+            return True
+    return False
+
+
+def _callee(node: ast.expr, owner: str, function: FunctionType, cls: type) -> tuple[FunctionType | None, int]:
+    """The function of the user's that ``node`` in the code of ``function`` names, and how many arguments it has."""
+    found: Any = None
+    num_bound = 0
+    if isinstance(node, ast.Name):
+        found = _named(node.id, function)
+    elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+        is_own = node.value.id == owner
+        holder = cls if is_own else _named(node.value.id, function)
+        if isinstance(holder, (type, ModuleType)):
+            found = inspect.getattr_static(holder, node.attr, None)
+            num_bound = int(isinstance(found, classmethod) or (is_own and isinstance(found, FunctionType)))
+    if isinstance(found, (staticmethod, classmethod)):
+        found = found.__func__
+    found = inspect.unwrap(found) if isinstance(found, FunctionType) else None
+    if found is None or f"{found.__module__}.".startswith((*FRAMEWORK, "torch_geometric.")):
+        return None, 0
+    return found, num_bound
+
+
+def _named(name: str, function: FunctionType) -> Any:
+    """What ``name`` is around ``function``."""
+    for free, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
+        if free == name:
+            try:
+                return cell.cell_contents
+            except ValueError:  # not yet
+                return None
+    return function.__globals__.get(name)
 
 
 class _Reader(ast.NodeVisitor):
     """Follows attributes of ``self`` through names and views to the products that they are factors of."""
 
-    def __init__(self) -> None:
-        self.owner = ""  # what the method calls its first argument
+    def __init__(self, owner: str = "", inside: Collection[str] = ()) -> None:
+        self.owner = owner  # what the method calls its first argument
         self.weights: dict[str, int] = {}
         self.tables: set[str] = set()
         self.deep = self.writes = False
         self.names: dict[str, tuple[str, bool]] = {}  # of locals: the attribute that they are, whether transposed
-        self.inside: set[str] = set()  # locals that may be layers inside of attributes
+        self.inside: set[str] = set(inside)  # locals that may be layers inside of attributes
+        # What is called with such layers, with the places and the names of these.
+        self.handed: list[tuple[ast.expr, set[int], set[str]]] = []
+
+    def has_read(self, function: FunctionType) -> bool:
+        """Read the source of ``function``, if there is one."""
+        try:
+            self.visit(ast.parse(textwrap.dedent(inspect.getsource(function))))
+        except (OSError, SyntaxError, TypeError):
+            return False
+        return True
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
         if not self.owner:
@@ -198,6 +265,10 @@ class _Reader(ast.NodeVisitor):
         name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
         if name.endswith("_") and any(_is_weight(arg) for arg in node.args):  # init.zeros_(W), F.normalize_(W)
             self.writes = True
+        places = {place for place, arg in enumerate(node.args) if self._is_inside(arg)}
+        keywords = {keyword.arg for keyword in node.keywords if keyword.arg and self._is_inside(keyword.value)}
+        if places or keywords:
+            self.handed.append((function, places, keywords))
         if name not in PRODUCTS:
             return
         if isinstance(function, ast.Attribute) and self._origin(function.value) is not None:  # W.matmul(x)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import warnings
+from operator import attrgetter
 from typing import Any
 
 import pytest
@@ -84,7 +85,66 @@ class InMessages(MessagePassing):
         return x_j * self.table.weight[kind] + self.table(kind)
 
 
-@pytest.mark.parametrize("cls", [Tied, TiedStack, Tables, Inside, InMessages])
+class Adapted(nn.Module):
+    """A low-rank adapter whose weight is a property, read from outside as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(WIDTH, WIDTH)
+        self.down, self.up = (nn.Parameter(torch.randn(shape) / 4) for shape in ((3, WIDTH), (WIDTH, 3)))
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight + self.up @ self.down
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + x @ self.down.t() @ self.up.t()
+
+
+class OfProperties(Tied):
+    def __init__(self) -> None:
+        super().__init__()
+        self.adapted = Adapted()
+
+    @property
+    def decoder(self) -> Tensor:
+        return self.encoder.weight.t()
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        x = F.linear(self.adapted(x), self.adapted.weight)
+        return F.linear(self.conv(self.encoder(x), edge_index), self.decoder)
+
+
+def transposed(layer: nn.Linear, x: Tensor) -> Tensor:
+    return x @ layer.weight
+
+
+def decoded(x: Tensor, *, by: nn.Linear) -> Tensor:
+    return transposed(by, x)
+
+
+class Handed(Tied):
+    """Functions, and methods, that are given a layer read its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = nn.ModuleList([nn.Linear(WIDTH, WIDTH) for _ in range(2)])
+
+    @staticmethod
+    def applied(x: Tensor, layer: nn.Linear) -> Tensor:
+        return layer(x) + F.linear(x, layer.weight)
+
+    def own(self, layer: Any, x: Tensor) -> Tensor:
+        return F.linear(layer(x), layer.weight)
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        for layer in self.second[:1]:
+            x = self.applied(x, layer)
+        x = self.own(self.second[1], x)
+        return decoded(self.conv(self.encoder(x), edge_index), by=self.encoder)
+
+
+@pytest.mark.parametrize("cls", [Tied, TiedStack, Tables, Inside, InMessages, OfProperties, Handed])
 @pytest.mark.parametrize("bits", [8, 2])
 def test_weights_read_elsewhere_are_the_same_in_packed_models(cls: type[nn.Module], bits: int) -> None:
     x, edge_index = features(), graph()
@@ -123,12 +183,8 @@ def test_a_file_of_such_a_model() -> None:
 
 class Hidden(Tied):
     def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
-        weight: Any = operator(self)
+        weight: Any = attrgetter("encoder.weight")(self)
         return F.linear(self.conv(self.encoder(x), edge_index), weight.t())
-
-
-def operator(model: Any) -> Tensor:
-    return model.encoder.weight
 
 
 def test_reads_that_conversion_does_not_see_are_told_by_the_packed_model() -> None:

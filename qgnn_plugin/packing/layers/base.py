@@ -14,6 +14,7 @@ from torch_geometric.nn import MessagePassing
 from ...config import OFF, QuantConfig
 from ...layers.base import WEIGHT, QuantizedLayer, SwappedLayer, float_state, named_as
 from ...layers.own_weights import outside_compiler
+from ...layers.reads import with_reading
 from ...smp.constraint import constraint_names
 from ...smp.deep import StackPlace
 from ..lazy.asked import Asked
@@ -304,7 +305,7 @@ def frozen_class(mixin: type[PackedLayer], float_class: type[nn.Module], own_nam
         if mixin._runs_own_forward:
             namespace["forward"] = inference(_own_forward(float_class.forward))
         for name in mixin._read_by(float_class):
-            namespace[name] = outside_compiler(namespace.get(name, getattr(float_class, name)))
+            namespace[name] = with_reading(namespace.get(name, getattr(float_class, name)), outside_compiler)
         if issubclass(float_class, MessagePassing):
             # PyG would generate one onto this class; methods of the user's own find that of the layer.
             original: Any = float_class
