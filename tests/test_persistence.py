@@ -5,6 +5,7 @@ import io
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -317,6 +318,27 @@ def test_moving_precision_and_device(name: str) -> None:
             call(meta)
     meta.to_empty(device="cpu").load_state_dict(values)
     assert torch.equal(meta(x, edge_index), expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_made_in_inference_mode_outlive_it(name: str, tmp_path: Path) -> None:
+    """What is made there can be trained, loaded and copied to outside, as any other model."""
+    x, edge_index = features(), graph()
+    model = MODELS[name]()
+    with torch.inference_mode():
+        qmodel = qgnn.calibrate(qgnn.quantize_model(model, 4), (x, edge_index))
+        packed = qgnn.pack_model(qmodel.eval())
+        qgnn.save_packed(packed, tmp_path / "packed")
+        made = [qmodel, packed, qgnn.load_packed(tmp_path / "packed", model), qgnn.restore_model(qmodel)]
+        assert torch.is_inference_mode_enabled()
+        outputs = [each.eval()(x, edge_index) for each in made]
+    for each, expected in zip(made, outputs, strict=True):
+        assert not [key for key, value in each.state_dict().items() if value.is_inference()]
+        each.load_state_dict(copy.deepcopy(each.state_dict()))
+        with torch.no_grad():
+            assert torch.equal(each(x, edge_index), expected)
+    qgnn.calibrate(qmodel, (2 * x, edge_index)).train()(x, edge_index).square().sum().backward()
+    torch.optim.SGD(qmodel.parameters(), lr=0.1).step()
 
 
 def test_modes_and_gradients_switch_as_in_any_module() -> None:

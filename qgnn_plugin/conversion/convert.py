@@ -27,7 +27,7 @@ from .converted import (
     kind_of,
     quantized_layers,
 )
-from .copying import copy_model
+from .copying import copy_model, ordinary_tensors
 from .coverage import warn_of_float_parts, warn_of_unregistered
 from .parameter_sums import warn_of_parameter_sums
 from .passed_by import check_methods, warn_of_comparisons
@@ -208,7 +208,8 @@ Sites = set[tuple[str, Site]]
 
 def _convert_or_undo(model: nn.Module, names: list[str], config_of: ConfigOf, places: dict[str, StackPlace]) -> Sites:
     try:
-        made = _convert(model, names, config_of, places)
+        with ordinary_tensors():
+            made = _convert(model, names, config_of, places)
         connect_stacks(model, places)
         close_fast_paths(model)
     except Exception:

@@ -9,12 +9,13 @@ import types
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["CopyingMemo", "builtin_of", "copy_model", "copying_memo", "reachable"]
+__all__ = ["CopyingMemo", "builtin_of", "copy_model", "copying_memo", "ordinary_tensors", "reachable"]
 
 # Copied by reference, or holding nothing that a model computes.
 ATOMIC = (type, types.ModuleType, types.BuiltinFunctionType, str, bytes, int, float, complex, bool)
@@ -30,10 +31,22 @@ def copy_model(model: nn.Module) -> nn.Module:
     parameters are kept, which a deep copy drops.  What cannot be copied and holds no part of the model, such as a lock,
     an open file or a writer of logs, is shared.
     """
-    memo = copying_memo(model)
-    copied = copy.deepcopy(model, memo)
-    memo.complete()
+    with ordinary_tensors():
+        memo = copying_memo(model)
+        copied = copy.deepcopy(model, memo)
+        memo.complete()
     return copied
+
+
+@contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """Make ordinary tensors in ``torch.inference_mode`` too, for a model that outlives it.
+
+    Nothing outside of it may write to those that are made in it, as training and ``load_state_dict`` do.
+    """
+    grad = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(grad):
+        yield
 
 
 class CopyingMemo(dict[int, Any]):

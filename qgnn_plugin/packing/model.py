@@ -13,7 +13,7 @@ from torch_geometric.nn.models.rev_gnn import InvertibleModule
 
 from ..config import OFF
 from ..conversion.converted import SPECS, expect_values, is_packed, is_quantized, kind_of, quantized_layers
-from ..conversion.copying import copying_memo
+from ..conversion.copying import copying_memo, ordinary_tensors
 from ..conversion.coverage import has_run
 from ..conversion.passed_by import takes_tensors_alone
 from ..layers.base import QuantizedLayer, attribute_names, clashes, float_state, names_kept
@@ -79,7 +79,7 @@ def pack_model(qmodel: nn.Module) -> nn.Module:
     expect_values(qmodel)
     layers = quantized_layers(qmodel)
     differentiated = [name for name, m in qmodel.named_modules() if isinstance(m, EquilibriumAggregation)]
-    with still(qmodel):
+    with still(qmodel), ordinary_tensors():
         specs = _describe(layers, differentiated)
         _say_what_never_ran(specs)
         packed = assemble(qmodel, layers, specs)

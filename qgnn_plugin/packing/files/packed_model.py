@@ -14,7 +14,7 @@ from ...atomic import shown
 from ...config import OFF, QuantConfig, SMPConfig
 from ...conversion.convert import convert_as
 from ...conversion.converted import is_quantized, quantized_layers
-from ...conversion.copying import copying_memo
+from ...conversion.copying import copying_memo, ordinary_tensors
 from ...conversion.scripted import opened_copy
 from ...layers.base import SiteFactory
 from ...layers.message_passing import SITES, QuantizedMessagePassing
@@ -114,10 +114,14 @@ def load_packed(
         )
     if is_packed(model) or is_quantized(model):
         raise ValueError("Expected the float architecture as 'model' (got a converted model)")
-    model = opened_copy(model)
+    with ordinary_tensors():
+        return _loaded(path, opened_copy(model), [ignore] if isinstance(ignore, str) else ignore, verify, mmap)
+
+
+def _loaded(path: container.PathLike, model: nn.Module, ignore: Iterable[str], verify: bool, mmap: bool) -> nn.Module:
     tensors, value = container.read(path, KIND, verify=verify, mmap=mmap)
     description = read_description(path, value)
-    _compare(path, description, model, [ignore] if isinstance(ignore, str) else ignore)
+    _compare(path, description, model, ignore)
     converted = _outline(model)
     specs = description.specs
     try:
