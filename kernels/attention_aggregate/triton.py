@@ -175,7 +175,8 @@ def fitted(
     most = v2 and (rows or multiplied or ROW.value in (scale_kind, offset_kind))
     if most or (v2 and COLUMN.value in (scale_kind, offset_kind)):
         config = fewer_codes(config, bits)
-    return replace(config, max_registers=MOST_REGISTERS) if most or rows else config
+    most = most or rows or (multiplied and bits == 1)  # whose words have 32 codes
+    return replace(config, max_registers=MOST_REGISTERS) if most else config
 
 
 @cache
