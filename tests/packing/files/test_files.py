@@ -131,7 +131,7 @@ def test_wrong_arguments(saved: Path, tmp_path: Path) -> None:
         qgnn_plugin.load_packed(saved, {"a": 1})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("path", [io.BytesIO(), 3, None, ["a"]], ids=repr)
+@pytest.mark.parametrize("path", [io.BytesIO(), 3, None, ["a"]], ids=["file", "number", "none", "list"])
 def test_paths_are_paths(saved: Path, path: Any) -> None:
     packed = qgnn_plugin.load_packed(saved, MODELS["gcn"]())
     graph = torch.randn(3, FEATURES), torch.tensor([[0, 1], [1, 2]])
