@@ -30,6 +30,7 @@ from . import (
 from .cpu_report import target_table
 from .environment import code_digest, compact_json, environment, write_atomically
 from .stacks import WIDTHS
+from .timing import keeps_memory
 
 RESULTS = Path(__file__).parent / "results"
 NODES, EDGES = 170_000, 2_000_000
@@ -69,9 +70,10 @@ def markdown(document: dict[str, Any]) -> str:
 
 def _machine_line(machine: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
+    kept = "; the C library keeps freed memory" if machine.get("freed_memory") == "kept" else ""
     return (
         f"{machine['processor']}, {machine['cores']} cores, {machine['system']}, Python {machine['python']}, "
-        f"{versions}; at most {machine['threads']} threads; code {machine['code']}."
+        f"{versions}; at most {machine['threads']} threads{kept}; code {machine['code']}."
     )
 
 
@@ -101,6 +103,8 @@ def main(argv: list[str] | None = None) -> None:
     path = args.results / "cpu.json"
     document: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     machine = environment(max(args.threads)) | {"code": code_digest()}
+    if keeps_memory():
+        machine["freed_memory"] = "kept"
     failed: list[str] = []
     for name in args.sections:
         settings = json.loads(json.dumps(SECTIONS[name].settings(args)))  # as it will be read back

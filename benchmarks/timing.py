@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import sys
 import time
@@ -12,7 +13,7 @@ from typing import Any
 import numba
 import torch
 
-__all__ = ["KEPT_MEMORY", "Timing", "copy_bandwidth", "interleaved", "set_threads"]
+__all__ = ["KEPT_MEMORY", "Timing", "copy_bandwidth", "interleaved", "keeps_memory", "set_threads"]
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,11 @@ def set_threads(count: int) -> None:
 # in what was freed before: a page fault for each 4 kB that is written, which is up to two thirds of the time of a float
 # layer that writes a row for each of 200,000 edges, in some processes and not in others.
 KEPT_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 62)}
+
+
+def keeps_memory() -> bool:
+    """Whether this process was started so that the C library keeps what is freed."""
+    return all(os.environ.get(name) == value for name, value in KEPT_MEMORY.items())
 
 
 def copy_bandwidth(num_bytes: int = 1 << 28, rounds: int = 7) -> float:
