@@ -11,18 +11,8 @@ from torch import Tensor
 
 from ..arithmetic import LARGEST_MULTIPLIER, multiplied
 from ..layout import next_power_of_two, parts_per_byte, row_words
-from ..triton.bits import (
-    ROW,
-    isolated_part,
-    load_range,
-    multiplied_part,
-    part_features,
-    part_sums,
-    power_of_two,
-    scale_bias_relu,
-    write_part,
-    write_words,
-)
+from ..triton.bits import ROW, isolated_part, load_range, multiplied_part, part_features, part_sums, power_of_two
+from ..triton.epilogue import scale_bias_relu, write_part, write_words
 from ..triton.gather import heads_part, max_codes, spread_heads, sum_codes, sum_multiplied, sum_slots, sum_weighted
 from ..triton.launch import (
     MAGIC_BITS,

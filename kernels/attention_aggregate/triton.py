@@ -23,13 +23,8 @@ from ..aggregate.triton import heads_aligned
 from ..arithmetic import LARGEST_MULTIPLIER, attention_thresholds, finish, multiplied
 from ..layout import next_power_of_two, row_words, top_code
 from ..quantize_pack.triton import quantize_pack
-from ..triton.bits import (
-    COLUMN,
-    HEAD,
-    ROW,
-    write_part,
-    write_words,
-)
+from ..triton.bits import COLUMN, HEAD, ROW
+from ..triton.epilogue import write_part, write_words
 from ..triton.gather import heads_part, spread_heads, sum_slots
 from ..triton.launch import (
     MAGIC_BITS,

@@ -17,10 +17,10 @@ from ..triton.bits import (
     part_sums,
     power_of_two,
     row_magic,
-    scale_bias_relu,
     spread,
     sums_by_part,
 )
+from ..triton.epilogue import scale_bias_relu
 from ..triton.gather import gather_words, per_code, spread_heads
 from .triton_logits import gat_logits, load_heads, numerator, v2_inputs, v2_logits
 

@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import next_power_of_two
-from ..triton.bits import COLUMN, ONE, quantize
+from ..triton.bits import COLUMN, ONE
+from ..triton.epilogue import quantize
 from ..triton.launch import UNSPECIALIZED, check_devices, config_for, launch
 from ..triton.ranges import range_kind
 

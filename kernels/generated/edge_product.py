@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ..arithmetic import LARGEST_MULTIPLIER
-from ..triton.bits import quantize, row_multipliers
+from ..triton.epilogue import quantize, row_multipliers
 
 __all__ = ["column_terms", "edge_product", "weight_codes"]
 

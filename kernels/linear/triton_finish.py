@@ -7,7 +7,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..triton.bits import load_range, part_peak, quantize, relu, row_multipliers
+from ..triton.bits import load_range
+from ..triton.epilogue import part_peak, quantize, relu, row_multipliers
 
 __all__ = ["MOST_VECTORS", "finish"]
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..arithmetic import LARGEST_MULTIPLIER
 from ..layout import row_words
-from ..triton.bits import feature_tile, load_range, pack_features, quantize, row_multipliers
+from ..triton.bits import feature_tile, load_range
+from ..triton.epilogue import pack_features, quantize, row_multipliers
 from ..triton.launch import UNSPECIALIZED, check_devices, config_for, launch, warp_size, whole_row_tile, word_tile
 from ..triton.ranges import range_kind
 from . import quantize_pack_reference
