@@ -233,11 +233,16 @@ class Attention(WatchedAttention, Convolution):
     def _graph_of_sparse_tensor(
         self: Any, adj_t: Any, edge_attr: Tensor | None, size: tuple[int, int], returned: bool
     ) -> AttentionGraph:
-        """:meth:`_graph` of a ``SparseTensor``; values ``[E, D]`` are features of its edges."""
-        if self.add_self_loops and self.edge_dim is not None:
+        """:meth:`_graph` of a ``SparseTensor``; values ``[E, D]`` are features of its edges.
+
+        Raises:
+            ValueError: If edges with features are to get self-loops, which would have none.
+        """
+        if self.add_self_loops and (self.edge_dim is not None or edge_attr is not None):
+            found = "'edge_attr'" if edge_attr is not None else f"edge_dim={self.edge_dim}"
             raise ValueError(
                 f"Expected '{layer_name(self)}', whose edges have features, not to add self-loops to a SparseTensor "
-                f"(got edge_dim={self.edge_dim}), as in PyG; pass an edge_index, or add_self_loops=False"
+                f"(got {found}), as in PyG; pass an edge_index, or add_self_loops=False"
             )
         if self.add_self_loops and returned:
             adj_t = torch_sparse.set_diag(adj_t)

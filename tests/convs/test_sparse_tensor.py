@@ -126,6 +126,9 @@ def test_features_of_added_self_loops_are_refused(make: Any, edge_index: Tensor)
     for model in models(make(WIDTH, 4, heads=2, edge_dim=FEATURES), x, edge_index, features):
         with pytest.raises(ValueError, match=r"edge_dim=3.*pass an edge_index, or add_self_loops=False"):
             model(x, sparse(edge_index, features))
+    for model in models(make(WIDTH, 4, heads=2), x, edge_index):
+        with pytest.raises(ValueError, match=r"got 'edge_attr'.*pass an edge_index, or add_self_loops=False"):
+            model(x, sparse(edge_index), features)
 
 
 def test_improved_loops_of_a_matrix_that_has_some(edge_index: Tensor) -> None:
