@@ -311,15 +311,17 @@ def attention_aggregate(
     edge_block = EDGE_BLOCK
     if multiplier is not None and quantized:
         edge_block = min(EDGE_BLOCK, EXACT // (LARGEST_MULTIPLIER * top_code(attention_bits) * top_code(bits)))
-    if not per_row and are_bytes(bits, attention_bits, heads, att):
+    if not per_row and are_bytes(bits, attention_bits, heads):
         top, multiplied = top_code(attention_bits), multiplier is not None
         lanes = tile_lanes(words.size(1), bits, top, multiplied)
         table, lanewise = head_groups(num_features, bits, heads, lanes)
         if lanewise is None or permutes():
-            kernel = gat_kernel(bits, heads, lanes, int(words.size(1) % lanes == 0), top, multiplied)
+            pairs = att is not None
+            kernel = gat_kernel(bits, heads, lanes, int(words.size(1) % lanes == 0), top, multiplied, pairs)
+            terms = (flat(att), flat(x_dst)) if pairs else (flat(alpha_src), flat(alpha_dst))
             run_chunks(
                 kernel, row_chunks(pointers), flat(words), words.size(1), pointers, flat(col), num_features, table,
-                lanewise, np.float32(negative_slope), (flat(alpha_src), flat(alpha_dst), flat(alpha_edge)),
+                lanewise, np.float32(negative_slope), (*terms, flat(alpha_edge)),
                 np.empty(0, np.uint8) if multiplier is None else flat(multiplier), numerator_levels(attention_bits),
                 *_per_feature(scale, offset, num_features), concat, closed, max(1, BLOCK_FLOATS // num_features),
                 code_pitch(width, out_bits),
@@ -337,9 +339,9 @@ def attention_aggregate(
     return out
 
 
-def are_bytes(bits: int, attention_bits: int, heads: int, att: Tensor | None) -> bool:
+def are_bytes(bits: int, attention_bits: int, heads: int) -> bool:
     """Whether codes and digits of weights fit the operands of byte dot products, and heads fill vectors."""
-    return att is None and bits in (2, 4, 8) and attention_bits in (2, 4, 8) and heads in HEADS
+    return bits in (2, 4, 8) and attention_bits in (2, 4, 8) and heads in HEADS
 
 
 @cache

@@ -49,6 +49,7 @@ from ..cpu.simd import (
     vtile,
 )
 from ..layout import parts_per_byte, row_bytes
+from .cpu_pairs import LANES, SUMS, copy_row, pair_logits
 
 __all__ = ["FEW", "HEADS", "gat_kernel", "head_groups", "numerator_levels", "tile_lanes"]
 
@@ -80,8 +81,13 @@ def head_groups(num_features: int, bits: int, heads: int, lanes: int) -> tuple[n
 
 
 @njit(forceinline=True)
-def _gather(col, low, high, final, heads, alpha_src, multiplier, multiplied, one, logits, factors):
-    """Terms and multipliers of the sources of some edges, a vector of the heads for each edge."""
+def _gather(
+    col, low, high, final, heads, alpha_src, multiplier, multiplied, one, logits, factors, pairs, exact, parts, pair
+):  # fmt: skip
+    """Terms and multipliers of the sources of some edges, a vector of the heads for each edge; of ``pairs`` all."""
+    if pairs:
+        pair_logits(col, low, high, final, heads, multiplier, multiplied, one, logits, factors, exact, parts, pair)
+        return
     for e in range(low, high):
         prefetch(alpha_src, np.int64(peek(col, min(e + AHEAD, final))) * heads)
         source = np.int64(peek(col, e))
@@ -234,8 +240,11 @@ def _mean(acc, at, heads, width):
 
 
 @cache
-def gat_kernel(bits: int, heads: int, lanes: int, exact: int, top: int, multiplied: bool):
-    """The kernel of GAT with ``top`` levels of numerators; ``exact`` is 1 where ``lanes`` divides a row's words."""
+def gat_kernel(bits: int, heads: int, lanes: int, exact: int, top: int, multiplied: bool, pairs: bool = False):
+    """The kernel of GAT with ``top`` levels of numerators; ``exact`` is 1 where ``lanes`` divides a row's words.
+
+    That of GATv2 with ``pairs``: in the place of ``alpha_src`` and ``alpha_dst`` it takes ``att`` and ``x_dst``.
+    """
     parts = parts_per_byte(bits)
     codes = parts * 4 * lanes
     wide = max(16, ROWS * heads)
@@ -269,9 +278,24 @@ def gat_kernel(bits: int, heads: int, lanes: int, exact: int, top: int, multipli
         source, edges, final, pointers, place = raw(words), raw(col), col.size - 1, raw(rowptr), raw(table)
         levels, below, sources = raw(numerators[0]), raw(numerators[1]), raw(multiplier)
         scales, offsets = raw(scale), raw(offset)
+        rows_owner = np.zeros((4, pitch + 4 * lanes + 2 * GROUP), np.float32)
+        target_row, att_row = raw_aligned(raw(rows_owner[0])), raw_aligned(raw(rows_owner[1]))
+        scale_row, offset_row = raw_aligned(raw(rows_owner[2])), raw_aligned(raw(rows_owner[3]))
+        products_owner = np.empty(SUMS // heads * pitch + 4 * lanes + GROUP, np.float32)
+        partial_owner = np.empty(LANES + GROUP, np.float32)
+        products, partial = raw_aligned(raw(products_owner)), raw_aligned(raw(partial_owner))
         zero, none = vlanes("i32", lanes), vlanes("i32", codes)
         one, flat = vlanes("f32", heads), vlanes("i32", wide)
         slopes, lowest = vsplat(np.float32(slope), flat), vsplat(np.float32(-np.inf), flat)
+        pair = (
+            source, stride, tiles, lanes, width, scale_row, offset_row, att_row, target_row, np.float32(slope), zero,
+            vlanes("u8", codes), products, pitch, partial,
+        )  # fmt: skip
+        if pairs:
+            slopes = vsplat(np.float32(1), flat)  # logits are whole, with the slope that they have
+            copy_row(alpha_src, 0, features, att_row)
+            copy_row(scales, 0, features, scale_row)
+            copy_row(offsets, 0, features, offset_row)
         while True:
             chunk = atomic_add(counter, 0, 1)
             if chunk >= bounds.size - 1:
@@ -285,11 +309,18 @@ def gat_kernel(bits: int, heads: int, lanes: int, exact: int, top: int, multipli
                         for f in range(0, features, GROUP):
                             vstore_first(acc, at + f, vsplat(np.float32(0), GROUP), features - f)
                         continue
-                    target = vtile(vload(alpha_dst, (first + r) * heads, one), flat)
+                    if pairs:
+                        copy_row(alpha_dst, (first + r) * features, features, target_row)
+                        target = vcast(flat, "f32")
+                    else:
+                        target = vtile(vload(alpha_dst, (first + r) * heads, one), flat)
                     peak = lowest
                     for low in range(begin, end, EDGE_BLOCK):
                         high = min(low + EDGE_BLOCK, end)
-                        _gather(edges, low, high, final, heads, alpha_src, sources, multiplied, one, logits, factors)
+                        _gather(
+                            edges, low, high, final, heads, alpha_src, sources, multiplied, one, logits, factors, pairs,
+                            exact, parts, pair,
+                        )  # fmt: skip
                         peak = _peaks(
                             logits, (high - low) * heads, wide, target, slopes, alpha_edge, low * heads, has_edge, peak
                         )
@@ -300,8 +331,9 @@ def gat_kernel(bits: int, heads: int, lanes: int, exact: int, top: int, multipli
                         high = min(low + EDGE_BLOCK, end)
                         if not single:
                             _gather(
-                                edges, low, high, final, heads, alpha_src, sources, multiplied, one, logits, factors
-                            )
+                                edges, low, high, final, heads, alpha_src, sources, multiplied, one, logits, factors,
+                                pairs, exact, parts, pair,
+                            )  # fmt: skip
                             _peaks(
                                 logits, (high - low) * heads, wide, target, slopes, alpha_edge, low * heads, has_edge,
                                 peak,
@@ -346,5 +378,8 @@ def gat_kernel(bits: int, heads: int, lanes: int, exact: int, top: int, multipli
         keep(factor_owner)
         keep(nothing_owner)
         keep(unpacked_owner)
+        keep(rows_owner)
+        keep(products_owner)
+        keep(partial_owner)
 
     return kernel

@@ -114,7 +114,7 @@ def neighbour_attention(
     width: int, out: Range, heads: int, attention_bits: int, slope: float, concat: bool
 ) -> NeighbourAttention | None:
     """A :class:`NeighbourAttention`; :obj:`None` for what its kernel does not compute."""
-    if not are_bytes(out.bits, attention_bits, heads, None):
+    if not are_bytes(out.bits, attention_bits, heads):
         return None
     made = NeighbourAttention(width, out, heads, attention_bits, slope, concat)
     return made if made.fixed[1] is None or permutes() else None

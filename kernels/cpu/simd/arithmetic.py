@@ -234,8 +234,11 @@ def _fold(name: str):
             value, lanes = args[0], v.lanes
             while lanes > like.lanes:
                 lanes //= 2
-                halves = [builder.shuffle_vector(value, value, _order(range(k, k + lanes))) for k in (0, lanes)]
-                if name == "vfold_sum":
+                orders = (range(lanes), range(lanes, 2 * lanes))
+                if name == "vrun_sum":
+                    orders = (range(0, 2 * lanes, 2), range(1, 2 * lanes, 2))
+                halves = [builder.shuffle_vector(value, value, _order(order)) for order in orders]
+                if name != "vfold_max":
                     value = (builder.fadd if v.is_float else builder.add)(*halves)
                 else:
                     value = builder.select(builder.fcmp_ordered(">", *halves), *halves)
@@ -248,6 +251,7 @@ def _fold(name: str):
 
 
 vfold_max = _fold("vfold_max")  # of float lanes that repeat with the period of ``like``
+vrun_sum = _fold("vrun_sum")  # sums of runs of neighbouring lanes, as many as ``like`` has lanes
 vfold_sum = _fold("vfold_sum")  # their sums, of floats by halves: lane ``k`` of the lower one plus ``k`` of the upper
 
 

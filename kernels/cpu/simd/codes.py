@@ -10,10 +10,12 @@ from numba.extending import intrinsic
 from ...layout import lane_mask
 from .vectors import (
     Vector,
+    _alignment,
     _concatenate,
     _constant,
     _first_lanes,
     _order,
+    _shaped,
     _store_masked,
     _vector_pointer,
 )
@@ -67,6 +69,23 @@ def vjoin(typingctx, lanes, like):
         return word
 
     return signature(like, lanes, like), codegen
+
+
+@intrinsic(prefer_literal=True)
+def vload_parts(typingctx, array, offset, step, like, parts):
+    """Lanes of ``like`` from slices that :func:`vstore_parts` stores there."""
+    vector = _shaped(array, like)
+    piece = Vector(vector.element, vector.lanes // parts.literal_value)
+
+    def codegen(context, builder, sig, args):
+        slices, position = [], args[1]
+        for _ in range(parts.literal_value):
+            pointer = _vector_pointer(context, builder, array, args[0], position, piece)
+            slices.append(builder.load(pointer, align=_alignment(piece)))
+            position = builder.add(position, args[2])
+        return _concatenate(builder, slices)
+
+    return signature(vector, array, types.intp, types.intp, like, parts), codegen
 
 
 @intrinsic(prefer_literal=True)

@@ -44,6 +44,29 @@ def test_quantized_numerators_are_exact(graph: str, bits: int, attention_bits: i
         assert_equal(attention_aggregate, words, plan, **options, **packed, bias=bias, relu=True)
 
 
+@pytest.mark.parametrize(
+    ("bits", "heads", "channels", "attention_bits", "multiplied"),
+    [(4, 4, 16, 8, True), (2, 1, 41, 4, False), (8, 8, 12, 8, True), (2, 2, 80, 2, True), (4, 3, 5, 8, True)],
+)
+@pytest.mark.parametrize("graph", ["power_law", "isolated_nodes", "no_edges", "star"])
+def test_numerators_of_pairs_are_exact(
+    graph: str, bits: int, heads: int, channels: int, attention_bits: int, multiplied: bool
+) -> None:
+    """Logits of GATv2 that are multiples of a power of two: exact in every order of their sums."""
+    plan, width = plan_of(graph), heads * channels
+    words = random_words(plan.num_src, width, bits)
+    options: dict[str, Any] = {
+        "scale": 2.0 ** -torch.randint(0, 3, (width,)), "offset": torch.randint(-8, 8, (width,)) / 4,
+        "att": torch.randint(-1, 2, (heads, channels)) * 2.0 ** (-bits - 2),
+        "x_dst": torch.randint(-80, 80, (plan.num_dst, width)) / 4, "negative_slope": 0.25,
+    }  # fmt: skip
+    if multiplied:
+        options["multiplier"] = torch.randint(1, LARGEST_MULTIPLIER + 1, (plan.num_src,), dtype=torch.uint8)
+    options.update(heads=heads, num_features=width, bits=bits, attention_bits=attention_bits)
+    assert_equal(attention_aggregate, words, plan, **options)
+    assert_equal(attention_aggregate, words, plan, tolerance=1e-6, **options, concat=False)
+
+
 @pytest.mark.parametrize(("heads", "channels"), SHAPES)
 @pytest.mark.parametrize("kind", ["tensor", "row", "head"])
 @pytest.mark.parametrize("form", ["gat", "gat with edges", "gatv2"])
