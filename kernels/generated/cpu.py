@@ -13,21 +13,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .kept import CALLS, NARROW, arrays_of, base_of, fills, is_filled, pitch_of, scalars
+from ..layout import next_power_of_two
+from .kept import CALLS, LANES, NARROW, arrays_of, base_of, fills, is_filled, is_tiled, pitch_of, scalars
 from .program import KEPT, REDUCTIONS, Node, Program, Unsupported, Use
 from .stage import TILE, Stage, Tiling, runs
 
 __all__ = ["write_source"]
-
-LANES = 16  # numbers of a step over scratch arrays
 
 HEADER = '''"""A kernel written by qgnn_plugin.kernels.generated.cpu; changes are overwritten."""
 
 import numpy as np
 from qgnn_plugin.kernels.cpu import jit
 from qgnn_plugin.kernels.cpu.simd import (
-    atomic_add, keep, peek, poke, prefetch, raw, vcast, vfma, vlanes, vload, vload_first, vmax, vmin, vsplat, vspread,
-    vstore,
+    atomic_add, keep, peek, poke, prefetch, raw, vcast, vfma, vlanes, vload, vload_first, vmax, vmin, vrun_sum, vsplat,
+    vspread, vstore, vstore_first, vstore_parts,
 )
 from qgnn_plugin.kernels.generated.lanes import (
     vabove, vabs, vexp, vexpm1, vgreater, vhead_sum, vleaky, vload_tile, vlog, vlog1p, vneg, vpattern, vrelu,
@@ -146,24 +145,32 @@ class Writer:
         for k, index in enumerate(self.program.edge_outputs, len(self.program.outputs)):
             width, (array, at) = self.nodes[index].width, self.place(index)
             self.put("for e in range(begin, end):")
-            self.put(f"    for h in range({width}):")
-            self.put(f"        poke(out{k}_, np.int64(peek(edge_, e)) * {width} + h, peek({array}, {at} + h))")
+            self.put(f"    for h in range(0, {width}, {LANES}):")
+            few = f"vload_first({array}, {at} + h, {LANES}, {width} - h)"
+            self.put(f"        vstore_first(out{k}_, np.int64(peek(edge_, e)) * {width} + h, {few}, {width} - h)")
 
     def scalar_values(self, index: int) -> None:
         """A node of few numbers, for all edges of the row at once."""
         node = self.nodes[index]
         args = [self.filled(index, position, use) for position, use in enumerate(node.args)]
+        texts = [f"vload({arg}, k, {LANES})" for arg in args]
+        for position, arg in enumerate(args):
+            if arg[0] == "=":
+                texts[position] = self.name()
+                self.put(f"{texts[position]} = {arg[1:]}")
         self.put(f"for k in range(0, (end - begin) * {node.width}, {LANES}):")
-        texts = [f"vsplat({arg[1:]}, {LANES})" if arg[0] == "=" else f"vload({arg}, k, {LANES})" for arg in args]
         self.put(f"    vstore(s{index}, k, {CALLS[node.op].format(*texts, value=node.value)})")
 
     def filled(self, index: int, position: int, use: Use) -> str:
-        """The scratch array with an argument of a node for every edge of the row; ``=1.0`` for a number."""
+        """The scratch array with an argument of a node for every edge of the row; ``=vector`` where it is the same."""
         node, arg = self.nodes[index], self.nodes[use.node]
         if arg.op == "literal":
-            return f"={arg.value!r}"
+            return f"=vsplat({arg.value!r}, {LANES})"
         if not is_filled(self.program, node, use):
             return f"s{use.node}"
+        if is_tiled(self.program, node, use):
+            numbers = runs([k % node.width // (node.width // arg.width) for k in range(LANES)])
+            return f"=vpattern(row{use.node}, 0, {arg.width}, '{numbers}')"
         name = f"f{index}_{position}"
         self.put("for e in range(begin, end):")
         self.put(f"    at = (e - begin) * {node.width}")
@@ -253,7 +260,16 @@ class Writer:
             stage.start_edge()
             value = stage.value(root)
             features = tiling.features(first)
-            pattern = runs([f // run if f >= 0 else -1 for f in features])
+            found = [f // run if f >= 0 else -1 for f in features]
+            whole = [head for head in dict.fromkeys(found) for _ in range(run)]
+            if found == whole and -1 not in found and run == next_power_of_two(run) and tiling.lanes % run == 0:
+                total = f"vrun_sum({value}, vsplat(0.0, {len(found) // run}))"
+                at = f"(e - begin) * {heads} + {found[0]}"
+                self.put(f"vstore_parts(s{index}, {at}, {tiling.step // run}, {total}, {tiling.parts}, None)")
+                seen |= set(found)
+                self.depth -= 1
+                continue
+            pattern = runs(found)
             for head in sorted({f // run for f in features if f >= 0}):
                 total = f"vhead_sum({value}, '{pattern}', {head})"
                 at = f"(e - begin) * {heads} + {head}"

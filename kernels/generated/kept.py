@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from .program import ELEMENTWISE, KEPT, WITH_VALUE, Node, Operand, Program, Unsupported, Use
 
-__all__ = ["CALLS", "NARROW", "arrays_of", "base_of", "fills", "is_filled", "pitch_of", "scalars"]
+__all__ = ["CALLS", "LANES", "NARROW", "arrays_of", "base_of", "fills", "is_filled", "is_tiled", "pitch_of", "scalars"]
 
+LANES = 16  # numbers of a step over scratch arrays
 NARROW = 64  # the most numbers per edge that are kept
 FEW = 16  # of linear maps: of more numbers, what is made of them is computed where it is reduced
 ALONE = ("dot", "top", *KEPT)  # operations that are no functions number by number
@@ -103,10 +104,17 @@ def is_filled(program: Program, node: Node, use: Use) -> bool:
     return arg.is_row or arg.op == "load" or arg.width != node.width
 
 
+def is_tiled(program: Program, node: Node, use: Use) -> bool:
+    """Whether an argument of a kept node is numbers of the row, over and over in every step over the scratch array."""
+    arg = program.nodes[use.node]
+    return arg.is_row and (arg.width in (1, node.width)) and LANES % node.width == 0
+
+
 def fills(program: Program, scalar: set[int]) -> list[tuple[int, int]]:
     """Nodes and positions of arguments that are copied."""
     found = []
     for index, node in enumerate(program.nodes):
         if index in scalar and node.op in CALLS:
-            found += [(index, k) for k, use in enumerate(node.args) if is_filled(program, node, use)]
+            uses = [(k, use) for k, use in enumerate(node.args) if is_filled(program, node, use)]
+            found += [(index, k) for k, use in uses if not is_tiled(program, node, use)]
     return found
