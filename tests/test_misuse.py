@@ -52,8 +52,18 @@ INPUTS: dict[str, tuple[Callable[[], tuple[Any, ...]], Any, str]] = {
     "no edges": (lambda: (X, None), TypeError, r"'edge_index'.*NoneType"),
     "edges transposed": (lambda: (X, GRAPH.t()), ValueError, r"shape \[2, E\].*\[90, 2\]"),
     "nodes that do not exist": (lambda: (X, GRAPH + 20), ValueError, r"in the interval \[0, 30\).*feature matrix"),
-    "swapped": (lambda: (GRAPH, X), (ValueError, TypeError), r"\[2, E\]|12 features|integer type|float32 tensor"),
+    "swapped": (
+        lambda: (GRAPH, X), (ValueError, TypeError), r"\[2, E\]|12 features|integer type|floating-point|float32 tensor",
+    ),
 }
+
+
+@pytest.mark.parametrize("kind", ["GCN", "GAT", "GraphSAGE"])  # GINConv takes counts, as PyG's does
+@pytest.mark.parametrize("state", ["converted", "packed"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
+def test_features_of_another_kind(kind: str, state: str, dtype: torch.dtype) -> None:
+    with pytest.raises(TypeError, match=rf"Expected .*float.* at 'convs\.0.*got {dtype}.*\.float\(\)"):
+        model(state, kind)(X.to(dtype), GRAPH)
 
 
 @pytest.mark.parametrize("kind", list(LAYERS))

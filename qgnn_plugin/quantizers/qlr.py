@@ -165,6 +165,10 @@ class QLRQuantizer(FittedQuantizer):
         x, pattern = split(x)
         if self.bits == OFF:
             return QuantizedTensor.identity(x, pattern)
+        if not x.is_floating_point():
+            raise TypeError(
+                f"Expected floating-point values at '{self.site}' (got {x.dtype}); convert them with .float()"
+            )
         if not torch.compiler.is_compiling():
             x = self._outside_modes(x)
         if self.training and torch.compiler.is_exporting():
