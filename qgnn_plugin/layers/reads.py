@@ -80,9 +80,10 @@ def _read(cls: type) -> Reads:
         is_users = not f"{owner.__module__}.".startswith("torch_geometric.")
         tables = set() if writes else reader.tables
         deep = reader.deep and is_users and not writes
-        if reader.weights or tables or deep:
+        weights = {} if reader.writes else reader.weights
+        if weights or tables or deep:
             found.methods.add(name)
-        for attribute, dim in reader.weights.items():
+        for attribute, dim in weights.items():
             found.weights.setdefault(attribute, dim)
         found.tables |= tables
         found.maps |= tables if is_users else set()
@@ -102,12 +103,28 @@ def _readers(cls: type) -> Iterator[tuple[type, str, _Reader]]:
                 continue
             if function.__module__ in {f"{owner.__module__}_{owner.__name__}_{made}" for made in GENERATED}:
                 continue
-            reader = _Reader()
-            if not reader.has_read(function):
-                continue
-            if not reader.deep and reader.handed:
-                reader.deep = _read_by_callees(reader, function, cls, {function})
-            yield owner, name, reader
+            if (reader := _reader_of(function, owner, cls)) is not None:
+                yield owner, name, reader
+
+
+def _reader_of(function: FunctionType, owner: type, cls: type) -> _Reader | None:
+    """What a method that ``cls`` has of ``owner`` reads, and what those of its parents read that it calls."""
+    reader = _Reader()
+    if not reader.has_read(function):
+        return None
+    if not reader.deep and reader.handed:
+        reader.deep = _read_by_callees(reader, function, cls, {function})
+    above = cls.__mro__[cls.__mro__.index(owner) + 1 :]
+    for holder, name in reader.above:
+        named = _held(holder, function)
+        parents = above[above.index(named) :] if named in above else above if named is None else ()
+        parent: type = next((parent for parent in parents if name in vars(parent)), object)
+        method, is_theirs = vars(parent).get(name), f"{parent.__module__}.".startswith(FRAMEWORK)
+        if not isinstance(method, FunctionType) or name in SETTING_UP or (is_theirs and parent is not nn.Linear):
+            continue
+        if (inherited := _reader_of(inspect.unwrap(method), parent, cls)) is not None:
+            reader.add(inherited, is_users=not is_theirs and not f"{parent.__module__}.".startswith("torch_geometric."))
+    return reader
 
 
 def _read_by_callees(reader: _Reader, function: FunctionType, cls: type, seen: set[FunctionType]) -> bool:
@@ -146,6 +163,13 @@ def _callee(node: ast.expr, owner: str, function: FunctionType, cls: type) -> tu
     return found, num_bound
 
 
+def _held(node: ast.expr | None, function: FunctionType) -> Any:
+    """What a name, or an attribute of one, is around ``function``."""
+    if isinstance(node, ast.Attribute):
+        return getattr(_held(node.value, function), node.attr, NOBODY)
+    return _named(node.id, function) if isinstance(node, ast.Name) else node
+
+
 def _named(name: str, function: FunctionType) -> Any:
     """What ``name`` is around ``function``."""
     for free, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
@@ -169,6 +193,8 @@ class _Reader(ast.NodeVisitor):
         self.inside: set[str] = set(inside)  # locals that may be layers inside of attributes
         # What is called with such layers, with the places and the names of these.
         self.handed: list[tuple[ast.expr, set[int], set[str]]] = []
+        # The methods of parents that are called: of which class, none for that of ``super()``, and which.
+        self.above: list[tuple[ast.expr | None, str]] = []
 
     def has_read(self, function: FunctionType) -> bool:
         """Read the source of ``function``, if there is one."""
@@ -177,6 +203,14 @@ class _Reader(ast.NodeVisitor):
         except (OSError, SyntaxError, TypeError):
             return False
         return True
+
+    def add(self, inherited: _Reader, is_users: bool) -> None:
+        """What a method of a parent reads as well."""
+        self.weights = {**inherited.weights, **self.weights}
+        self.writes |= inherited.writes
+        if is_users:
+            self.tables |= inherited.tables
+            self.deep |= inherited.deep
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
         if not self.owner:
@@ -269,6 +303,8 @@ class _Reader(ast.NodeVisitor):
         keywords = {keyword.arg for keyword in node.keywords if keyword.arg and self._is_inside(keyword.value)}
         if places or keywords:
             self.handed.append((function, places, keywords))
+        if isinstance(function, ast.Attribute):
+            self._note_above(function, node.args)
         if name not in PRODUCTS:
             return
         if isinstance(function, ast.Attribute) and self._origin(function.value) is not None:  # W.matmul(x)
@@ -281,6 +317,14 @@ class _Reader(ast.NodeVisitor):
             is_method = isinstance(function, ast.Attribute) and not _is_module(function.value)
             right = is_method or place > 0
             self._factor(arg, OUT_BEFORE if name == "linear" or not right else OUT_LAST)
+
+    def _note_above(self, function: ast.Attribute, args: list[ast.expr]) -> None:
+        """Note ``super().forward(x)``, and ``Parent.forward(self, x)``."""
+        holder, first = function.value, args[0] if args else None
+        if isinstance(holder, ast.Call) and getattr(holder.func, "id", "") == "super":
+            self.above.append((None, function.attr))
+        elif isinstance(holder, (ast.Name, ast.Attribute)) and getattr(first, "id", "") == self.owner:
+            self.above.append((holder, function.attr))
 
     def _einsum(self, args: list[ast.expr]) -> None:
         equation = args[0].value if args and isinstance(args[0], ast.Constant) else None

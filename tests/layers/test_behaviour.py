@@ -30,6 +30,7 @@ from torch_geometric.typing import OptTensor
 import qgnn_plugin as qgnn
 from qgnn_plugin.layers import QuantizedMessagePassing, mixin_for
 from qgnn_plugin.layers.linear import QuantizedLinear
+from qgnn_plugin.layers.own_weights import QuantizedOwnModule
 
 NATIVE: dict[type[MessagePassing], Callable[[type], Any]] = {
     GCNConv: lambda cls: cls(WIDTH, OUT),
@@ -196,7 +197,7 @@ def test_linear_maps() -> None:
         def extra_repr(self) -> str:
             return "named"
 
-    assert mixin_for(Doubled) is None
+    assert mixin_for(Doubled(2, 2)) is QuantizedOwnModule  # by the product that its parent computes
     assert mixin_for(Named) is QuantizedLinear
     assert mixin_for(torch.nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))) is QuantizedLinear
 

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from core.support import NODES, WIDTH, features, graph
 from torch import Tensor, nn
+from torch_geometric import nn as pyg
 from torch_geometric.nn import ARMAConv, GatedGraphConv, GCN2Conv, GMMConv, MessagePassing
+from torch_geometric.nn import Linear as PyGLinear
 
 import qgnn_plugin as qgnn
 from qgnn_plugin.layers.reads import reads_of
@@ -220,3 +222,51 @@ def test_code_that_goes_through_its_layers_finds_its_own(make: type[nn.Module]) 
     qmodel.double().train()  # which torch passes on to children
     assert {q.log_scale.dtype for q in qgnn.quantizers(qmodel).values()} == {torch.float64}
     assert all(q.training for q in qgnn.quantizers(qmodel).values())
+
+
+class Dense(nn.Linear):
+    """A linear map with its activation."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.silu(super().forward(input))
+
+
+class Scaled(Dense):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+class Named(PyGLinear):
+    def forward(self, x: Tensor) -> Tensor:
+        return pyg.dense.Linear.forward(self, x).relu()
+
+
+class Masked(nn.Linear):
+    """Its weight is written before each product."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.weight.data *= torch.ones_like(self.weight).tril()
+        return super().forward(input)
+
+
+@pytest.mark.parametrize("cls", [Dense, Scaled, Named])
+def test_products_of_a_parent_are_products_of_the_layer(cls: type[nn.Module]) -> None:
+    x = features()
+    model = nn.Sequential(cls(WIDTH, 6), cls(6, 4)).eval()
+    exact = qgnn.quantize_model(model, bits=32).eval()
+    assert torch.equal(exact(x), model(x))
+    qmodel = qgnn.calibrate(qgnn.quantize_model(model, bits=8), [x], forward=lambda m, batch: m(batch)).eval()
+    assert qgnn.summary(qmodel).coverage.share == 1
+    expected = qmodel(x)
+    assert not torch.equal(expected, model(x))
+    assert torch.allclose(expected, model(x), atol=0.02 * float(model(x).abs().max()))
+    assert torch.equal(qgnn.pack_model(qmodel)(x), expected)
+
+
+def test_weights_that_are_written_where_they_are_factors_stay_parameters() -> None:
+    x = features()
+    model = nn.Sequential(nn.Linear(WIDTH, 6), Masked(6, 4)).eval()
+    qmodel = qgnn.calibrate(qgnn.quantize_model(model, bits=8), [x], forward=lambda m, batch: m(batch)).eval()
+    assert any("Masked" in line for line in str(qgnn.summary(qmodel)).splitlines() if line.startswith("float:"))
+    assert torch.equal(qgnn.pack_model(qmodel)(x), qmodel(x))
+    assert not qmodel[1].weight.triu(1).any()
