@@ -20,6 +20,7 @@ from torch_geometric.nn import Linear as PyGLinear
 from torch_geometric.nn.models.linkx import SparseLinear
 
 import qgnn_plugin as qgnn
+from qgnn_plugin.layers.recurrent import next_state
 
 Run = Callable[[Any, Tensor], Any]
 LENGTHS = torch.tensor([3, 8, 1, 4, 5])
@@ -424,3 +425,18 @@ def test_computed_weights_are_packed_as_floats() -> None:
     x = features()
     assert torch.equal(packed(x), qmodel(x))
     assert "its weights are computed from others" in str(qgnn.summary(packed))
+
+
+@pytest.mark.parametrize("kind", ["GRU", "LSTM", "RNN_TANH", "RNN_RELU"])
+def test_states_are_those_of_torch(kind: str) -> None:
+    """One step of torch's own cells, of gates near zero as of ones that saturate."""
+    cells = {"GRU": nn.GRUCell, "LSTM": nn.LSTMCell}
+    cell = cells[kind](8, 8) if kind in cells else nn.RNNCell(8, 8, nonlinearity=kind[4:].lower())
+    x, state = torch.randn(60, 8) * 10.0 ** torch.randint(-4, 3, (60, 1)), (torch.randn(60, 8), torch.randn(60, 8))
+    hx = state if kind == "LSTM" else state[:1]
+    with torch.no_grad():
+        expected = cell(x, hx if kind == "LSTM" else hx[0])
+        gates = F.linear(x, cell.weight_ih, cell.bias_ih), F.linear(hx[0], cell.weight_hh, cell.bias_hh)
+        found = next_state(kind, *gates, hx)
+    for got, wanted in zip(found, expected if kind == "LSTM" else (expected,), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
