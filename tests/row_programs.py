@@ -141,6 +141,7 @@ PROGRAMS = {
     "1 feature, 1 bit": gathered(1, 1, "tensor"),
     "200 features, 4 bits": gathered(200, 4, "column"),
     "4 heads of 16": attention(4, 16, 4),
+    "8 heads of 16": attention(8, 16, 4),  # tiles of two runs of heads
     "1 head of 33": attention(1, 33, 2),
     "3 heads of 5": attention(3, 5, 8),
     "2 heads of 100": attention(2, 100, 4),
