@@ -58,7 +58,8 @@ def register_layer(
 ) -> None:
     """Convert layers of ``layer_class`` by ``mixin``, and pack them by ``packed``.
 
-    Subclasses that change nothing the layer computes with follow; others are converted as any ``MessagePassing``.
+    Subclasses that change nothing the layer computes with follow, and so do those that put something before or after
+    ``super().forward``, if it is no ``MessagePassing``; others are converted as any ``MessagePassing``.
 
     Args:
         layer_class: A ``torch.nn.Module`` class.

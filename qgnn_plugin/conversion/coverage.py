@@ -215,7 +215,7 @@ class _Finder:
             self._add_swapped(name, module, weights)
             if weights and not (module.has_others or isinstance(module, MessagePassing)):
                 # What a weight is computed from, such as its norm and direction, is the weight.
-                sources = [*module.parameters(recurse=False), *_parametrized(module)]
+                sources = _parametrized(module) + ([] if module.extended else list(module.parameters(recurse=False)))
                 self._seen |= {id(p) for p in sources}
         own = list(module.parameters(recurse=isinstance(module, torch.jit.ScriptModule)))
         left = [p for p in own if id(p) not in self._seen]
@@ -260,7 +260,8 @@ class _Finder:
     def _reason(self, name: str, module: nn.Module) -> str:
         if self._reasons.get(name) == "never ran":
             return NEVER_RAN
-        if (mixin_for(module) is not None or isinstance(module, nn.Linear)) and not isinstance(module, MessagePassing):
+        is_converted = isinstance(module, (MessagePassing, SwappedLayer))
+        if (mixin_for(module) is not None or isinstance(module, nn.Linear)) and not is_converted:
             around = self.model.get_submodule(name.rpartition(".")[0])
             part = is_output_projection(self.model, name) and not isinstance(around, SwappedLayer)
             return "read by the attention around it, which stays float" if part else "not converted"

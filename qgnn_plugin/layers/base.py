@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -42,6 +42,7 @@ class SwappedLayer:
     own_names: ClassVar[tuple[str, ...]]  # aliases that mean attributes of the layer's own
     notes: ClassVar[tuple[str, ...]] = ()  # for its ``repr``
     _is_packed: ClassVar[bool] = False
+    extended: ClassVar[type[nn.Module] | None] = None  # the class whose forward that of its own goes around
     has_others: ClassVar[bool] = False  # whether its parameters may be more than a weight and what it is made of
 
     def own_sites(self) -> dict[str, int]:
@@ -67,7 +68,7 @@ class SwappedLayer:
 
     def _hidden_from(self, caller: dict[str, Any] | None) -> frozenset[str]:
         """The children that code with the globals ``caller`` is not to see; what is compiled is code of the model."""
-        sees_all = caller is not None and str(caller.get("__name__")).startswith(_INFRASTRUCTURE)
+        sees_all = caller is not None and str(caller.get("__name__")).startswith(INFRASTRUCTURE)
         return frozenset() if sees_all else frozenset(self.added_names())
 
     def as_float(self) -> nn.Module:
@@ -108,8 +109,8 @@ def names_kept(mixin: type, layer: nn.Module) -> tuple[str, ...]:
 # What a mixin means to put in the place of the layer's own.
 _REPLACED = frozenset({"forward", "reset_parameters", "weight", "_save_to_state_dict", "_load_from_state_dict"})
 _EXTENDED = frozenset({"named_children", "children", "_apply"})  # of torch, where the layer's own run as well
-_INFRASTRUCTURE = ("torch.", __name__.partition(".")[0] + ".")
-_LIBRARIES = (*_INFRASTRUCTURE, "torch_geometric.")
+INFRASTRUCTURE = ("torch.", __name__.partition(".")[0] + ".")
+_LIBRARIES = (*INFRASTRUCTURE, "torch_geometric.")
 
 
 def clashes(mixin: type, layer: nn.Module) -> list[str]:
@@ -248,6 +249,20 @@ class QuantizerDict(nn.ModuleDict):
 
 
 _CLASSES: dict[tuple[type, type, bool, tuple[str, ...]], type] = {}
+CONVERTS: dict[type[nn.Module], type[QuantizedLayer]] = {}  # which mixin converts which layer type
+
+
+def extended_class(float_class: type[nn.Module], mixins: Collection[type[QuantizedLayer]]) -> type[nn.Module] | None:
+    """The class converted by one of ``mixins`` whose ``forward`` that of ``float_class`` goes around, if it does."""
+    base: Any = next((cls for cls in float_class.__mro__ if CONVERTS.get(cls) in mixins), None)
+    return None if base is None or base.forward is float_class.forward else base
+
+
+def around_super(
+    float_class: type[nn.Module], concrete: type, extended: type[nn.Module], namespace: dict[str, Any]
+) -> type:
+    """The subclass of ``float_class``, whose ``super().forward`` is that of ``concrete``, a form of ``extended``."""
+    return type(float_class.__name__, (float_class, concrete), {**namespace, "extended": extended})
 
 
 def quantized_class(
@@ -268,6 +283,11 @@ def quantized_class(
         namespace["__repr__"] = SwappedLayer.__repr__
         if hasattr(float_class, "reset_parameters"):
             namespace["reset_parameters"] = _resetting_ranges(float_class.reset_parameters)
+        extended = extended_class(float_class, {mixin})
+        if extended is not None:
+            concrete = quantized_class(mixin, extended, output, own_names)
+            _CLASSES[key] = around_super(float_class, concrete, extended, namespace)
+            return _CLASSES[key]
         # PyG generates a `propagate` onto a subclass that has none in its own namespace, on the first copy or
         # unpickling of an instance, and `explain` reads the two aliases: all three must be in the concrete class.
         propagate = getattr(mixin, "quantized_propagate", None)
@@ -346,7 +366,7 @@ def restore_class(layer: Any) -> None:
         state.propagate = type(state)._orig_propagate.__get__(state)
 
 
-_LATER = ("_conversion", "_deep_stack", "is_adopted")  # added after the conversion itself
+_LATER = ("_conversion", "_deep_stack", "is_adopted", "_is_read_past")  # added after the conversion itself
 _ATTRIBUTES = (
     "gap_quantizer",
     "state_quantizers",

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from torch_geometric.nn import MessagePassing
 
-__all__ = ["Reads", "reads_of", "with_reading"]
+__all__ = ["Reads", "goes_around", "reads_of", "with_reading"]
 
 FRAMEWORK = ("torch.", "pytorch_lightning.", "lightning.")
 SETTING_UP = {"__init__", "__repr__", "extra_repr", "reset_parameters", "initialize_parameters"}
@@ -67,6 +67,50 @@ def with_reading(member: Any, wrap: Any) -> Any:
     if isinstance(member, property):
         return property(wrap(member.fget), member.fset, member.fdel, member.__doc__)
     return wrap(member)
+
+
+def goes_around(cls: type[nn.Module], base: type[nn.Module]) -> bool:
+    """Whether ``forward`` of ``cls`` is that of ``base``, called by ``super().forward``, with code before and after it.
+
+    That code reads no weight of its own, nor hands the layer to anybody who might.
+    """
+    return cls.forward is not base.forward and _goes_around("forward", cls, base, set())
+
+
+def _goes_around(name: str, cls: type, base: type, seen: set[str]) -> bool:
+    seen.add(name)
+    for owner in (owner for owner in cls.__mro__ if owner not in base.__mro__ and name in vars(owner)):
+        member = vars(owner)[name]
+        function: Any = member.fget if isinstance(member, property) else member
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
+        except (OSError, SyntaxError, TypeError):
+            return False
+        nodes = list(ast.walk(tree))
+        of_super = {node.attr for node in nodes if isinstance(node, ast.Attribute) and _is_super(node.value)}
+        used = {id(node.value) for node in nodes if isinstance(node, ast.Attribute)}
+        used |= {id(arg) for node in nodes if _is_super(node) for arg in node.args}  # type: ignore[attr-defined]
+        asked = {id(node.value) for node in nodes if isinstance(node, ast.Attribute) and node.attr in ABOUT}
+        first = next((arg.arg for node in nodes if isinstance(node, ast.arguments) for arg in node.args), "self")
+        for node in nodes:
+            if isinstance(node, ast.Name) and node.id == first and id(node) not in used:
+                return False
+            if isinstance(node, ast.Attribute) and id(node) not in asked and _may_be_weights(node.attr):
+                return False
+        if name == "forward" and of_super != {"forward"}:
+            return False
+        own = {node.attr for node in nodes if isinstance(node, ast.Attribute)} - seen - of_super
+        if not all(_goes_around(other, cls, base, seen) for other in own):
+            return False
+    return True
+
+
+def _is_super(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "super"
+
+
+def _may_be_weights(name: str) -> bool:
+    return "weight" in name or name in {"parameters", "named_parameters", "_parameters", "out_proj", "__dict__"}
 
 
 def _read(cls: type) -> Reads:

@@ -13,12 +13,14 @@ from torch_geometric.nn.models.linkx import SparseLinear
 
 from ..smp.constraint import SmoothLayer
 from .base import (
+    CONVERTS,
     Conversion,
     QuantizedLayer,
     SiteFactory,
     SwappedLayer,
     attribute_names,
     clashes,
+    extended_class,
     names_kept,
     quantized_class,
     release_propagate,
@@ -30,14 +32,13 @@ from .grid import QuantizedGridConv
 from .linear import QuantizedLinear
 from .message_passing import QuantizedConv, QuantizedMessagePassing
 from .multihead import QuantizedMultiheadAttention
+from .naming import float_class_of
 from .own_weights import QuantizedOwnConv, QuantizedOwnModule, own_tables, own_weights
-from .reads import reads_of
+from .reads import goes_around, reads_of
 from .recurrent import QuantizedCell, QuantizedRecurrent
 from .sparse_linear import QuantizedSparseLinear
 
 __all__ = ["convert_layer", "deep_mixin", "mixin_for", "register_deep", "register_layer"]
-
-_REGISTRY: dict[type[nn.Module], type[QuantizedLayer]] = {}
 
 _DEEP: dict[type[QuantizedLayer], type[QuantizedLayer]] = {}
 
@@ -48,12 +49,15 @@ _LINEAR = ("lin", "lin_l", "lin_r", "lin_src", "lin_dst", "lin_edge", "res")
 
 
 def register_layer(layer_class: type[nn.Module], mixin: type[QuantizedLayer]) -> None:
-    """Convert layers of ``layer_class``, and of subclasses that change nothing it computes with, by ``mixin``."""
+    """Convert layers of ``layer_class`` by ``mixin``, and of subclasses that change nothing it computes with.
+
+    What these do before and after ``super().forward`` is done as before.
+    """
     if not (isinstance(layer_class, type) and issubclass(layer_class, nn.Module)):
         raise TypeError(f"Expected a torch.nn.Module class (got {layer_class!r})")
     if not (isinstance(mixin, type) and issubclass(mixin, QuantizedLayer)):
         raise TypeError(f"Expected a QuantizedLayer class (got {mixin!r})")
-    _REGISTRY[layer_class], _DEFINED[layer_class] = mixin, defined(layer_class)
+    CONVERTS[layer_class], _DEFINED[layer_class] = mixin, defined(layer_class)
 
 
 def mixin_for(layer: nn.Module | type[nn.Module]) -> type[QuantizedLayer] | None:
@@ -67,11 +71,26 @@ def mixin_for(layer: nn.Module | type[nn.Module]) -> type[QuantizedLayer] | None
     if issubclass(cls, SwappedLayer):  # converted, or packed
         return cls.mixin if issubclass(cls, QuantizedLayer) else mixin_for(cls.float_class)
     for base in cls.__mro__:
-        if base in _REGISTRY:
-            if changes(cls, base, _DEFINED[base]) or (isinstance(layer, nn.Module) and not _is_as_made(layer, base)):
+        if base in CONVERTS:
+            if not _computes_as(cls, base) or (isinstance(layer, nn.Module) and not _is_as_made(layer, base)):
                 break
-            return _REGISTRY[base]
+            return CONVERTS[base]
     return _generic_mixin(layer, cls)
+
+
+def _computes_as(cls: type[nn.Module], base: type[nn.Module]) -> bool:
+    """Whether ``cls`` computes what ``base`` does, maybe with something before and after it."""
+    found = changes(cls, base, _DEFINED[base])
+    if not found or issubclass(base, MessagePassing):  # others are converted by what they send
+        return not found
+    if {"weight"} < reads_of(cls).weights.keys() - {"bias"}:  # products with weights of its own are quantized as well
+        return False
+    return found == ["forward"] and base.forward is _DEFINED[base]["forward"] and goes_around(cls, base)
+
+
+def _is_plain_linear(layer: nn.Module) -> bool:
+    """Whether ``layer`` is a linear map and nothing else, which another layer may compute by itself."""
+    return mixin_for(layer) is QuantizedLinear and extended_class(float_class_of(layer), {QuantizedLinear}) is None
 
 
 def _generic_mixin(layer: nn.Module | type[nn.Module], cls: type[nn.Module]) -> type[QuantizedLayer] | None:
@@ -98,14 +117,14 @@ def deep_mixin(mixin: type[QuantizedLayer] | None) -> type[QuantizedLayer] | Non
 
 def classes_of(mixin: type[QuantizedLayer]) -> list[type[nn.Module]]:
     """The layer types that ``mixin`` is registered for."""
-    return [layer_class for layer_class, found in _REGISTRY.items() if found is mixin]
+    return [layer_class for layer_class, found in CONVERTS.items() if found is mixin]
 
 
 def _is_as_made(layer: nn.Module, base: type[nn.Module]) -> bool:
     """Whether ``layer`` itself holds nothing that its class would not have made."""
     if bound_changes(layer):
         return False
-    aggregations = getattr(_REGISTRY[base], "aggregations", None)
+    aggregations = getattr(CONVERTS[base], "aggregations", None)
     if aggregations is not None and getattr(layer, "aggr", None) not in aggregations:
         return False
     if isinstance(layer, nn.Linear) and 0 in (layer.in_features, layer.out_features):
@@ -114,10 +133,12 @@ def _is_as_made(layer: nn.Module, base: type[nn.Module]) -> bool:
         return False
     if isinstance(layer, nn.Embedding):  # of one number a row, its range would be the row itself
         return layer.embedding_dim > 1
+    if isinstance(layer, nn.MultiheadAttention):
+        return _is_plain_linear(layer.out_proj)
     if not base.__module__.startswith("torch_geometric.") or not isinstance(layer, MessagePassing):
         return True
     inner = (layer._modules.get(name) for name in _LINEAR)
-    return aggregates_as_named(layer) and all(m is None or mixin_for(m) is QuantizedLinear for m in inner)
+    return aggregates_as_named(layer) and all(m is None or _is_plain_linear(m) for m in inner)
 
 
 def convert_layer(

@@ -193,11 +193,25 @@ def test_linear_maps() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return 2 * super().forward(x)
 
+    class Other(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.repeat(1, self.out_features)
+
     class Named(nn.Linear):
         def extra_repr(self) -> str:
             return "named"
 
-    assert mixin_for(Doubled(2, 2)) is QuantizedOwnModule  # by the product that its parent computes
+    class Added(nn.Linear):
+        def __init__(self, *args: int) -> None:
+            super().__init__(*args)
+            self.extra = nn.Parameter(torch.randn(*args))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + x @ self.extra
+
+    assert mixin_for(Doubled) is QuantizedLinear
+    assert mixin_for(Added(2, 2)) is QuantizedOwnModule  # by the products of both
+    assert mixin_for(Other) is None
     assert mixin_for(Named) is QuantizedLinear
     assert mixin_for(torch.nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))) is QuantizedLinear
 

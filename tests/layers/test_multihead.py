@@ -130,7 +130,7 @@ def test_a_state_from_before_attention_was_converted() -> None:
 def test_a_float_attention_keeps_its_output_projection() -> None:
     class Own(nn.MultiheadAttention):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
-            return super().forward(*args, **kwargs)
+            return nn.MultiheadAttention.forward(self, *args, **kwargs)
 
     x = torch.randn(LENGTH, EMBED)
     model = nn.ModuleDict({"attn": Own(EMBED, HEADS), "head": nn.Linear(EMBED, EMBED)})
@@ -278,7 +278,7 @@ class Projected(nn.MultiheadAttention):
 
     def forward(self, x: Tensor) -> Any:  # type: ignore[override]
         x = self.map(x)
-        return super().forward(x, x, x)[0]
+        return nn.MultiheadAttention.forward(self, x, x, x)[0]
 
 
 @torch.no_grad()
@@ -300,7 +300,7 @@ def test_what_a_float_attention_calls_is_converted() -> None:
 def test_a_refusal_names_no_map_that_is_never_called() -> None:
     class Own(nn.MultiheadAttention):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
-            return super().forward(*args, **kwargs)
+            return nn.MultiheadAttention.forward(self, *args, **kwargs)
 
     with pytest.raises(ValueError, match="Nothing to convert") as refused:
         qgnn.quantize_model(Own(EMBED, HEADS))

@@ -170,6 +170,15 @@ def test_convert_pack_copy_save_and_restore(name: str, tmp_path: Path) -> None:
     assert all(p.grad is not None for p in qmodel.parameters())
 
 
+def test_results_of_the_model_are_those_of_their_codes_once_packed() -> None:
+    args = (features(), _adjacency())
+    model, config = Kipf(WIDTH, 6), qgnn.QuantConfig(bits=8, output_bits=4)
+    qmodel = qgnn.calibrate(qgnn.quantize_model(model, config=config), [args]).eval()
+    with torch.no_grad():
+        assert len(qmodel(*args).unique()) <= 16
+        assert torch.equal(qgnn.pack_model(qmodel)(*args), qmodel(*args))
+
+
 def test_features_that_require_gradients_are_refused_once_packed() -> None:
     args = (features(), _adjacency())
     packed = qgnn.pack_model(qgnn.calibrate(qgnn.quantize_model(TwoKipf(), 8), [args]).eval())

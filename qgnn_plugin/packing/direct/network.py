@@ -56,7 +56,7 @@ def direct_steps(network: Any, rows: int, width: int) -> Steps | None:
         if type(child) is nn.ReLU and maps:
             maps[-1] = (*maps[-1][:2], True)
             continue
-        if not isinstance(child, PackedLinear) or child._num_in != width:
+        if not isinstance(child, PackedLinear) or child._is_seen or child._num_in != width:
             return None
         call, width = direct_call(child), child._num_out
         if call is None or not is_few(rows * width) or is_shared(rows * (1 + child._num_in * width // ROW_COST)):

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from torch_geometric.nn import MessagePassing
 
 from ...config import OFF, QuantConfig
-from ...layers.base import WEIGHT, QuantizedLayer, SwappedLayer, float_state, named_as
+from ...layers.base import (
+    WEIGHT,
+    QuantizedLayer,
+    SwappedLayer,
+    around_super,
+    extended_class,
+    float_state,
+    named_as,
+)
 from ...layers.own_weights import outside_compiler
 from ...layers.reads import with_reading
 from ...smp.constraint import constraint_names
@@ -302,6 +310,11 @@ def frozen_class(mixin: type[PackedLayer], float_class: type[nn.Module], own_nam
         namespace = {**named_as(float_class, own_names), "packed_mixin": mixin}
         # Before those of a class that shares a base with the mixin, which then comes first.
         namespace |= {"__repr__": SwappedLayer.__repr__, "reset_parameters": PackedLayer.reset_parameters}
+        extended = extended_class(float_class, [own for own, packed in _REGISTRY.items() if packed is mixin])
+        if extended is not None:
+            concrete = frozen_class(mixin, extended, own_names)
+            _CLASSES[key] = around_super(float_class, concrete, extended, namespace)
+            return _CLASSES[key]
         if mixin._runs_own_forward:
             namespace["forward"] = inference(_own_forward(float_class.forward))
         for name in mixin._read_by(float_class):

@@ -189,8 +189,10 @@ class PackedLinear(PackedLayer):
 
     @property
     def _is_seen(self) -> bool:
-        """Whether the result is asked for as floats, by a site or by hooks."""
-        return bool(self.output_quantizer is not None or self._forward_hooks or self._forward_pre_hooks)
+        """Whether the result is asked for as floats, by a site, by hooks, or by a forward around this one."""
+        if self.extended or self._forward_hooks or self._forward_pre_hooks:
+            return True
+        return self.output_quantizer is not None
 
     def product(self, x: Activation, bias: Tensor | None, row_scale: Tensor | None = None) -> Producer | None:
         """The linear map, by a factor ``[N]`` per row, as integer products; :obj:`None` where it is none.

@@ -98,6 +98,8 @@ class PackedOwnModule(PackedOwnWeights):
 
     @classmethod
     def refuses(cls, layer: Any) -> str | None:
+        if type(layer).quantizes_output:
+            return "its output is quantized"
         return super().refuses(layer) if own_weights(layer) else None
 
 
