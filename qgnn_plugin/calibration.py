@@ -16,6 +16,7 @@ from .conversion.coverage import counting_rows
 from .conversion.passed_by import Reached
 from .inputs import Forward, is_data, run_model, tensors_in
 from .kernels.plan import GraphPlan
+from .layers.read_past import noting_reads
 from .matching import LARGEST, match_outputs
 from .quantizers import QLRQuantizer, RangeKind
 
@@ -90,16 +91,17 @@ def calibrate(
         for site in sites.values():
             site.observe(inputs.holds)
         count, first = 0, None
-        for batch in batches:
-            inputs.tensors = list(tensors_in(batch))
-            with ExitStack() as stack:
-                if not count:
-                    first = batch
-                    stack.enter_context(counting_rows(qmodel))
-                    stack.enter_context(reached.watching())
-                run_model(qmodel, batch, forward)
-            kept.add(batch, inputs.tensors)
-            count += 1
+        with noting_reads(qmodel):
+            for batch in batches:
+                inputs.tensors = list(tensors_in(batch))
+                with ExitStack() as stack:
+                    if not count:
+                        first = batch
+                        stack.enter_context(counting_rows(qmodel))
+                        stack.enter_context(reached.watching())
+                    run_model(qmodel, batch, forward)
+                kept.add(batch, inputs.tensors)
+                count += 1
         if not count:
             raise ValueError("Expected at least one batch to calibrate on (got none)")
         reached.expect_all(first, forward)

@@ -21,6 +21,7 @@ from ..layers.message_passing import QuantizedMessagePassing
 from ..layers.naming import float_class_of
 from ..layers.normalized import still
 from ..layers.own_weights import own_tables
+from ..layers.read_past import is_read_past
 from ..layers.registry import deep_mixin, mixin_for
 from ..quantizers import QLRQuantizer
 from ..saved import CONFIG_KEY
@@ -107,7 +108,8 @@ def assemble(model: nn.Module, layers: Mapping[str, Any], specs: Iterable[LayerS
             memo[id(layer)] = object.__new__(float_class_of(layer))
     for spec in specs:
         layer = layers[spec.name]
-        if (copied := memo.get(id(layer))) is not None:
+        if spec.reason is None or spec.stays_plain:
+            copied = memo[id(layer)]
             kept = type(copied).kept(layer) if isinstance(copied, PackedLayer) else float_state(layer)
             copied.__dict__.update(copy.deepcopy(kept, memo))
             if isinstance(copied, PackedLayer):
@@ -155,6 +157,7 @@ def _packed_class(layer: Any, spec: LayerSpec) -> type[PackedLayer]:
 
 
 DIFFERENTIATED = "differentiated in the forward pass"
+READ_PAST = "its weight is read past it, by code that takes it as it is"
 
 
 def _describe(layers: Mapping[str, Any], differentiated: Iterable[str] = ()) -> list[LayerSpec]:
@@ -170,6 +173,8 @@ def _describe(layers: Mapping[str, Any], differentiated: Iterable[str] = ()) -> 
                 reason = NEVER_RAN
         elif not has_run(layer):
             reason = NEVER_RAN
+        elif any(is_read_past(one) for one in (layer, *_units(layer))):
+            reason = READ_PAST
         elif cls is None:
             deep = " in a deep stack" if isinstance(layer, DeepLayer) else ""
             reason = f"no packed {type(layer).float_class.__name__}{deep}"
@@ -180,10 +185,14 @@ def _describe(layers: Mapping[str, Any], differentiated: Iterable[str] = ()) -> 
         # Maps that take codes from it, not values: they are of its kind, or on their own where others call them.
         if type(layer).units:
             inner = None if reason in (None, NEVER_RAN) else f"part of '{name}'"
-            maps = (getattr(layer, child, None) for child in type(layer).units)
-            decided |= {id(child): inner for child in maps if child is not None}
+            decided |= {id(child): inner for child in _units(layer)}
         specs.append(LayerSpec.of(name, layer, reason))
     return specs
+
+
+def _units(layer: Any) -> list[nn.Module]:
+    """The layers inside ``layer`` that it converts itself."""
+    return [child for name in type(layer).units if (child := getattr(layer, name, None)) is not None]
 
 
 def _say_what_never_ran(specs: list[LayerSpec]) -> None:

@@ -189,7 +189,9 @@ class Hidden(Tied):
 
 def test_reads_that_conversion_does_not_see_are_told_by_the_packed_model() -> None:
     x, edge_index = features(), graph()
-    packed = qgnn.pack_model(qgnn.calibrate(qgnn.quantize_model(Hidden(), bits=8), (x, edge_index)))
+    qmodel = qgnn.quantize_model(Hidden(), bits=8)
+    qmodel(x, edge_index)  # in training mode
+    packed = qgnn.pack_model(qmodel)
     with pytest.warns(UserWarning, match=r"weight of 'encoder' are read past the packed layer"):
         packed(x, edge_index)
     with warnings.catch_warnings():
@@ -209,7 +211,9 @@ class Cell(nn.Module):
 def test_what_is_told_to_be_excluded_is_a_layer() -> None:
     """Of one with several weights, not the name of the weight, which is that of no layer."""
     x = features()
-    packed = qgnn.pack_model(qgnn.calibrate(qgnn.quantize_model(Cell(), bits=8), (x,)))
+    qmodel = qgnn.quantize_model(Cell(), bits=8)
+    qmodel(x)  # in training mode
+    packed = qgnn.pack_model(qmodel)
     with pytest.warns(UserWarning, match=r"weight of 'cell.weight_hh' are read .* exclude 'cell' from conversion"):
         packed(x)
     qmodel = qgnn.calibrate(qgnn.quantize_model(Cell(), bits=8, exclude=["cell"]), (x,))
@@ -229,7 +233,9 @@ def test_what_a_weight_is_apart_from_its_values() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         qmodel = qgnn.calibrate(qgnn.quantize_model(About(), bits=8), (x, edge_index)).eval()
-        torch.testing.assert_close(qgnn.pack_model(qmodel)(x, edge_index), qmodel(x, edge_index).detach())
+        packed = qgnn.pack_model(qmodel)
+        torch.testing.assert_close(packed(x, edge_index), qmodel(x, edge_index).detach())
+    assert not [spec.reason for spec in packed._packed_specs if spec.reason]  # type: ignore[union-attr]
 
 
 class Clipped(nn.Module):

@@ -184,3 +184,20 @@ def test_an_acting_multiplier_acts_alike(family: str, index: int, correction: An
     for args in calls:
         qconv = qgnn.calibrate(qgnn.quantize_model(conv, config=QuantConfig(bits=8, smp=smp)), args)
         torch.testing.assert_close(qgnn.pack_model(qconv)(*args), qconv(*args), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["GCNConv", "GATConv", "GATv2Conv", "TAGConv", "SSGConv"])
+def test_maps_of_full_width_inside_packed_layers(family: str) -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleList([FAMILIES[family][0]()]).eval()
+    inner = sorted(name for name, m in model.named_modules() if name.startswith("0.lin") and not list(m.children()))
+    args = (torch.randn(NODES, WIDTH), torch.randint(NODES, (2, 40)))
+    config = QuantConfig(bits=8, overrides={name: {"bits": 32} for name in inner})
+    run = lambda model, args: model[0](*args)  # noqa: E731
+    qmodel = qgnn.calibrate(qgnn.quantize_model(model, config=config), [args], forward=run).eval()
+    packed = qgnn.pack_model(qmodel)
+    reasons = {spec.name: spec.reason for spec in packed._packed_specs}  # type: ignore[union-attr]
+    assert reasons["0"] is None
+    assert all(reasons[name] == "32 bits" for name in inner)
+    with torch.no_grad():
+        torch.testing.assert_close(run(packed, args), run(qmodel, args), rtol=1e-5, atol=1e-5)
