@@ -17,7 +17,8 @@ from qgnn_plugin.kernels.fake_quantize import fake_quantize
 from qgnn_plugin.kernels.head_dots import head_dots
 from qgnn_plugin.kernels.head_linear import head_linear
 from qgnn_plugin.kernels.layout import pack_codes
-from qgnn_plugin.kernels.linear import linear
+from qgnn_plugin.kernels.linear import Product, linear
+from qgnn_plugin.kernels.linear_pair import linear_pair
 from qgnn_plugin.kernels.plan import GraphPlan
 from qgnn_plugin.kernels.quantize_pack import quantize_pack
 from qgnn_plugin.kernels.smp_step import smp_step
@@ -91,7 +92,7 @@ def _rowwise(plan: GraphPlan, features: int, bits: int) -> list[Check]:
     for i, value in enumerate((float("nan"), float("inf"), -float("inf"), 1e38, -1e38, 0.0, -0.0, 1e-44)):
         awkward[i::8, i % features] = value
     words, w = _packed(nodes, features, bits, device), _packed(64, features, bits, device)
-    product = (words, w, *one, *one, features, bits, bits)
+    product, bias = (words, w, *one, *one, features, bits, bits), torch.randn(64, device=device)
     return [
         ("quantize_pack", True, lambda: quantize_pack(x, *column, bits)),
         ("quantize_pack, no numbers", True, lambda: quantize_pack(awkward, *one, bits)),
@@ -100,6 +101,8 @@ def _rowwise(plan: GraphPlan, features: int, bits: int) -> list[Check]:
         ("fake_quantize, one range", False, lambda: _fake_quantize(x, grad, *one, bits)),
         ("linear", True, lambda: linear(*product, relu=True)),
         ("linear packed", True, lambda: linear(*product, **out)),
+        ("linear pair", True, lambda: linear_pair(Product(*product), Product(*product, bias), relu=True)),
+        ("linear pair packed", True, lambda: linear_pair(Product(*product, bias), Product(*product), **out)),
     ]
 
 
@@ -138,6 +141,8 @@ def _of_multiplied_rows(plan: GraphPlan, features: int, heads: int, bits: int) -
     m = torch.randint(1, LARGEST_MULTIPLIER + 1, (nodes,), dtype=torch.uint8, device=device)
     words, w = _packed(nodes, features, bits, device), _packed(features, features, bits, device)
     product, rows = (words, w, *one, *one, features, bits, bits), (words, plan, *one, features, bits)
+    half = features // 2
+    narrow = (_packed(nodes, half, bits, device), _packed(features, half, bits, device), *one, *one, half, bits, bits)
     x, x_dst = torch.randn(2, nodes, features, device=device)
     source, target = torch.randn(2, nodes, heads, device=device)
     gat = {"heads": heads, "alpha_src": source, "alpha_dst": target}
@@ -148,6 +153,7 @@ def _of_multiplied_rows(plan: GraphPlan, features: int, heads: int, bits: int) -
         ("unpack_dequantize", True, lambda: unpack_dequantize(words, *one, features, bits, m)),
         ("linear", True, lambda: linear(*product, multiplier=m, **to)),
         ("linear, added", True, lambda: linear(*product, multiplier=m, addend=x, relu=True, **to)),
+        ("linear pair", True, lambda: linear_pair(Product(*product, None, m), Product(*narrow), relu=True, **to)),
         ("head_linear", True, lambda: head_linear(*product, vectors, heads, **to, multiplier=m)),
         ("head_dots", True, lambda: head_dots(x, vectors, heads)),
         ("aggregate sum", True, lambda: aggregate(*rows, multiplier=m, **to)),

@@ -14,7 +14,8 @@ from qgnn_plugin.kernels.aggregate import aggregate
 from qgnn_plugin.kernels.arithmetic import LARGEST_MULTIPLIER
 from qgnn_plugin.kernels.backend import use_backend
 from qgnn_plugin.kernels.layout import row_words
-from qgnn_plugin.kernels.linear import linear
+from qgnn_plugin.kernels.linear import Product, linear
+from qgnn_plugin.kernels.linear_pair import linear_pair
 from qgnn_plugin.kernels.plan import GraphPlan
 
 from .graphs import adjacency, generated
@@ -23,7 +24,8 @@ from .timing import copies, copy_bandwidth, timed
 from .worker import Run, Unit
 
 __all__ = [
-    "FORMS", "aggregate_calls", "aggregate_units", "device_units", "linear_calls", "linear_units", "random_words",
+    "FORMS", "PAIR", "aggregate_calls", "aggregate_units", "device_units", "linear_calls", "linear_units",
+    "random_words",
 ]  # fmt: skip
 
 FEATURES, DRY_FEATURES = (256, 128, 64, 512), (8,)
@@ -32,6 +34,7 @@ BITS, DRY_BITS = (2, 4, 8), (2,)
 # What leaves a kernel: codes with row multipliers, as the default configuration has them in and out; codes of one
 # range; floats.
 FORMS = {"rows": " rows out", "packed": " packed out", "floats": ""}
+PAIR = "pair"  # of linear alone: the sum of two products, as GraphSAGE has it, in the first of these forms
 
 
 def device_units(run: Run) -> Iterator[Unit]:
@@ -175,11 +178,21 @@ def _otherwise(plan: GraphPlan, features: int) -> dict[str, Callable[[], Row]]:
 def linear_calls(
     rows: int, inputs: int, outputs: int, bits: int, form: str, device: torch.device
 ) -> list[Callable[[], Any]]:
-    """One call per buffer, in one of :data:`FORMS`, with a range per output channel, as packed models call it."""
+    """One call per buffer, in one of :data:`FORMS` or as a :data:`PAIR`, with a range per output channel, as packed
+    models call it.
+    """
     weights = random_words(outputs, row_words(inputs, bits), device)
     one, zero = torch.ones(1, device=device), torch.zeros(1, device=device)
     scale, offset = torch.rand(outputs, device=device) + 0.1, torch.randn(outputs, device=device)
-    out = _form(form, rows, bits, device)
+    out = _form("rows" if form == PAIR else form, rows, bits, device)
+    if form == PAIR:
+        times = out.pop("multiplier")
+        ranges = (one, zero, scale, offset, inputs, bits, bits, None, times)
+        buffers = copies(lambda: random_words(rows, 2 * row_words(inputs, bits), device).view(2, rows, -1))
+        return [
+            lambda x=x: linear_pair(Product(x[0], weights, *ranges), Product(x[1], weights, *ranges), relu=True, **out)  # type: ignore[misc]
+            for x in buffers
+        ]
     buffers = copies(lambda: random_words(rows, row_words(inputs, bits), device))
     return [
         lambda x=x: linear(x, weights, one, zero, scale, offset, inputs, bits, bits, relu=True, **out)  # type: ignore[misc]
@@ -193,7 +206,7 @@ def linear_units(run: Run, size: str) -> Iterator[Unit]:
         base = {"kind": "linear", "rows": rows, "shape": f"{inputs}x{outputs}"}
 
         def ours(bits: int, inputs: int = inputs, outputs: int = outputs, base: Row = base) -> Iterator[Row]:
-            for form, label in FORMS.items():
+            for form, label in {**FORMS, PAIR: " pair, rows out"}.items():
                 with use_backend(run.backend):
                     row = timed(linear_calls(rows, inputs, outputs, bits, form, run.device))
                 yield {**base, "name": f"int{bits}{label}", **row}

@@ -80,9 +80,9 @@ def _aggregate(bits: int, features: int) -> list[Callable[[], Any]]:
 
 
 def _linear(bits: int, inputs: int, outputs: int) -> list[Callable[[], Any]]:
-    from .kernels import FORMS, linear_calls
+    from .kernels import FORMS, PAIR, linear_calls
 
-    return [linear_calls(NODES, inputs, outputs, bits, form, torch.device("cpu"))[0] for form in FORMS]
+    return [linear_calls(NODES, inputs, outputs, bits, form, torch.device("cpu"))[0] for form in (*FORMS, PAIR)]
 
 
 def _model(model: str, bits: int) -> list[Callable[[], Any]]:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..head_dots.triton import head_dots
+from ..linear import Product
 from ..linear.triton import has_heads, linear, multiply
 from ..quantize_pack.triton import quantize_pack
 from . import with_multipliers
@@ -31,7 +32,7 @@ def head_linear(
     to: dict[str, Any] = {"out_scale": out_scale, "out_offset": out_offset, "out_bits": out_bits}
     product.update(w_words=w_words, in_features=in_features, x_bits=x_bits)
     if has_heads(in_features, x_bits, w_words.size(0), out_bits, heads, vectors.size(0)):
-        words, times, dots = multiply(**product, **to, out_unit=out_unit, vectors=vectors, heads=heads)
+        words, times, dots = multiply(Product(**product), **to, out_unit=out_unit, vectors=vectors, heads=heads)
         assert dots is not None
         return *with_multipliers(words if times is None else (words, times)), dots
     y = linear(**product)

@@ -10,7 +10,7 @@ features,
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,23 @@ from ..checks import check_float
 from ..layout import check_packed, most_products, unpack_codes
 from ..library import register
 
-__all__ = ["check_product", "linear", "linear_reference"]
+__all__ = ["Product", "check_product", "linear", "linear_reference"]
+
+
+class Product(NamedTuple):
+    """``x^ w^T + b`` of packed codes, as :func:`linear` takes it."""
+
+    x_words: Tensor
+    w_words: Tensor
+    x_scale: Tensor
+    x_offset: Tensor
+    w_scale: Tensor
+    w_offset: Tensor
+    in_features: int
+    x_bits: int
+    w_bits: int
+    bias: Tensor | None = None
+    multiplier: Tensor | None = None
 
 
 def linear_reference(

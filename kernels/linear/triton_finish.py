@@ -18,16 +18,21 @@ MOST_VECTORS = 2  # of a fused kernel, which says everything once for each
 
 @triton.jit
 def finish(  # type: ignore[no-untyped-def]
-    y, row, row_ok, column, column_ok, bias, row_scale, addend, vectors, dots, out, out_scale, out_offset, out_unit,
-    out_multiplier, num_rows, num_out, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr,
+    y, other, row, row_ok, column, column_ok, bias, row_scale, addend, vectors, dots, out, out_scale, out_offset,
+    out_unit, out_multiplier, num_rows, num_out, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr,
     RELU: tl.constexpr, OUT_BITS: tl.constexpr, OUT_BYTES: tl.constexpr, OUT_SCALE: tl.constexpr,
     OUT_OFFSET: tl.constexpr, LARGEST: tl.constexpr, HEADS: tl.constexpr, VECTORS: tl.constexpr,
+    GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Bias, addend, ReLU, the row's factor, dot products of heads with vectors, and either floats or codes."""
+    """Bias, ``other`` values, addend, ReLU, the row's factor, dot products of heads with vectors, and either floats or
+    codes.
+    """
     if bias is not None:
         y = y + tl.load(bias + column, mask=column_ok, other=0.0)[None, :]
     ok = row_ok[:, None] & column_ok[None, :]
     row64 = row.to(tl.int64)[:, None]
+    if other is not None:
+        y = y + other
     if addend is not None:
         y = y + tl.load(addend + row64 * num_out + column[None, :], mask=ok, other=0.0)
     if RELU:
@@ -51,8 +56,9 @@ def finish(  # type: ignore[no-untyped-def]
         codes = quantize(y, scale, start, OUT_BITS)
         if not WHOLE:
             codes = tl.where(column_ok[None, :], codes, 0)
-        codes = tl.reshape(codes, [BLOCK_M, parts, WIDTH])
-        lanes = tl.sum(codes << (OUT_BITS * tl.arange(0, parts))[None, :, None], 1)
+        codes = tl.reshape(codes, [BLOCK_M, GROUPS, parts, WIDTH // GROUPS])
+        lanes = tl.sum(codes << (OUT_BITS * tl.arange(0, parts))[None, None, :, None], 2)
+        lanes = tl.reshape(lanes, [BLOCK_M, WIDTH])
         byte = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
         byte_ok = row_ok[:, None]
         if not WHOLE:

@@ -30,7 +30,8 @@ from ..aggregate import aggregate
 from ..attention_aggregate import attention_aggregate
 from ..backend import use_backend
 from ..layout import row_words
-from ..linear import linear
+from ..linear import Product, linear
+from ..linear_pair import linear_pair
 from ..plan import GraphPlan
 from ..quantize_pack import quantize_pack
 from ..spmm import spmm
@@ -60,7 +61,7 @@ SEARCH: dict[str, dict[str, tuple[int, ...]]] = {
     **dict.fromkeys(("aggregate_sum", "aggregate_multiplied", "aggregate_max", "aggregate_weighted"), _TILED),
     "float_sum": _TILED,
     **dict.fromkeys(("attention", "attention_v2"), _EDGES),
-    **dict.fromkeys(("linear", "linear_rows"), _PRODUCT),
+    **dict.fromkeys(("linear", "linear_rows", "linear_pair"), _PRODUCT),
     "elementwise": {"num_warps": (2, 4, 8), "words_per_thread": (1, 2, 4), "tile_words": (16, 32, 64)},
 }  # fmt: skip
 
@@ -151,6 +152,8 @@ def _runs(plan: GraphPlan, words: int) -> Iterator[tuple[str, Callable[[], Any]]
     yield "linear", lambda: linear(packed, weights, one, zero, one, zero, features, bits, bits, **out)
     to = {**out, "out_unit": one}
     yield "linear_rows", lambda: linear(packed, weights, one, zero, one, zero, features, bits, bits, **to)
+    product = Product(packed, weights, one, zero, one, zero, features, bits, bits)
+    yield "linear_pair", lambda: linear_pair(product, product, **to)
     yield "elementwise", lambda: quantize_pack(x_dst, one, zero, bits)
     values = x_dst[:, :words].contiguous()
     yield "float_sum", lambda: spmm(plan, values)

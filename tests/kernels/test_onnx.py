@@ -55,6 +55,7 @@ def random_arguments(name: str) -> dict[str, Callable[[], tuple[tuple[Any, ...],
         "aggregate multiplied": lambda: (sums, {"multiplier": m}),
         "linear": lambda: ((words, *weights), {"row_scale": torch.rand(nodes), **out}),
         "linear multiplied": lambda: ((words, *weights), {"multiplier": m}),
+        "linear_pair": lambda: ((words, *weights, torch.randn(7), m, words, *weights, None, None), out),
         "attention_aggregate": lambda: (attention, {}),
         "attention_aggregate averaged": lambda: (attention, {"concat": False, "alpha_edge": edge}),
         "attention_aggregate multiplied": lambda: (attention, {"multiplier": m}),
@@ -79,7 +80,7 @@ def test_each_op_is_its_reference(case: str) -> None:
         assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("overload", ["aggregate.rows", "linear.rows", "quantize_pack.rows"])
+@pytest.mark.parametrize("overload", ["aggregate.rows", "linear.rows", "linear_pair.rows", "quantize_pack.rows"])
 def test_packed_rows_with_multipliers(overload: str) -> None:
     name = overload.partition(".")[0]
     unit, out = torch.tensor(0.8), {"out_scale": torch.tensor(0.1), "out_offset": torch.tensor(-0.7), "out_bits": 4}

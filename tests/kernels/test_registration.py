@@ -15,6 +15,7 @@ from qgnn_plugin.kernels import (  # noqa: F401
     head_dots,
     head_linear,
     linear,
+    linear_pair,
     quantize_pack,
     smp_step,
     unpack_dequantize,
@@ -30,6 +31,10 @@ def _cases() -> dict[str, Callable[[], tuple[Any, ...]]]:
 
     def words(rows: int = plan.num_src) -> torch.Tensor:
         return random_words(rows, WIDTH, 2)
+
+    def pair() -> tuple[Any, ...]:
+        first = (words(), words(7), one, zero, one, zero, WIDTH, 2, 2)
+        return (*first, torch.rand(7), None, *first, None, torch.ones(plan.num_src, dtype=torch.uint8), True)
 
     weight, edges = torch.rand(plan.num_edges, 2), torch.arange(plan.num_edges).flip(0)
     x, alpha = torch.randn(plan.num_src, WIDTH), torch.randn(plan.num_src, 2)
@@ -48,6 +53,7 @@ def _cases() -> dict[str, Callable[[], tuple[Any, ...]]]:
             words(), *graph, one, zero, WIDTH, 2, 2, 4, 0.2, alpha, alpha,
         ),
         "linear": lambda: (words(), words(7), one, zero, one, zero, WIDTH, 2, 2),
+        "linear_pair": pair,
         "head_dots": lambda: (x, x[:2], 4),
         "head_linear": lambda: (
             words(), words(8), one, zero, one, zero, WIDTH, 2, 2, x[:2, :8], 4, one, zero, 2, None, None, one,
@@ -55,6 +61,7 @@ def _cases() -> dict[str, Callable[[], tuple[Any, ...]]]:
         "quantize_pack.rows": lambda: (x, one, zero, 2, one),
         "aggregate.rows": lambda: (words(), *graph, one, zero, WIDTH, 2, "sum", None, None, None, False, one, zero, 4),
         "linear.rows": lambda: (words(), words(7), one, zero, one, zero, WIDTH, 2, 2, None, True, one, zero, 4),
+        "linear_pair.rows": lambda: (*pair(), one, zero, 4),
         "attention_aggregate.rows": lambda: (
             words(), *graph, one, zero, WIDTH, 2, 2, 4, 0.2, alpha, alpha, None, None, None, True, None, False, one,
             zero, 4,
@@ -85,6 +92,8 @@ def _keywords(case: str) -> dict[str, torch.Tensor]:
     """Overloads with multipliers take them in, and write others."""
     if not case.endswith(".rows") or case.startswith("quantize"):
         return {}
+    if case == "linear_pair.rows":
+        return {"out_unit": torch.tensor([2.0])}
     rows = plan_of("erdos_renyi").num_src
     return {"multiplier": torch.randint(1, 16, (rows,), dtype=torch.uint8), "out_unit": torch.tensor([2.0])}
 

@@ -16,6 +16,7 @@ from qgnn_plugin.kernels import (  # noqa: F401
     head_dots,
     head_linear,
     linear,
+    linear_pair,
     plan_op,
     quantize_pack,
     smp_step,
@@ -40,6 +41,13 @@ _LINEAR = (
     "Tensor x_words, Tensor w_words, Tensor x_scale, Tensor x_offset, Tensor w_scale, Tensor w_offset, "
     "int in_features, int x_bits, int w_bits, Tensor? bias=None, bool relu=False, Tensor? out_scale=None, "
     "Tensor? out_offset=None, int out_bits=0, Tensor? row_scale=None, Tensor? addend=None, Tensor? multiplier=None"
+)
+_PAIR = (
+    "Tensor x_words, Tensor w_words, Tensor x_scale, Tensor x_offset, Tensor w_scale, Tensor w_offset, "
+    "int in_features, int x_bits, int w_bits, Tensor? bias, Tensor? multiplier, "
+    "Tensor x2_words, Tensor w2_words, Tensor x2_scale, Tensor x2_offset, Tensor w2_scale, Tensor w2_offset, "
+    "int in_features2, int x2_bits, int w2_bits, Tensor? bias2, Tensor? multiplier2, bool relu=False, "
+    "Tensor? out_scale=None, Tensor? out_offset=None, int out_bits=0"
 )
 SCHEMAS = {
     "aggregate": f"({_AGGREGATE}) -> Tensor",
@@ -66,6 +74,8 @@ SCHEMAS = {
     "inverse_root": "(Tensor degree) -> Tensor",
     "linear": f"({_LINEAR}) -> Tensor",
     "linear.rows": f"({_LINEAR}, *, Tensor out_unit) -> (Tensor, Tensor)",
+    "linear_pair": f"({_PAIR}) -> Tensor",
+    "linear_pair.rows": f"({_PAIR}, *, Tensor out_unit) -> (Tensor, Tensor)",
     "plan": (
         '(Tensor src, Tensor dst, SymInt num_src, SymInt num_dst, str loops="none") -> (Tensor, Tensor, Tensor)'
     ),

@@ -9,6 +9,7 @@ where a kernel reads out of bounds.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -81,6 +82,11 @@ def _calls() -> dict[str, Call]:
         "bias": torch.randn(OUT), "row_scale": torch.rand(ROWS), "addend": torch.randn(ROWS, OUT),
         "out_scale": torch.ones(1), "out_offset": torch.zeros(1), "out_bits": 8,
     }  # fmt: skip
+    pair = {name: product_[name] for name in ("x_words", "w_words", "in_features", "x_bits", "w_bits", "bias")}
+    pair |= {name: product_[name] for name in ("x_scale", "x_offset", "w_scale", "w_offset")}
+    pair |= {re.sub("^[xw]|^in_features|^bias", r"\g<0>2", name): value for name, value in pair.items()}
+    pair |= {name: product_[name] for name in ("out_scale", "out_offset", "out_bits")}
+    pair |= {"multiplier": None, "multiplier2": None}
     step = {
         "h": x, "x0": x, "norm": torch.rand(ROWS), "eta": 0.1, "mu": 9.0, "multiplier": 0.1, **codes, **one, **out,
     }  # fmt: skip
@@ -96,6 +102,7 @@ def _calls() -> dict[str, Call]:
         "qgnn::fake_quantize_backward": (ops.fake_quantize_backward, {"grad": x, "x": x, **rows, "bits": BITS}),
         "linear": (linear.linear, product_),
         "qgnn::linear": (ops.linear, product_),
+        "qgnn::linear_pair": (ops.linear_pair, pair),
         "aggregate": (
             aggregate.aggregate,
             {**codes, "plan": _plan(), **columns, "edge_weight": torch.rand(edges, 2), **tail},
@@ -138,7 +145,10 @@ def _calls() -> dict[str, Call]:
 
 CALLS = _calls()
 
-ONE_ELEMENT = {"scale", "offset", "x_scale", "x_offset", "w_scale", "w_offset", "out_scale", "out_offset"}
+ONE_ELEMENT = {
+    "scale", "offset", "x_scale", "x_offset", "w_scale", "w_offset", "x2_scale", "x2_offset", "w2_scale", "w2_offset",
+    "out_scale", "out_offset",
+}  # fmt: skip
 FREE_ROWS, FREE_COLUMNS = ("a row less", "a row more"), ("a column less", "a column more", "no columns")
 OTHER_FLOATS = ("torch.float64", "torch.float16")
 OTHER_DTYPES = (*OTHER_FLOATS, "torch.int64", "torch.int32", "torch.uint8", "torch.bool")

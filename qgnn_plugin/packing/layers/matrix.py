@@ -11,7 +11,7 @@ from torch import Tensor
 from ...kernels.aggregate import aggregate
 from ...kernels.head_linear import head_linear
 from ...kernels.layout import most_products, pack_codes, top_code, unpack_codes
-from ...kernels.linear import linear
+from ...kernels.linear import Product, linear
 from ...kernels.plan import plan_cache
 from ...layers import arithmetic
 from ...layers.arithmetic import EXACT_FLOAT32
@@ -94,18 +94,27 @@ class PackedMatrix:
         fits = bias is None or (bias.shape == (self.num_out,) and bias.dtype is torch.float32)
         is_checked = self.is_checked and fits and self.words.is_cpu
 
-        def run(start: int, stop: int, **out: Any) -> Tensor:
-            rows, factor = x.rows(start, stop), None if row_scale is None else row_scale[start:stop]
-            return linear(
+        def product(start: int, stop: int) -> Product:
+            rows = x.rows(start, stop)
+            return Product(
                 rows.words, self.words, rows.scale, rows.lower, self.scale, self.lower, self.num_in, x.bits, self.bits,
-                bias=bias, row_scale=factor, multiplier=rows.multiplier, is_checked=is_checked, **out,
+                bias, rows.multiplier,
             )  # fmt: skip
+
+        def run(start: int, stop: int, **out: Any) -> Tensor:
+            factor = None if row_scale is None else row_scale[start:stop]
+            of_rows = product(start, stop)
+            return linear(
+                *of_rows[:-2], bias=bias, row_scale=factor, multiplier=of_rows.multiplier, is_checked=is_checked, **out
+            )
 
         def taken(index: Tensor) -> Producer:
             factor = None if row_scale is None else row_scale[index]
             return self.product(x.take(index), bias, factor)  # type: ignore[return-value]
 
-        return Producer(x.words.size(0), self.num_out, x.words.device, run, adds=row_scale is None, taken=taken)
+        adds = row_scale is None
+        shape = (x.words.size(0), self.num_out)
+        return Producer(*shape, x.words.device, run, adds=adds, taken=taken, product=product if adds else None)
 
     def with_head_dots(
         self, x: Activation, bias: Tensor | None, target: PackedRange, vectors: Tensor, heads: int

@@ -13,6 +13,8 @@ from torch import Tensor
 from ...kernels.backend import backend_for
 from ...kernels.cpu.memory import empty
 from ...kernels.cpu.parallel import on_every_thread
+from ...kernels.linear import Product
+from ...kernels.linear_pair import linear_pair
 from . import sizes
 from .steps import Rows, Step, finished, with_epilogue
 
@@ -91,6 +93,7 @@ class Producer:
         dims: Where the matrix stands for more dimensions, those of a row, ``F`` numbers together.
         taken: ``taken(index)``, the matrix of its rows numbered by ``index``, where these can be computed alone.
         alive: Floats per row that a block of it holds at once, ``F`` where it is 0.
+        product: ``product(start, stop)``, the rows ``[start, stop)`` as one product of integers, where they are that.
     """
 
     num_rows: int
@@ -103,6 +106,7 @@ class Producer:
     dims: tuple[int, ...] = ()
     taken: Callable[[Tensor], Producer] | None = None
     alive: int = 0
+    product: Callable[[int, int], Product] | None = None
 
     @classmethod
     def of(cls, value: Tensor) -> Producer:
@@ -192,14 +196,18 @@ class Producer:
             return finished(self.run(start, stop, relu=relu), left, **out)
 
         taken = None if self.taken is None else lambda index: self.taken(index).then(*steps)  # type: ignore[misc]
-        return replace(self, run=run, is_fused=False, adds=False, only_kernels=False, taken=taken)
+        return replace(self, run=run, is_fused=False, adds=False, only_kernels=False, taken=taken, product=None)
 
     def plus(self, other: Producer) -> Producer:
         """The sum of both matrices, neither of which is written as a whole where the sum is packed."""
         if not other.adds:
             return self.combined(other, Tensor.add_)
+        mine, its = self.product, other.product
 
         def run(start: int, stop: int, **out: Any) -> Rows:
+            # On the CPU floats of a block stay in the cache.
+            if mine is not None and its is not None and backend_for(self.device) != "cpu":
+                return linear_pair(its(start, stop), mine(start, stop), **out)
             return other.run(start, stop, addend=self.run(start, stop), **out)
 
         whole = self.combined(other, Tensor.add_)
