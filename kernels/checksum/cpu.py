@@ -32,10 +32,11 @@ def _mixed(word, place):
 @njit(forceinline=True)
 def _sum(address, first, last):
     """Over the words ``[first, last)`` after ``address``."""
-    words = carray(at(address, np.uint64), (last,))
+    count = last - first
+    words = carray(at(address + WORD * first, np.uint64), (count,))
     total = np.uint64(0)
-    for i in range(first, last):
-        total += _mixed(words[i], i)
+    for i in range(count):  # from 0 on: an index that may be negative keeps loops from being vectorized
+        total += _mixed(words[i], first + i)
     return total
 
 

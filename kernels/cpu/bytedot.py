@@ -11,13 +11,13 @@ from __future__ import annotations
 from functools import cache
 
 from llvmlite import ir
-from llvmlite.binding import get_host_cpu_features
 from numba.core import types
 from numba.core.typing.templates import signature
 from numba.extending import intrinsic
 
 from ..layout import lane_mask
 from .simd import Vector
+from .simd.dots import byte_dot, has_feature, register_lanes
 from .simd.vectors import (
     _by_width,
     _call,
@@ -64,46 +64,14 @@ def vmix(typingctx, a, b, c, d):
     return signature(mixed, a, a, a, a), codegen
 
 
-def _dot(context, builder, parts):
-    """``acc + dot of bytes`` in one register's lanes; the second operand without, the third with sign.
-
-    No product of two neighbouring bytes may pass 15 bits: weights are small.
-    """
-    acc, unsigned, signed = parts
-    features = getattr(context.codegen(), "_tm_features", "")
-    bits = 32 * acc.type.count
-    if "+avx512vnni" in features and ("+avx512vl" in features or bits == 512):
-        return _call(builder, f"llvm.x86.avx512.vpdpbusd.{bits}", acc.type, _as_bytes(builder, parts))
-    if bits == 256 and "+avx2" in features:
-        _, x, y = _as_bytes(builder, parts)
-        pairs = Vector("u16", 2 * acc.type.count)
-        products = _call(builder, "llvm.x86.avx2.pmadd.ub.sw", pairs.llvm, [x, y])
-        total = _call(builder, "llvm.x86.avx2.pmadd.wd", acc.type, [products, _constant(pairs, 1)])
-        return builder.add(acc, total)
-    lanes = Vector("i32", acc.type.count)
-    for byte in range(ROWS):
-        x = builder.and_(builder.lshr(unsigned, _constant(lanes, 8 * byte)), _constant(lanes, 255))
-        y = builder.ashr(builder.shl(signed, _constant(lanes, 24 - 8 * byte)), _constant(lanes, 24))
-        acc = builder.add(acc, builder.mul(x, y))
-    return acc
-
-
-def _as_bytes(builder, parts):
-    count = parts[0].type.count
-    lanes = Vector("u8", 4 * count).llvm
-    return [parts[0], *(builder.bitcast(part, lanes) for part in parts[1:])]
-
-
 @cache
 def permutes() -> bool:
     """Whether :func:`vadd_heads` can tell lanes apart: by an instruction of AVX-512."""
-    return bool(get_host_cpu_features().get("avx512f"))
+    return has_feature("avx512f")
 
 
-def register_lanes(context) -> int:
-    """int32 lanes of the registers that byte dot products use here."""
-    features = getattr(context.codegen(), "_tm_features", "")
-    return 16 if "+avx512vnni" in features else 8
+def _dot(builder, parts):
+    return byte_dot(builder, parts, is_small=True)  # weights are small
 
 
 @intrinsic
@@ -117,7 +85,7 @@ def vadd_mixed(typingctx, acc, mixed, weights):
 
     def codegen(context, builder, sig, args):
         factor = _splat(builder, mixed, args[2])
-        width = min(register_lanes(context), mixed.lanes)
+        width = min(register_lanes(), mixed.lanes)
         results = []
         for part in range(parts):
             mask = lane_mask(8) if part == parts - 1 else lane_mask(bits * (part + 1))
@@ -125,7 +93,7 @@ def vadd_mixed(typingctx, acc, mixed, weights):
             lanes = range(part * mixed.lanes, (part + 1) * mixed.lanes)
             total = builder.shuffle_vector(args[0], args[0], _order(lanes))
             results.append(
-                _by_width(builder, mixed, (total, low, factor), width, lambda x: _dot(context, builder, x))
+                _by_width(builder, mixed, (total, low, factor), width, lambda x: _dot(builder, x))
             )
         return _concatenate(builder, results)
 
@@ -212,14 +180,14 @@ def vadd_heads(typingctx, acc, mixed, like, weights, base, table, start, lanewis
                 lanes.append(_call(builder, "llvm.x86.avx512.permvar.si.512", zmm.llvm, [all_heads, index]))
             return _concatenate(builder, lanes)
 
-        width = min(register_lanes(context), mixed.lanes)
+        width = min(register_lanes(), mixed.lanes)
         results = []
         for part in range(parts):
             lanes = _order(range(part * mixed.lanes, (part + 1) * mixed.lanes))
             total = builder.shuffle_vector(args[0], args[0], lanes)
             factors, codes = spread(part), _isolated(builder, mixed, args[1], bits, part)
             operands = (total, codes, factors) if bits == 8 else (total, factors, codes)
-            results.append(_by_width(builder, mixed, operands, width, lambda x: _dot(context, builder, x)))
+            results.append(_by_width(builder, mixed, operands, width, lambda x: _dot(builder, x)))
         return _concatenate(builder, results)
 
     offsets = (types.intp, table, types.intp)

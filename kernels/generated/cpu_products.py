@@ -21,6 +21,7 @@ from ..cpu import jit
 from ..cpu.epilogue import floats
 from ..cpu.finish import BIAS, GROUP, OFFSET, SCALE, TERM, quantize_group, row_multiplier
 from ..cpu.simd import (
+    has_feature,
     peek,
     poke,
     raw_at,
@@ -44,6 +45,7 @@ __all__ = ["BLOCK_ROWS", "EdgeProduct", "constants_of", "open_product", "run_pro
 BLOCK_ROWS = 48  # edges at a time
 ROWS = 4  # edges whose sums are in registers at a time
 HALF, QUARTER = LANES // 2, LANES // 4  # outputs of a narrower tile
+NARROW = not has_feature("avx512f")  # registers hold no wider one
 LARGEST = np.float32(3.4028235e38)
 WITHOUT_SIGN = 0x7FFFFFFF
 COLUMNS = 4  # SCALE, OFFSET, TERM and BIAS
@@ -60,14 +62,15 @@ SUM, ROW_STEP, ROW_LOW, NUM_OF_ROWS = range(4)  # what is known of each edge in 
 def _tiles(num_out: int) -> list[tuple[int, int]]:
     """The first output and the width of each tile, as :func:`run_product` takes them."""
     found, at = [], 0
-    while num_out - at > HALF + QUARTER:
+    while num_out - at > HALF + QUARTER and not NARROW:
         found.append((at, LANES))
         at += LANES
-    if num_out - at > QUARTER:
+    if num_out - at > QUARTER and not NARROW:
         found.append((at, HALF))
         at += HALF
-    if num_out > at:
+    while num_out > at:
         found.append((at, QUARTER))
+        at += QUARTER
     return found
 
 
@@ -258,21 +261,22 @@ def run_product(product, x, out, rows, first):
         poke(of_rows, ROW_STEP * BLOCK_ROWS + r, peek(ranges, STEP * GROUP + m))
         poke(of_rows, ROW_LOW * BLOCK_ROWS + r, low)
     o = 0
-    while num_out - o > HALF + QUARTER:
+    while num_out - o > HALF + QUARTER and not NARROW:
         begin = vload(start, o, LANES)
         _whole_tile(
             lanes, pitch // 4, rows, weight, depth, begin, of_rows, columns, o, stretch, out, first, num_out
         )  # fmt: skip
         o += LANES
-    if num_out - o > QUARTER:
+    if num_out - o > QUARTER and not NARROW:
         begin = vload(start, o, HALF)
         _half_tile(
             lanes, pitch // 4, rows, weight, depth, begin, of_rows, columns, o, stretch, out, first, num_out
         )  # fmt: skip
         o += HALF
-    if num_out > o:
+    while num_out > o:
         begin = vload(start, o, QUARTER)
         _quarter_tile(
             lanes, pitch // 4, rows, weight, depth, begin, of_rows, columns, o, stretch, out, first, num_out
         )  # fmt: skip
+        o += QUARTER
     return True

@@ -6,11 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..cpu.epilogue import address, code_pitch, epilogue
+from ..cpu.epilogue import address, epilogue
 from ..cpu.memory import empty
-from ..cpu.parallel import even_chunks, run_chunks
-from ..layout import BITS_PER_BYTE
-from ..linear.cpu import FEATURES, linear_kernel, weights_of
+from ..linear.cpu import run_linear
 from . import with_multipliers
 
 __all__ = ["head_linear"]
@@ -36,7 +34,6 @@ def head_linear(
     out_unit: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, channels = x_words.size(0), w_words.size(0)
-    weight, start, colsum = weights_of(w_words, in_features, w_bits, x_bits == BITS_PER_BYTE)
     packed, closed, held = epilogue(
         rows, channels, scale=w_scale, offset=w_offset, dst_scale=x_scale, row_term=x_offset, multiples=multiplier,
         bias=bias, out_scale=out_scale, out_offset=out_offset, out_bits=out_bits, out_unit=out_unit,
@@ -44,12 +41,8 @@ def head_linear(
     number = vectors.size(0)
     dots = empty((number, rows, heads), torch.float32)
     if rows and channels:
-        run_chunks(
-            linear_kernel(x_bits, 1), even_chunks(rows, 1 + in_features * channels // 512), address(x_words, held),
-            x_words.size(1), weight.data_ptr(), start.numel(), -(-in_features // FEATURES), start.data_ptr(),
-            colsum.data_ptr(), in_features, closed, code_pitch(channels, out_bits),
-            (address(vectors, held), number, heads, dots.data_ptr(), rows),
-        )  # fmt: skip
+        wanted = (address(vectors, held), number, heads, dots.data_ptr(), rows)
+        run_linear(x_words, w_words, in_features, x_bits, w_bits, out_bits, closed, held, wanted)
     elif rows:
         dots.zero_()
     return *with_multipliers(packed), dots

@@ -17,7 +17,6 @@ from .arithmetic import (
     vabs,
     vcast,
     vclimb,
-    vdot,
     vfirst,
     vfma,
     vfold_max,
@@ -44,6 +43,7 @@ from .codes import (
     vspread,
     vstore_parts,
 )
+from .dots import has_feature, vdot, vdot_small
 from .memory import (
     atomic_add,
     keep,
@@ -69,6 +69,7 @@ from .vectors import (
 __all__ = [
     "Vector",
     "atomic_add",
+    "has_feature",
     "keep",
     "peek",
     "poke",
@@ -80,6 +81,7 @@ __all__ = [
     "vcast",
     "vclimb",
     "vdot",
+    "vdot_small",
     "vfirst",
     "vfma",
     "vfold_max",

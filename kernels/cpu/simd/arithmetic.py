@@ -256,34 +256,6 @@ vfold_sum = _fold("vfold_sum")  # their sums, of floats by halves: lane ``k`` of
 
 
 @intrinsic
-def vdot(typingctx, acc, unsigned, signed):
-    """``acc + sum of four products`` per int32 lane, of bytes without and with sign (VNNI)."""
-
-    def codegen(context, builder, sig, args):
-        features = getattr(context.codegen(), "_tm_features", "")
-        if acc.lanes % _ZMM == 0 and "+avx512vnni" in features:
-            name = "llvm.x86.avx512.vpdpbusd.512"
-            return _by_register(builder, acc, args, lambda parts: _dot_vnni(builder, name, parts))
-        total = args[0]
-        for byte in range(4):
-            a = builder.lshr(args[1], _constant(acc, 8 * byte))
-            a = builder.and_(a, _constant(acc, 255))
-            b = builder.shl(args[2], _constant(acc, 24 - 8 * byte))
-            b = builder.ashr(b, _constant(acc, 24))
-            total = builder.add(total, builder.mul(a, b))
-        return total
-
-    return signature(acc, acc, acc, acc), codegen
-
-
-def _dot_vnni(builder, name: str, parts):
-    lanes = parts[0].type
-    as_bytes = Vector("u8", 4 * _ZMM).llvm
-    args = [parts[0], *(builder.bitcast(part, as_bytes) for part in parts[1:])]
-    return _call(builder, name, lanes, args)
-
-
-@intrinsic
 def vsum(typingctx, a):
     """The sum of the integer lanes, modulo 2^32."""
 

@@ -5,6 +5,7 @@ import torch
 from cpu_support import assert_equal, output_range, random_range, random_words
 
 from qgnn_plugin.kernels.backend import use_backend
+from qgnn_plugin.kernels.layout import pack_codes
 from qgnn_plugin.kernels.linear import linear
 from qgnn_plugin.kernels.quantize_pack import quantize_pack
 
@@ -43,6 +44,16 @@ def test_rows_of_any_number_of_words(bits: int) -> None:
                 fewer = depth - 4
                 weights = random_words(3, fewer, bits)
                 assert_equal(linear, x, weights, one, low, one, low, fewer, bits, bits)
+
+
+@pytest.mark.parametrize("depth", [84, 88, 7281, 7282])
+def test_sums_of_the_largest_codes(depth: int) -> None:
+    """Sums of two bits are held in bytes over 84 features and in 16 bits over 7281."""
+    x, w = (pack_codes(torch.full((rows, depth), 3), 2) for rows in (9, 33))
+    one, zero = torch.ones(1), torch.zeros(1)
+    with use_backend("cpu"):
+        out = linear(x, w, one, zero, one, zero, depth, 2, 2)
+    assert torch.equal(out, torch.full((9, 33), 9.0 * depth))
 
 
 def test_row_scale_is_a_product_before_quantization() -> None:
