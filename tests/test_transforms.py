@@ -115,3 +115,13 @@ def test_transforms_that_codes_do_not_have_are_refused(packs: bool) -> None:
             model(forward_ad.make_dual(x, torch.ones_like(x)))
     with pytest.raises(error, match=rf"no torch\.func\.vmap .*{where}"):
         torch.func.vmap(model)(torch.stack([x, x]))
+
+
+@pytest.mark.parametrize("name", ["GCNConv", "GATConv"])
+def test_kernels_take_no_tensors_without_memory(name: str) -> None:
+    x, edge_index = features(), graph()
+    packed = qgnn.pack_model(quantized(CONVS[name](), x, edge_index))
+    with pytest.raises(RuntimeError, match=r"Expected no torch\.func\.functionalize through the packed"):
+        torch.func.functionalize(lambda v: packed(v, edge_index))(x)
+    with torch.no_grad():
+        assert packed(x, edge_index).isfinite().all()

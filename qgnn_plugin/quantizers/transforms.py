@@ -1,4 +1,4 @@
-"""What :func:`torch.func.vmap` and forward-mode derivatives bring to a layer: neither codes nor kernels have them."""
+"""What transforms of functions and forward-mode derivatives bring to a layer: codes or kernels do not have them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["FORWARD", "VMAP", "is_vmapping", "transform_of"]
+__all__ = ["FORWARD", "FUNCTIONAL", "VMAP", "is_vmapping", "transform_of"]
 
-VMAP, FORWARD = "torch.func.vmap", "forward-mode derivative"
+VMAP, FORWARD, FUNCTIONAL = "torch.func.vmap", "forward-mode derivative", "torch.func.functionalize"
 
 
 def transform_of(values: Iterable[Any]) -> str | None:
-    """:data:`VMAP` or :data:`FORWARD` where one of ``values``, also in tuples and lists, is such; else :obj:`None`."""
+    """The transform that one of ``values``, also in tuples and lists, is of; :obj:`None` where there is none."""
     if torch.compiler.is_compiling():
         return None
     differentiates = forward_ad._current_level >= 0  # torch.func.jvp enters a level as well
@@ -28,6 +28,8 @@ def transform_of(values: Iterable[Any]) -> str | None:
         elif isinstance(value, Tensor):
             if _is_batched(value):
                 return VMAP
+            if torch._is_functional_tensor(value):
+                return FUNCTIONAL
             if differentiates and forward_ad.unpack_dual(value).tangent is not None:
                 return FORWARD
     return None
