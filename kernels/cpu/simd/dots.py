@@ -20,7 +20,8 @@ _TOP = 0x80808080 - (1 << 32)  # the top bit of each byte, as an int32
 @cache
 def has_feature(*names: str) -> bool:
     """Whether the processor that kernels are compiled for has all of LLVM's features ``names``."""
-    return {f"+{name}" for name in names} <= set(cpu_target.target_context.codegen()._tm_features.split(","))
+    features = getattr(cpu_target.target_context.codegen(), "_tm_features", "")
+    return {f"+{name}" for name in names} <= set(features.split(","))
 
 
 @cache
