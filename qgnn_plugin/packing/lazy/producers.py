@@ -205,8 +205,9 @@ class Producer:
         mine, its = self.product, other.product
 
         def run(start: int, stop: int, **out: Any) -> Rows:
-            # On the CPU floats of a block stay in the cache.
-            if mine is not None and its is not None and backend_for(self.device) != "cpu":
+            # On the CPU floats of a block stay in the cache.  Compilers follow no context variables.
+            on = self.device.type if torch.compiler.is_compiling() else backend_for(self.device)
+            if mine is not None and its is not None and on != "cpu":
                 return linear_pair(its(start, stop), mine(start, stop), **out)
             return other.run(start, stop, addend=self.run(start, stop), **out)
 
