@@ -48,6 +48,11 @@ def _version(name: str) -> str | None:
 
 
 def _processor() -> str:
+    other = os.environ.get("NUMBA_CPU_NAME")
+    return _host() + (f", kernels compiled for {other}" if other else "")
+
+
+def _host() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():
         fields = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)

@@ -2,7 +2,9 @@
 
 import json
 
-from benchmarks.environment import compact_json
+import pytest
+
+from benchmarks.environment import compact_json, environment
 
 
 def test_a_run_is_a_line() -> None:
@@ -13,3 +15,10 @@ def test_a_run_is_a_line() -> None:
     lines = text.splitlines()
     assert sum('"seed"' in line for line in lines) == 3
     assert len(lines) == 3 + 11
+
+
+def test_figures_of_another_processor_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = environment(threads=1)
+    monkeypatch.setenv("NUMBA_CPU_NAME", "haswell")
+    changed = {key: (own[key], value) for key, value in environment(threads=1).items() if value != own[key]}
+    assert [after.removeprefix(before) for before, after in changed.values()] == [", kernels compiled for haswell"]
