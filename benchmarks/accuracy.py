@@ -317,6 +317,8 @@ def main() -> None:
             for model in args.models
         ]  # fmt: skip
         tasks = [task for task in tasks if not task[4].exists()]
+        for dataset in sorted({task[0] for task in tasks}):
+            load_dataset(dataset, args.root)  # PyG processes its files on the first call; two processes would collide
         run_jobs(_work, tasks, args.jobs)
     print(report(args.out))
 
